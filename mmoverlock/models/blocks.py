@@ -1,0 +1,221 @@
+"""The two blocks of OverLoCK."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import contmix
+from .layers import (
+    GRN,
+    DropPath,
+    LayerNorm2d,
+    LayerScale,
+    ResDWConv,
+    SEModule,
+    build_bn,
+)
+from .reparam import DilatedReparamConv
+
+SMALL_KERNEL_SIZE = 5  # of the dynamic kernels
+NUM_REGIONS = 7  # region centres per axis that dynamic kernels are made from
+
+
+def _feed_forward(in_channels, hidden_channels, out_channels):
+    return (
+        nn.Conv2d(in_channels, hidden_channels, 1),
+        nn.GELU(),
+        ResDWConv(hidden_channels),
+        GRN(hidden_channels),
+        nn.Conv2d(hidden_channels, out_channels, 1),
+    )
+
+
+class RepConvBlock(nn.Module):
+    """The block of the Base-Net and the Overview-Net.
+
+    Args:
+        channels (int): Channels C of the map.
+        kernel_size (int): Size of the large kernel.
+        layer_scale (bool): Whether the identity is scaled.
+        drop_path (float): Probability to drop the residual branch.
+        norm_cfg (dict): See :func:`mmoverlock.models.layers.build_bn`.
+        deploy (bool): Whether to build the merged form.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        kernel_size: int,
+        layer_scale: bool,
+        drop_path: float,
+        norm_cfg: dict,
+        deploy: bool,
+    ):
+        super().__init__()
+        self.dwconv = ResDWConv(channels)
+        self.proj = nn.Sequential(
+            LayerNorm2d(channels),
+            DilatedReparamConv(channels, kernel_size, norm_cfg, deploy),
+            build_bn(channels, **norm_cfg),
+            SEModule(channels),
+            *_feed_forward(channels, 4 * channels, channels),
+            DropPath(drop_path),
+        )
+        self.ls = LayerScale(channels) if layer_scale else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H, W)."""
+        x = self.dwconv(x)
+        return self.ls(x) + self.proj(x)
+
+
+class FocusBlock(nn.Module):
+    """The block of the Focus-Net: ContMix, guided by the context prior.
+
+    It works on features and prior as one map of C + P channels.
+
+    Args:
+        channels (int): Channels C of the features.
+        prior_channels (int): Channels P of the context prior.
+        kernel_size (int): Size of the large dynamic kernel.
+        heads (int): Half the number of groups of dynamic kernels.
+        first (bool): Whether this is the first block of the Focus-Net, which
+            takes the prior as it comes.
+        drop_path (float): Probability to drop a residual branch.
+        norm_cfg (dict): See :func:`mmoverlock.models.layers.build_bn`.
+        deploy (bool): Whether to build the merged form.
+        backend (str): See :func:`mmoverlock.ops.contmix`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        prior_channels: int,
+        *,
+        kernel_size: int,
+        heads: int,
+        first: bool,
+        drop_path: float,
+        norm_cfg: dict,
+        deploy: bool,
+        backend: str,
+    ):
+        super().__init__()
+        self.splits = (channels, prior_channels)
+        self.kernel_size = kernel_size
+        self.backend = backend
+        total = channels + prior_channels
+        groups = 2 * heads
+        self.scale = (channels / groups) ** -0.5
+
+        def conv_bn(in_channels, out_channels):
+            return (
+                nn.Conv2d(in_channels, out_channels, 1, bias=False),
+                build_bn(out_channels, **norm_cfg),
+            )
+
+        if not first:
+            self.x_scale = LayerScale(prior_channels)
+            self.h_scale = LayerScale(prior_channels)
+        self.dwconv1 = ResDWConv(total)
+        self.norm1 = LayerNorm2d(total)
+        self.fusion = nn.Sequential(
+            nn.Conv2d(total, total, 3, padding=1, groups=total),
+            build_bn(total, **norm_cfg),
+            nn.GELU(),
+            nn.Conv2d(total, channels, 1),
+            GRN(channels),
+        )
+        self.gate = nn.Sequential(*conv_bn(channels, channels), nn.SiLU())
+        self.lepe = nn.Sequential(
+            DilatedReparamConv(channels, kernel_size, norm_cfg, deploy),
+            build_bn(channels, **norm_cfg),
+        )
+        self.weight_query = nn.Sequential(*conv_bn(channels, channels // 2))
+        self.weight_key = nn.Sequential(
+            nn.AdaptiveAvgPool2d(NUM_REGIONS),
+            *conv_bn(prior_channels, channels // 2),
+        )
+        # The logits of both kernels, from the affinities to the regions.
+        self.weight_proj = nn.Conv2d(
+            NUM_REGIONS**2, SMALL_KERNEL_SIZE**2 + kernel_size**2, 1
+        )
+        self.rpb1, self.rpb2 = (
+            nn.Parameter(torch.zeros(groups, 2 * size - 1, 2 * size - 1))
+            for size in (SMALL_KERNEL_SIZE, kernel_size)
+        )
+        self.dyconv_proj = nn.Sequential(*conv_bn(channels, channels))
+        self.se_layer = SEModule(channels)
+        self.proj = nn.Sequential(
+            build_bn(channels, **norm_cfg), nn.Conv2d(channels, total, 1)
+        )
+        self.ls1 = LayerScale(total)
+        self.dwconv2 = ResDWConv(total)
+        self.norm2 = LayerNorm2d(total)
+        self.mlp = nn.Sequential(*_feed_forward(total, 3 * channels, total))
+        self.ls2 = LayerScale(total)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, z: Tensor, initial_prior: Tensor) -> Tensor:
+        """Refine features and prior.
+
+        Args:
+            z (Tensor): Features and prior, (B, C + P, H, W).
+            initial_prior (Tensor): What the Overview-Net said, (B, P, H, W).
+
+        Returns:
+            Tensor: Of the shape of ``z``.
+        """
+        if hasattr(self, 'x_scale'):
+            x, prior = z.split(self.splits, dim=1)
+            prior = self.x_scale(prior) + self.h_scale(initial_prior)
+            z = torch.cat([x, prior], dim=1)
+        z = self.dwconv1(z)
+        identity = z
+        z = self.norm1(z)
+        fused = self.fusion(z)
+        y = self.dyconv_proj(self.dynamic_conv(z, fused)) + self.lepe(fused)
+        y = self.gate(fused) * self.se_layer(y)
+        z = self.ls1(identity) + self.drop_path(self.proj(y))
+        z = self.dwconv2(z)
+        return self.ls2(z) + self.drop_path(self.mlp(self.norm2(z)))
+
+    def dynamic_conv(self, z: Tensor, value: Tensor) -> Tensor:
+        """Mix ``value`` with kernels made from ``z``.
+
+        A map with a side shorter than the kernel is enlarged for it.
+
+        Args:
+            z (Tensor): Normalized features and prior, (B, C + P, H, W).
+            value (Tensor): (B, C, H, W).
+
+        Returns:
+            Tensor: (B, C, H, W).
+        """
+        size = value.shape[-2:]
+        short, long = min(size), max(size)
+        if short < self.kernel_size:
+            long = int(self.kernel_size / short * long)
+            enlarged = (
+                (self.kernel_size, long)
+                if size[0] == short
+                else (long, self.kernel_size)
+            )
+            z, value = (
+                F.interpolate(maps, enlarged, mode='bilinear')
+                for maps in (z, value)
+            )
+        x, prior = z.split(self.splits, dim=1)
+        mixed = contmix(
+            self.weight_query(x) * self.scale,
+            self.weight_key(prior),
+            value,
+            self.weight_proj.weight.flatten(1),
+            self.weight_proj.bias,
+            (self.rpb1, self.rpb2),
+            self.backend,
+        )
+        if short < self.kernel_size:
+            mixed = F.adaptive_avg_pool2d(mixed, size)
+        return mixed

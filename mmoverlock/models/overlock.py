@@ -1,0 +1,507 @@
+"""OverLoCK: An Overview-first-Look-Closely-next ConvNet.
+
+Lou and Yu, CVPR 2025, https://arxiv.org/abs/2502.20087. Names of attributes
+are those of the released weights; names in prose are the paper's.
+"""
+
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from ..ops.contmix import resolve_backend
+from .blocks import FocusBlock, RepConvBlock
+from .layers import LayerNorm2d, LayerScale, build_bn
+from .reparam import DilatedReparamConv
+
+
+@MODELS.register_module()
+class OverLoCK(BaseModule):
+    """The OverLoCK backbone.
+
+    Three sub-networks (Deep-stage Decomposition): the **Base-Net** encodes
+    the image to stride 16; the **Overview-Net** is one cheap further stage
+    whose output, the *context prior*, says what is there; the **Focus-Net**
+    looks again at strides 16 and 32, with dynamic convolutions made from that
+    prior.
+
+    ========================  ======  =======================================
+    stage                     stride  modules
+    ========================  ======  =======================================
+    1, Base-Net               4       patch_embed1 (the stem), blocks1
+    2, Base-Net               8       patch_embed2, blocks2
+    3, Base-Net               16      patch_embed3, blocks3
+    4, Overview-Net           32      patch_embed4, blocks4, high_level_proj
+    Focus-Net                 16      sub_blocks3
+    Focus-Net                 32      patch_embedx, sub_blocks4
+    ========================  ======  =======================================
+
+    Only what ``out_indices`` asks for is built and computed, so that every
+    parameter gets a gradient.
+
+    Args:
+        arch (str | dict): 'xt', 't', 's' or 'b', or 'extreme-tiny', 'tiny',
+            'small' or 'base', or a dict of
+
+            - **depths** (Sequence[int]): Blocks of stages 1 to 4.
+            - **channels** (Sequence[int]): Channels of stages 1 to 4.
+            - **focus_depths** (Sequence[int]): Blocks of the Focus-Net.
+            - **focus_heads** (Sequence[int]): Heads of the Focus-Net; each
+              makes two groups of dynamic kernels.
+        in_channels (int): Channels of the input. Defaults to 3.
+        out_indices (Sequence[int]): Which maps to return, increasing: 0 and 1
+            are those of stages 1 and 2, 2 and 3 those of the Focus-Net at
+            strides 16 and 32. Defaults to (0, 1, 2, 3).
+        drop_path_rate (float): Stochastic depth rate of the last block; it
+            grows linearly from 0. Defaults to 0.
+        fuse_overview (bool): Add the Overview-Net's output to the last map,
+            as the released detectors do. Defaults to False.
+        frozen_stages (int): What is kept in eval mode and without gradients:
+            -1 nothing; 0 the stem; k up to 3 the stem and stages 1 to k of
+            the Base-Net; 4 all of it, the Overview-Net and the Focus-Net. The
+            layers after these, which make the outputs (``extra_norm`` and
+            ``h_proj``), are always trained. Defaults to -1.
+        norm_cfg (dict, optional): See
+            :func:`mmoverlock.models.layers.build_bn`. Defaults to
+            ``dict(type='BN')``.
+        norm_eval (bool): Keep batch norms in eval mode during training.
+            Defaults to False.
+        with_cp (bool | Sequence[int]): Recompute blocks in the backward pass
+            instead of keeping their activations: all of them, or the first so
+            many of blocks1 to blocks4, sub_blocks3 and sub_blocks4. Defaults
+            to False.
+        deploy (bool): Build the form with merged branches, which is what
+            :meth:`switch_to_deploy` leads to. Defaults to False.
+        contmix_backend (str): See :func:`mmoverlock.ops.contmix`. Defaults to
+            'auto'.
+        init_cfg (dict, optional): See :class:`mmengine.model.BaseModule`.
+
+    Raises:
+        ValueError: If an argument is out of its range; the message says what
+            is valid.
+    """
+
+    arch_zoo = {
+        ('xt', 'extreme-tiny'): dict(
+            depths=(2, 2, 3, 2),
+            channels=(56, 112, 256, 336),
+            focus_depths=(6, 2),
+            focus_heads=(4, 6),
+        ),
+        ('t', 'tiny'): dict(
+            depths=(4, 4, 6, 2),
+            channels=(64, 128, 256, 512),
+            focus_depths=(12, 2),
+            focus_heads=(4, 8),
+        ),
+        ('s', 'small'): dict(
+            depths=(6, 6, 8, 3),
+            channels=(64, 128, 320, 512),
+            focus_depths=(16, 3),
+            focus_heads=(8, 16),
+        ),
+        ('b', 'base'): dict(
+            depths=(8, 8, 10, 4),
+            channels=(80, 160, 384, 576),
+            focus_depths=(20, 4),
+            focus_heads=(6, 9),
+        ),
+    }
+    kernel_sizes = (17, 15, 13, 7)
+    block_groups = (
+        'blocks1',
+        'blocks2',
+        'blocks3',
+        'blocks4',
+        'sub_blocks3',
+        'sub_blocks4',
+    )
+    # What each step of `frozen_stages` adds, from 0 to 4.
+    freezing_steps = (
+        ('patch_embed1',),
+        ('blocks1',),
+        ('patch_embed2', 'blocks2'),
+        ('patch_embed3', 'blocks3'),
+        (
+            'patch_embed4',
+            'blocks4',
+            'high_level_proj',
+            'sub_blocks3',
+            'patch_embedx',
+            'sub_blocks4',
+        ),
+    )
+
+    def __init__(
+        self,
+        arch: str | dict,
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        drop_path_rate: float = 0.0,
+        fuse_overview: bool = False,
+        frozen_stages: int = -1,
+        norm_cfg: dict | None = None,
+        norm_eval: bool = False,
+        with_cp: bool | Sequence[int] = False,
+        deploy: bool = False,
+        contmix_backend: str = 'auto',
+        init_cfg: dict | None = None,
+    ):
+        super().__init__(init_cfg)
+        arch = self._parse_arch(arch)
+        self.channels = tuple(arch['channels'])
+        self.depths = (*arch['depths'], *arch['focus_depths'])
+        self.out_indices = tuple(out_indices)
+        self.fuse_overview = fuse_overview
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.checkpointed = self._parse_with_cp(with_cp)
+        if not self.out_indices or self.out_indices != tuple(
+            i for i in range(4) if i in self.out_indices
+        ):
+            raise ValueError(
+                'out_indices must be increasing numbers from 0 to 3, '
+                f'got {out_indices}'
+            )
+        if fuse_overview and 3 not in self.out_indices:
+            raise ValueError(
+                'fuse_overview adds to output 3, which is not in '
+                f'out_indices {self.out_indices}'
+            )
+        if frozen_stages not in range(-1, len(self.freezing_steps)):
+            raise ValueError(
+                f'frozen_stages must be from -1 to 4, got {frozen_stages}'
+            )
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(
+                f'drop_path_rate must be in [0, 1), got {drop_path_rate}'
+            )
+        resolve_backend(contmix_backend)
+        norm_cfg = norm_cfg or dict(type='BN')
+
+        def conv_bn(in_channels, out_channels, stride=2):
+            return (
+                nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False),
+                build_bn(out_channels, **norm_cfg),
+            )
+
+        drop_path = iter(
+            torch.linspace(0, drop_path_rate, sum(self.depths)).tolist()
+        )
+
+        def blocks(stage):
+            return nn.ModuleList(
+                RepConvBlock(
+                    channels[stage],
+                    kernel_size=self.kernel_sizes[stage],
+                    layer_scale=stage >= 2,
+                    drop_path=next(drop_path),
+                    norm_cfg=norm_cfg,
+                    deploy=deploy,
+                )
+                for _ in range(self.depths[stage])
+            )
+
+        def focus_blocks(stage):
+            return nn.ModuleList(
+                FocusBlock(
+                    channels[stage],
+                    prior_channels,
+                    kernel_size=self.kernel_sizes[stage],
+                    heads=arch['focus_heads'][stage - 2],
+                    first=stage == 2 and i == 0,
+                    drop_path=next(drop_path),
+                    norm_cfg=norm_cfg,
+                    deploy=deploy,
+                    backend=contmix_backend,
+                )
+                for i in range(self.depths[stage + 2])
+            )
+
+        channels = self.channels
+        prior_channels = channels[3] // 4
+        self.patch_embed1 = nn.Sequential(
+            *conv_bn(in_channels, channels[0] // 2),
+            nn.GELU(),
+            *conv_bn(channels[0] // 2, channels[0] // 2, stride=1),
+            nn.GELU(),
+            *conv_bn(channels[0] // 2, channels[0]),
+            nn.GELU(),
+            *conv_bn(channels[0], channels[0], stride=1),
+        )
+        self.blocks1 = blocks(0)
+        if self.out_indices[-1] >= 1:
+            self.patch_embed2 = nn.Sequential(*conv_bn(*channels[0:2]))
+            self.blocks2 = blocks(1)
+        if self.out_indices[-1] >= 2:
+            self.patch_embed3 = nn.Sequential(*conv_bn(*channels[1:3]))
+            self.blocks3 = blocks(2)
+            self.patch_embed4 = nn.Sequential(*conv_bn(*channels[2:4]))
+            self.blocks4 = blocks(3)
+            self.high_level_proj = nn.Conv2d(channels[3], prior_channels, 1)
+            self.sub_blocks3 = focus_blocks(2)
+        if self.out_indices[-1] >= 3:
+            self.patch_embedx = nn.ModuleDict(
+                dict(
+                    x_proj=nn.Sequential(*conv_bn(*channels[2:4])),
+                    h_proj=nn.Sequential(
+                        *conv_bn(prior_channels, prior_channels)
+                    ),
+                )
+            )
+            self.sub_blocks4 = focus_blocks(3)
+
+        self.extra_norm = nn.ModuleDict(
+            {str(i): LayerNorm2d(self._widths[i]) for i in self.out_indices}
+        )
+        if self.out_indices[-1] >= 2:  # stage 3 reads the norm of output 1
+            self.extra_norm['1'] = LayerNorm2d(self._widths[1])
+        if fuse_overview:
+            self.extra_norm['4'] = LayerNorm2d(channels[3])
+            self.h_proj = nn.Sequential(
+                nn.Conv2d(channels[3], self.out_channels[-1], 1),
+                LayerScale(self.out_channels[-1], init_value=1e-5),
+            )
+        self.apply(self._init_weights)
+        self._freeze()
+
+    @classmethod
+    def _parse_arch(cls, arch: str | dict) -> dict:
+        if isinstance(arch, str):
+            for names, settings in cls.arch_zoo.items():
+                if arch.lower() in names:
+                    return settings
+            raise ValueError(
+                f'unknown arch {arch!r}, '
+                f'expected a dict or one of {sum(cls.arch_zoo, ())}'
+            )
+        lengths = dict(depths=4, channels=4, focus_depths=2, focus_heads=2)
+        if set(arch) != set(lengths):
+            raise ValueError(
+                f'arch has the keys {sorted(arch)}, expected {sorted(lengths)}'
+            )
+        for key, length in lengths.items():
+            if len(arch[key]) != length or min(arch[key]) < 1:
+                raise ValueError(
+                    f'arch[{key!r}] must be {length} positive numbers, '
+                    f'got {arch[key]}'
+                )
+        channels, heads = arch['channels'], arch['focus_heads']
+        if channels[0] % 2 or channels[3] % 4:
+            raise ValueError(
+                "arch['channels'] must start with an even number and end "
+                f'with a multiple of 4, got {channels}'
+            )
+        for width, head in zip(channels[2:], heads, strict=True):
+            if width % (4 * head):
+                raise ValueError(
+                    f'{head} Focus-Net heads need a multiple of {4 * head} '
+                    f"channels, got {width} in arch['channels'] {channels}"
+                )
+        return arch
+
+    def _parse_with_cp(self, with_cp: bool | Sequence[int]) -> dict:
+        """Number of recomputed blocks in each group of blocks."""
+        if isinstance(with_cp, bool):
+            with_cp = [with_cp * depth for depth in self.depths]
+        if len(with_cp) != len(self.block_groups):
+            raise ValueError(
+                'with_cp must be a bool or a number for each of '
+                f'{self.block_groups}, got {with_cp}'
+            )
+        return dict(zip(self.block_groups, with_cp, strict=True))
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @property
+    def _widths(self) -> tuple[int, int, int, int]:
+        """Channels of the four maps; the Focus-Net's carry the prior."""
+        first, second, third, fourth = self.channels
+        return first, second, third + fourth // 4, fourth + fourth // 4
+
+    @property
+    def out_channels(self) -> tuple[int, ...]:
+        """Channels of each output, as a neck's ``in_channels``."""
+        return tuple(self._widths[i] for i in self.out_indices)
+
+    @property
+    def out_strides(self) -> tuple[int, ...]:
+        """Stride of each output in pixels of the input."""
+        return tuple(4 * 2**i for i in self.out_indices)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the feature pyramid.
+
+        Args:
+            x (Tensor): Images, (B, in_channels, H, W).
+
+        Returns:
+            tuple[Tensor]: A contiguous (B, C, H / stride, W / stride) map,
+            rounded up, for each of ``out_indices``.
+        """
+        if x.device.type == 'cpu':
+            # Depthwise convolutions are far faster so on a CPU.
+            x = x.contiguous(memory_format=torch.channels_last)
+        maps = self.base_net(x)
+        if self.out_indices[-1] >= 2:
+            overview = self.overview_net(maps[2])
+            maps[2:] = self.focus_net(maps[2], overview)
+        outs = [
+            # The Base-Net has normalized output 1 for itself.
+            maps[i] if i == 1 else self.extra_norm[str(i)](maps[i])
+            for i in self.out_indices
+        ]
+        if self.fuse_overview:
+            overview = self.extra_norm['4'](overview)
+            outs[-1] = outs[-1] + self.h_proj(overview)
+        # Other memory formats are misread by mmcv's operators, in silence.
+        return tuple(out.contiguous() for out in outs)
+
+    def base_net(self, x: Tensor) -> list[Tensor]:
+        """Images to the maps of stages 1 to 3, as far as they are needed.
+
+        The map of stage 2 is normalized: in the released dense predictors,
+        unlike the classifier, stage 3 reads it after its output norm.
+        """
+        maps = [self._run('blocks1', self.patch_embed1(x))]
+        if self.out_indices[-1] >= 1:
+            x = self._run('blocks2', self.patch_embed2(maps[0]))
+            maps.append(self.extra_norm['1'](x))
+        if self.out_indices[-1] >= 2:
+            maps.append(self._run('blocks3', self.patch_embed3(maps[1])))
+        return maps
+
+    def overview_net(self, x: Tensor) -> Tensor:
+        """The stride 16 map of the Base-Net to the overview at stride 32."""
+        return self._run('blocks4', self.patch_embed4(x))
+
+    def focus_net(self, x: Tensor, overview: Tensor) -> list[Tensor]:
+        """Look again, knowing what is there.
+
+        Args:
+            x (Tensor): The map of stage 3 of the Base-Net, at stride 16.
+            overview (Tensor): The output of the Overview-Net, at stride 32.
+
+        Returns:
+            list[Tensor]: Maps at strides 16 and 32 (if needed), features and
+            context prior in one.
+        """
+        prior = self.high_level_proj(overview)
+        upsampled = F.interpolate(prior, x.shape[-2:], mode='bilinear')
+        z = torch.cat([x, upsampled], dim=1)
+        maps = [self._run('sub_blocks3', z, upsampled)]
+        if self.out_indices[-1] >= 3:
+            x, updated = maps[0].split([x.shape[1], prior.shape[1]], dim=1)
+            x = self.patch_embedx['x_proj'](x)
+            updated = self.patch_embedx['h_proj'](updated)
+            z = torch.cat([x, updated], dim=1)
+            maps.append(self._run('sub_blocks4', z, prior))
+        return maps
+
+    def _run(self, group: str, x: Tensor, *args: Tensor) -> Tensor:
+        for i, block in enumerate(getattr(self, group)):
+            if i < self.checkpointed[group] and torch.is_grad_enabled():
+                x = checkpoint(
+                    block,
+                    x,
+                    *args,
+                    use_reentrant=False,
+                    context_fn=partial(_recompute_contexts, block),
+                )
+            else:
+                x = block(x, *args)
+        return x
+
+    def train(self, mode: bool = True) -> 'OverLoCK':
+        """Set the mode; frozen stages stay in eval mode."""
+        super().train(mode)
+        if mode:
+            self._freeze()
+            if self.norm_eval:
+                for module in self.modules():
+                    if isinstance(module, _BatchNorm):
+                        module.eval()
+        return self
+
+    def _freeze(self) -> None:
+        for step in self.freezing_steps[: self.frozen_stages + 1]:
+            for name in step:
+                if hasattr(self, name):
+                    getattr(self, name).eval().requires_grad_(False)
+
+    def switch_to_deploy(self) -> 'OverLoCK':
+        """Merge the reparameterized branches in place, for inference."""
+        for module in self.modules():
+            if isinstance(module, DilatedReparamConv):
+                module.switch_to_deploy()
+        return self
+
+    def get_layer_depth(
+        self, param_name: str, prefix: str = ''
+    ) -> tuple[int, int]:
+        """Depth of a parameter, for layer-wise learning rate decay.
+
+        The stem is layer 0, then every block is a layer, in the order of
+        computation; a downsampling layer goes with the block behind it. What
+        comes after the blocks, in this backbone or behind it, is last.
+
+        Args:
+            param_name (str): Name of a parameter.
+            prefix (str): Name of the backbone in it, such as 'backbone.'.
+                Defaults to ''.
+
+        Returns:
+            tuple[int, int]: Its layer and the number of layers.
+        """
+        num_layers = sum(self.depths) + 2
+        if not param_name.startswith(prefix):
+            return num_layers - 1, num_layers
+        name, _, rest = param_name[len(prefix) :].partition('.')
+        if name == 'patch_embed1':
+            return 0, num_layers
+        group = {
+            'patch_embed2': 'blocks2',
+            'patch_embed3': 'blocks3',
+            'patch_embed4': 'blocks4',
+            'high_level_proj': 'sub_blocks3',
+            'patch_embedx': 'sub_blocks4',
+        }.get(name, name)
+        if group not in self.block_groups:
+            return num_layers - 1, num_layers
+        before = sum(self.depths[: self.block_groups.index(group)])
+        index = int(rest.partition('.')[0]) if group == name else 0
+        return 1 + before + index, num_layers
+
+
+def _recompute_contexts(block: nn.Module):
+    """Contexts of the first and of the repeated forward of a checkpoint."""
+    return nullcontext(), _fixed_statistics(block)
+
+
+@contextmanager
+def _fixed_statistics(block: nn.Module):
+    """Keep batch norms in training mode from counting a batch twice."""
+    norms = [
+        module
+        for module in block.modules()
+        if isinstance(module, _BatchNorm) and module.training
+    ]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

@@ -1,0 +1,119 @@
+"""The dilated reparameterized convolution (UniRepLKNet, CVPR 2024)."""
+
+import torch
+from torch import Tensor, nn
+
+from .layers import build_bn
+
+# Kernel size: (size, dilation) of the branches beside the large kernel.
+BRANCHES = {
+    19: ((5, 1), (7, 1), (9, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+    17: ((5, 1), (7, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+    15: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
+    13: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
+    11: ((5, 1), (7, 1), (5, 2), (3, 3), (3, 4), (3, 5)),
+    9: ((5, 1), (7, 1), (5, 2), (3, 3), (3, 4)),
+    7: ((5, 1), (3, 1), (3, 2), (3, 3)),
+    5: ((3, 1), (3, 2)),
+}
+
+
+class DilatedReparamConv(nn.Module):
+    """A large depthwise convolution trained with small dilated companions.
+
+    Every branch is a depthwise convolution and a batch norm; their sum is
+    the output. With the running statistics this is one depthwise convolution
+    with bias, which is what the deploy form holds.
+
+    Args:
+        channels (int): Channels of the map.
+        kernel_size (int): A key of ``BRANCHES``.
+        norm_cfg (dict): Batch norm of the branches.
+        deploy (bool): Build the merged form. Defaults to False.
+
+    Raises:
+        ValueError: If there are no branches for ``kernel_size``.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        norm_cfg: dict,
+        deploy: bool = False,
+    ):
+        super().__init__()
+        if kernel_size not in BRANCHES:
+            raise ValueError(
+                f'no dilated branches for kernel size {kernel_size}, '
+                f'expected one of {list(BRANCHES)}'
+            )
+
+        def depthwise(size, dilation=1, bias=False):
+            return nn.Conv2d(
+                channels,
+                channels,
+                size,
+                padding=size // 2 * dilation,
+                dilation=dilation,
+                groups=channels,
+                bias=bias,
+            )
+
+        self.lk_origin = depthwise(kernel_size, bias=deploy)
+        # Names of every branch's convolution and batch norm.
+        self.branches = []
+        if deploy:
+            return
+        self.origin_bn = build_bn(channels, **norm_cfg)
+        self.branches.append(('lk_origin', 'origin_bn'))
+        for size, dilation in BRANCHES[kernel_size]:
+            names = (
+                f'dil_conv_k{size}_{dilation}',
+                f'dil_bn_k{size}_{dilation}',
+            )
+            self.add_module(names[0], depthwise(size, dilation))
+            self.add_module(names[1], build_bn(channels, **norm_cfg))
+            self.branches.append(names)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H, W)."""
+        if not self.branches:
+            return self.lk_origin(x)
+        return sum(bn(conv(x)) for conv, bn in self._branches())
+
+    def _branches(self):
+        for conv, bn in self.branches:
+            yield self.get_submodule(conv), self.get_submodule(bn)
+
+    def merge(self) -> tuple[Tensor, Tensor]:
+        """The one convolution that the branches add up to in eval mode.
+
+        Returns:
+            tuple[Tensor, Tensor]: Weight (C, 1, K, K) and bias (C, ).
+        """
+        merged = torch.zeros_like(self.lk_origin.weight)
+        bias = torch.zeros_like(merged[:, 0, 0, 0])
+        centre = merged.shape[-1] // 2
+        for conv, bn in self._branches():
+            scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+            bias += bn.bias - bn.running_mean * scale
+            # A dilated kernel is a large one with zeros between its taps.
+            reach = conv.padding[0]
+            taps = slice(centre - reach, centre + reach + 1, conv.dilation[0])
+            merged[..., taps, taps] += conv.weight * scale[:, None, None, None]
+        return merged, bias
+
+    @torch.no_grad()
+    def switch_to_deploy(self) -> None:
+        """Replace the branches by the convolution they add up to."""
+        if not self.branches:
+            return
+        weight, bias = self.merge()
+        for conv, bn in self.branches:
+            delattr(self, bn)
+            if conv != 'lk_origin':
+                delattr(self, conv)
+        self.branches.clear()
+        self.lk_origin.weight.copy_(weight)
+        self.lk_origin.bias = nn.Parameter(bias)

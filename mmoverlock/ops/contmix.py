@@ -1,0 +1,119 @@
+"""The public ContMix operator."""
+
+from torch import Tensor
+
+from .contmix_reference import contmix_reference
+from .contmix_tiled import contmix_tiled
+
+BACKENDS = {'reference': contmix_reference, 'tiled': contmix_tiled}
+
+
+def resolve_backend(backend: str) -> str:
+    """The backend that ``backend`` runs.
+
+    Args:
+        backend (str): A key of ``BACKENDS``, or 'auto' for the fastest one.
+
+    Returns:
+        str: A key of ``BACKENDS``.
+
+    Raises:
+        ValueError: If there is no such backend.
+    """
+    if backend == 'auto':
+        return 'tiled'
+    if backend not in BACKENDS:
+        raise ValueError(
+            f'unknown ContMix backend {backend!r}, '
+            f'expected one of {["auto", *BACKENDS]}'
+        )
+    return backend
+
+
+def contmix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rpb: tuple[Tensor, Tensor],
+    backend: str = 'auto',
+) -> Tensor:
+    """Context-mixing dynamic convolution (section 3.3 of the paper).
+
+    Every position, in each of G groups, makes its own k x k and K x K kernel
+    from its affinity to S^2 region centres of the context prior, and mixes
+    its neighbourhood with them: the first half of the channels with the small
+    kernel, the second half with the large one::
+
+        A = query^T key                        (H * W) x S^2, per group
+        D = A weight^T + bias                  (H * W) x (k^2 + K^2)
+        kernel = softmax(D + relative position bias), over k^2 and over K^2
+        out[n] = sum over the window of n of kernel[n, tap] * value[tap]
+
+    Windows are clamped to lie inside the map, as in neighbourhood attention.
+
+    Args:
+        query (Tensor): (B, G * c, H, W), already scaled.
+        key (Tensor): (B, G * c, S, S), the region centres.
+        value (Tensor): (B, C, H, W), C a multiple of 2 * G.
+        weight (Tensor): (k^2 + K^2, S^2), shared by the groups.
+        bias (Tensor): (k^2 + K^2, ).
+        rpb (tuple[Tensor, Tensor]): Relative position biases of the two
+            kernels, (G, 2k - 1, 2k - 1) and (G, 2K - 1, 2K - 1). The group
+            count and the (odd) kernel sizes are read from them.
+        backend (str): 'reference', 'tiled' or 'auto'. Defaults to 'auto'.
+
+    Returns:
+        Tensor: (B, C, H, W).
+
+    Raises:
+        ValueError: If the backend is unknown, the shapes disagree, or the map
+            is smaller than a kernel.
+    """
+    run = BACKENDS[resolve_backend(backend)]
+    _check_shapes(query, key, value, weight, bias, rpb)
+    return run(query, key, value, weight, bias, rpb)
+
+
+def _check_shapes(query, key, value, weight, bias, rpb):
+    groups = len(rpb[0])
+    sizes = [(table.shape[-1] + 1) // 2 for table in rpb]
+    if any(
+        table.shape != (groups, 2 * k - 1, 2 * k - 1) or k % 2 == 0
+        for table, k in zip(rpb, sizes, strict=True)
+    ):
+        raise ValueError(
+            'rpb must be two (groups, 2k - 1, 2k - 1) tables with odd k, '
+            f'got {[tuple(table.shape) for table in rpb]}'
+        )
+    batch, channels, height, width = query.shape
+    expected = {
+        'query': (query, (batch, channels // groups * groups, height, width)),
+        'key': (key, (batch, channels, *key.shape[2:])),
+        'value': (
+            value,
+            (
+                batch,
+                value.shape[1] // (2 * groups) * 2 * groups,
+                height,
+                width,
+            ),
+        ),
+        'weight': (
+            weight,
+            (sum(k**2 for k in sizes), key.shape[2:].numel()),
+        ),
+        'bias': (bias, (sum(k**2 for k in sizes),)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(
+                f'{name} has shape {tuple(tensor.shape)}, expected {shape} '
+                f'for {groups} groups and kernel sizes {sizes}'
+            )
+    if min(height, width) < max(sizes):
+        raise ValueError(
+            f'the {height} x {width} map is smaller than the '
+            f'{max(sizes)} x {max(sizes)} kernel'
+        )
