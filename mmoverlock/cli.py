@@ -1,0 +1,382 @@
+"""What the command-line tools share: options, configs and user mistakes."""
+
+import contextlib
+import difflib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+# Runner's arguments, and what else mm* packages read from the top level.
+TOP_LEVEL_KEYS = {
+    *inspect.signature(Runner).parameters,
+    'activation_checkpointing',
+    'compile',
+    'efficient_conv_bn_eval',
+    'find_unused_parameters',
+    'model_wrapper_cfg',
+    'runner_type',
+    'strategy',
+    'sync_bn',
+    'tta_model',
+    'tta_pipeline',
+} - {'cfg'}
+
+# By a part of the dataset type.
+DATASET_HELP = {
+    'Coco': 'Unpack train2017.zip, val2017.zip and annotations_trainval2017'
+    '.zip from https://cocodataset.org/#download so that {root} holds '
+    'train2017/, val2017/ and annotations/, or draw sample data: '
+    'python tools/make_sample_data.py coco {root}',
+    'ADE20K': 'Unpack ADEChallengeData2016.zip of the MIT scene parsing '
+    'benchmark, http://sceneparsing.csail.mit.edu, so that {root} holds '
+    'images/ and annotations/, or draw sample data: '
+    'python tools/make_sample_data.py ade20k {root}',
+    'ImageNet': 'Get ILSVRC2012 from https://image-net.org (this needs an '
+    'account) so that {root} holds train/ and val/ with one folder per class.',
+}
+
+# mmpretrain downloads these where they are missing.
+DOWNLOADED = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
+
+
+class UserError(Exception):
+    """A mistake of the user; its message is all that is shown."""
+
+
+@contextlib.contextmanager
+def user_errors(tool):
+    """Report `UserError` on stderr, after the tool's name, with status 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f'{tool}: {error}', file=sys.stderr)
+        sys.exit(2)
+
+
+class ConfigOptions(DictAction):
+    """mmengine's ``DictAction``, with `UserError` for a malformed item."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for value in values:
+            if not re.match('[^=]+=', value):
+                raise UserError(
+                    f'{option_string} takes KEY=VALUE, not {value!r}'
+                )
+            try:
+                super().__call__(parser, namespace, [value], option_string)
+            except AssertionError as error:  # unbalanced brackets
+                raise UserError(f'{option_string} {value}: {error}') from error
+
+
+def add_arguments(parser):
+    """Add the arguments that all tools share to an ``ArgumentParser``."""
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--work-dir',
+        help='folder of logs and checkpoints; '
+        "default: the config's work_dir, or ./work_dirs/<config name>",
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=ConfigOptions,
+        default={},
+        metavar='KEY=VALUE',
+        help='change the config, as in model.backbone.init_cfg=None '
+        'param_scheduler.0.end=100 "model.neck.in_channels=[1,2]"',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what starts the processes of distributed runs; default: none',
+    )
+    parser.add_argument(
+        '--local_rank',
+        '--local-rank',
+        type=int,
+        default=0,
+        help='given by torch.distributed.launch',
+    )
+
+
+def load_config(args):
+    """Load the config and apply the arguments that all tools share.
+
+    Args:
+        args (argparse.Namespace): The arguments of `add_arguments`.
+
+    Returns:
+        Config: The config, with ``work_dir`` and ``launcher``.
+
+    Raises:
+        UserError: If the file, an option or an installed package is bad.
+    """
+    path = Path(args.config)
+    if not path.is_file():
+        near = {*path.parent.glob('*.py'), *Path('configs').glob('[!_]*/*.py')}
+        raise UserError(
+            f'config file {path} does not exist'
+            + _did_you_mean(str(path), map(str, near))
+        )
+    if path.suffix not in ('.py', '.yml', '.yaml', '.json'):
+        raise UserError(f'{path} is not a config: it is no .py or .yml file')
+    try:
+        cfg = Config.fromfile(path)
+    except FileNotFoundError as error:  # of _base_
+        raise UserError(f'config file {path}: {error}') from error
+    check_options(cfg, args.cfg_options)
+    cfg.merge_from_dict(args.cfg_options)
+    if cfg.get('default_scope') in ('mmdet', 'mmseg'):
+        if not importlib.util.find_spec('mmcv._ext'):
+            raise UserError(
+                f'mmcv has no compiled ops, which {cfg.default_scope} needs '
+                '(no module mmcv._ext). Install it again with --no-cache-dir '
+                '--force-reinstall --no-deps --no-build-isolation, so that '
+                'its build finds torch'
+            )
+    cfg.work_dir = args.work_dir or cfg.get('work_dir')
+    cfg.work_dir = cfg.work_dir or os.path.join('work_dirs', path.stem)
+    cfg.launcher = args.launcher
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return cfg
+
+
+def check_options(cfg, options):
+    """Check that every key of --cfg-options leads somewhere.
+
+    The last part of a key may be new: an argument that the config leaves at
+    its default. What comes before must exist.
+
+    Args:
+        cfg (Config): The config before the options are merged.
+        options (dict): Values by dotted key.
+
+    Raises:
+        UserError: If a key leads nowhere.
+    """
+    replaced = tuple(
+        key.removesuffix('_delete_')
+        for key in options
+        if key.endswith('._delete_')
+    )
+    for key in options:
+        problem = _key_problem(cfg, key.removesuffix('._delete_'))
+        replacing = key.startswith(replaced) and not key.endswith('._delete_')
+        if problem and not replacing:
+            raise UserError(f'--cfg-options {key}: {problem}')
+        for other in options:
+            if other.startswith(f'{key}.'):
+                raise UserError(
+                    f'--cfg-options sets both {key} and {other} below it'
+                )
+
+
+def _key_problem(cfg, key):
+    top, *parts = key.split('.')
+    if top not in TOP_LEVEL_KEYS:
+        if top in cfg:
+            return (
+                f'{top} is a variable of the config file, which is used '
+                f'while it is read; set what is made from it{_uses(cfg, top)}'
+            )
+        return f'there is no {top}{_did_you_mean(top, TOP_LEVEL_KEYS)}'
+    if top not in cfg:
+        return None
+    node, path = cfg[top], top
+    for part in parts:
+        last = f'{path}.{part}' == key
+        if isinstance(node, list):
+            if last or not part.isdecimal() or int(part) >= len(node):
+                return (
+                    f'{path} is a list of {len(node)}; set all of it, or a '
+                    f'key of one element, as in {path}.0.KEY'
+                )
+            node = node[int(part)]
+        elif not isinstance(node, dict):
+            return (
+                f'{path} is {node!r} and holds no keys; to replace it, add '
+                f'{path}._delete_=True'
+            )
+        elif part not in node and not last:
+            return f'there is no {part} in {path}{_did_you_mean(part, node)}'
+        else:
+            node = node.get(part)
+        path = f'{path}.{part}'
+    return None
+
+
+def check_file(path, what):
+    """Raise `UserError` if a file, not a URL, does not exist."""
+    if '://' not in path and not os.path.isfile(os.path.expanduser(path)):
+        raise UserError(f'{what} {path} does not exist')
+
+
+def check_data(cfg, *splits):
+    """Check that the files of datasets and evaluators exist.
+
+    Args:
+        cfg (Config): The config.
+        splits (str): Any of ``'train'``, ``'val'`` and ``'test'``.
+
+    Raises:
+        UserError: If a file or folder is missing; it says how to get it.
+    """
+    for split in splits:
+        loader = cfg.get(f'{split}_dataloader') or {}
+        for key, dataset in _datasets(loader, f'{split}_dataloader'):
+            for path in _dataset_paths(dataset):
+                if '://' not in path and not os.path.exists(path):
+                    raise UserError(
+                        f'data missing: {path} does not exist ({key}). '
+                        + _dataset_help(dataset)
+                    )
+        evaluators = cfg.get(f'{split}_evaluator') or []
+        if isinstance(evaluators, dict):
+            evaluators = [evaluators]
+        for evaluator in evaluators:
+            if evaluator.get('ann_file'):
+                check_file(evaluator.ann_file, f'{split}_evaluator.ann_file')
+
+
+def _datasets(config, key):
+    """Yield (key, config) of the datasets in a dataloader or wrapper."""
+    inner = {
+        f'{key}.datasets.{i}': dataset
+        for i, dataset in enumerate(config.get('datasets', []))
+    }
+    if 'dataset' in config:
+        inner[f'{key}.dataset'] = config.dataset
+    for inner_key, dataset in inner.items():
+        yield from _datasets(dataset, inner_key)
+    if config and not inner:
+        yield key, config
+
+
+def _dataset_paths(dataset):
+    if dataset.type in DOWNLOADED:
+        return []
+    root = dataset.get('data_root') or ''
+    prefix = dataset.get('data_prefix') or ''
+    if not prefix and 'ImageNet' in str(dataset.type):
+        prefix = dataset.get('split', '')
+    names = prefix.values() if isinstance(prefix, dict) else [prefix]
+    names = [*names, dataset.get('ann_file') or '']
+    return [os.path.join(root, name) for name in names if root or name]
+
+
+def _dataset_help(dataset):
+    root = (dataset.get('data_root') or 'its data_root').rstrip('/')
+    for name, text in DATASET_HELP.items():
+        if name in str(dataset.type):
+            return text.format(root=root)
+    return f'Put the {dataset.type} there or change the config.'
+
+
+def start_checkpoints(cfg):
+    """Return the checkpoints that training starts from, path by key."""
+    found = {
+        key: value
+        for key, value in _leaves(cfg.model, 'model')
+        if key.endswith('.checkpoint') and isinstance(value, str)
+    }
+    if cfg.get('load_from'):
+        found['load_from'] = cfg.load_from
+    return found
+
+
+def build_runner(cfg):
+    """Build the runner; a distributed one works without a GPU too."""
+    if cfg.launcher != 'none' and get_device() == 'cpu':
+        _prepare_cpu_launch(cfg)
+    if 'runner_type' in cfg:
+        return RUNNERS.build(cfg)
+    return Runner.from_cfg(cfg)
+
+
+def _prepare_cpu_launch(cfg):
+    # mmengine selects a CUDA device when it starts distributed training.
+    if cfg.launcher != 'pytorch' or 'RANK' not in os.environ:
+        raise UserError(
+            f'--launcher {cfg.launcher}: without a GPU, only --launcher '
+            'pytorch works, in processes that torchrun starts'
+        )
+    torch.distributed.init_process_group('gloo')
+    cfg.model_wrapper_cfg = {
+        'type': 'MMDistributedDataParallel',
+        'broadcast_buffers': False,
+        'find_unused_parameters': cfg.get('find_unused_parameters', False),
+        **(cfg.get('model_wrapper_cfg') or {}),
+        'device_ids': None,
+    }
+    if cfg.pop('sync_bn', None):
+        print('sync_bn is dropped: synchronised BatchNorm needs GPUs')
+
+
+@contextlib.contextmanager
+def explain_failures(cfg, options):
+    """Raise `UserError` where building or running fails by user mistake.
+
+    Args:
+        cfg (Config): The config of the run.
+        options (dict): The --cfg-options.
+    """
+    try:
+        yield
+    except TypeError as error:
+        match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        for key in options:
+            if match and key.split('.')[-1] == match[1]:
+                raise UserError(f'--cfg-options {key}: {error}') from error
+        raise
+    except URLError as error:
+        urls = {k: v for k, v in start_checkpoints(cfg).items() if '://' in v}
+        files = ' '.join(f'{key}=FILE' for key in urls)
+        nones = ' '.join(f'{k.removesuffix(".checkpoint")}=None' for k in urls)
+        raise UserError(
+            f'cannot download {" or ".join(urls.values())} ({error.reason}). '
+            f'Name a local file, --cfg-options {files}, or start without it, '
+            f'--cfg-options {nones}'
+        ) from error
+
+
+def _leaves(node, key):
+    """Yield (key, value) of all that is no dict or list in a config."""
+    if isinstance(node, dict):
+        children = node.items()
+    elif isinstance(node, list | tuple):
+        children = enumerate(node)
+    else:
+        yield key, node
+        return
+    for name, child in children:
+        yield from _leaves(child, f'{key}.{name}')
+
+
+def _uses(cfg, variable):
+    """List keys whose strings start with the value of a config variable."""
+    value = cfg[variable]
+    if not isinstance(value, str) or not value:
+        return ''
+    keys = [
+        key
+        for top in TOP_LEVEL_KEYS & {*cfg}
+        for key, leaf in _leaves(cfg[top], top)
+        if str(leaf).startswith(value)
+    ]
+    return f': {", ".join(sorted(keys))}' if keys else ''
+
+
+def _did_you_mean(word, words):
+    near = difflib.get_close_matches(word, words, cutoff=0.5)
+    return f'; did you mean {" or ".join(near)}?' if near else ''
