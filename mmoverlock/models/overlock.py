@@ -494,14 +494,15 @@ def _recompute_contexts(block: nn.Module):
 def _fixed_statistics(block: nn.Module):
     """Keep batch norms in training mode from counting a batch twice."""
     norms = [
-        module
+        (module, module.momentum, module.num_batches_tracked.clone())
         for module in block.modules()
         if isinstance(module, _BatchNorm) and module.training
     ]
-    for norm in norms:
-        norm.track_running_stats = False
+    for norm, _, _ in norms:
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, num_batches in norms:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(num_batches)

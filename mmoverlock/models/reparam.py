@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..ops import depthwise_conv2d
 from .layers import build_bn
 
 # Kernel size: (size, dilation) of the branches beside the large kernel.
@@ -79,8 +80,12 @@ class DilatedReparamConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
         if not self.branches:
-            return self.lk_origin(x)
-        return sum(bn(conv(x)) for conv, bn in self._branches())
+            return self._convolve(x, self.lk_origin)
+        return sum(bn(self._convolve(x, c)) for c, bn in self._branches())
+
+    @staticmethod
+    def _convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
+        return depthwise_conv2d(x, conv.weight, conv.bias, conv.dilation[0])
 
     def _branches(self):
         for conv, bn in self.branches:

@@ -1,3 +1,4 @@
 from .contmix import contmix
+from .depthwise import depthwise_conv2d
 
-__all__ = ['contmix']
+__all__ = ['contmix', 'depthwise_conv2d']
