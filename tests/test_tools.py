@@ -31,7 +31,9 @@ def load(name):
     return module
 
 
-train, test = load('train'), load('test')
+train, test, summarize = (
+    load(name) for name in ('train', 'test', 'summarize')
+)
 
 
 def run(*command, status=0):
@@ -166,6 +168,7 @@ def detector(tmp_path_factory, coco):
     log, _ = run(
         *(TOOLS / 'train.py', MASK_RCNN, '--work-dir', work_dir),
         *('--auto-scale-lr', '--cfg-options', *options),
+        'default_hooks.logger.interval=1',
     )
     return work_dir, log
 
@@ -231,6 +234,17 @@ def test_test_detector(detector, coco, tmp_path):
         drawn = np.asarray(Image.open(tmp_path / 'drawn' / name), dtype=int)
         prediction = drawn[:, original.shape[1] :]  # the truth is left of it
         assert abs(prediction - original).max() > 64
+
+
+def test_summarize(detector):
+    work_dir, _ = detector
+    out, _ = run(TOOLS / 'summarize.py', work_dir, '--images=2')
+    assert str(work_dir / 'epoch_1.pth') in out
+    assert 'segm_mAP_50: ' in out
+    for name in ('curves.png', 'predictions.png'):
+        assert str(work_dir / name) in out
+        picture = np.asarray(Image.open(work_dir / name))
+        assert len(np.unique(picture.reshape(-1, 4), axis=0)) > 100
 
 
 @pytest.fixture(scope='module')
@@ -401,6 +415,11 @@ def mistake(capsys, tmp_path, monkeypatch):
         return message
 
     return fail
+
+
+def test_summarize_nothing(mistake, tmp_path_factory):
+    message = mistake(summarize, tmp_path_factory.mktemp('empty'))
+    assert 'no config in' in message
 
 
 def test_config_missing(mistake):

@@ -1,0 +1,30 @@
+# Every target sets up what it needs. PYTHON=python3.12 make env chooses the
+# interpreter of the environment in .venv.
+
+# The file .venv/cpu-only says that mmcv's ops were built without CUDA on a
+# machine with a GPU; dev/setup_env.py writes it.
+PY = $(shell test -e .venv/cpu-only && echo CUDA_VISIBLE_DEVICES=) \
+     .venv/bin/python
+
+.PHONY: env test demo lint clean
+
+env:
+	@$${PYTHON:-python3} dev/setup_env.py
+
+lint: env
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+
+test: lint
+	$(PY) -m pytest -q
+
+demo: env
+	$(PY) tools/make_sample_data.py coco data/shapes --images 800 --size 192
+	$(PY) tools/train.py configs/mask_rcnn/overlock_mini_shapes.py \
+	    --work-dir work_dirs/demo
+	$(PY) tools/summarize.py work_dirs/demo
+
+clean:
+	rm -rf .venv build dist *.egg-info data/shapes work_dirs/demo \
+	    .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,66 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+# The only place for version pins; dev/setup_env.py reads them from here. Two
+# stacks share their import names, so neither is a hard requirement. Each mmcv
+# has to be built with torch in sight (--no-build-isolation): otherwise pip
+# leaves out its compiled ops in silence.
+EXTRAS = {
+    'onedl': [
+        'torch==2.13.0',
+        'torchvision==0.28.0',
+        'numpy<2.3',  # by way of imaug, which caps opencv
+        'onedl-mmengine==0.10.12',
+        'onedl-mmcv==2.3.6',
+        'onedl-mmdetection==3.5.1',
+        'onedl-mmsegmentation==1.4.2',
+        'onedl-mmpretrain==1.3.6',
+        'ftfy',
+        'regex',
+    ],
+    'openmmlab': [
+        'torch==2.1.2',
+        'torchvision==0.16.2',
+        'numpy<2',
+        'setuptools<70',
+        'mmengine==0.10.7',
+        'mmcv==2.1.0',
+        'mmdet==3.3.0',
+        'mmsegmentation==1.2.2',
+        'mmpretrain==1.2.0',
+        'ftfy',
+        'regex',
+    ],
+    'tests': ['pytest==9.2.0', 'ruff==0.17.6'],
+}
+
+
+def version():
+    text = (ROOT / 'mmoverlock/__init__.py').read_text()
+    return re.search(r"__version__ = '(.+)'", text)[1]
+
+
+setup(
+    name='mmoverlock',
+    version=version(),
+    description='OverLoCK backbones for OpenMMLab',
+    long_description=(ROOT / 'README.md').read_text(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.10',
+    packages=find_packages(include=['mmoverlock', 'mmoverlock.*']),
+    # mmoverlock/.mim holds links to configs, tools and model-index.yml.
+    package_data={
+        'mmoverlock': [
+            '.mim/configs/**/*.py',
+            '.mim/configs/**/*.yml',
+            '.mim/tools/*.py',
+            '.mim/model-index.yml',
+        ]
+    },
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,73 @@
+"""Who may import whom."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / 'mmoverlock'
+# Module: what it may import of the package, and of other packages beside the
+# standard library. A module imports only from those above it.
+ALLOWED = {
+    '__init__': ([], []),
+    'ops.contmix_reference': ([], ['torch']),
+    'ops.contmix_tiled': (['ops.contmix_reference'], ['torch']),
+    'ops.contmix': (['ops.contmix_reference', 'ops.contmix_tiled'], ['torch']),
+    'ops.depthwise': ([], ['torch']),
+    'ops.__init__': (['ops.contmix', 'ops.depthwise'], []),
+    'models.layers': ([], ['torch']),
+    'models.reparam': (['models.layers', 'ops'], ['torch']),
+    'models.blocks': (['models.layers', 'models.reparam', 'ops'], ['torch']),
+    'models.overlock': (
+        [
+            'models.blocks',
+            'models.layers',
+            'models.reparam',
+            'ops.contmix',
+        ],
+        ['mmengine', 'torch'],
+    ),
+    'models.__init__': (['models.overlock'], []),
+    'cli': ([], ['mmengine', 'torch']),
+}
+
+
+def module_name(path):
+    return '.'.join(path.relative_to(PACKAGE).with_suffix('').parts)
+
+
+MODULES = {module_name(path): path for path in PACKAGE.rglob('*.py')}
+
+
+def imports(module):
+    """(own modules, other packages) that a module imports, at any place."""
+    own, others = set(), set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            others |= {alias.name.split('.')[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            parts = module.split('.')[: -node.level]
+            own.add('.'.join([*parts, *filter(None, [node.module])]))
+        elif isinstance(node, ast.ImportFrom):
+            others.add(node.module.split('.')[0])
+    return own, others - sys.stdlib_module_names
+
+
+def test_modules_are_known():
+    assert sorted(MODULES) == sorted(ALLOWED)
+
+
+def test_order():
+    """What a module may import stands above it."""
+    order = [module.removesuffix('.__init__') for module in ALLOWED]
+    for i, (own, _) in enumerate(ALLOWED.values()):
+        assert set(own) <= set(order[:i]), order[i]
+
+
+@pytest.mark.parametrize('module', ALLOWED)
+def test_imports(module):
+    own, others = imports(module)
+    allowed_own, allowed_others = ALLOWED[module]
+    assert own <= set(allowed_own)
+    assert others <= set(allowed_others)

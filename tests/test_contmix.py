@@ -1,0 +1,196 @@
+"""ContMix: the oracle against a loop, the other backends against it."""
+
+import pytest
+import torch
+
+from mmoverlock.ops import contmix
+from mmoverlock.ops.contmix import BACKENDS
+
+FAST = [name for name in BACKENDS if name != 'reference']
+SMALL = 3  # size of the small kernel
+
+
+def draw(batch, height, width, kernel_size, groups=2, dtype=torch.float64):
+    """Operands of contmix, with gradients."""
+    shapes = dict(
+        query=(batch, groups * 3, height, width),
+        key=(batch, groups * 3, 2, 2),
+        value=(batch, groups * 4, height, width),
+        weight=(SMALL**2 + kernel_size**2, 4),
+        bias=(SMALL**2 + kernel_size**2,),
+        small=(groups, 2 * SMALL - 1, 2 * SMALL - 1),
+        large=(groups, 2 * kernel_size - 1, 2 * kernel_size - 1),
+    )
+    generator = torch.Generator().manual_seed(0)
+    operands = {
+        name: torch.randn(shape, generator=generator, dtype=dtype)
+        for name, shape in shapes.items()
+    }
+    return {k: v.requires_grad_() for k, v in operands.items()}
+
+
+def call(operands, backend):
+    *rest, small, large = operands.values()
+    return contmix(*rest, (small, large), backend=backend)
+
+
+def loop(query, key, value, weight, bias, small, large):
+    """The definition, one number at a time."""
+    batch, channels, height, width = value.shape
+    groups = len(small)
+    query = query.reshape(batch, groups, -1, height, width)
+    key = key.reshape(batch, groups, query.shape[2], -1)
+    out = torch.zeros_like(value)
+    offset = 0
+    for half, table in enumerate((small, large)):
+        k = (table.shape[-1] + 1) // 2
+        for b in range(batch):
+            for g in range(groups):
+                for i in range(height):
+                    for j in range(width):
+                        top = min(max(i - k // 2, 0), height - k)
+                        left = min(max(j - k // 2, 0), width - k)
+                        affinity = query[b, g, :, i, j] @ key[b, g]
+                        logits = []
+                        for u in range(k):
+                            for v in range(k):
+                                n = offset + u * k + v
+                                row = top + u - i + k - 1
+                                col = left + v - j + k - 1
+                                logits.append(
+                                    affinity @ weight[n]
+                                    + bias[n]
+                                    + table[g, row, col]
+                                )
+                        kernel = torch.stack(logits).softmax(0).view(k, k)
+                        width_g = channels // 2 // groups
+                        first = half * channels // 2 + g * width_g
+                        here = slice(first, first + width_g)
+                        window = value[b, here, top : top + k, left : left + k]
+                        out[b, here, i, j] = (window * kernel).sum((1, 2))
+        offset += k**2
+    return out
+
+
+@pytest.mark.parametrize('height, width', [(5, 5), (6, 9), (11, 5)])
+def test_reference_is_the_definition(height, width):
+    operands = draw(2, height, width, kernel_size=5)
+    detached = [v.detach() for v in operands.values()]
+    torch.testing.assert_close(
+        call(operands, 'reference').detach(), loop(*detached)
+    )
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_gradcheck(backend):
+    operands = draw(1, 5, 6, kernel_size=5)
+    names = list(operands)
+    assert torch.autograd.gradcheck(
+        lambda *args: call(dict(zip(names, args, strict=True)), backend),
+        tuple(operands.values()),
+    )
+
+
+@pytest.mark.parametrize('backend', FAST)
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last', 'strided'])
+@pytest.mark.parametrize(
+    'batch, height, width, kernel_size',
+    [
+        (1, 7, 7, 7),  # as small as the kernel
+        (2, 13, 29, 13),
+        (2, 14, 14, 13),
+        (1, 16, 17, 13),
+        (3, 8, 7, 7),
+        (1, 19, 50, 7),
+        (1, 31, 33, 5),
+        (0, 9, 9, 7),
+    ],
+)
+def test_agrees_with_reference(
+    batch, height, width, kernel_size, layout, backend
+):
+    """Outputs and all gradients."""
+    operands = draw(batch, height, width, kernel_size)
+    maps = dict(operands)
+    for name in ('query', 'value'):
+        if layout == 'channels_last':
+            maps[name] = maps[name].contiguous(
+                memory_format=torch.channels_last
+            )
+        if layout == 'strided':
+            maps[name] = maps[name].transpose(2, 3).contiguous().mT
+    results = []
+    for name in ('reference', backend):
+        out = call(maps, name)
+        cotangent = torch.linspace(-1, 1, out.numel(), dtype=out.dtype)
+        cotangent = cotangent.view(out.shape)
+        grads = torch.autograd.grad(out, list(operands.values()), cotangent)
+        results.append([out, *grads])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('backend', FAST)
+def test_float32(backend):
+    double = draw(1, 20, 23, kernel_size=7)
+    single = {k: v.float() for k, v in double.items()}
+    torch.testing.assert_close(
+        call(single, backend).double(),
+        call(double, 'reference'),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_trains_after_inference_mode(backend):
+    """Nothing that inference caches gets in autograd's way."""
+    operands = draw(1, 10, 12, kernel_size=9)
+    with torch.inference_mode():
+        call(operands, backend)
+    call(operands, backend).sum().backward()
+    assert operands['large'].grad is not None
+
+
+def test_backends(monkeypatch):
+    """The one that is named runs; 'auto' is the tiled one."""
+    ran = []
+    for name in BACKENDS:
+        monkeypatch.setitem(
+            BACKENDS, name, lambda *args, name=name: ran.append(name)
+        )
+    operands = draw(1, 9, 9, kernel_size=7)
+    for backend in ('reference', 'tiled', 'auto'):
+        call(operands, backend)
+    assert ran == ['reference', 'tiled', 'tiled']
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="'natten'.*reference.*tiled"):
+        call(draw(1, 9, 9, kernel_size=7), 'natten')
+
+
+@pytest.mark.parametrize(
+    'name, shape, message',
+    [
+        ('query', (1, 5, 9, 9), 'query has shape'),
+        ('query', (1, 6, 9, 6), 'value has shape'),
+        ('query', (1, 6, 5, 9), 'value has shape'),
+        ('key', (2, 6, 2, 2), 'key has shape'),
+        ('value', (1, 6, 9, 9), 'value has shape'),
+        ('weight', (58, 5), 'weight has shape'),
+        ('bias', (57,), 'bias has shape'),
+        ('small', (2, 6, 6), 'odd k'),
+        ('large', (3, 13, 13), 'rpb must be'),
+    ],
+)
+def test_shapes_that_disagree(name, shape, message):
+    operands = draw(1, 9, 9, kernel_size=7)
+    operands[name] = torch.zeros(shape, dtype=torch.float64)
+    with pytest.raises(ValueError, match=message):
+        call(operands, 'auto')
+
+
+def test_map_smaller_than_kernel():
+    with pytest.raises(ValueError, match='6 x 9 map is smaller than the 7 x'):
+        call(draw(1, 6, 9, kernel_size=7), 'auto')

@@ -1,0 +1,357 @@
+"""The backbone's contract."""
+
+import pytest
+import torch
+from torch import nn
+
+from mmoverlock.models import OverLoCK
+from mmoverlock.models.blocks import FocusBlock
+from mmoverlock.models.layers import DropPath
+
+TINY = dict(
+    depths=(1, 2, 1, 1),
+    channels=(8, 16, 16, 32),
+    focus_depths=(2, 1),
+    focus_heads=(2, 2),
+)
+NORMS = nn.BatchNorm2d
+
+
+def tiny(**kwargs):
+    torch.manual_seed(0)
+    return OverLoCK(TINY, **kwargs)
+
+
+def image(batch=2, height=64, width=96, channels=3):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, channels, height, width, generator=generator)
+
+
+def randomize(model):
+    """Give norms, scales and biases values, which initially are 0 or 1."""
+    generator = torch.Generator().manual_seed(0)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and tensor.std(correction=0) == 0:
+            noise = torch.rand(tensor.shape, generator=generator)
+            tensor.data.copy_(noise + 0.5)
+    return model
+
+
+def loss_of(outputs):
+    return sum(
+        (out * (i + 1)).square().mean() for i, out in enumerate(outputs)
+    )
+
+
+# Of the release, as are the names and shapes that test_parity.py checks.
+@pytest.mark.parametrize(
+    'arch, parameters, merged_away',
+    [
+        ('xt', 15657380, 16969600 - 16453712),
+        ('t', 33127096, 34990472 - 33981064),
+    ],
+)
+def test_parameter_counts(arch, parameters, merged_away):
+    model = OverLoCK(arch, fuse_overview=True)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == parameters
+
+
+@pytest.mark.parametrize(
+    'names, channels',
+    [
+        (('xt', 'extreme-tiny', 'XT'), (56, 112, 340, 420)),
+        (('t', 'tiny'), (64, 128, 384, 640)),
+        (('s', 'small'), (64, 128, 448, 640)),
+        (('b', 'base'), (80, 160, 528, 720)),
+    ],
+)
+def test_archs(names, channels):
+    for name in names:
+        with torch.device('meta'):
+            model = OverLoCK(name)
+        assert model.out_channels == channels
+        assert model.out_strides == (4, 8, 16, 32)
+
+
+@pytest.mark.parametrize('height, width', [(64, 96), (33, 70), (1, 5)])
+@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (1, 3), (2,), [0]])
+def test_outputs(out_indices, height, width):
+    """Shapes as promised, in the one memory format that mmcv reads."""
+    model = tiny(out_indices=out_indices).eval()
+    outputs = model(image(2, height, width))
+    assert isinstance(outputs, tuple)
+    for output, channels, stride in zip(
+        outputs, model.out_channels, model.out_strides, strict=True
+    ):
+        size = -(-height // stride), -(-width // stride)
+        assert output.shape == (2, channels, *size)
+        assert output.is_contiguous()
+    complete = tiny().eval()
+    complete.load_state_dict(model.state_dict(), strict=False)
+
+
+@pytest.mark.parametrize('out_indices', [(0,), (0, 1), (1, 2), (0, 2), (3,)])
+def test_subsets_are_the_same_maps(out_indices):
+    complete = randomize(tiny()).eval()
+    subset = tiny(out_indices=out_indices).eval()
+    kept = subset.state_dict().keys()
+    state = {k: v for k, v in complete.state_dict().items() if k in kept}
+    subset.load_state_dict(state)
+    expected = complete(image())
+    for i, output in zip(out_indices, subset(image()), strict=True):
+        torch.testing.assert_close(output, expected[i])
+
+
+@pytest.mark.parametrize(
+    'kwargs',
+    [dict(out_indices=indices) for indices in [(0,), (1,), (0, 2), (3,)]]
+    + [dict(), dict(fuse_overview=True), dict(with_cp=True)],
+)
+def test_every_parameter_gets_a_gradient(kwargs):
+    model = randomize(tiny(**kwargs)).train()
+    loss_of(model(image())).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    # A shift that a batch norm removes has a zero gradient; no weight has.
+    assert all(
+        parameter.grad.any()
+        for name, parameter in model.named_parameters()
+        if name.endswith('weight')
+    )
+
+
+def test_input_layout_and_channels():
+    model = tiny(in_channels=5).eval()
+    x = image(channels=5)
+    expected = model(x)
+    strided = x.transpose(2, 3).contiguous().mT
+    for other in (x.contiguous(memory_format=torch.channels_last), strided):
+        assert not other.is_contiguous()
+        for actual, wanted in zip(model(other), expected, strict=True):
+            torch.testing.assert_close(actual, wanted)
+
+
+def test_fuse_overview():
+    """It adds to the last map only, very little at first."""
+    plain, fused = tiny().eval(), tiny(fuse_overview=True).eval()
+    fused.load_state_dict(plain.state_dict(), strict=False)
+    *expected, last = plain(image())
+    *outputs, fused_last = fused(image())
+    for actual, wanted in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+    difference = (fused_last - last).abs().max()
+    assert 0 < difference < 1e-3
+
+
+@pytest.mark.parametrize(
+    'frozen_stages, prefixes',
+    [
+        (-1, ()),
+        (0, ('patch_embed1',)),
+        (1, ('patch_embed1', 'blocks1')),
+        (2, ('patch_embed1', 'blocks1', 'patch_embed2', 'blocks2')),
+        (
+            3,
+            (
+                *('patch_embed1', 'blocks1', 'patch_embed2', 'blocks2'),
+                *('patch_embed3', 'blocks3'),
+            ),
+        ),
+        (4, ('patch_embed', 'blocks', 'high_level_proj', 'sub_blocks')),
+    ],
+)
+def test_frozen_stages(frozen_stages, prefixes):
+    model = randomize(tiny(frozen_stages=frozen_stages, fuse_overview=True))
+    assert model.train() is model
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.1
+    )
+    loss_of(model(image())).backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad != name.startswith(prefixes), name
+    for name, buffer in model.named_buffers():
+        changed = not torch.equal(buffer, before[name])
+        assert changed != name.startswith(prefixes), name
+
+
+def test_norm_eval():
+    model = tiny(norm_eval=True).train()
+    norms = [m for m in model.modules() if isinstance(m, NORMS)]
+    assert norms and not any(norm.training for norm in norms)
+    assert all(block.training for block in model.blocks1)
+    before = [norm.running_mean.clone() for norm in norms]
+    loss_of(model(image())).backward()
+    for norm, mean in zip(norms, before, strict=True):
+        assert torch.equal(norm.running_mean, mean)
+        assert norm.weight.grad is not None
+
+
+def test_norm_cfg():
+    cfg = dict(type='BN', eps=0.5, momentum=0.25, requires_grad=False)
+    norms = [m for m in tiny(norm_cfg=cfg).modules() if isinstance(m, NORMS)]
+    assert {(norm.eps, norm.momentum) for norm in norms} == {(0.5, 0.25)}
+    assert not any(norm.weight.requires_grad for norm in norms)
+    synchronized = tiny(norm_cfg=dict(type='SyncBN'))
+    assert isinstance(synchronized.patch_embed1[1], nn.SyncBatchNorm)
+
+
+@pytest.mark.parametrize('with_cp', [True, (1, 0, 1, 0, 1, 1)])
+def test_checkpointing(with_cp):
+    """Equal outputs, gradients and statistics, with drop path on."""
+    results = []
+    for option in (False, with_cp):
+        model = randomize(tiny(with_cp=option, drop_path_rate=0.3)).train()
+        x = image().requires_grad_()
+        torch.manual_seed(1)
+        outputs = model(x)
+        loss_of(outputs).backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        results.append([*outputs, x.grad, *gradients, *model.buffers()])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_checkpointing_recomputes():
+    model = tiny(with_cp=(0, 1, 0, 0, 0, 0)).train()
+    calls = []
+    for block in (*model.blocks1, *model.blocks2):
+        block.register_forward_hook(lambda m, *_: calls.append(m))
+    loss_of(model(image())).backward()
+    assert [calls.count(b) for b in model.blocks1] == [1]
+    assert [calls.count(b) for b in model.blocks2] == [2, 1]
+    with torch.no_grad():
+        model(image())
+
+
+def test_drop_path_rates():
+    """They grow linearly with depth, over all blocks."""
+    model = tiny(drop_path_rate=0.7)
+    rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
+    assert rates == pytest.approx([i / 10 for i in range(8)])
+
+
+def test_drop_path():
+    drop = DropPath(0.25)
+    x = torch.ones(4000, 2, 1, 1)
+    assert torch.equal(drop.eval()(x), x)
+    torch.manual_seed(0)
+    dropped = drop.train()(x)
+    assert torch.equal(dropped[:, 0], dropped[:, 1])
+    assert sorted(dropped.unique().tolist()) == pytest.approx([0, 4 / 3])
+    assert dropped.mean().item() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(fuse_overview=True)])
+def test_deploy(kwargs):
+    model = randomize(tiny(**kwargs)).double().eval()
+    x = image().double()
+    with torch.no_grad():
+        expected = model(x)
+        assert model.switch_to_deploy() is model
+        deployed = tiny(deploy=True, **kwargs).double().eval()
+        deployed.load_state_dict(model.state_dict())
+        for merged in (model, deployed, model.switch_to_deploy()):
+            for actual, wanted in zip(merged(x), expected, strict=True):
+                torch.testing.assert_close(actual, wanted)
+    assert not any('dil_' in name for name in deployed.state_dict())
+
+
+def test_initialization():
+    model = OverLoCK('xt', fuse_overview=True)
+    for name, parameter in model.named_parameters():
+        values = parameter.detach()
+        if name == 'h_proj.1.weight':
+            assert (values == 1e-5).all()
+        elif 'rpb' in name or name.endswith(('bias', 'gamma', 'beta')):
+            assert not values.any(), name
+        elif values.ndim == 1 or values.shape[1:] == (1, 1, 1):
+            assert (values == 1).all(), name
+        elif values.numel() > 10000:
+            assert values.std().item() == pytest.approx(0.02, rel=0.1), name
+
+
+def test_contmix_backend():
+    for backend in ('reference', 'tiled', 'auto'):
+        model = tiny(contmix_backend=backend)
+        blocks = [m for m in model.modules() if isinstance(m, FocusBlock)]
+        assert [block.backend for block in blocks] == [backend] * 3
+
+
+def test_layer_depths():
+    model = tiny(fuse_overview=True)
+    depths = {
+        name: model.get_layer_depth(f'backbone.{name}', 'backbone.')
+        for name, _ in model.named_parameters()
+    }
+    assert {total for _, total in depths.values()} == {10}
+    first = {}
+    for name, (depth, _) in depths.items():
+        first.setdefault(depth, []).append('.'.join(name.split('.')[:2]))
+    groups = {depth: sorted(set(names)) for depth, names in first.items()}
+    assert groups.pop(0) == [
+        f'patch_embed1.{i}' for i in (*'0', '1', '10', *'34679')
+    ]
+    assert groups == {
+        1: ['blocks1.0'],
+        2: ['blocks2.0', 'patch_embed2.0', 'patch_embed2.1'],
+        3: ['blocks2.1'],
+        4: ['blocks3.0', 'patch_embed3.0', 'patch_embed3.1'],
+        5: ['blocks4.0', 'patch_embed4.0', 'patch_embed4.1'],
+        6: ['high_level_proj.bias', 'high_level_proj.weight', 'sub_blocks3.0'],
+        7: ['sub_blocks3.1'],
+        8: ['patch_embedx.h_proj', 'patch_embedx.x_proj', 'sub_blocks4.0'],
+        9: [*(f'extra_norm.{i}' for i in range(5)), 'h_proj.0', 'h_proj.1'],
+    }
+    assert model.get_layer_depth('head.weight', 'backbone.') == (9, 10)
+
+
+@pytest.mark.parametrize('scope', ['mmengine', 'mmdet', 'mmseg', 'mmpretrain'])
+def test_registry(scope):
+    """The type resolves from every package's configs."""
+    registry = pytest.importorskip(f'{scope}.registry').MODELS
+    model = registry.build(dict(type='OverLoCK', arch=TINY))
+    assert type(model) is OverLoCK
+
+
+def test_arguments_are_left_alone():
+    out_indices, arch = [1, 3], dict(TINY)
+    norm_cfg = dict(type='BN', requires_grad=True)
+    OverLoCK(arch, out_indices=out_indices, norm_cfg=norm_cfg)
+    assert out_indices == [1, 3]
+    assert arch == TINY
+    assert norm_cfg == dict(type='BN', requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(arch='huge'), "unknown arch 'huge'.*'xt'.*'base'"),
+        (dict(arch=dict(depths=(1, 1, 1, 1))), "expected.*'focus_heads'"),
+        (dict(arch=dict(TINY, heads=1)), "'heads'"),
+        (dict(arch=dict(TINY, depths=(1, 1, 1))), r"'depths'.*\(1, 1, 1\)"),
+        (dict(arch=dict(TINY, depths=(1, 1, 1, 0))), "'depths'"),
+        (dict(arch=dict(TINY, channels=(7, 8, 16, 32))), 'even.*7, 8'),
+        (dict(arch=dict(TINY, channels=(8, 8, 12, 32))), '2 .*of 8 .*got 12'),
+        (dict(out_indices=(0, 4)), r'from 0 to 3, got \(0, 4\)'),
+        (dict(out_indices=(1, 0)), r'increasing.*\(1, 0\)'),
+        (dict(out_indices=()), r'increasing.*\(\)'),
+        (dict(frozen_stages=5), 'from -1 to 4, got 5'),
+        (dict(drop_path_rate=1.0), r'\[0, 1\), got 1.0'),
+        (dict(norm_cfg=dict(type='LN')), "'LN'.*'BN', 'SyncBN'"),
+        (dict(with_cp=(1, 1)), r'with_cp.*\(1, 1\)'),
+        (dict(contmix_backend='natten'), "'natten'"),
+        (dict(fuse_overview=True, out_indices=(0, 1)), 'output 3'),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        OverLoCK(**{'arch': TINY, **kwargs})
+
+
+def test_unknown_argument():
+    with pytest.raises(TypeError, match='drop_rate'):
+        OverLoCK('xt', drop_rate=0.1)

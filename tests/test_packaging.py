@@ -1,0 +1,133 @@
+"""The wheel, its .mim folder and what importing the package costs."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+
+import mmoverlock
+
+ROOT = Path(__file__).parents[1]
+STACKS = 'torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain'
+
+
+def build_wheel(source, folder, **env):
+    """Builds a wheel offline with this environment's setuptools."""
+    command = [sys.executable, '-m', 'pip', 'wheel', '--no-index', '--no-deps']
+    command += ['--no-build-isolation', '-w', str(folder), str(source)]
+    done = subprocess.run(
+        command, env={**os.environ, **env}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return zipfile.ZipFile(next(folder.glob('*.whl')))
+
+
+@pytest.fixture(scope='module')
+def clone(tmp_path_factory):
+    """A copy of the files that git tracks or would."""
+    if not (ROOT / '.git').exists():
+        pytest.skip('not a git checkout')
+    command = 'git', 'ls-files', '-z', '-co', '--exclude-standard'
+    names = subprocess.check_output(command, cwd=ROOT, text=True).split('\0')
+    folder = tmp_path_factory.mktemp('clone')
+    for name in filter(None, names):
+        if os.path.lexists(ROOT / name):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def wheel(clone, tmp_path_factory):
+    """The wheel of a used clone, built where torch cannot be imported."""
+    folder = tmp_path_factory.mktemp('wheel')
+    (folder / 'torch.py').write_text('raise SystemExit("torch imported")')
+    for top in 'configs', 'mmoverlock', 'tools':
+        (clone / top / '__pycache__').mkdir()
+        (clone / top / '__pycache__' / 'x.cpython-312.pyc').touch()
+    before = set(clone.iterdir())
+    wheel = build_wheel(clone, folder, PYTHONPATH=str(folder))
+    litter = {path.name for path in set(clone.iterdir()) - before}
+    assert litter <= {'build', 'mmoverlock.egg-info'}
+    return wheel
+
+
+def mim_files(root):
+    """The files that .mim has to offer, relative to the root."""
+    paths = [*root.glob('configs/**/*.py'), *root.glob('configs/**/*.yml')]
+    paths += [*root.glob('tools/*.py'), root / 'model-index.yml']
+    return {path.relative_to(root).as_posix() for path in paths}
+
+
+def test_wheel_has_package_and_mim(clone, wheel):
+    expected = {f'mmoverlock/.mim/{name}' for name in mim_files(clone)}
+    assert 'mmoverlock/.mim/configs/mask_rcnn/overlock_t_1x.py' in expected
+    assert 'mmoverlock/.mim/tools/train.py' in expected
+    modules = (clone / 'mmoverlock').rglob('*.py')
+    expected |= {path.relative_to(clone).as_posix() for path in modules}
+    info = f'mmoverlock-{mmoverlock.__version__}.dist-info/'
+    names = {n for n in wheel.namelist() if not n.startswith(info)}
+    assert names == expected
+    assert any(name.endswith('/LICENSE') for name in wheel.namelist())
+
+
+def test_wheel_from_sdist_is_the_same(clone, wheel, tmp_path):
+    code = 'import sys, setuptools.build_meta as b; b.build_sdist(sys.argv[1])'
+    subprocess.run(
+        [sys.executable, '-c', code, str(tmp_path)],
+        cwd=clone,
+        check=True,
+        capture_output=True,
+    )
+    again = build_wheel(next(tmp_path.glob('*.tar.gz')), tmp_path)
+    assert set(again.namelist()) == set(wheel.namelist())
+
+
+def test_stacks_are_extras(wheel):
+    info = f'mmoverlock-{mmoverlock.__version__}.dist-info/METADATA'
+    metadata = message_from_bytes(wheel.read(info))
+    extras = set(metadata.get_all('Provides-Extra'))
+    assert extras == {'onedl', 'openmmlab', 'tests'}
+    requirements = metadata.get_all('Requires-Dist')
+    assert all('; extra ==' in requirement for requirement in requirements)
+
+
+def test_mmengine_finds_configs(monkeypatch):
+    from mmengine.config import Config
+    from mmengine.config.utils import MODULE2PACKAGE
+    from mmengine.hub import get_config
+    from mmengine.utils import get_installed_path
+
+    mim = Path(get_installed_path('mmoverlock'), '.mim')
+    assert {name for name in mim_files(ROOT) if (mim / name).is_file()} == (
+        mim_files(ROOT)
+    )
+    # mmengine looks only into the packages of this table.
+    monkeypatch.setitem(MODULE2PACKAGE, 'mmoverlock', 'mmoverlock')
+    name = 'mask_rcnn/overlock_t_1x.py'
+    found = get_config(f'mmoverlock::{name}')
+    expected = Config.fromfile(ROOT / 'configs' / name)
+    assert found.to_dict() == expected.to_dict()
+
+
+def test_model_index_lists_every_metafile():
+    from mmengine.fileio import load
+
+    listed = load(ROOT / 'model-index.yml')['Import']
+    metafiles = ROOT.glob('configs/*/metafile.yml')
+    assert sorted(listed) == sorted(
+        path.relative_to(ROOT).as_posix() for path in metafiles
+    )
+
+
+def test_import_is_light(tmp_path):
+    code = f'import sys, mmoverlock; print({set(STACKS)} & set(sys.modules))'
+    output = subprocess.check_output(
+        [sys.executable, '-c', code], cwd=tmp_path, text=True
+    )
+    assert output.strip() == 'set()'

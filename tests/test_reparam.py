@@ -1,0 +1,60 @@
+"""The dilated reparameterized convolution."""
+
+import pytest
+import torch
+from torch import nn
+
+from mmoverlock.models.reparam import BRANCHES, DilatedReparamConv
+
+BN = dict(type='BN')
+
+
+def randomized(kernel_size):
+    torch.manual_seed(0)
+    conv = DilatedReparamConv(3, kernel_size, BN).double()
+    for module in conv.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return conv.eval()
+
+
+@pytest.mark.parametrize('kernel_size', BRANCHES)
+def test_merging(kernel_size):
+    conv = randomized(kernel_size)
+    x = torch.randn(2, 3, 21, 24, dtype=torch.double)
+    with torch.no_grad():
+        expected = sum(
+            bn(branch(x))
+            for branch, bn in (
+                (conv.lk_origin, conv.origin_bn),
+                *(
+                    (
+                        conv.get_submodule(f'dil_conv_k{size}_{dilation}'),
+                        conv.get_submodule(f'dil_bn_k{size}_{dilation}'),
+                    )
+                    for size, dilation in BRANCHES[kernel_size]
+                ),
+            )
+        )
+        torch.testing.assert_close(conv(x), expected)
+        for _ in range(2):  # the second time, there is nothing to merge
+            conv.switch_to_deploy()
+            torch.testing.assert_close(conv(x), expected)
+    assert set(conv.state_dict()) == {'lk_origin.weight', 'lk_origin.bias'}
+    deployed = DilatedReparamConv(3, kernel_size, BN, deploy=True)
+    assert set(deployed.state_dict()) == set(conv.state_dict())
+
+
+def test_branches_fit_the_kernel():
+    for kernel_size, branches in BRANCHES.items():
+        assert len(set(branches)) == len(branches)
+        for size, dilation in branches:
+            assert (size - 1) * dilation + 1 <= kernel_size
+
+
+def test_unknown_kernel_size():
+    with pytest.raises(ValueError, match='size 4.*19, 17, 15'):
+        DilatedReparamConv(3, 4, BN)
