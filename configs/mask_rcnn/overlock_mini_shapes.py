@@ -28,7 +28,7 @@ model = dict(
     ),
     roi_head=dict(
         bbox_roi_extractor=dict(
-            out_channels=64, roi_layer=dict(sampling_ratio=1)
+            out_channels=64, finest_scale=16, roi_layer=dict(sampling_ratio=1)
         ),
         bbox_head=dict(
             type='Shared4Conv1FCBBoxHead',
@@ -38,7 +38,7 @@ model = dict(
             norm_cfg=norm_cfg,
         ),
         mask_roi_extractor=dict(
-            out_channels=64, roi_layer=dict(sampling_ratio=1)
+            out_channels=64, finest_scale=16, roi_layer=dict(sampling_ratio=1)
         ),
         mask_head=dict(
             in_channels=64, conv_out_channels=64, norm_cfg=norm_cfg
@@ -46,7 +46,7 @@ model = dict(
     ),
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=500, max_per_img=200),
-        rcnn=dict(sampler=dict(num=64, pos_fraction=0.5)),
+        rcnn=dict(sampler=dict(num=64)),
     ),
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=200)),
 )
@@ -54,12 +54,12 @@ model = dict(
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    dict(type='Resize', scale=(192, 192), keep_ratio=True),
+    dict(type='Resize', scale=(160, 160), keep_ratio=True),
     dict(type='RandomFlip', prob=0.5, direction=['horizontal', 'vertical']),
     dict(type='PackDetInputs'),
 ]
 test_pipeline = _base_.test_pipeline
-test_pipeline[1].scale = (192, 192)
+test_pipeline[1].scale = (160, 160)
 
 train_dataloader = dict(
     batch_size=8,
