@@ -219,7 +219,7 @@ def test_checkpointing_recomputes():
     model = tiny(with_cp=(0, 1, 0, 0, 0, 0)).train()
     calls = []
     for block in (*model.blocks1, *model.blocks2):
-        block.register_forward_hook(lambda m, *_: calls.append(m))
+        block.register_forward_pre_hook(lambda m, *_: calls.append(m))
     loss_of(model(image())).backward()
     assert [calls.count(b) for b in model.blocks1] == [1]
     assert [calls.count(b) for b in model.blocks2] == [2, 1]

@@ -74,12 +74,12 @@ def draw_curves(scalars, path):
 
 def draw_instances(axes, instances, classes):
     """Draw boxes, masks, class names and scores, if there are any."""
-    masks = instances.masks
+    boxes, masks = instances.bboxes, instances.masks
     scores = instances.get('scores', [None] * len(instances))
     for label, box, mask, score in zip(
         instances.labels.tolist(),
-        instances.bboxes.tolist(),
-        masks.cpu().numpy() if hasattr(masks, 'cpu') else masks.to_ndarray(),
+        getattr(boxes, 'tensor', boxes).tolist(),
+        getattr(masks, 'masks', masks),
         scores,
         strict=True,
     ):
@@ -121,7 +121,8 @@ def draw_predictions(cfg, checkpoint, path, count, score_thr):
     for i in range(count):
         left, right = grid.reshape(-1, 2)[i]
         truth = dataset[i]['data_samples']
-        predicted = inference_detector(model, truth.img_path).pred_instances
+        predicted = inference_detector(model, truth.img_path)
+        predicted = predicted.pred_instances.cpu()
         predicted = predicted[predicted.scores >= score_thr]
         name = Path(truth.img_path).name
         for axes, title, instances in (

@@ -3,7 +3,7 @@
 _base_ = 'overlock_xt_1x.py'
 
 data_root = 'data/shapes/'
-epochs = 12
+epochs = 6
 norm_cfg = dict(type='BN')
 
 model = dict(
@@ -78,7 +78,7 @@ val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
-train_cfg = dict(max_epochs=epochs, val_interval=3)
+train_cfg = dict(max_epochs=epochs, val_interval=2)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(

@@ -192,9 +192,8 @@ class OverLoCK(BaseModule):
                 build_bn(out_channels, **norm_cfg),
             )
 
-        drop_path = iter(
-            torch.linspace(0, drop_path_rate, sum(self.depths)).tolist()
-        )
+        last = sum(self.depths) - 1
+        drop_path = iter([drop_path_rate * i / last for i in range(last + 1)])
 
         def blocks(stage):
             return nn.ModuleList(
