@@ -43,18 +43,29 @@ def loss_of(outputs):
     )
 
 
-# Of the release, as are the names and shapes that test_parity.py checks.
 @pytest.mark.parametrize(
-    'arch, parameters, merged_away',
+    'arch, parameters, classifier, deployed_classifier',
     [
-        ('xt', 15657380, 16969600 - 16453712),
-        ('t', 33127096, 34990472 - 33981064),
+        ('xt', 15657380, 17307272, 16791384),
+        ('t', 33127096, 34990472, 33981064),
+        ('s', 56446524, 58309772, 56670476),
+        ('b', 96091496, 98012968, 95520680),
     ],
 )
-def test_parameter_counts(arch, parameters, merged_away):
-    model = OverLoCK(arch, fuse_overview=True)
-    count = sum(p.numel() for p in model.parameters())
-    assert count == parameters
+def test_parameter_counts(arch, parameters, classifier, deployed_classifier):
+    """The release's counts; its detectors merge what classifiers merge."""
+    with torch.device('meta'):
+        counts = [
+            sum(
+                parameter.numel()
+                for parameter in OverLoCK(
+                    arch, fuse_overview=True, deploy=deploy
+                ).parameters()
+            )
+            for deploy in (False, True)
+        ]
+    assert counts[0] == parameters
+    assert counts[0] - counts[1] == classifier - deployed_classifier
 
 
 @pytest.mark.parametrize(
