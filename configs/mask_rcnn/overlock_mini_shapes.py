@@ -3,7 +3,7 @@
 _base_ = 'overlock_xt_1x.py'
 
 data_root = 'data/shapes/'
-epochs = 10
+epochs = 6
 norm_cfg = dict(type='BN')
 
 model = dict(
@@ -31,7 +31,11 @@ model = dict(
             out_channels=64, finest_scale=16, roi_layer=dict(sampling_ratio=1)
         ),
         bbox_head=dict(
-            in_channels=64, fc_out_channels=256, reg_class_agnostic=True
+            type='Shared4Conv1FCBBoxHead',
+            in_channels=64,
+            conv_out_channels=64,
+            fc_out_channels=256,
+            norm_cfg=norm_cfg,
         ),
         mask_roi_extractor=dict(
             out_channels=64, finest_scale=16, roi_layer=dict(sampling_ratio=1)
@@ -50,12 +54,12 @@ model = dict(
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    dict(type='Resize', scale=(128, 128), keep_ratio=True),
+    dict(type='Resize', scale=(160, 160), keep_ratio=True),
     dict(type='RandomFlip', prob=0.5, direction=['horizontal', 'vertical']),
     dict(type='PackDetInputs'),
 ]
 test_pipeline = _base_.test_pipeline
-test_pipeline[1].scale = (128, 128)
+test_pipeline[1].scale = (160, 160)
 
 train_dataloader = dict(
     batch_size=8,
@@ -73,7 +77,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
-optim_wrapper = dict(optimizer=dict(lr=5e-4))
+optim_wrapper = dict(optimizer=dict(lr=1e-3))
 train_cfg = dict(max_epochs=epochs, val_interval=2)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
