@@ -16,6 +16,10 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from .checkpoint import CheckpointError, LoadingCheck, load_safely
+
+load_safely()
+
 # Runner's arguments, and what else mm* packages read from the top level.
 TOP_LEVEL_KEYS = {
     *inspect.signature(Runner).parameters,
@@ -49,16 +53,23 @@ DATASET_HELP = {
 DOWNLOADED = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 
 
+# mmengine reads these with loaders that run what a file asks for.
+UNSAFE_FILES = ('.pkl', '.pickle', '.yml', '.yaml')
+
+
 class UserError(Exception):
     """A mistake of the user; its message is all that is shown."""
 
 
 @contextlib.contextmanager
 def user_errors(tool):
-    """Report `UserError` on stderr, after the tool's name, with status 2."""
+    """Report user mistakes on stderr, after the tool's name, with status 2.
+
+    They are `UserError` and `CheckpointError`.
+    """
     try:
         yield
-    except UserError as error:
+    except (UserError, CheckpointError) as error:
         print(f'{tool}: {error}', file=sys.stderr)
         sys.exit(2)
 
@@ -223,19 +234,25 @@ def check_file(path, what):
 
 
 def check_data(cfg, *splits):
-    """Check that the files of datasets and evaluators exist.
+    """Check that the files of datasets and evaluators exist and are data.
 
     Args:
         cfg (Config): The config.
         splits (str): Any of ``'train'``, ``'val'`` and ``'test'``.
 
     Raises:
-        UserError: If a file or folder is missing; it says how to get it.
+        UserError: If a file or folder is missing, with how to get it, or if
+            reading a file could run code.
     """
     for split in splits:
         loader = cfg.get(f'{split}_dataloader') or {}
         for key, dataset in _datasets(loader, f'{split}_dataloader'):
             for path in _dataset_paths(dataset):
+                if path.endswith(UNSAFE_FILES):
+                    raise UserError(
+                        f'{path} is not read, because it could run code '
+                        f'({key}); save what it holds as .json'
+                    )
                 if '://' not in path and not os.path.exists(path):
                     raise UserError(
                         f'data missing: {path} does not exist ({key}). '
@@ -295,13 +312,23 @@ def start_checkpoints(cfg):
     return found
 
 
-def build_runner(cfg):
-    """Build the runner; a distributed one works without a GPU too."""
+def build_runner(cfg, complete):
+    """Build the runner; a distributed one works without a GPU too.
+
+    Args:
+        cfg (Config): The config.
+        complete (bool): Whether the checkpoint that it loads, if any, must
+            have all weights of the model.
+
+    Returns:
+        Runner: The runner.
+    """
     if cfg.launcher != 'none' and get_device() == 'cpu':
         _prepare_cpu_launch(cfg)
-    if 'runner_type' in cfg:
-        return RUNNERS.build(cfg)
-    return Runner.from_cfg(cfg)
+    build = RUNNERS.build if 'runner_type' in cfg else Runner.from_cfg
+    runner = build(cfg)
+    runner.register_hook(LoadingCheck(complete))
+    return runner
 
 
 def _prepare_cpu_launch(cfg):

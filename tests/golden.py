@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 DATA = Path(__file__).parent / 'data'
-FILES = sorted(
-    path.stem for path in DATA.glob('*.json') if 'keys' not in path.name
-)
+
+
+def files(*tasks):
+    """Names of the files with outputs of any of the tasks."""
+    return sorted(p.stem for t in tasks for p in DATA.glob(f'{t}_*.json'))
 
 
 def load(name):
@@ -62,8 +64,7 @@ def image(shape):
     return torch.from_numpy(draw)
 
 
-def cotangent(name, output):
-    """What to multiply an output with for the loss of the training files."""
+def _cotangent(name, output):
     shape = tuple(output.shape)
     draw = _generator(f'cotangent {name} {shape}').standard_normal(shape)
     return torch.from_numpy(draw)
@@ -83,3 +84,31 @@ def assert_agrees(name, tensor, figures):
     assert error <= 1e-9 * scale, f'{name}: values differ by {error}'
     error = abs(flat.norm().item() - figures['norm'])
     assert error <= 1e-9 * max(scale, figures['norm']), f'{name}: norm'
+
+
+def assert_outputs_agree(outputs, figures):
+    assert len(outputs) == len(figures['outputs'])
+    for output, name in zip(outputs, figures['outputs'], strict=True):
+        assert_agrees(name, output, figures['outputs'][name])
+
+
+def assert_training_agrees(outputs, image, tensors, figures):
+    """Outputs, gradients and buffers of a training step agree.
+
+    Args:
+        outputs (Sequence[Tensor]): The outputs.
+        image (Tensor): The input, which requires a gradient.
+        tensors (dict[str, Tensor]): Parameters and buffers.
+        figures (dict): What a training file holds.
+    """
+    assert_outputs_agree(outputs, figures)
+    loss = sum(
+        (output * _cotangent(name, output)).sum()
+        for output, name in zip(outputs, figures['outputs'], strict=True)
+    )
+    loss.backward()
+    assert_agrees('grad input', image.grad, figures['input_grad'])
+    for key, expected in figures['grads'].items():
+        assert_agrees(f'grad {key}', tensors[key].grad, expected)
+    for key, expected in figures['buffers'].items():
+        assert_agrees(f'buffer {key}', tensors[key], expected)

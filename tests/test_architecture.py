@@ -19,8 +19,14 @@ ALLOWED = {
     'models.layers': ([], ['torch']),
     'models.reparam': (['models.layers', 'ops'], ['torch']),
     'models.blocks': (['models.layers', 'models.reparam', 'ops'], ['torch']),
+    'checkpoint_file': ([], ['mmengine', 'numpy', 'torch']),
+    'checkpoint': (
+        ['checkpoint_file', 'models.reparam'],
+        ['mmengine', 'torch'],
+    ),
     'models.overlock': (
         [
+            'checkpoint',
             'models.blocks',
             'models.layers',
             'models.reparam',
@@ -29,7 +35,9 @@ ALLOWED = {
         ['mmengine', 'torch'],
     ),
     'models.__init__': (['models.overlock'], []),
-    'cli': ([], ['mmengine', 'torch']),
+    'models.classification': ([], ['mmpretrain', 'torch']),
+    'layer_decay': (['models.overlock'], ['mmengine', 'torch']),
+    'cli': (['checkpoint'], ['mmengine', 'torch']),
 }
 
 

@@ -44,9 +44,16 @@ def coco(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def ade(tmp_path_factory):
+def ade20k(tmp_path_factory):
     out = tmp_path_factory.mktemp('data') / 'ade' / 'ADEChallengeData2016'
     tool.main(['ade20k', str(out), *OPTIONS])
+    return out
+
+
+@pytest.fixture(scope='module')
+def imagenet(tmp_path_factory):
+    out = tmp_path_factory.mktemp('data') / 'imagenet'
+    tool.main(['imagenet', str(out), *OPTIONS])
     return out
 
 
@@ -278,25 +285,25 @@ def test_objects_stand_out(draw):
             assert np.median(distance) > 40
 
 
-def test_ade20k_files(ade):
+def test_ade20k_files(ade20k):
     names = {'sample_data.json'}
     for split, count in COUNTS.items():
         for index in range(1, count + 1):
             name = f'{ADE_FOLDERS[split]}/ADE_{split}_{index:08d}'
             names |= {f'images/{name}.jpg', f'annotations/{name}.png'}
-    assert set(tree(ade)) == names
+    assert set(tree(ade20k)) == names
 
 
-def test_ade20k_labels(ade):
+def test_ade20k_labels(ade20k):
     objects = {67, 68, 91, 115, 120}
     stuff = {1, 3, 4, 6, 7, 10, 17, 27, 47}
     seen = set()
-    for path in (ade / 'annotations').rglob('*.png'):
+    for path in (ade20k / 'annotations').rglob('*.png'):
         with Image.open(path) as file:
             assert file.mode == 'L'
             labels = np.asarray(file)
-        folder = path.relative_to(ade / 'annotations').with_suffix('.jpg')
-        with Image.open(ade / 'images' / folder) as file:
+        folder = path.relative_to(ade20k / 'annotations').with_suffix('.jpg')
+        with Image.open(ade20k / 'images' / folder) as file:
             assert file.format == 'JPEG' and file.mode == 'RGB'
             assert file.size == labels.shape[::-1]
         sides = sorted(labels.shape)
@@ -308,12 +315,12 @@ def test_ade20k_labels(ade):
     assert seen == {0} | objects | stuff
 
 
-def test_ade20k_labels_are_what_is_drawn(ade):
+def test_ade20k_labels_are_what_is_drawn(ade20k):
     for index in range(1, 9):
         canvas, labels, jpeg = tool.draw_ade20k('val', index, SIZE, SEED)
         name = f'validation/ADE_val_{index:08d}'
-        assert (ade / 'images' / f'{name}.jpg').read_bytes() == jpeg
-        with Image.open(ade / 'annotations' / f'{name}.png') as file:
+        assert (ade20k / 'images' / f'{name}.jpg').read_bytes() == jpeg
+        with Image.open(ade20k / 'annotations' / f'{name}.png') as file:
             np.testing.assert_array_equal(np.asarray(file), labels)
         for drawn, mask in zip(canvas.objects, canvas.masks(), strict=True):
             assert (labels[mask] == tool.ADE_INDICES[drawn.name]).all()
@@ -330,6 +337,43 @@ def test_ade20k_indices_are_those_of_mmseg():
         assert classes[index - 1] == name
 
 
+def test_imagenet_files(imagenet):
+    """Images are in the folders that the lists say, one object each."""
+    files = tree(imagenet)
+    labels = {folder: label for folder, label, _ in tool.IMAGENET_CLASSES}
+    names = {'sample_data.json', 'meta/train.txt', 'meta/val.txt'}
+    for split, count in COUNTS.items():
+        lines = files[f'meta/{split}.txt'].decode().splitlines()
+        assert len(lines) == count
+        for index, line in enumerate(lines, start=1):
+            name, label = line.split()
+            folder, file = name.split('/')
+            stem = {'train': folder, 'val': 'ILSVRC2012_val'}[split]
+            assert file == f'{stem}_{index:08d}.JPEG'
+            assert int(label) == labels[folder]
+            names.add(f'{split}/{name}')
+            drawn = tool.draw_imagenet(split, index, SIZE, SEED)
+            assert drawn == (folder, int(label), files[f'{split}/{name}'])
+            with Image.open(imagenet / split / name) as image:
+                assert image.format == 'JPEG' and image.mode == 'RGB'
+                assert max(image.size) == SIZE
+    assert set(files) == names
+
+
+def test_imagenet_classes_are_those_of_mmpretrain():
+    pytest.importorskip('mmpretrain')
+    from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
+
+    folders, labels, _ = zip(*tool.IMAGENET_CLASSES, strict=True)
+    assert sorted(folders) == list(folders)  # as the real labels do
+    assert sorted(labels) == list(labels)
+    names = [IMAGENET_CATEGORIES[label].split(',')[0] for label in labels]
+    assert names == [
+        *('airliner', 'envelope', 'mountain tent', 'remote control'),
+        *('tennis ball', 'banana', 'pizza', 'daisy'),
+    ]
+
+
 @pytest.mark.parametrize('dataset', tool.DATASETS)
 def test_same_seed_same_bytes(dataset, tmp_path):
     options = ['--images=4', '--size=64']
@@ -339,7 +383,8 @@ def test_same_seed_same_bytes(dataset, tmp_path):
     first, again, other = (tree(tmp_path / name) for name in 'abc')
     assert first == again
     assert first.keys() == other.keys()
-    assert all(first[name] != other[name] for name in first)
+    files = [name for name in first if not name.startswith('meta/')]
+    assert all(first[name] != other[name] for name in files)
 
 
 @pytest.mark.parametrize('dataset', tool.DATASETS)
@@ -348,8 +393,8 @@ def test_an_image_depends_on_no_other(dataset, tmp_path):
         out = str(tmp_path / str(images))
         tool.main([dataset, out, f'--images={images}', '--size=64'])
     few, many = tree(tmp_path / '2'), tree(tmp_path / '45')
-    files = [name for name in few if name.endswith(('.jpg', '.png'))]
-    assert len(files) == {'coco': 10, 'ade20k': 20}[dataset]
+    files = [name for name in few if name.endswith(('jpg', 'png', 'JPEG'))]
+    assert len(files) == {'coco': 10, 'ade20k': 20, 'imagenet': 10}[dataset]
     assert all(few[name] == many[name] for name in files)
     train = [name for name in files if 'train' in name]
     assert {few[name] for name in train}.isdisjoint(
@@ -389,7 +434,8 @@ def test_complete_dataset_is_left_at_once(coco, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize('dataset', tool.DATASETS)
-def test_interrupted_run_is_resumed(dataset, coco, ade, tmp_path, monkeypatch):
+def test_interrupted_run_is_resumed(dataset, request, tmp_path, monkeypatch):
+    complete = request.getfixturevalue(dataset)
     out = tmp_path / 'data'
     command = [dataset, str(out), *OPTIONS]
     replace = Path.replace
@@ -412,7 +458,7 @@ def test_interrupted_run_is_resumed(dataset, coco, ade, tmp_path, monkeypatch):
     tool.main(command)
     files = tree(out)
     assert files.pop('mine.txt') == b'mine'
-    assert files == tree({'coco': coco, 'ade20k': ade}[dataset])
+    assert files == tree(complete)
 
 
 def assert_refused(command, out, capsys):
@@ -534,7 +580,7 @@ def test_loads_in_mmdet(coco):
     assert found == sum(not item['iscrowd'] for item in annotations)
 
 
-def test_loads_in_mmseg(ade):
+def test_loads_in_mmseg(ade20k):
     datasets = pytest.importorskip('mmseg.datasets')
     from mmengine.registry import DefaultScope
 
@@ -563,7 +609,7 @@ def test_loads_in_mmseg(ade):
     with DefaultScope.overwrite_default_scope('mmseg'):
         for folder, pipeline in (('training', train), ('validation', val)):
             dataset = datasets.ADE20KDataset(
-                data_root=str(ade),
+                data_root=str(ade20k),
                 data_prefix=dict(
                     img_path=f'images/{folder}',
                     seg_map_path=f'annotations/{folder}',
@@ -579,8 +625,27 @@ def test_loads_in_mmseg(ade):
     for sample in samples['validation']:
         truth = sample['data_samples']
         image = Path(truth.img_path)
-        path = ade / 'annotations' / 'validation' / f'{image.stem}.png'
+        path = ade20k / 'annotations' / 'validation' / f'{image.stem}.png'
         with Image.open(path) as file:
             labels = np.asarray(file).astype(int)
         expected = np.where(labels == 0, 255, labels - 1)
         np.testing.assert_array_equal(truth.gt_sem_seg.data[0], expected)
+
+
+def test_loads_in_mmpretrain(imagenet):
+    datasets = pytest.importorskip('mmpretrain.datasets')
+    pipeline = [
+        dict(type='mmpretrain.LoadImageFromFile'),
+        dict(type='mmpretrain.PackInputs'),
+    ]
+    for split, count in COUNTS.items():
+        dataset = datasets.ImageNet(
+            data_root=str(imagenet), split=split, pipeline=pipeline
+        )
+        assert len(dataset) == count
+        lines = (imagenet / 'meta' / f'{split}.txt').read_text().splitlines()
+        for sample, line in zip(dataset, lines, strict=True):
+            name, label = line.split()
+            assert sample['data_samples'].gt_label.item() == int(label)
+            path = Path(sample['data_samples'].img_path)
+            assert path == imagenet / split / name

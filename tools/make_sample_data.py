@@ -1,4 +1,4 @@
-"""Draw a miniature dataset in the layout of COCO 2017 or ADE20K.
+"""Draw a miniature dataset in the layout of COCO 2017, ADE20K or ImageNet.
 
 The pictures are drawn by this program: simple shapes on textured
 backgrounds. Nothing is downloaded and nothing is a photograph. File names,
@@ -173,22 +173,26 @@ ADE_OUTLINES = {
 }
 ADE_FOLDERS = {'train': 'training', 'val': 'validation'}
 
+# Folder, label and outline.
+IMAGENET_CLASSES = (
+    ('n02690373', 404, AIRPLANE),  # airliner
+    ('n03291819', 549, rectangle(aspect=1.4)),  # envelope
+    ('n03792972', 672, TRIANGLE),  # mountain tent
+    ('n04074963', 761, rectangle(aspect=3.2)),  # remote control
+    ('n04409515', 852, disc()),  # tennis ball
+    ('n07753592', 954, crescent()),  # banana
+    ('n07873807', 963, slice_of_disc()),  # pizza
+    ('n11939491', 985, flower()),  # daisy
+)
+
 # ----------------------------------------------------------------- drawing
 
 
 def pattern(rng, kind, height, width, period, angle):
-    """Draws a grey pattern.
+    """Draws a grey pattern, H x W, values in [0, 1].
 
-    Args:
-        rng (numpy.random.Generator): Source of randomness.
-        kind (str): One of ``PATTERNS``.
-        height (int): In pixels.
-        width (int): In pixels.
-        period (float): In pixels; a gradient has none.
-        angle (float): Direction of change in radians, 0 for along x.
-
-    Returns:
-        ndarray: H x W, values in [0, 1].
+    The kind is one of ``PATTERNS``, the period in pixels, the angle that of
+    the direction of change in radians, 0 for along x.
     """
     if kind == 'smooth':
         cells = math.ceil(height / period), math.ceil(width / period)
@@ -268,10 +272,8 @@ class Canvas:
         Args:
             rng (numpy.random.Generator): Source of colour and texture.
             name (str): The object's class.
-            outlines (list[ndarray]): The object's parts, each (K, 2) in
-                pixels. A plain object has one.
+            outlines (list[ndarray]): Its parts, each (K, 2) in pixels.
             crowd (bool): Whether the parts are objects of a crowd.
-                Defaults to False.
 
         Returns:
             bool: Whether it was drawn.
@@ -322,10 +324,28 @@ def encoded(array, image_format, **options):
     return buffer.getvalue()
 
 
-def image_shape(rng, size):
-    """Height and width: the long side is ``size``, landscape or portrait."""
+def begin(split, index, size, seed):
+    """What an image begins with; no other image has a part in it.
+
+    Args:
+        split (str): 'train' or 'val'.
+        index (int): The image's number in its split, from 1.
+        size (int): The long side in pixels.
+        seed (int): The dataset's seed.
+
+    Returns:
+        tuple[numpy.random.Generator, int, int]: Source of randomness, height
+        and width, landscape or portrait.
+    """
+    rng = np.random.default_rng((seed, SPLITS.index(split), index))
     short = int(rng.integers(math.ceil(0.75 * size), size + 1))
-    return (size, short) if rng.random() < 0.5 else (short, size)
+    return rng, *((size, short) if rng.random() < 0.5 else (short, size))
+
+
+def textured_canvas(rng, height, width):
+    """A canvas with a random texture."""
+    colour = rng.uniform(40, 215, 3)
+    return Canvas(textured(rng, height, width, colour, contrast=40))
 
 
 def placed(rng, outline, centre, size, max_tilt):
@@ -337,14 +357,7 @@ def placed(rng, outline, centre, size, max_tilt):
 
 
 def scatter(rng, canvas, outlines, max_tilt):
-    """Draws 1 to 6 objects at random places.
-
-    Args:
-        rng (numpy.random.Generator): Source of randomness.
-        canvas (Canvas): What to draw on.
-        outlines (dict[str, ndarray]): Class names and their outlines.
-        max_tilt (float): Largest rotation either way, in radians.
-    """
+    """Draws 1 to 6 objects of the outlines, which go by class name."""
     height, width = canvas.owner.shape
     for _ in range(rng.integers(1, 7)):
         for _ in range(20):  # places, until one hides no object too much
@@ -375,21 +388,9 @@ def draw_crowd(rng, canvas):
 
 
 def draw_coco(split, index, size, seed):
-    """Draws an image of the COCO layout.
-
-    Args:
-        split (str): 'train' or 'val'.
-        index (int): The image's number in its split, from 1.
-        size (int): The long side in pixels.
-        seed (int): The dataset's seed.
-
-    Returns:
-        tuple[Canvas, bytes]: The drawing and its JPEG file.
-    """
-    rng = np.random.default_rng((seed, SPLITS.index(split), index))
-    height, width = image_shape(rng, size)
-    colour = rng.uniform(40, 215, 3)
-    canvas = Canvas(textured(rng, height, width, colour, contrast=40))
+    """Draws an image of the COCO layout: a canvas and its JPEG file."""
+    rng, height, width = begin(split, index, size, seed)
+    canvas = textured_canvas(rng, height, width)
     if index % COCO_EMPTY_EVERY:
         if index % COCO_CROWD_EVERY == COCO_CROWD_EVERY // 2:
             draw_crowd(rng, canvas)
@@ -504,15 +505,7 @@ def coco_annotation(mask, crowd):
 
 
 def write_coco(out, split, indices, size, seed):
-    """Writes a split in the layout of COCO 2017.
-
-    Args:
-        out (Path): The dataset's folder.
-        split (str): 'train' or 'val'.
-        indices (Iterable[int]): Numbers of the images, from 1.
-        size (int): Long side of the images in pixels.
-        seed (int): The dataset's seed.
-    """
+    """Writes a split in the layout of COCO 2017; see `DATASETS`."""
     categories = coco_categories()
     ids = {category['name']: category['id'] for category in categories}
     images, annotations = [], []
@@ -560,11 +553,6 @@ def write_coco(out, split, indices, size, seed):
 def draw_scene(rng, height, width):
     """Draws layers of stuff, one below the other.
 
-    Args:
-        rng (numpy.random.Generator): Source of randomness.
-        height (int): In pixels.
-        width (int): In pixels.
-
     Returns:
         tuple[ndarray, ndarray]: The picture, H x W x 3, and its label map,
         H x W, with 0 along the lines where two layers meet.
@@ -598,18 +586,11 @@ def draw_scene(rng, height, width):
 def draw_ade20k(split, index, size, seed):
     """Draws an image of the ADE20K layout.
 
-    Args:
-        split (str): 'train' or 'val'.
-        index (int): The image's number in its split, from 1.
-        size (int): The long side in pixels.
-        seed (int): The dataset's seed.
-
     Returns:
         tuple[Canvas, ndarray, bytes]: The drawing, its label map (uint8,
         H x W, 0 for unlabelled) and its JPEG file.
     """
-    rng = np.random.default_rng((seed, SPLITS.index(split), index))
-    height, width = image_shape(rng, size)
+    rng, height, width = begin(split, index, size, seed)
     pixels, labels = draw_scene(rng, height, width)
     canvas = Canvas(pixels)
     scatter(rng, canvas, ADE_OUTLINES, max_tilt=0.5)
@@ -619,7 +600,7 @@ def draw_ade20k(split, index, size, seed):
 
 
 def write_ade20k(out, split, indices, size, seed):
-    """Writes a split in the layout of ADE20K; arguments as `write_coco`."""
+    """Writes a split in the layout of ADE20K; see `DATASETS`."""
     folder = ADE_FOLDERS[split]
     for index in indices:
         _, labels, jpeg = draw_ade20k(split, index, size, seed)
@@ -629,10 +610,47 @@ def write_ade20k(out, split, indices, size, seed):
         write(label_file, encoded(labels, 'PNG'))
 
 
+# ---------------------------------------------------------------- ImageNet
+
+
+def draw_imagenet(split, index, size, seed):
+    """Draws an image of one object: its folder, label and JPEG file."""
+    rng, height, width = begin(split, index, size, seed)
+    canvas = textured_canvas(rng, height, width)
+    number = index % len(IMAGENET_CLASSES)
+    folder, label, outline = IMAGENET_CLASSES[number]
+    extent = min(height, width) * rng.uniform(0.5, 0.8)
+    centre = rng.uniform(0.4, 0.6, 2) * (width, height)
+    canvas.draw(rng, folder, [placed(rng, outline, centre, extent, math.pi)])
+    return folder, label, canvas.jpeg(rng)
+
+
+def write_imagenet(out, split, indices, size, seed):
+    """Writes a split in the layout of ImageNet; see `DATASETS`.
+
+    The lists in meta/ say which labels the folders have: without them,
+    mmpretrain wants all 1000 folders.
+    """
+    lines = []
+    for index in indices:
+        folder, label, jpeg = draw_imagenet(split, index, size, seed)
+        stem = folder if split == 'train' else 'ILSVRC2012_val'
+        name = f'{folder}/{stem}_{index:08d}.JPEG'
+        write(out / split / name, jpeg)
+        lines.append(f'{name} {label}\n')
+    write(out / 'meta' / f'{split}.txt', ''.join(lines).encode())
+
+
 # ------------------------------------------------------------ command line
 
-# Another layout is one more entry: write(out, split, indices, size, seed).
-DATASETS = {'coco': write_coco, 'ade20k': write_ade20k}
+# Another layout is one more entry: write(out, split, indices, size, seed) of
+# a folder (Path), 'train' or 'val', numbers of images from 1, the long side
+# of the images in pixels and the dataset's seed.
+DATASETS = {
+    'coco': write_coco,
+    'ade20k': write_ade20k,
+    'imagenet': write_imagenet,
+}
 
 
 def replace(path, contents):
@@ -675,11 +693,7 @@ def read_marker(out):
 
 
 def claim(out, arguments):
-    """Makes a folder this dataset's own.
-
-    Args:
-        out (Path): The folder.
-        arguments (dict): What the dataset is drawn from.
+    """Makes a folder the own one of a dataset drawn from these arguments.
 
     Returns:
         bool: Whether the dataset is there already, complete.

@@ -22,6 +22,12 @@ def build_parser():
         help='draw the predictions into this folder (mmseg: into '
         'vis_data/vis_image in it)',
     )
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help='average over scales and flips, as tta_model and tta_pipeline of '
+        'the config say',
+    )
     return parser
 
 
@@ -70,6 +76,21 @@ def draw_predictions(cfg, folder):
         cfg.visualizer.vis_backends = [dict(type='LocalVisBackend')]
 
 
+def augment_test_time(cfg):
+    """Wrap the model in ``tta_model`` and read images by ``tta_pipeline``."""
+    for key in ('tta_model', 'tta_pipeline'):
+        if not cfg.get(key):
+            raise cli.UserError(
+                '--tta needs tta_model and tta_pipeline in the config, and '
+                f'there is no {key}'
+            )
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    dataset.pipeline = cfg.tta_pipeline
+    cfg.model = dict(**cfg.tta_model, module=cfg.model)
+
+
 def main(argv=None):
     with cli.user_errors('test.py'):
         args = build_parser().parse_args(argv)
@@ -81,8 +102,10 @@ def main(argv=None):
             raise cli.UserError(f'--out {args.out} does not end in .pkl')
         if args.show_dir:
             draw_predictions(cfg, args.show_dir)
+        if args.tta:
+            augment_test_time(cfg)
         with cli.explain_failures(cfg, args.cfg_options):
-            runner = cli.build_runner(cfg)
+            runner = cli.build_runner(cfg, complete=True)
             if args.out:
                 dump = (
                     METRICS.build(

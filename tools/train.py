@@ -74,7 +74,7 @@ def main(argv=None):
             cli.check_file(path, f'{key}: checkpoint')
         cli.check_data(cfg, 'train', 'val')
         with cli.explain_failures(cfg, args.cfg_options):
-            cli.build_runner(cfg).train()
+            cli.build_runner(cfg, complete=cfg.get('resume', False)).train()
 
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@ _base_ = [
     '../_base_/models/mask_rcnn.py',
     '../_base_/datasets/coco_instance.py',
     '../_base_/schedules/1x.py',
+    '../_base_/adamw.py',
     '../_base_/mmdet_runtime.py',
 ]
 
@@ -20,18 +21,5 @@ model = dict(
     neck=dict(in_channels=[64, 128, 384, 640]),
 )
 
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(
-        type='AdamW', lr=2e-4, betas=(0.9, 0.999), weight_decay=0.05
-    ),
-    # Keys are substrings of parameter names.
-    paramwise_cfg=dict(
-        custom_keys=dict(
-            norm=dict(decay_mult=0.0),
-            absolute_pos_embed=dict(decay_mult=0.0),
-            relative_position_bias_table=dict(decay_mult=0.0),
-        )
-    ),
-)
+optim_wrapper = dict(optimizer=dict(lr=2e-4, weight_decay=0.05))
 sync_bn = 'torch'

@@ -63,6 +63,11 @@ class OverLoCK(BaseModule):
             grows linearly from 0. Defaults to 0.
         fuse_overview (bool): Add the Overview-Net's output to the last map,
             as the released detectors do. Defaults to False.
+        classifier (bool): Build the released classifiers' form, for
+            :class:`mmoverlock.models.classification.OverLoCKClsHead`: there
+            are no output norms, and the outputs are two maps at stride 32,
+            the Overview-Net's and, last, the Focus-Net's. ``out_indices`` and
+            ``fuse_overview`` keep their defaults. Defaults to False.
         frozen_stages (int): What is kept in eval mode and without gradients:
             -1 nothing; 0 the stem; k up to 3 the stem and stages 1 to k of
             the Base-Net; 4 all of it, the Overview-Net and the Focus-Net. The
@@ -146,6 +151,7 @@ class OverLoCK(BaseModule):
         out_indices: Sequence[int] = (0, 1, 2, 3),
         drop_path_rate: float = 0.0,
         fuse_overview: bool = False,
+        classifier: bool = False,
         frozen_stages: int = -1,
         norm_cfg: dict | None = None,
         norm_eval: bool = False,
@@ -160,6 +166,7 @@ class OverLoCK(BaseModule):
         self.depths = (*arch['depths'], *arch['focus_depths'])
         self.out_indices = tuple(out_indices)
         self.fuse_overview = fuse_overview
+        self.classifier = classifier
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.checkpointed = self._parse_with_cp(with_cp)
@@ -174,6 +181,12 @@ class OverLoCK(BaseModule):
             raise ValueError(
                 'fuse_overview adds to output 3, which is not in '
                 f'out_indices {self.out_indices}'
+            )
+        if classifier and (fuse_overview or len(self.out_indices) < 4):
+            raise ValueError(
+                'classifier=True has outputs of its own; it takes no '
+                'out_indices but (0, 1, 2, 3) and no fuse_overview, got '
+                f'{self.out_indices} and {fuse_overview}'
             )
         if frozen_stages not in range(-1, len(self.freezing_steps)):
             raise ValueError(
@@ -257,11 +270,13 @@ class OverLoCK(BaseModule):
             )
             self.sub_blocks4 = focus_blocks(3)
 
-        self.extra_norm = nn.ModuleDict(
-            {str(i): LayerNorm2d(self._widths[i]) for i in self.out_indices}
-        )
-        if self.out_indices[-1] >= 2:  # stage 3 reads the norm of output 1
-            self.extra_norm['1'] = LayerNorm2d(self._widths[1])
+        if not classifier:
+            normed = set(self.out_indices)
+            if self.out_indices[-1] >= 2:  # stage 3 reads the norm of output 1
+                normed.add(1)
+            self.extra_norm = nn.ModuleDict(
+                {str(i): LayerNorm2d(self._widths[i]) for i in sorted(normed)}
+            )
         if fuse_overview:
             self.extra_norm['4'] = LayerNorm2d(channels[3])
             self.h_proj = nn.Sequential(
@@ -317,6 +332,24 @@ class OverLoCK(BaseModule):
             )
         return dict(zip(self.block_groups, with_cp, strict=True))
 
+    def init_weights(self) -> None:
+        """Initialize as ``init_cfg`` says.
+
+        What it names as ``Pretrained`` is loaded by
+        :func:`mmoverlock.checkpoint.load_pretrained`.
+        """
+        # That module imports from this package.
+        from ..checkpoint import load_pretrained
+
+        init_cfg, done = self.init_cfg, self.is_init
+        cfgs = [init_cfg] if isinstance(init_cfg, dict) else init_cfg or []
+        files = [cfg for cfg in cfgs if 'Pretrained' in str(cfg['type'])]
+        self.init_cfg = [cfg for cfg in cfgs if cfg not in files]
+        super().init_weights()
+        self.init_cfg = init_cfg
+        for cfg in [] if done else files:
+            load_pretrained(self, cfg['checkpoint'], cfg.get('prefix'))
+
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
@@ -333,11 +366,15 @@ class OverLoCK(BaseModule):
     @property
     def out_channels(self) -> tuple[int, ...]:
         """Channels of each output, as a neck's ``in_channels``."""
+        if self.classifier:
+            return self.channels[3], self._widths[3]
         return tuple(self._widths[i] for i in self.out_indices)
 
     @property
     def out_strides(self) -> tuple[int, ...]:
         """Stride of each output in pixels of the input."""
+        if self.classifier:
+            return 32, 32
         return tuple(4 * 2**i for i in self.out_indices)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -348,7 +385,8 @@ class OverLoCK(BaseModule):
 
         Returns:
             tuple[Tensor]: A contiguous (B, C, H / stride, W / stride) map,
-            rounded up, for each of ``out_indices``.
+            rounded up, for each of ``out_indices``; as a classifier, the
+            Overview-Net's and the Focus-Net's last maps.
         """
         if x.device.type == 'cpu':
             # Depthwise convolutions are far faster so on a CPU.
@@ -357,11 +395,14 @@ class OverLoCK(BaseModule):
         if self.out_indices[-1] >= 2:
             overview = self.overview_net(maps[2])
             maps[2:] = self.focus_net(maps[2], overview)
-        outs = [
-            # The Base-Net has normalized output 1 for itself.
-            maps[i] if i == 1 else self.extra_norm[str(i)](maps[i])
-            for i in self.out_indices
-        ]
+        if self.classifier:
+            outs = [overview, maps[3]]
+        else:
+            outs = [
+                # The Base-Net has normalized output 1 for itself.
+                maps[i] if i == 1 else self.extra_norm[str(i)](maps[i])
+                for i in self.out_indices
+            ]
         if self.fuse_overview:
             overview = self.extra_norm['4'](overview)
             outs[-1] = outs[-1] + self.h_proj(overview)
@@ -371,13 +412,13 @@ class OverLoCK(BaseModule):
     def base_net(self, x: Tensor) -> list[Tensor]:
         """Images to the maps of stages 1 to 3, as far as they are needed.
 
-        The map of stage 2 is normalized: in the released dense predictors,
-        unlike the classifier, stage 3 reads it after its output norm.
+        The map of stage 2 is normalized, unless for a classifier: in the
+        released dense predictors, stage 3 reads it after its output norm.
         """
         maps = [self._run('blocks1', self.patch_embed1(x))]
         if self.out_indices[-1] >= 1:
             x = self._run('blocks2', self.patch_embed2(maps[0]))
-            maps.append(self.extra_norm['1'](x))
+            maps.append(x if self.classifier else self.extra_norm['1'](x))
         if self.out_indices[-1] >= 2:
             maps.append(self._run('blocks3', self.patch_embed3(maps[1])))
         return maps

@@ -1,0 +1,14 @@
+_base_ = 'overlock_t_160k.py'
+
+model = dict(
+    backbone=dict(
+        arch='b',
+        drop_path_rate=0.5,
+        init_cfg=dict(
+            checkpoint='https://github.com/LMMMEng/OverLoCK/releases/'
+            'download/v1/overlock_b_in1k_224.pth'
+        ),
+    ),
+    decode_head=dict(in_channels=[80, 160, 528, 720]),
+    auxiliary_head=dict(in_channels=528),
+)

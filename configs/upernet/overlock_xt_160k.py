@@ -1,0 +1,14 @@
+_base_ = 'overlock_t_160k.py'
+
+model = dict(
+    backbone=dict(
+        arch='xt',
+        drop_path_rate=0.1,
+        init_cfg=dict(
+            checkpoint='https://github.com/LMMMEng/OverLoCK/releases/'
+            'download/v1/overlock_xt_in1k_224.pth'
+        ),
+    ),
+    decode_head=dict(in_channels=[56, 112, 340, 420]),
+    auxiliary_head=dict(in_channels=340),
+)

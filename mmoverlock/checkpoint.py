@@ -1,0 +1,341 @@
+"""Weights into models: what fits, what does not, and the released files.
+
+Names of weights: the release's classifiers have those of the backbone at the
+top, beside ``head.`` and ``aux_head.``; models of OpenMMLab, the release's
+detectors and segmenters among them, have ``backbone.`` and, in classifiers,
+``head.head.`` and ``head.aux_head.``. *Merged* weights, which the release
+calls reparam, are those of ``OverLoCK(deploy=True)``.
+"""
+
+import logging
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner import CheckpointLoader, Runner
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .checkpoint_file import CheckpointError, read
+from .models.reparam import DilatedReparamConv
+
+State = dict[str, Tensor]
+
+# Of dense predictors only. They stay as initialized if a file lacks them, as
+# that of a classifier does.
+OUTPUT_LAYERS = ('extra_norm.', 'h_proj.')
+HEADS = ('head.', 'aux_head.')  # of classifiers
+STEM = 'patch_embed1.0.weight'
+_UNMERGED = 'origin_bn.weight'
+
+
+def load_safely() -> None:
+    """Have mmengine load all checkpoints of this process with :func:`read`.
+
+    Its own loaders run what a pickle asks for. Those of zoos and object
+    stores, such as ``torchvision://``, are closed.
+    """
+
+    def load_from_file_or_url(filename, map_location=None, logger=None):
+        return read(filename)
+
+    for prefix in [*CheckpointLoader._schemes]:
+        CheckpointLoader.register_scheme(
+            prefix, load_from_file_or_url, force=True
+        )
+
+
+def is_release(state: State) -> bool:
+    """Whether a backbone is at the top, as in the release's classifiers."""
+    return STEM in state
+
+
+def add_prefixes(state: State) -> State:
+    """The release's names of a classifier or backbone to OpenMMLab's."""
+    return OrderedDict(
+        (('head.' if k.startswith(HEADS) else 'backbone.') + k, weight)
+        for k, weight in state.items()
+    )
+
+
+def remove_prefixes(state: State) -> State:
+    """OpenMMLab's names of a classifier or backbone to the release's."""
+    return OrderedDict(
+        (k.removeprefix('head.').removeprefix('backbone.'), weight)
+        for k, weight in state.items()
+    )
+
+
+def take(state: State, prefix: str) -> State:
+    """The weights below a prefix, without it."""
+    return OrderedDict(
+        (name.removeprefix(prefix), weight)
+        for name, weight in state.items()
+        if name.startswith(prefix)
+    )
+
+
+def arch_of(state: State, zoo: dict) -> str | None:
+    """The arch that names and shapes tell.
+
+    Args:
+        state (dict): Weights of a backbone or of a model with one.
+        zoo (dict): Settings by names, ``OverLoCK.arch_zoo``.
+
+    Returns:
+        str | None: A name of the zoo, or depths and channels; None if there is
+        no OverLoCK.
+    """
+    state = state if is_release(state) else take(state, 'backbone.')
+    if not is_release(state):
+        return None
+    groups = ['blocks1', 'blocks2', 'blocks3', 'blocks4']
+    layers = ['1.9', '2.0', '3.0', '4.0']
+    depths = [
+        len({name.split('.')[0] for name in take(state, f'{group}.')})
+        for group in [*groups, 'sub_blocks3', 'sub_blocks4']
+    ]
+    channels = [
+        len(state.get(f'patch_embed{layer}.weight', ())) for layer in layers
+    ]
+    for names, arch in zoo.items():
+        wanted = *arch['depths'], *arch['focus_depths'], *arch['channels']
+        # A backbone may end before the last stage.
+        pairs = zip([*depths, *channels], wanted, strict=True)
+        if all(found in (0, number) for found, number in pairs):
+            return names[0]
+    return f'of depths {depths} and channels {channels}'
+
+
+def merge(state: State, eps: float = 1e-5) -> State:
+    """Merge the branches of every dilated reparameterized convolution.
+
+    Args:
+        state (dict): Weights by name, below any prefix.
+        eps (float): That of the batch norms. Defaults to 1e-5.
+    """
+    merged = OrderedDict(state)
+    for mark in [name for name in state if name.endswith(_UNMERGED)]:
+        prefix = mark.removesuffix(_UNMERGED)
+        branches = take(state, prefix)
+        large = branches['lk_origin.weight']
+        conv = DilatedReparamConv(
+            len(large), large.shape[-1], dict(type='BN', eps=eps)
+        ).to(large.dtype)
+        conv.load_state_dict(branches)
+        conv.switch_to_deploy()
+        for name in branches:
+            del merged[prefix + name]
+        for name, weight in conv.state_dict().items():
+            merged[prefix + name] = weight
+    return merged
+
+
+def adapt(state: State, model: nn.Module, source: str) -> State:
+    """Bring weights to the names and the merged or unmerged form of a model.
+
+    Args:
+        state (dict): Weights by name.
+        model (nn.Module): A backbone, or a model with one.
+        source (str): Where the weights are from, for the message.
+
+    Raises:
+        CheckpointError: If the weights are merged and the model is not.
+    """
+    if is_release(state) and not is_release(model.state_dict()):
+        state = add_prefixes(state)
+    for name, conv in model.named_modules():
+        if not isinstance(conv, DilatedReparamConv):
+            continue
+        if conv.branches and f'{name}.lk_origin.bias' in state:
+            raise CheckpointError(
+                f'{source} has merged (reparam) weights, which are for '
+                'inference only: set deploy=True in the backbone, or take the '
+                'file that is not merged'
+            )
+        if not conv.branches and f'{name}.{_UNMERGED}' in state:
+            block = model.get_submodule(name.rpartition('.')[0])
+            norms = (m for m in block.modules() if isinstance(m, _BatchNorm))
+            return merge(state, next(norms).eps)
+    return state
+
+
+class Comparison(NamedTuple):
+    """The names of weights in a checkpoint and in a model."""
+
+    loaded: list[str]
+    missing: list[str]  # in the checkpoint
+    unexpected: list[str]
+    reshaped: dict[str, str]  # with what is wrong
+
+    @classmethod
+    def of(cls, state: State, model: nn.Module) -> 'Comparison':
+        wanted = model.state_dict()
+        shapes = {name: tuple(weight.shape) for name, weight in state.items()}
+        result = cls(
+            [], [], [name for name in state if name not in wanted], {}
+        )
+        for name, weight in wanted.items():
+            if name not in state:
+                if not name.endswith('num_batches_tracked'):
+                    result.missing.append(name)
+            elif shapes[name] != weight.shape:
+                result.reshaped[name] = (
+                    f'{name} {shapes[name]} instead of {tuple(weight.shape)}'
+                )
+            else:
+                result.loaded.append(name)
+        return result
+
+    def __str__(self) -> str:
+        fit = len(self.loaded)
+        total = fit + len(self.missing) + len(self.reshaped)
+        parts = [f'{fit} of {total} tensors fit']
+        if self.missing:
+            parts.append(f'missing: {outline(self.missing)}')
+        if self.unexpected:
+            parts.append(f'left out: {outline(self.unexpected)}')
+        if self.reshaped:
+            texts = _first([*self.reshaped.values()], 3)
+            parts.append(f'of another shape: {texts}')
+        return '; '.join(parts)
+
+
+def outline(names: list[str]) -> str:
+    """The parts of a model that names are of, and how many of each."""
+    parts = {}
+    for name in names:
+        # What is below the backbone says more than that it is the backbone.
+        depth = 2 if name.startswith('backbone.') else 1
+        parts.setdefault('.'.join(name.split('.')[:depth]), []).append(name)
+    texts = [
+        f'{part}.* ({len(group)})' if len(group) > 1 else group[0]
+        for part, group in parts.items()
+    ]
+    return _first(texts, 12)
+
+
+def _first(texts, count):
+    rest = len(texts) - count
+    return ', '.join(texts[:count]) + (f' and {rest} more' * (rest > 0))
+
+
+def fit(
+    state: State, model: nn.Module, source: str, optional: tuple[str, ...]
+) -> State:
+    """Find what of a checkpoint a model can load, and log it.
+
+    Args:
+        state (dict): Weights by name, released or of OpenMMLab.
+        model (nn.Module): A backbone, or a model with one.
+        source (str): Where the weights are from, for messages.
+        optional (tuple[str]): Starts of the names that may be missing, or be
+            of another shape.
+
+    Returns:
+        dict: What to load.
+
+    Raises:
+        CheckpointError: If anything else is missing, nothing fits, or the
+            weights are merged and the model is not.
+    """
+    adapted = adapt(state, model, source)
+    result = Comparison.of(adapted, model)
+    names = [*result.missing, *result.reshaped]
+    if not result.loaded or not all(n.startswith(optional) for n in names):
+        zoos = [m.arch_zoo for m in model.modules() if hasattr(m, 'arch_zoo')]
+        zoo = zoos[0] if zoos else {}
+        found, arch = arch_of(state, zoo), arch_of(model.state_dict(), zoo)
+        if found == arch:
+            reason = str(result)
+        elif found is None:
+            reason = f'it has no OverLoCK, but {outline([*state])}'
+        else:
+            reason = (
+                f'it looks like OverLoCK {found}, and the model is OverLoCK '
+                f'{arch}: change the arch or take another file'
+            )
+        raise CheckpointError(f'{source} does not fit the model: {reason}')
+    usual = all(n.startswith(OUTPUT_LAYERS) for n in names) and all(
+        n.startswith(HEADS) for n in result.unexpected
+    )
+    level = logging.INFO if usual else logging.WARNING
+    print_log(f'loaded {source}: {result}', 'current', level)
+    fitting = OrderedDict((name, adapted[name]) for name in result.loaded)
+    fitting._metadata = getattr(state, '_metadata', {})
+    return fitting
+
+
+def load_pretrained(
+    backbone: nn.Module, checkpoint: str, prefix: str | None = None
+) -> None:
+    """Load what ``init_cfg`` names into an OverLoCK, and log it.
+
+    Released files fit as they are, and so do those of models of OpenMMLab with
+    an OverLoCK. The layers that make the outputs of dense predictors stay as
+    initialized where the file has none, and so does the first convolution
+    where it is for other channels.
+
+    Args:
+        backbone (OverLoCK): What to load into.
+        checkpoint (str): See :func:`read`.
+        prefix (str, optional): What the names of the backbone start with in
+            the file. Defaults to None: nothing or ``'backbone.'``.
+
+    Raises:
+        CheckpointError: See :func:`read` and :func:`fit`.
+    """
+    state = read(checkpoint)['state_dict']
+    if prefix or not is_release(state):
+        prefix = (prefix or 'backbone').removesuffix('.') + '.'
+        state = take(state, prefix) or state
+    optional = *OUTPUT_LAYERS, *({STEM} & state.keys())
+    fitting = fit(state, backbone, checkpoint, optional)
+    backbone.load_state_dict(fitting, strict=False)
+
+
+class LoadingCheck(Hook):
+    """Has a runner load what fits its model, or else end with an error.
+
+    mmengine logs what does not fit, and goes on.
+
+    Args:
+        complete (bool): Whether all weights of the model must be in the
+            checkpoint, as for a test; else any will do.
+    """
+
+    priority = 'VERY_HIGH'  # before the hook for moving averages
+
+    def __init__(self, complete: bool):
+        self.complete = complete
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        _forget_foreign_files(checkpoint, runner.work_dir)
+        if not isinstance(runner, Runner):  # the model may be sharded
+            return
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        source = str(runner._load_from or 'the last checkpoint')
+        optional = () if self.complete else ('',)
+        fitting = fit(checkpoint['state_dict'], model, source, optional)
+        # Complete, because the hook for moving averages wants all weights.
+        state = model.state_dict()
+        state.update(fitting)
+        state._metadata = fitting._metadata
+        checkpoint['state_dict'] = state
+
+
+def _forget_foreign_files(checkpoint, work_dir):
+    """CheckpointHook deletes the last best one, which a checkpoint names."""
+    hub = checkpoint.get('message_hub', {})
+    for key, path in list(hub.get('runtime_info', {}).items()):
+        if key.startswith('best_ckpt'):
+            path = Path(str(path)).resolve()
+            here = path.parent == Path(work_dir).resolve()
+            if not here or path.suffix != '.pth':
+                del hub['runtime_info'][key]
+                hub['resumed_keys'].pop(key, None)

@@ -1,0 +1,101 @@
+"""Classification with mmpretrain: the released classifiers' two heads."""
+
+from collections.abc import Sequence
+
+from mmpretrain.models.heads import ClsHead
+from mmpretrain.registry import MODELS
+from mmpretrain.structures import DataSample
+from torch import Tensor, nn
+
+
+@MODELS.register_module()
+class OverLoCKClsHead(ClsHead):
+    """The head of OverLoCK, and an auxiliary one on the Overview-Net.
+
+    The auxiliary head is for training only: it makes the context prior say
+    what is there. mmpretrain's mixup and cutmix work with both.
+
+    Args:
+        num_classes (int): Number of classes.
+        in_channels (Sequence[int]): Channels of the two maps of
+            ``OverLoCK(classifier=True)``, its ``out_channels``.
+        aux_loss_weight (float): Weight of the auxiliary loss. Defaults to
+            0.4.
+        loss (dict, optional): Loss of both heads. Defaults to
+            ``dict(type='CrossEntropyLoss')``.
+        init_cfg (dict, optional): See :class:`mmengine.model.BaseModule`.
+            Defaults to truncated normal weights with std 0.02.
+    """
+
+    hidden_channels = 1024
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: Sequence[int],
+        aux_loss_weight: float = 0.4,
+        loss: dict | None = None,
+        init_cfg: dict | None = None,
+    ):
+        super().__init__(
+            loss=loss or dict(type='CrossEntropyLoss'),
+            init_cfg=init_cfg
+            or dict(type='TruncNormal', layer='Conv2d', std=0.02),
+        )
+        overview, focus = in_channels
+        self.aux_loss_weight = aux_loss_weight
+        self.head = nn.Sequential(
+            nn.Conv2d(focus, self.hidden_channels, 1, bias=False),
+            nn.BatchNorm2d(self.hidden_channels),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(self.hidden_channels, num_classes, 1),
+        )
+        self.aux_head = nn.Sequential(
+            nn.BatchNorm2d(overview),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(overview, num_classes, 1),
+        )
+
+    def pre_logits(self, feats: Sequence[Tensor]) -> Tensor:
+        """Two (B, C, H, W) maps to what the last layer reads, (B, 1024)."""
+        _, focus = self._unpack(feats)
+        return self.head[:-1](focus).flatten(1)
+
+    def forward(self, feats: Sequence[Tensor]) -> Tensor:
+        """Two (B, C, H, W) maps to the logits, (B, num_classes)."""
+        _, focus = self._unpack(feats)
+        return self.head(focus).flatten(1)
+
+    def aux_logits(self, feats: Sequence[Tensor]) -> Tensor:
+        """Two (B, C, H, W) maps to the auxiliary logits."""
+        overview, _ = self._unpack(feats)
+        return self.aux_head(overview).flatten(1)
+
+    def loss(
+        self, feats: Sequence[Tensor], data_samples: list[DataSample]
+    ) -> dict[str, Tensor]:
+        """Compute the losses.
+
+        Args:
+            feats (Sequence[Tensor]): The two maps of the backbone.
+            data_samples (list[DataSample]): Labels, or scores after mixup.
+
+        Returns:
+            dict[str, Tensor]: ``loss_cls`` and ``loss_aux``.
+        """
+        loss, aux_loss = (
+            # In full precision under autocast too.
+            self._get_loss(logits.float(), data_samples)['loss']
+            for logits in (self(feats), self.aux_logits(feats))
+        )
+        return {'loss_cls': loss, 'loss_aux': self.aux_loss_weight * aux_loss}
+
+    @staticmethod
+    def _unpack(feats):
+        if len(feats) != 2:
+            raise ValueError(
+                'OverLoCKClsHead takes the two maps of '
+                f'OverLoCK(classifier=True), got {len(feats)}'
+            )
+        return feats

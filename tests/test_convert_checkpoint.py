@@ -1,0 +1,211 @@
+"""tools/convert_checkpoint.py: both ways, and what users get wrong."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mmoverlock.checkpoint import add_prefixes, merge
+from mmoverlock.models import OverLoCK
+
+PATH = Path(__file__).parents[1] / 'tools' / 'convert_checkpoint.py'
+spec = importlib.util.spec_from_file_location('convert_checkpoint', PATH)
+tool = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tool)
+
+TINY = dict(
+    depths=(1, 1, 1, 1),
+    channels=(8, 16, 16, 32),
+    focus_depths=(1, 1),
+    focus_heads=(2, 2),
+)
+
+
+@pytest.fixture(scope='module')
+def classifier():
+    """Weights of a small classifier, with the names of the release."""
+    torch.manual_seed(0)
+    state = OverLoCK(TINY, classifier=True).state_dict()
+    for name in ('head.0.weight', 'head.4.bias', 'aux_head.2.weight'):
+        state[name] = torch.randn(3)
+    return state
+
+
+@pytest.fixture
+def convert(tmp_path, capsys):
+    """Save weights, convert them, load the result."""
+
+    def run(contents, *options):
+        torch.save(contents, tmp_path / 'src.pth')
+        arguments = [str(tmp_path / name) for name in ('src.pth', 'dst.pth')]
+        tool.main([*arguments, *options])
+        result = torch.load(tmp_path / 'dst.pth', weights_only=True)
+        return result, capsys.readouterr().out
+
+    return run
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(actual[name], weight), name
+
+
+def test_release_to_openmmlab(classifier, convert, tmp_path):
+    result, said = convert(classifier)
+    assert result.keys() == {'state_dict'}
+    names = {
+        name: ('head.' if 'head.' in name else 'backbone.') + name
+        for name in classifier
+    }
+    assert names['aux_head.2.weight'] == 'head.aux_head.2.weight'
+    expected = {names[name]: weight for name, weight in classifier.items()}
+    assert_same(result['state_dict'], expected)
+    assert said == (
+        f'{tmp_path}/dst.pth: OverLoCK of depths [1, 1, 1, 1, 1, 1] and '
+        f'channels [8, 16, 16, 32], classifier, {len(classifier)} tensors, '
+        'with the names of OpenMMLab\n'
+    )
+
+
+def test_openmmlab_to_release(classifier, convert):
+    """Of a training checkpoint, the weights."""
+    contents = {
+        'state_dict': add_prefixes(classifier),
+        'optimizer': {'state': {}},
+        'meta': {'epoch': 3},
+    }
+    result, said = convert(contents)
+    assert_same(result, classifier)
+    assert 'names of the release' in said
+    assert said.endswith('; left out: optimizer, meta\n')
+
+
+def test_backbone(classifier, convert):
+    backbone = OverLoCK(TINY, fuse_overview=True).state_dict()
+    result, said = convert(backbone)
+    assert ', backbone, ' in said
+    expected = {f'backbone.{name}': w for name, w in backbone.items()}
+    assert_same(result['state_dict'], expected)
+    result, _ = convert(expected, '--overwrite')
+    assert_same(result, backbone)
+
+
+@pytest.mark.parametrize('kind', ['release', 'openmmlab', 'detector'])
+def test_backbone_only(classifier, convert, kind):
+    contents = classifier
+    if kind != 'release':
+        contents = add_prefixes(classifier)
+    if kind == 'detector':
+        contents['neck.fc.weight'] = torch.zeros(1)
+    result, said = convert(contents, '--backbone-only')
+    heads = 'head.', 'aux_head.'
+    expected = {
+        name: weight
+        for name, weight in classifier.items()
+        if not name.startswith(heads)
+    }
+    assert_same(result, expected)
+    assert ', backbone, ' in said
+
+
+def test_reparam(classifier, convert):
+    """The deploy form, which both ways have; what is merged stays so."""
+    result, said = convert(classifier, '--reparam')
+    assert said.endswith('names of OpenMMLab, branches merged\n')
+    model = OverLoCK(TINY, classifier=True, deploy=True)
+    weights = {
+        name.removeprefix('backbone.'): weight
+        for name, weight in result['state_dict'].items()
+        if name.startswith('backbone.')
+    }
+    model.load_state_dict(weights)
+    plain = OverLoCK(TINY, classifier=True)
+    plain.load_state_dict(
+        {k: v for k, v in classifier.items() if k in plain.state_dict()}
+    )
+    assert_same(weights, plain.switch_to_deploy().state_dict())
+    back, _ = convert(result, '--overwrite')
+    assert_same(back, merge(classifier))
+    again, _ = convert(back, '--reparam', '--overwrite')
+    assert_same(again['state_dict'], result['state_dict'])
+
+
+def test_what_converts_loads(tmp_path, capsys):
+    """Both forms, by init_cfg."""
+    source = OverLoCK('xt')
+    for parameter in source.parameters():
+        parameter.data.uniform_(0.1, 1)
+    torch.save(source.state_dict(), tmp_path / 'a.pth')
+    tool.main([str(tmp_path / 'a.pth'), str(tmp_path / 'b.pth')])
+    assert 'OverLoCK xt, backbone' in capsys.readouterr().out
+    for name in ('a.pth', 'b.pth'):
+        init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / name))
+        model = OverLoCK('xt', init_cfg=init_cfg)
+        model.init_weights()
+        assert_same(model.state_dict(), source.state_dict())
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.fixture
+def mistake(tmp_path, capsys):
+    """Convert; return the one line of stderr. DST is left as it was."""
+
+    def run(contents, dst='dst.pth', *options):
+        src, dst = tmp_path / 'src.pth', tmp_path / dst
+        if contents is not None:
+            torch.save(contents, src)
+        before = dst.read_bytes() if dst.exists() else None
+        with pytest.raises(SystemExit) as stop:
+            tool.main([str(src), str(dst), *options])
+        assert stop.value.code == 2
+        assert before == (dst.read_bytes() if dst.exists() else None)
+        assert not [*tmp_path.glob('*.part')]
+        message = capsys.readouterr().err
+        assert message.startswith('convert_checkpoint.py: ')
+        assert message.count('\n') == 1
+        return message
+
+    return run
+
+
+def test_overwriting(classifier, mistake, convert, tmp_path):
+    (tmp_path / 'dst.pth').write_text('precious')
+    assert 'dst.pth exists; --overwrite replaces it' in mistake(classifier)
+    convert(classifier, '--overwrite')
+
+
+def test_nothing_to_convert(classifier, mistake):
+    detector = add_prefixes(classifier)
+    detector['neck.fc.weight'] = torch.zeros(1)
+    message = mistake(detector)
+    assert 'has neck.fc.weight' in message
+    assert '--backbone-only' in message
+
+
+def test_no_overlock(mistake):
+    state = nn.Linear(1, 1).state_dict()
+    assert 'has no OverLoCK, but weight, bias' in mistake(state)
+
+
+def test_bad_files(mistake, classifier, tmp_path, monkeypatch):
+    assert 'src.pth: ' in mistake(None)
+    assert 'must end in .pth' in mistake(classifier, 'dst.txt')
+    assert 'cannot write' in mistake(classifier, 'nowhere/dst.pth')
+
+
+def test_full_disk(mistake, classifier, tmp_path, monkeypatch):
+    """What was there before stays."""
+    (tmp_path / 'dst.pth').write_text('precious')
+
+    def write(path, data):
+        path.touch()
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(Path, 'write_bytes', write)
+    message = mistake(classifier, 'dst.pth', '--overwrite')
+    assert 'No space left on device' in message

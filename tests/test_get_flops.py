@@ -1,0 +1,193 @@
+"""tools/get_flops.py: what it counts, and how that fits the paper's table."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmoverlock.models.blocks import FocusBlock
+from mmoverlock.models.layers import ResDWConv
+from mmoverlock.ops import contmix
+
+pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
+for package in ('mmdet', 'mmseg', 'mmpretrain'):
+    pytest.importorskip(package)
+
+ROOT = Path(__file__).parents[1]
+SPEC = importlib.util.spec_from_file_location(
+    'get_flops', ROOT / 'tools' / 'get_flops.py'
+)
+tool = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(tool)
+
+# Parameters in M, FLOPs in G.
+PAPER = {'xt': (16, 2.6), 't': (33, 5.5), 's': (56, 9.7), 'b': (95, 16.7)}
+# What this tool counts.
+FLOPS = {
+    'xt': 2_699_959_912,
+    't': 5_642_758_464,
+    's': 9_889_641_280,
+    'b': 17_089_982_864,
+}
+POSITIONS = {  # of the maps at 224 x 224
+    **{'patch_embed1': 56**2, 'blocks1': 56**2},
+    **{'patch_embed2': 28**2, 'blocks2': 28**2},
+    **{'patch_embed3': 14**2, 'blocks3': 14**2, 'sub_blocks3': 14**2},
+    **{'patch_embed4': 7**2, 'blocks4': 7**2, 'sub_blocks4': 7**2},
+    'patch_embedx': 7**2,
+}
+
+
+def contmix_flops(positions, groups, width, channels, kernel_size):
+    """Affinities, kernels and gathering, as the tool's docstring says."""
+    taps = 5**2 + kernel_size**2
+    return (
+        positions * groups * width * 7**2,
+        positions * groups * 7**2 * taps,
+        positions * channels // 2 * taps,
+    )
+
+
+@pytest.mark.parametrize(
+    'kernel_size, height, width', [(7, 7, 9), (13, 14, 20)]
+)
+def test_contmix(kernel_size, height, width):
+    """The backend that is counted does what the formula says, no more."""
+    groups, c, channels = 4, 3, 24
+    sizes = (5, kernel_size)
+    taps = sum(k**2 for k in sizes)
+    with torch.device('meta'), FlopCounterMode(display=False) as counter:
+        contmix(
+            torch.empty(1, groups * c, height, width),
+            torch.empty(1, groups * c, 7, 7),
+            torch.empty(1, channels, height, width),
+            torch.empty(taps, 49),
+            torch.empty(taps),
+            tuple(torch.empty(groups, 2 * k - 1, 2 * k - 1) for k in sizes),
+            'reference',
+        )
+    expected = contmix_flops(height * width, groups, c, channels, kernel_size)
+    assert counter.get_total_flops() == 2 * sum(expected)
+
+
+def table_flops(arch, total):
+    """What the tool's docstring says the paper's table counts."""
+    with torch.device('meta'):
+        backbone = MODELS.build(
+            dict(type='OverLoCK', arch=arch, classifier=True, deploy=True)
+        )
+    for name, module in backbone.named_modules():
+        positions = POSITIONS.get(name.split('.')[0])
+        if isinstance(module, ResDWConv):
+            total -= positions * module.weight.numel()
+        elif isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
+            total += 4 * positions * module.weight.numel()
+        elif isinstance(module, FocusBlock):
+            channels, groups = module.splits[0], len(module.rpb1)
+            affinities, _, gathering = contmix_flops(
+                *(positions, groups, channels // groups // 2),
+                *(channels, module.kernel_size),
+            )
+            total -= affinities + gathering
+    return total
+
+
+@pytest.mark.parametrize('arch', PAPER)
+def test_classifiers(arch):
+    """Without the auxiliary head, at 224 x 224, in deploy form."""
+    cfg = Config.fromfile(ROOT / f'configs/imagenet/overlock_{arch}_300e.py')
+    cfg.model.backbone.deploy = True
+    parts, total = tool.count(cfg, (224, 224))
+    assert list(parts) == ['backbone', 'head.head', 'head.aux_head']
+    auxiliary, skipped = parts.pop('head.aux_head')
+    assert auxiliary > 300_000 and skipped == 0
+    assert total == sum(flops for _, flops in parts.values()) == FLOPS[arch]
+    parameters = sum(parameters for parameters, _ in parts.values())
+    of_table = round(table_flops(arch, total) / 1e9, 1)
+    assert (round(parameters / 1e6), of_table) == PAPER[arch]
+
+
+def test_forms_and_backends():
+    """Branches that training adds are counted as what they are."""
+    cfg = Config.fromfile(ROOT / 'configs/imagenet/overlock_xt_300e.py')
+    cfg.model.backbone.contmix_backend = 'tiled'
+    _, total = tool.count(cfg, (224, 224))
+    with torch.device('meta'):
+        backbone = MODELS.build(cfg.model.backbone)
+    branches = sum(
+        POSITIONS[name.split('.')[0]] * parameter.numel()
+        for name, parameter in backbone.named_parameters()
+        if 'dil_conv' in name
+    )
+    assert total == FLOPS['xt'] + branches
+
+
+@pytest.mark.parametrize(
+    'config, shape, names',
+    [
+        (
+            'mask_rcnn/overlock_xt_1x.py',
+            (64, 96),
+            ['backbone', 'neck', 'rpn_head', 'roi_head'],
+        ),
+        (
+            'upernet/overlock_xt_160k.py',
+            (64, 96),
+            ['backbone', 'decode_head', 'auxiliary_head'],
+        ),
+    ],
+)
+def test_dense_predictors(config, shape, names):
+    cfg = Config.fromfile(ROOT / 'configs' / config)
+    parts, total = tool.count(cfg, shape)
+    assert list(parts) == names
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model)
+    for name, (parameters, flops) in parts.items():
+        part = getattr(model, name)
+        assert parameters == sum(p.numel() for p in part.parameters())
+        assert (flops > 0) == (name != 'auxiliary_head')
+    assert sum(flops for _, flops in parts.values()) == total
+    if 'neck' in names:  # 1x1 and 3x3 convolutions at strides 4 to 32
+        areas = [16 * 24, 8 * 12, 4 * 6, 2 * 3]
+        channels = cfg.model.neck.in_channels
+        expected = sum(
+            area * 256 * (width + 9 * 256)
+            for area, width in zip(areas, channels, strict=True)
+        )
+        assert parts['neck'][1] == expected
+
+
+def test_output(capsys):
+    config = ROOT / 'configs/imagenet/overlock_xt_300e.py'
+    options = ['--shape', '64', '96', '--cfg-options']
+    tool.main([str(config), *options, 'model.backbone.deploy=True'])
+    title, _, *rows = capsys.readouterr().out.splitlines()[-7:]
+    assert title == f'{config}, 3 x 64 x 96'
+    assert [row.split('  ')[0] for row in rows] == [
+        *('backbone', 'head.head', 'head.aux_head'),
+        *('total', 'without auxiliary head'),
+    ]
+    assert '16.79 M' in rows[3] and '16.45 M' in rows[4]
+
+
+@pytest.mark.parametrize(
+    'options, words',
+    [
+        (['--shape', '0', '96'], '--shape takes'),
+        (['--cfg-options', 'model.backbone.dept=1'], "argument 'dept'"),
+        (['--cfg-options', 'modle.type=A'], 'did you mean model'),
+    ],
+)
+def test_mistakes(options, words, capsys):
+    config = ROOT / 'configs/imagenet/overlock_xt_300e.py'
+    with pytest.raises(SystemExit) as stop:
+        tool.main([str(config), *options])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith('get_flops.py: ') and words in message
