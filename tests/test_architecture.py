@@ -16,7 +16,7 @@ ALLOWED = {
     'ops.contmix': (['ops.contmix_reference', 'ops.contmix_tiled'], ['torch']),
     'ops.depthwise': ([], ['torch']),
     'ops.__init__': (['ops.contmix', 'ops.depthwise'], []),
-    'models.layers': ([], ['torch']),
+    'models.layers': (['ops'], ['torch']),
     'models.reparam': (['models.layers', 'ops'], ['torch']),
     'models.blocks': (['models.layers', 'models.reparam', 'ops'], ['torch']),
     'checkpoint_file': ([], ['mmengine', 'numpy', 'torch']),

@@ -1,5 +1,7 @@
 """The dilated reparameterized convolution."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -46,6 +48,48 @@ def test_merging(kernel_size):
     assert set(conv.state_dict()) == {'lk_origin.weight', 'lk_origin.bias'}
     deployed = DilatedReparamConv(3, kernel_size, BN, deploy=True)
     assert set(deployed.state_dict()) == set(conv.state_dict())
+
+
+def test_fixed_statistics_train_the_branches():
+    """In eval mode one merged convolution has every branch's gradients."""
+    conv = randomized(13)
+    x = torch.randn(2, 3, 9, 7, dtype=torch.double, requires_grad=True)
+    operands = [x, *conv.parameters()]
+    names = [('lk_origin', 'origin_bn')] + [
+        (f'dil_conv_k{size}_{dilation}', f'dil_bn_k{size}_{dilation}')
+        for size, dilation in BRANCHES[13]
+    ]
+    plain = sum(
+        conv.get_submodule(bn)(conv.get_submodule(name)(x))
+        for name, bn in names
+    )
+    for actual, expected in zip(
+        torch.autograd.grad(conv(x).sin().sum(), operands),
+        torch.autograd.grad(plain.sin().sum(), operands),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize('change', ['momentum', 'one in eval mode', 'type'])
+def test_other_batch_norms(change):
+    """What the fast path does not cover is computed plainly."""
+    conv = randomized(5).train()
+    if change == 'momentum':  # an average over all batches
+        conv.origin_bn.momentum = None
+    elif change == 'type':
+        conv.origin_bn = nn.InstanceNorm2d(3, affine=True).double()
+    else:
+        conv.origin_bn.eval()
+    x = torch.randn(2, 3, 6, 7, dtype=torch.double)
+    other = copy.deepcopy(conv)
+    plain = sum(
+        other.get_submodule(bn)(other.get_submodule(name)(x))
+        for name, bn in other.branches
+    )
+    torch.testing.assert_close(conv(x), plain)
+    for key, expected in other.state_dict().items():
+        torch.testing.assert_close(conv.state_dict()[key], expected)
 
 
 def test_branches_fit_the_kernel():

@@ -10,8 +10,10 @@ from .layers import (
     DropPath,
     LayerNorm2d,
     LayerScale,
+    PointwiseConv,
     ResDWConv,
     SEModule,
+    Sequential,
     build_bn,
 )
 from .reparam import DilatedReparamConv
@@ -22,11 +24,11 @@ NUM_REGIONS = 7  # region centres per axis that dynamic kernels are made from
 
 def _feed_forward(in_channels, hidden_channels, out_channels):
     return (
-        nn.Conv2d(in_channels, hidden_channels, 1),
+        PointwiseConv(in_channels, hidden_channels),
         nn.GELU(),
         ResDWConv(hidden_channels),
         GRN(hidden_channels),
-        nn.Conv2d(hidden_channels, out_channels, 1),
+        PointwiseConv(hidden_channels, out_channels),
     )
 
 
@@ -54,7 +56,7 @@ class RepConvBlock(nn.Module):
     ):
         super().__init__()
         self.dwconv = ResDWConv(channels)
-        self.proj = nn.Sequential(
+        self.proj = Sequential(
             LayerNorm2d(channels),
             DilatedReparamConv(channels, kernel_size, norm_cfg, deploy),
             build_bn(channels, **norm_cfg),
@@ -111,7 +113,7 @@ class FocusBlock(nn.Module):
 
         def conv_bn(in_channels, out_channels):
             return (
-                nn.Conv2d(in_channels, out_channels, 1, bias=False),
+                PointwiseConv(in_channels, out_channels, bias=False),
                 build_bn(out_channels, **norm_cfg),
             )
 
@@ -124,7 +126,7 @@ class FocusBlock(nn.Module):
             nn.Conv2d(total, total, 3, padding=1, groups=total),
             build_bn(total, **norm_cfg),
             nn.GELU(),
-            nn.Conv2d(total, channels, 1),
+            PointwiseConv(total, channels),
             GRN(channels),
         )
         self.gate = nn.Sequential(*conv_bn(channels, channels), nn.SiLU())
@@ -148,12 +150,12 @@ class FocusBlock(nn.Module):
         self.dyconv_proj = nn.Sequential(*conv_bn(channels, channels))
         self.se_layer = SEModule(channels)
         self.proj = nn.Sequential(
-            build_bn(channels, **norm_cfg), nn.Conv2d(channels, total, 1)
+            build_bn(channels, **norm_cfg), PointwiseConv(channels, total)
         )
         self.ls1 = LayerScale(total)
         self.dwconv2 = ResDWConv(total)
         self.norm2 = LayerNorm2d(total)
-        self.mlp = nn.Sequential(*_feed_forward(total, 3 * channels, total))
+        self.mlp = Sequential(*_feed_forward(total, 3 * channels, total))
         self.ls2 = LayerScale(total)
         self.drop_path = DropPath(drop_path)
 

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import depthwise_conv2d
+
 
 class LayerNorm2d(nn.LayerNorm):
     """Layer normalization over the channels of every position.
@@ -17,6 +19,65 @@ class LayerNorm2d(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution, with a scale and a shift of its input folded in.
+
+    Args:
+        in_channels (int): Channels of the input.
+        out_channels (int): Channels of the output.
+        bias (bool): Whether there is a bias. Defaults to True.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
+        super().__init__(in_channels, out_channels, 1, bias=bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        """Convolve ``x * scale + shift``.
+
+        Args:
+            x (Tensor): (B, C, H, W).
+            scale (Tensor, optional): (B, C, 1, 1).
+            shift (Tensor, optional): (1, C, 1, 1).
+
+        Returns:
+            Tensor: (B, out_channels, H, W).
+        """
+        if x.device.type != 'cpu':
+            return super().forward(scale_shift(x, scale, shift))
+        # On CPUs a matrix product is faster.
+        weight, bias = self.weight.flatten(1), self.bias
+        size = x.shape[2:]
+        if scale is None or size.numel() <= len(weight):
+            x = scale_shift(x, scale, shift).permute(0, 2, 3, 1)
+            return F.linear(x, weight, bias).permute(0, 3, 1, 2)
+        # The weights are smaller than the map, so scale those.
+        if shift is not None:
+            shift = weight @ shift.flatten()
+            bias = shift if bias is None else bias + shift
+        x = x.permute(0, 2, 3, 1).flatten(1, 2)
+        weight = weight.mT * scale.flatten(2)
+        x = x @ weight if bias is None else torch.baddbmm(bias, x, weight)
+        return x.unflatten(1, size).permute(0, 3, 1, 2)
+
+
+def scale_shift(
+    x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+) -> Tensor:
+    """``x * scale + shift`` in the dtype of ``x``."""
+    if scale is not None:
+        scale = scale.to(x.dtype)
+    if shift is not None:
+        shift = shift.to(x.dtype)
+    if scale is None or shift is None:
+        return x if scale is None else x * scale
+    return torch.addcmul(shift, x, scale)
 
 
 class LayerScale(nn.Module):
@@ -34,7 +95,7 @@ class LayerScale(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight[:, 0] + self.bias[:, None, None]
+        return scale_shift(x, self.weight[:, 0], self.bias[:, None, None])
 
 
 class GRN(nn.Module):
@@ -50,9 +111,31 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        response = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+        return scale_shift(x, *self.scale_and_shift(x))
+
+    def scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the module scales its input by, and adds to it.
+
+        Args:
+            x (Tensor): (B, C, H, W).
+
+        Returns:
+            tuple[Tensor, Tensor]: (B, C, 1, 1) and (1, C, 1, 1).
+        """
+        response = _l2_norm(x)
         response = response / (response.mean(1, keepdim=True) + 1e-6)
-        return x * (self.gamma * response + 1) + self.beta
+        return self.gamma * response + 1, self.beta
+
+
+def _l2_norm(x: Tensor) -> Tensor:
+    """Norm over H and W, in single precision at least."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if x.device.type != 'cpu':
+        return torch.linalg.vector_norm(x, 2, (2, 3), True, dtype=dtype)
+    # Norms over strided dimensions are slow on CPUs.
+    square = x.to(dtype).square().sum((2, 3), keepdim=True)
+    # No infinite gradient of the square root where a map is zero.
+    return square.clamp_min(torch.finfo(dtype).tiny).sqrt()
 
 
 class SEModule(nn.Module):
@@ -67,14 +150,38 @@ class SEModule(nn.Module):
         hidden = max(16, channels // 8)
         self.proj = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(channels, hidden, 1),
+            PointwiseConv(channels, hidden),
             nn.GELU(),
-            nn.Conv2d(hidden, channels, 1),
+            PointwiseConv(hidden, channels),
             nn.Sigmoid(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.proj(x)
+
+    def scale_and_shift(self, x: Tensor) -> tuple[Tensor, None]:
+        """What the module scales its input by.
+
+        Args:
+            x (Tensor): (B, C, H, W).
+
+        Returns:
+            tuple[Tensor, None]: (B, C, 1, 1), and that nothing is added.
+        """
+        return self.proj(x), None
+
+
+class Sequential(nn.Sequential):
+    """Runs GRN and SE as part of the 1x1 convolution behind them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        modules = iter(self)
+        for module in modules:
+            if isinstance(module, GRN | SEModule):
+                x = next(modules)(x, *module.scale_and_shift(x))
+            else:
+                x = module(x)
+        return x
 
 
 class ResDWConv(nn.Conv2d):
@@ -88,7 +195,7 @@ class ResDWConv(nn.Conv2d):
         super().__init__(channels, channels, 3, padding=1, groups=channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
+        return depthwise_conv2d(x, self.weight, self.bias, residual=True)
 
 
 class DropPath(nn.Module):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..ops import depthwise_conv2d
+from ..ops import Branch, depthwise_conv2d, sum_of_branches
 from .layers import build_bn
 
 # Kernel size: (size, dilation) of the branches beside the large kernel.
@@ -80,16 +80,45 @@ class DilatedReparamConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
         if not self.branches:
-            return self._convolve(x, self.lk_origin)
-        return sum(bn(self._convolve(x, c)) for c, bn in self._branches())
-
-    @staticmethod
-    def _convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
-        return depthwise_conv2d(x, conv.weight, conv.bias, conv.dilation[0])
+            return depthwise_conv2d(
+                x, self.lk_origin.weight, self.lk_origin.bias
+            )
+        if not any(norm.training for _, norm in self._branches()):
+            return depthwise_conv2d(x, *self.merge())
+        if self._is_summable(x):
+            return sum_of_branches(
+                x, [self._branch(*m) for m in self._branches()]
+            )
+        return sum(
+            norm(depthwise_conv2d(x, conv.weight, None, conv.dilation[0]))
+            for conv, norm in self._branches()
+        )
 
     def _branches(self):
-        for conv, bn in self.branches:
-            yield self.get_submodule(conv), self.get_submodule(bn)
+        for conv, norm in self.branches:
+            yield getattr(self, conv), getattr(self, norm)
+
+    def _is_summable(self, x):
+        return x.device.type == 'cpu' and all(
+            type(norm) is nn.BatchNorm2d
+            and norm.training
+            and norm.momentum is not None
+            for _, norm in self._branches()
+        )
+
+    @staticmethod
+    def _branch(conv, norm):
+        norm.num_batches_tracked.add_(1)
+        return Branch(
+            conv.weight,
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
+            conv.dilation[0],
+            norm.momentum,
+            norm.eps,
+        )
 
     def merge(self) -> tuple[Tensor, Tensor]:
         """The one convolution that the branches add up to in eval mode.

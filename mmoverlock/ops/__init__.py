@@ -1,4 +1,4 @@
 from .contmix import contmix
-from .depthwise import depthwise_conv2d
+from .depthwise import Branch, depthwise_conv2d, sum_of_branches
 
-__all__ = ['contmix', 'depthwise_conv2d']
+__all__ = ['Branch', 'contmix', 'depthwise_conv2d', 'sum_of_branches']

@@ -9,59 +9,66 @@ rounding:
   of a tile of positions are laid out as one dense (positions x region)
   matrix, zero outside each window, so that gathering windows becomes a
   matrix product with the region that the tile sees.
+
+Kernels exist for some groups at a time, and the backward pass makes them
+anew: what is stored is as large as the inputs.
 """
 
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .contmix_reference import bias_starts, window_starts
 
 # Side of a tile, at most. Larger tiles multiply more zeros, smaller ones copy
 # more of what their regions share.
-TILE = 8
-
-
-class _Axis(NamedTuple):
-    """How one axis of the map is cut into tiles, the last one padded."""
-
-    tiles: int
-    size: int  # positions per tile
-    region: int  # indices per region
-    index: Tensor  # (tiles * region, ): the indices that the regions see
-    window: Tensor  # (tiles, size): window starts within the region
-    bias: Tensor  # (tiles * size, ): bias table rows
-
-    @classmethod
-    def cut(cls, length: int, kernel_size: int) -> '_Axis':
-        tiles = -(-length // TILE)
-        size = -(-length // tiles)
-        # Padding repeats the last position.
-        position = torch.arange(tiles * size).clamp(max=length - 1)
-        window = window_starts(length, kernel_size)[position]
-        window = window.view(tiles, size)
-        region = int((window[:, -1] - window[:, 0]).max()) + kernel_size
-        start = window[:, :1].clamp(max=length - region)
-        return cls(
-            tiles,
-            size,
-            region,
-            (start + torch.arange(region)).flatten(),
-            window - start,
-            bias_starts(length, kernel_size)[position],
-        )
+TILE = 7
+# Elements of the dense matrices that exist at a time, unless those of a
+# single group are more.
+CHUNK = 2**21
 
 
 class _Plan(NamedTuple):
     """The tiling of a map; T tiles of P positions, regions of R indices."""
 
-    rows: _Axis
-    cols: _Axis
-    bias: Tensor  # (T * P, ): which of the K^2 windows of the bias table
+    positions: Tensor  # (T, P): indices of the map
+    order: Tensor  # (H * W, ): where in the tiles the map's positions are
+    regions: Tensor  # (T, R): indices of the map
     taps: Tensor | None  # (T, P, K^2) in [0, R); None if region == window
+    bias: Tensor  # (T * P, ): which of the K^2 windows of the bias table
+
+
+def _cut(length: int, kernel_size: int) -> tuple[Tensor, ...]:
+    """Cut an axis into tiles of equal size, the last one padded.
+
+    Returns:
+        tuple[Tensor]: Positions (tiles, size), regions (tiles, region), the
+        windows' starts within the regions (tiles, size) and the rows of the
+        bias table (tiles, size).
+    """
+    tiles = -(-length // TILE)
+    size = -(-length // tiles)
+    # Padding repeats the last position.
+    positions = torch.arange(tiles * size).clamp(max=length - 1)
+    positions = positions.view(tiles, size)
+    windows = window_starts(length, kernel_size)[positions]
+    region = int((windows[:, -1] - windows[:, 0]).max()) + kernel_size
+    starts = windows[:, :1].clamp(max=length - region)
+    return (
+        positions,
+        starts + torch.arange(region),
+        windows - starts,
+        bias_starts(length, kernel_size)[positions],
+    )
+
+
+def _grid(rows: Tensor, cols: Tensor, width: int) -> Tensor:
+    """Flat indices (tiles, positions) of a map whose rows are ``width``."""
+    grid = rows[:, None, :, None] * width + cols[None, :, None, :]
+    return grid.flatten(2).flatten(0, 1)
 
 
 @lru_cache(maxsize=256)
@@ -71,74 +78,55 @@ def _plan(
     # The tensors are kept: they must not be inference tensors, which autograd
     # cannot save.
     with torch.inference_mode(False):
-        rows = _Axis.cut(height, kernel_size)
-        cols = _Axis.cut(width, kernel_size)
-
-        def by_tile(row, col):  # (T, P, ...)
-            grid = row[:, None, :, None] + col[None, :, None, :]
-            return grid.flatten(2, 3).flatten(0, 1)
-
-        bias = by_tile(
-            rows.bias.view(rows.tiles, -1) * kernel_size,
-            cols.bias.view(cols.tiles, -1),
-        )
+        rows = _cut(height, kernel_size)
+        cols = _cut(width, kernel_size)
+        positions = _grid(rows[0], cols[0], width)
+        order = torch.empty(height * width, dtype=torch.int64)
+        order[positions.flatten()] = torch.arange(positions.numel())
+        region = cols[1].shape[1]
         taps = None
-        if rows.region > kernel_size or cols.region > kernel_size:
-            start = by_tile(rows.window * cols.region, cols.window)
+        if max(region, rows[1].shape[1]) > kernel_size:
             tap = torch.arange(kernel_size)
-            tap = (tap[:, None] * cols.region + tap).flatten()
-            taps = (start[..., None] + tap).to(device)
-        rows = rows._replace(index=rows.index.to(device))
-        cols = cols._replace(index=cols.index.to(device))
-        return _Plan(rows, cols, bias.flatten().to(device), taps)
+            tap = (tap[:, None] * region + tap).flatten()
+            taps = _grid(rows[2], cols[2], region)[..., None] + tap
+            taps = taps.to(device)
+        return _Plan(
+            positions.to(device),
+            order.to(device),
+            _grid(rows[1], cols[1], width).to(device),
+            taps,
+            _grid(rows[3], cols[3], kernel_size).flatten().to(device),
+        )
 
 
 def _mix(
-    query: Tensor, filters: Tensor, bias: Tensor, table: Tensor, value: Tensor
+    query: Tensor, filters: Tensor, windows: Tensor, value: Tensor, plan: _Plan
 ) -> Tensor:
-    """One kernel size.
+    """Mix some groups of some images with one kernel size.
 
     Args:
-        query (Tensor): (B, G * c, H, W).
+        query (Tensor): (B, G, H * W, c).
         filters (Tensor): (B, G, c, K^2), the key times the weight.
-        bias (Tensor): (K^2, ).
-        table (Tensor): (G, 2K - 1, 2K - 1).
-        value (Tensor): (B, G * C, H, W).
+        windows (Tensor): (G, K^2, K^2), the windows of the bias table.
+        value (Tensor): (B, G, H * W, C).
+        plan (_Plan): Of the map.
 
     Returns:
-        Tensor: (B, G * C, H, W).
+        Tensor: (B, G, H * W, C).
     """
-    groups = filters.shape[1]
-    height, width = query.shape[-2:]
-    k = (table.shape[-1] + 1) // 2
-    rows, cols, bias_index, taps = _plan(height, width, k, query.device)
-    tiles = rows.tiles * cols.tiles
-
-    def to_tiles(maps, row_size, col_size):
-        # (B, G * C, H', W') to (B, G, T * P, C)
-        maps = maps.unflatten(3, (cols.tiles, col_size))
-        maps = maps.unflatten(2, (rows.tiles, row_size))
-        maps = maps.unflatten(1, (groups, -1))
-        return maps.permute(0, 1, 3, 5, 4, 6, 2).flatten(2, 5)
-
-    pad = cols.tiles * cols.size - width, rows.tiles * rows.size - height
-    query = F.pad(query, (0, pad[0], 0, pad[1]))
-    logits = to_tiles(query, rows.size, cols.size) @ filters
-    windows = table.unfold(1, k, 1).unfold(2, k, 1).reshape(groups, k**2, -1)
-    logits = logits + (windows + bias).index_select(1, bias_index)
-    kernel = logits.softmax(-1).unflatten(2, (tiles, -1))
-    if taps is not None:
-        dense = kernel.new_zeros(*kernel.shape[:-1], rows.region * cols.region)
-        kernel = dense.scatter(-1, taps.expand_as(kernel), kernel)
-
-    region = value.index_select(2, rows.index).index_select(3, cols.index)
-    region = to_tiles(region, rows.region, cols.region)
-    mixed = kernel @ region.unflatten(2, (tiles, -1))
-    mixed = mixed.unflatten(3, (rows.size, cols.size))
-    mixed = mixed.unflatten(2, (rows.tiles, cols.tiles))
-    mixed = mixed.permute(0, 1, 6, 2, 4, 3, 5)
-    mixed = mixed.flatten(5, 6).flatten(3, 4).flatten(1, 2)
-    return mixed[..., :height, :width]
+    shape = value.shape
+    query = query.index_select(2, plan.positions.flatten())
+    logits = query @ filters
+    logits += windows.index_select(1, plan.bias)
+    kernel = logits.softmax(-1).to(value.dtype).flatten(0, 1)
+    kernel = kernel.unflatten(1, plan.positions.shape)
+    region = value.index_select(2, plan.regions.flatten())
+    region = region.flatten(0, 1).unflatten(1, plan.regions.shape)
+    if plan.taps is not None:
+        dense = kernel.new_zeros(*kernel.shape[:-1], region.shape[2])
+        kernel = dense.scatter_(-1, plan.taps.expand_as(kernel), kernel)
+    mixed = kernel @ region
+    return mixed.flatten(1, 2).index_select(1, plan.order).view(shape)
 
 
 def contmix_tiled(
@@ -150,17 +138,60 @@ def contmix_tiled(
     rpb: tuple[Tensor, Tensor],
 ) -> Tensor:
     """See :func:`mmoverlock.ops.contmix`."""
-    key = key.flatten(2).unflatten(1, (len(rpb[0]), -1))
-    filters = key @ weight.T
-    sizes = [((table.shape[-1] + 1) // 2) ** 2 for table in rpb]
-    mixed = [
-        _mix(query, *part)
-        for part in zip(
-            filters.split(sizes, dim=-1),
-            bias.split(sizes),
-            rpb,
-            value.chunk(2, dim=1),
-            strict=True,
+    groups = len(rpb[0])
+    batch, _, height, width = value.shape
+
+    def by_group(maps):  # (B, G, H * W, C)
+        return maps.flatten(2).unflatten(1, (groups, -1)).mT.contiguous()
+
+    filters = by_group(key).mT @ weight.T
+    query = by_group(query)
+    sizes = [((table.shape[-1] + 1) // 2) for table in rpb]
+    areas = [k**2 for k in sizes]
+    halves = []
+    for k, table, part, shift, half in zip(
+        sizes,
+        rpb,
+        filters.split(areas, dim=-1),
+        bias.split(areas),
+        value.chunk(2, dim=1),
+        strict=True,
+    ):
+        plan = _plan(height, width, k, value.device)
+        windows = table.unfold(1, k, 1).unfold(2, k, 1)
+        windows = windows.reshape(groups, k**2, k**2) + shift
+        size = plan.positions.numel() * plan.regions.shape[1]
+        images = max(1, CHUNK // (groups * size))
+        some = max(1, min(groups, CHUNK // size))
+        mixed = [
+            torch.cat(
+                [
+                    _run(*chunk, plan)
+                    for chunk in zip(
+                        q.split(some, 1),
+                        f.split(some, 1),
+                        windows.split(some),
+                        v.split(some, 1),
+                        strict=True,
+                    )
+                ],
+                dim=1,
+            )
+            for q, f, v in zip(
+                query.split(images),
+                part.split(images),
+                by_group(half).split(images),
+                strict=True,
+            )
+        ]
+        halves.append(torch.cat(mixed))
+    mixed = torch.cat(halves, dim=1)
+    return mixed.mT.reshape(value.shape)
+
+
+def _run(*args):
+    if torch.is_grad_enabled():
+        return checkpoint(
+            _mix, *args, use_reentrant=False, preserve_rng_state=False
         )
-    ]
-    return torch.cat(mixed, dim=1)
+    return _mix(*args)

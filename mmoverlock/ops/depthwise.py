@@ -1,17 +1,30 @@
-"""Depthwise convolution, with the gradients that PyTorch is slow at on CPUs.
+"""Depthwise convolution, with what PyTorch is slow at on CPUs done otherwise.
 
-There, the weight gradient of a large kernel takes ten times as long as the
-convolution itself, and so does anything with a dilated kernel of more than
-3 x 3 taps. Other devices run PyTorch's own convolution.
+There, it is fast on maps in ``torch.channels_last``, with three exceptions:
+kernels of some widths, of some dilations, and the weight gradient of kernels
+larger than 3 x 3. Other devices run PyTorch's convolution. The figures are in
+benchmarks/NOTES.md.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SLOW_WIDTHS = range(11, 15)  # slower than the width behind them
+MAX_DILATED_SPAN = 12  # between the outer taps of a dilated kernel
+BAND = 16  # rows that a weight gradient takes at a time from ...
+LARGE = 64  # ... maps of at least so many rows
+
 
 def depthwise_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    dilation: int = 1,
+    residual: bool = False,
 ) -> Tensor:
     """Depthwise convolution with stride 1 that keeps the size of the map.
 
@@ -20,51 +33,100 @@ def depthwise_conv2d(
         weight (Tensor): (C, 1, k, k), k odd.
         bias (Tensor, optional): (C, ).
         dilation (int): Distance between the taps. Defaults to 1.
+        residual (bool): Whether to add ``x``. Defaults to False.
 
     Returns:
         Tensor: (B, C, H, W).
     """
-    if x.device.type == 'cpu' and (weight.shape[-1] > 3 or dilation > 1):
-        return _DepthwiseConv2d.apply(x, weight, bias, dilation)
-    return _conv2d(x, weight, bias, dilation)
+    if residual:
+        if x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'):
+            return x + depthwise_conv2d(x, weight, bias, dilation)
+        weight = weight + _identity(weight)  # one pass less
+    if x.device.type != 'cpu' or (weight.shape[-1] == 3 and dilation == 1):
+        return _conv2d(x, weight, bias, dilation)
+    return _DepthwiseConv2d.apply(x, weight, bias, dilation)
 
 
-def _conv2d(x, weight, bias, dilation):
+class Branch(NamedTuple):
+    """A convolution and a batch norm in training mode; C channels."""
+
+    weight: Tensor  # (C, 1, k, k)
+    scale: Tensor  # (C, ): of the batch norm, as all that follows
+    shift: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    dilation: int
+    momentum: float
+    eps: float
+
+
+def sum_of_branches(x: Tensor, branches: Sequence[Branch]) -> Tensor:
+    """Sum of batch-normalized depthwise convolutions of one map, on a CPU.
+
+    The running statistics are updated in place. For the backward pass only
+    the map is kept; the convolutions are computed again.
+
+    Args:
+        x (Tensor): (B, C, H, W).
+        branches (Sequence[Branch]): The convolutions.
+
+    Returns:
+        Tensor: (B, C, H, W).
+    """
+    weights = [branch.weight for branch in branches]
+    if torch.is_autocast_enabled('cpu'):
+        dtype = torch.get_autocast_dtype('cpu')
+        x, *weights = (tensor.to(dtype) for tensor in (x, *weights))
+    tensors = [
+        tensor
+        for weight, branch in zip(weights, branches, strict=True)
+        for tensor in (weight, branch.scale, branch.shift)
+    ]
+    return _SumOfBranches.apply(x, [b[3:] for b in branches], *tensors)
+
+
+def _identity(weight: Tensor) -> Tensor:
+    """The kernel that changes nothing."""
+    kernel = torch.zeros_like(weight[0, 0])
+    kernel[kernel.shape[0] // 2, kernel.shape[1] // 2] = 1
+    return kernel
+
+
+def _conv2d(x, weight, bias=None, dilation=1):
     padding = weight.shape[-1] // 2 * dilation
     return F.conv2d(x, weight, bias, 1, padding, dilation, len(weight))
 
 
-def _conv2d_as_dense(x, weight, bias, dilation):
-    """Run a dilated kernel as an undilated one with zeros between taps."""
+def _conv2d_cpu(x, weight, bias=None, dilation=1):
     size = weight.shape[-1]
-    if dilation > 1 and size > 3:
-        size = (size - 1) * dilation + 1
-        dense = weight.new_zeros(len(weight), 1, size, size)
-        dense[..., ::dilation, ::dilation] = weight
-        weight, dilation = dense, 1
+    if dilation == 1 and size in SLOW_WIDTHS:
+        more = (SLOW_WIDTHS.stop - size) // 2
+        weight = F.pad(weight, (more, more))
+        padding = size // 2, size // 2 + more
+        return F.conv2d(x, weight, bias, 1, padding, 1, len(weight))
+    if dilation > 1 and (size - 1) * dilation > MAX_DILATED_SPAN:
+        return _conv2d_by_phase(x, weight, bias, dilation)
     return _conv2d(x, weight, bias, dilation)
 
 
-class _DepthwiseConv2d(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, dilation):
-        ctx.save_for_backward(x, weight)
-        ctx.dilation = dilation
-        return _conv2d_as_dense(x, weight, bias, dilation)
+def _conv2d_by_phase(x, weight, bias, dilation):
+    """The pixels that a dilated kernel sees together, as maps of their own."""
+    height, width = x.shape[2:]
+    x = F.pad(x, (0, -width % dilation, 0, -height % dilation))
+    # (B, H, d, W, d, C), then (B * d * d, H, W, C)
+    x = x.permute(0, 2, 3, 1).unflatten(2, (-1, dilation))
+    x = x.unflatten(1, (-1, dilation)).permute(0, 2, 4, 1, 3, 5)
+    phases = x.shape[:3]
+    x = x.flatten(0, 2).permute(0, 3, 1, 2)
+    x = _conv2d(x, weight, bias)
+    x = x.permute(0, 2, 3, 1).unflatten(0, phases)
+    x = x.permute(0, 3, 1, 4, 2, 5).flatten(3, 4).flatten(1, 2)
+    return x[:, :height, :width].permute(0, 3, 1, 2)
 
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad = grad.to(x.dtype)  # another one under autocast
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            flipped = weight.flip(2, 3)
-            grad_x = _conv2d_as_dense(grad, flipped, None, ctx.dilation)
-        if ctx.needs_input_grad[1]:
-            grad_weight = _weight_grad(x, grad, weight.shape[-1], ctx.dilation)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum((0, 2, 3))
-        return grad_x, grad_weight, grad_bias, None
+
+def _input_grad(grad: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    # oneDNN's own is slower for a dilated kernel.
+    return _conv2d_cpu(grad, weight.flip(2, 3), None, dilation)
 
 
 def _weight_grad(x: Tensor, grad: Tensor, size: int, dilation: int) -> Tensor:
@@ -72,12 +134,88 @@ def _weight_grad(x: Tensor, grad: Tensor, size: int, dilation: int) -> Tensor:
 
     The sum over positions of ``grad[n] * x[n + dilation * tap]`` is, over
     taps, a convolution of x whose kernel is the gradient map, one for each
-    image and channel, and whose stride is the dilation.
+    image, channel and band of rows, and whose stride is the dilation.
     """
     batch, channels, height, width = x.shape
+    band = height if height < LARGE else BAND
+    missing = -height % band
     pad = size // 2 * dilation
-    x = F.pad(x, (pad, pad, pad, pad))
-    x = x.reshape(1, batch * channels, *x.shape[2:])
-    kernels = grad.reshape(batch * channels, 1, height, width)
-    taps = F.conv2d(x, kernels, stride=dilation, groups=batch * channels)
-    return taps.view(batch, channels, 1, size, size).sum(0)
+    x = F.pad(x.contiguous(), (pad, pad, pad, pad + missing))
+    x = x.unfold(2, band + 2 * pad, band).mT
+    x = x.reshape(1, -1, *x.shape[3:])
+    grad = F.pad(grad.contiguous(), (0, 0, 0, missing))
+    grad = grad.view(-1, 1, band, width)
+    taps = F.conv2d(x, grad, stride=dilation, groups=len(grad))
+    return taps.view(batch, channels, -1, size, size).sum((0, 2))[:, None]
+
+
+class _DepthwiseConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, dilation):
+        ctx.save_for_backward(x, weight)
+        ctx.dilation = dilation
+        return _conv2d_cpu(x, weight, bias, dilation)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad = grad.to(x.dtype)  # another one under autocast
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _input_grad(grad, weight, ctx.dilation)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_grad(x, grad, weight.shape[-1], ctx.dilation)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum((0, 2, 3))
+        return grad_x, grad_weight, grad_bias, None
+
+
+class _SumOfBranches(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, settings, *tensors):
+        total = None
+        statistics = []
+        for i, (mean, var, dilation, momentum, eps) in enumerate(settings):
+            weight, scale, shift = tensors[3 * i : 3 * i + 3]
+            y = _conv2d_cpu(x, weight, None, dilation)
+            y, *batch_statistics = torch.native_batch_norm(
+                y, scale, shift, mean, var, True, momentum, eps
+            )
+            statistics += batch_statistics
+            total = y if total is None else total.add_(y)
+        ctx.settings = settings
+        ctx.save_for_backward(x, *tensors, *statistics)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, *tensors = ctx.saved_tensors
+        branches = len(ctx.settings)
+        statistics = tensors[3 * branches :]
+        x_rows = x.contiguous()  # for all the weight gradients
+        grad_x = None
+        grads = []
+        for i, (_, _, dilation, _, eps) in enumerate(ctx.settings):
+            weight, scale, _ = tensors[3 * i : 3 * i + 3]
+            mean, rstd = statistics[2 * i : 2 * i + 2]
+            y = _conv2d_cpu(x, weight, None, dilation)
+            grad_y, grad_scale, grad_shift = (
+                torch.ops.aten.native_batch_norm_backward(
+                    grad,
+                    y,
+                    scale,
+                    None,
+                    None,
+                    mean,
+                    rstd,
+                    True,
+                    eps,
+                    [True, True, True],
+                )
+            )
+            part = _input_grad(grad_y, weight, dilation)
+            grad_x = part if grad_x is None else grad_x.add_(part)
+            size = weight.shape[-1]
+            grads.append(_weight_grad(x_rows, grad_y, size, dilation))
+            grads += [grad_scale, grad_shift]
+        return grad_x, None, *grads

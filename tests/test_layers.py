@@ -1,0 +1,94 @@
+"""The small layers against their definitions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmoverlock.models.layers import (
+    GRN,
+    PointwiseConv,
+    ResDWConv,
+    SEModule,
+    Sequential,
+)
+
+
+def randomized(module):
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module.double()
+
+
+def maps(*shape):
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return draw.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+def assert_equal_with_gradients(actual, expected, inputs):
+    results = [
+        [out, *torch.autograd.grad(out.sin().sum(), inputs)]
+        for out in (actual, expected)
+    ]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+# A batch or one image; more positions than output channels, or fewer.
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('out_channels', [4, 40])
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('operands', [(), ('scale',), ('scale', 'shift')])
+def test_pointwise_conv(batch, out_channels, bias, operands):
+    conv = randomized(PointwiseConv(6, out_channels, bias))
+    x = maps(batch, 6, 4, 5)
+    shapes = dict(scale=(batch, 6, 1, 1), shift=(1, 6, 1, 1))
+    folded = {name: maps(*shapes[name]) for name in operands}
+    plain = x * folded.get('scale', 1) + folded.get('shift', 0)
+    assert_equal_with_gradients(
+        conv(x, **folded),
+        F.conv2d(plain, conv.weight, conv.bias),
+        [x, *conv.parameters(), *folded.values()],
+    )
+
+
+@pytest.mark.parametrize('kind', [GRN, SEModule])
+def test_sequential_folds(kind):
+    module = Sequential(
+        randomized(kind(6)), randomized(PointwiseConv(6, 4)), nn.GELU()
+    )
+    x = maps(2, 6, 3, 5)
+    assert_equal_with_gradients(
+        module(x),
+        F.gelu(module[1](module[0](x))),
+        [x, *module.parameters()],
+    )
+
+
+def test_grn_is_its_definition():
+    grn = randomized(GRN(5))
+    x = maps(2, 5, 4, 3)
+    norm = x.square().sum((2, 3), keepdim=True).sqrt()
+    ratio = norm / (norm.mean(1, keepdim=True) + 1e-6)
+    expected = x * (grn.gamma * ratio + 1) + grn.beta
+    assert_equal_with_gradients(grn(x), expected, [x, *grn.parameters()])
+
+
+def test_grn_of_nothing():
+    """Dead channels, or dead maps, have finite gradients."""
+    grn = randomized(GRN(3))
+    x = torch.zeros(2, 3, 4, 4, dtype=torch.float64)
+    x[0, 0] = 1
+    x.requires_grad_()
+    grn(x).sum().backward()
+    for tensor in (x, *grn.parameters()):
+        assert tensor.grad.isfinite().all()
+
+
+def test_res_dw_conv():
+    conv = randomized(ResDWConv(4))
+    x = maps(2, 4, 5, 3)
+    expected = x + F.conv2d(x, conv.weight, conv.bias, padding=1, groups=4)
+    assert_equal_with_gradients(conv(x), expected, [x, *conv.parameters()])
