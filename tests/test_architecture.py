@@ -24,6 +24,10 @@ ALLOWED = {
         ['checkpoint_file', 'models.reparam'],
         ['mmengine', 'torch'],
     ),
+    'models.fuse': (
+        ['models.blocks', 'models.layers', 'models.reparam'],
+        ['torch'],
+    ),
     'models.overlock': (
         [
             'checkpoint',

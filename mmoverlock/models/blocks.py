@@ -64,12 +64,13 @@ class RepConvBlock(nn.Module):
             *_feed_forward(channels, 4 * channels, channels),
             DropPath(drop_path),
         )
-        self.ls = LayerScale(channels) if layer_scale else nn.Identity()
+        self.ls = LayerScale(channels) if layer_scale else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
         x = self.dwconv(x)
-        return self.ls(x) + self.proj(x)
+        y = self.proj(x)
+        return x + y if self.ls is None else self.ls(x, y)
 
 
 class FocusBlock(nn.Module):
@@ -105,6 +106,7 @@ class FocusBlock(nn.Module):
     ):
         super().__init__()
         self.splits = (channels, prior_channels)
+        self.first = first
         self.kernel_size = kernel_size
         self.backend = backend
         total = channels + prior_channels
@@ -169,9 +171,9 @@ class FocusBlock(nn.Module):
         Returns:
             Tensor: Of the shape of ``z``.
         """
-        if hasattr(self, 'x_scale'):
+        if not self.first:
             x, prior = z.split(self.splits, dim=1)
-            prior = self.x_scale(prior) + self.h_scale(initial_prior)
+            prior = self.x_scale(prior, self.h_scale(initial_prior))
             z = torch.cat([x, prior], dim=1)
         z = self.dwconv1(z)
         identity = z
@@ -179,9 +181,9 @@ class FocusBlock(nn.Module):
         fused = self.fusion(z)
         y = self.dyconv_proj(self.dynamic_conv(z, fused)) + self.lepe(fused)
         y = self.gate(fused) * self.se_layer(y)
-        z = self.ls1(identity) + self.drop_path(self.proj(y))
+        z = self.ls1(identity, self.drop_path(self.proj(y)))
         z = self.dwconv2(z)
-        return self.ls2(z) + self.drop_path(self.mlp(self.norm2(z)))
+        return self.ls2(z, self.drop_path(self.mlp(self.norm2(z))))
 
     def dynamic_conv(self, z: Tensor, value: Tensor) -> Tensor:
         """Mix ``value`` with kernels made from ``z``.

@@ -94,8 +94,22 @@ class LayerScale(nn.Module):
         self.weight = nn.Parameter(torch.full((channels, 1, 1, 1), init_value))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return scale_shift(x, self.weight[:, 0], self.bias[:, None, None])
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Scale and shift ``x``, and add ``y`` if there is one.
+
+        Args:
+            x (Tensor): (B, C, H, W).
+            y (Tensor, optional): Of the same shape.
+
+        Returns:
+            Tensor: Of the same shape.
+        """
+        weight = self.weight[:, 0]
+        if self.bias is None and y is not None:
+            return torch.addcmul(y, x, weight)
+        shift = None if self.bias is None else self.bias[:, None, None]
+        x = scale_shift(x, weight, shift)
+        return x if y is None else x + y
 
 
 class GRN(nn.Module):
@@ -193,9 +207,18 @@ class ResDWConv(nn.Conv2d):
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3, padding=1, groups=channels)
+        self.residual = True  # until it is a part of the kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        return depthwise_conv2d(x, self.weight, self.bias, residual=True)
+        return depthwise_conv2d(
+            x, self.weight, self.bias, residual=self.residual
+        )
+
+    @torch.no_grad()
+    def absorb_residual(self) -> None:
+        """Make the identity a part of the kernel, for inference."""
+        self.weight[:, :, 1, 1] += self.residual
+        self.residual = False
 
 
 class DropPath(nn.Module):

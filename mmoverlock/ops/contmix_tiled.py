@@ -10,16 +10,16 @@ rounding:
   matrix, zero outside each window, so that gathering windows becomes a
   matrix product with the region that the tile sees.
 
-Kernels exist for some groups at a time, and the backward pass makes them
+Kernels exist for a few groups at a time, and the backward pass makes them
 anew: what is stored is as large as the inputs.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .contmix_reference import bias_starts, window_starts
 
@@ -28,13 +28,14 @@ from .contmix_reference import bias_starts, window_starts
 TILE = 7
 # Elements of the dense matrices that exist at a time, unless those of a
 # single group are more.
-CHUNK = 2**21
+CHUNK = 2**20
 
 
 class _Plan(NamedTuple):
     """The tiling of a map; T tiles of P positions, regions of R indices."""
 
-    positions: Tensor  # (T, P): indices of the map
+    positions: Tensor  # (T * P, ): indices of the map
+    real: Tensor | None  # (T * P, 1): 0 for padding; None if there is none
     order: Tensor  # (H * W, ): where in the tiles the map's positions are
     regions: Tensor  # (T, R): indices of the map
     taps: Tensor | None  # (T, P, K^2) in [0, R); None if region == window
@@ -49,13 +50,20 @@ def _cut(length: int, kernel_size: int) -> tuple[Tensor, ...]:
         windows' starts within the regions (tiles, size) and the rows of the
         bias table (tiles, size).
     """
+
+    def start(position):  # of the window; in Python, to be traceable
+        first = min(position, length - 1) - kernel_size // 2
+        return min(max(first, 0), length - kernel_size)
+
     tiles = -(-length // TILE)
     size = -(-length // tiles)
     # Padding repeats the last position.
     positions = torch.arange(tiles * size).clamp(max=length - 1)
     positions = positions.view(tiles, size)
     windows = window_starts(length, kernel_size)[positions]
-    region = int((windows[:, -1] - windows[:, 0]).max()) + kernel_size
+    region = kernel_size + max(
+        start(i + size - 1) - start(i) for i in range(0, tiles * size, size)
+    )
     starts = windows[:, :1].clamp(max=length - region)
     return (
         positions,
@@ -71,38 +79,104 @@ def _grid(rows: Tensor, cols: Tensor, width: int) -> Tensor:
     return grid.flatten(2).flatten(0, 1)
 
 
-@lru_cache(maxsize=256)
-def _plan(
+def _make_plan(
     height: int, width: int, kernel_size: int, device: torch.device
 ) -> _Plan:
-    # The tensors are kept: they must not be inference tensors, which autograd
-    # cannot save.
+    rows = _cut(height, kernel_size)
+    cols = _cut(width, kernel_size)
+    positions = _grid(rows[0], cols[0], width).flatten()
+    order = positions.new_zeros(height * width)
+    # Of repeated positions, any will do.
+    order[positions] = torch.arange(len(positions))
+    real = None
+    if len(positions) > len(order):
+        real = torch.zeros(len(positions), 1)
+        real[order] = 1
+        real = real.to(device)
+    taps = None
+    region = rows[1].shape[1], cols[1].shape[1]
+    if max(region) > kernel_size:
+        tap = torch.arange(kernel_size)
+        tap = (tap[:, None] * region[1] + tap).flatten()
+        taps = _grid(rows[2], cols[2], region[1])[..., None] + tap
+        taps = taps.to(device)
+    return _Plan(
+        positions.to(device),
+        real,
+        order.to(device),
+        _grid(rows[1], cols[1], width).to(device),
+        taps,
+        _grid(rows[3], cols[3], kernel_size).flatten().to(device),
+    )
+
+
+@lru_cache(maxsize=256)
+def _cached_plan(*args) -> _Plan:
+    # What is kept must not be inference tensors, which autograd cannot save.
     with torch.inference_mode(False):
-        rows = _cut(height, kernel_size)
-        cols = _cut(width, kernel_size)
-        positions = _grid(rows[0], cols[0], width)
-        order = torch.empty(height * width, dtype=torch.int64)
-        order[positions.flatten()] = torch.arange(positions.numel())
-        region = cols[1].shape[1]
-        taps = None
-        if max(region, rows[1].shape[1]) > kernel_size:
-            tap = torch.arange(kernel_size)
-            tap = (tap[:, None] * region + tap).flatten()
-            taps = _grid(rows[2], cols[2], region)[..., None] + tap
-            taps = taps.to(device)
-        return _Plan(
-            positions.to(device),
-            order.to(device),
-            _grid(rows[1], cols[1], width).to(device),
-            taps,
-            _grid(rows[3], cols[3], kernel_size).flatten().to(device),
-        )
+        return _make_plan(*args)
 
 
-def _mix(
-    query: Tensor, filters: Tensor, windows: Tensor, value: Tensor, plan: _Plan
-) -> Tensor:
-    """Mix some groups of some images with one kernel size.
+def _plan(*args) -> _Plan:
+    # Nor tensors of a trace.
+    if torch.compiler.is_compiling():
+        return _make_plan(*args)
+    return _cached_plan(*args)
+
+
+def _chunks(shape: torch.Size, plan: _Plan) -> Iterator[tuple[slice, slice]]:
+    """Images and groups to work on at a time."""
+    batch, groups = shape[:2]
+    size = len(plan.positions) * plan.regions.shape[1]
+    images = max(1, CHUNK // (groups * size))
+    some = max(1, min(groups, CHUNK // size))
+    for i in range(0, batch, images):
+        for g in range(0, groups, some):
+            yield slice(i, i + images), slice(g, g + some)
+
+
+def _kernels(query, filters, windows, plan):
+    """Kernels (B, G, T * P, K^2) of queries (B, G, T * P, c)."""
+    logits = query @ filters
+    logits += windows.index_select(1, plan.bias)
+    return logits.softmax(-1)
+
+
+class _Tiles:
+    """What turns values into tiles for the matrix products, and back."""
+
+    def __init__(self, plan: _Plan):
+        self.plan = plan
+        self.dense = None
+
+    def lay_out(self, kernels: Tensor) -> Tensor:
+        """(B, G, T * P, K^2) to (B, G, T, P, R); the last one is reused."""
+        kernels = kernels.unflatten(2, (len(self.plan.regions), -1))
+        if self.plan.taps is None:
+            return kernels
+        shape = *kernels.shape[:-1], self.plan.regions.shape[1]
+        if self.dense is None or self.dense.shape != shape:
+            self.dense = kernels.new_zeros(shape)
+        # The same elements every time: the others stay zero.
+        taps = self.plan.taps.expand_as(kernels)
+        return self.dense.scatter_(-1, taps, kernels)
+
+    def collect(self, dense: Tensor) -> Tensor:
+        """(B, G, T, P, R) to (B, G, T * P, K^2)."""
+        if self.plan.taps is not None:
+            taps = self.plan.taps
+            taps = taps.expand(*dense.shape[:-1], taps.shape[-1])
+            dense = dense.gather(-1, taps)
+        return dense.flatten(2, 3)
+
+    def regions(self, value: Tensor) -> Tensor:
+        """(B, G, H * W, C) to (B, G, T, R, C)."""
+        regions = value.index_select(2, self.plan.regions.flatten())
+        return regions.unflatten(2, self.plan.regions.shape)
+
+
+def _mix(query, filters, windows, value, plan):
+    """Mix with one kernel size.
 
     Args:
         query (Tensor): (B, G, H * W, c).
@@ -114,19 +188,62 @@ def _mix(
     Returns:
         Tensor: (B, G, H * W, C).
     """
-    shape = value.shape
-    query = query.index_select(2, plan.positions.flatten())
-    logits = query @ filters
-    logits += windows.index_select(1, plan.bias)
-    kernel = logits.softmax(-1).to(value.dtype).flatten(0, 1)
-    kernel = kernel.unflatten(1, plan.positions.shape)
-    region = value.index_select(2, plan.regions.flatten())
-    region = region.flatten(0, 1).unflatten(1, plan.regions.shape)
-    if plan.taps is not None:
-        dense = kernel.new_zeros(*kernel.shape[:-1], region.shape[2])
-        kernel = dense.scatter_(-1, plan.taps.expand_as(kernel), kernel)
-    mixed = kernel @ region
-    return mixed.flatten(1, 2).index_select(1, plan.order).view(shape)
+    out = torch.empty_like(value)
+    tiles = _Tiles(plan)
+    for chunk in _chunks(value.shape, plan):
+        tile_query = query[chunk].index_select(2, plan.positions)
+        kernels = _kernels(tile_query, filters[chunk], windows[chunk[1]], plan)
+        dense = tiles.lay_out(kernels.to(value.dtype))
+        mixed = (dense @ tiles.regions(value[chunk])).flatten(2, 3)
+        out[chunk] = mixed.index_select(2, plan.order)
+    return out
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, filters, windows, value, plan):
+        ctx.save_for_backward(query, filters, windows, value)
+        ctx.plan = plan
+        return _mix(query, filters, windows, value, plan)
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, filters, windows, value = ctx.saved_tensors
+        plan = ctx.plan
+        grad_query = torch.empty_like(query)
+        grad_filters = torch.empty_like(filters)
+        grad_windows = torch.zeros_like(windows)
+        grad_value = torch.zeros_like(value)
+        tiles = _Tiles(plan)
+        for chunk in _chunks(value.shape, plan):
+            some_filters = filters[chunk]
+            tile_query = query[chunk].index_select(2, plan.positions)
+            kernels = _kernels(
+                tile_query, some_filters, windows[chunk[1]], plan
+            )
+            dense = tiles.lay_out(kernels.to(value.dtype))
+            tile_grad = grad[chunk].index_select(2, plan.positions)
+            if plan.real is not None:
+                tile_grad = tile_grad * plan.real
+            tile_grad = tile_grad.unflatten(2, (len(plan.regions), -1))
+            grad_value[chunk].index_add_(
+                2,
+                plan.regions.flatten(),
+                (dense.mT @ tile_grad).flatten(2, 3),
+            )
+            grad_dense = tile_grad @ tiles.regions(value[chunk]).mT
+            grad_logits = torch.ops.aten._softmax_backward_data(
+                tiles.collect(grad_dense).to(kernels.dtype),
+                kernels,
+                -1,
+                kernels.dtype,
+            )
+            grad_query[chunk] = (grad_logits @ some_filters.mT).index_select(
+                2, plan.order
+            )
+            grad_filters[chunk] = tile_query.mT @ grad_logits
+            grad_windows[chunk[1]].index_add_(1, plan.bias, grad_logits.sum(0))
+        return grad_query, grad_filters, grad_windows, grad_value, None
 
 
 def contmix_tiled(
@@ -139,59 +256,32 @@ def contmix_tiled(
 ) -> Tensor:
     """See :func:`mmoverlock.ops.contmix`."""
     groups = len(rpb[0])
-    batch, _, height, width = value.shape
+    height, width = value.shape[2:]
 
     def by_group(maps):  # (B, G, H * W, C)
         return maps.flatten(2).unflatten(1, (groups, -1)).mT.contiguous()
 
     filters = by_group(key).mT @ weight.T
     query = by_group(query)
-    sizes = [((table.shape[-1] + 1) // 2) for table in rpb]
+    sizes = [(table.shape[-1] + 1) // 2 for table in rpb]
     areas = [k**2 for k in sizes]
-    halves = []
-    for k, table, part, shift, half in zip(
-        sizes,
-        rpb,
-        filters.split(areas, dim=-1),
-        bias.split(areas),
-        value.chunk(2, dim=1),
-        strict=True,
-    ):
-        plan = _plan(height, width, k, value.device)
-        windows = table.unfold(1, k, 1).unfold(2, k, 1)
-        windows = windows.reshape(groups, k**2, k**2) + shift
-        size = plan.positions.numel() * plan.regions.shape[1]
-        images = max(1, CHUNK // (groups * size))
-        some = max(1, min(groups, CHUNK // size))
-        mixed = [
-            torch.cat(
-                [
-                    _run(*chunk, plan)
-                    for chunk in zip(
-                        q.split(some, 1),
-                        f.split(some, 1),
-                        windows.split(some),
-                        v.split(some, 1),
-                        strict=True,
-                    )
-                ],
-                dim=1,
-            )
-            for q, f, v in zip(
-                query.split(images),
-                part.split(images),
-                by_group(half).split(images),
-                strict=True,
-            )
-        ]
-        halves.append(torch.cat(mixed))
-    mixed = torch.cat(halves, dim=1)
-    return mixed.mT.reshape(value.shape)
-
-
-def _run(*args):
-    if torch.is_grad_enabled():
-        return checkpoint(
-            _mix, *args, use_reentrant=False, preserve_rng_state=False
+    mix = _Mix.apply if torch.is_grad_enabled() else _mix
+    mixed = [
+        mix(
+            query,
+            filter,
+            table.unfold(1, k, 1).unfold(2, k, 1).reshape(groups, k**2, -1)
+            + shift,
+            by_group(half),
+            _plan(height, width, k, value.device),
         )
-    return _mix(*args)
+        for k, table, filter, shift, half in zip(
+            sizes,
+            rpb,
+            filters.split(areas, dim=-1),
+            bias.split(areas),
+            value.chunk(2, dim=1),
+            strict=True,
+        )
+    ]
+    return torch.cat(mixed, dim=1).mT.reshape(value.shape)

@@ -1,0 +1,198 @@
+"""What is measured: functions that return figures of this machine.
+
+Each runs in a process of its own, so that its peak of memory is its own.
+Seconds are medians of some runs, with the shortest and the longest.
+"""
+
+import resource
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from mmengine.registry import MODELS, init_default_scope
+
+from mmoverlock.models import OverLoCK
+from mmoverlock.models.fuse import fuse
+from mmoverlock.ops import contmix, depthwise_conv2d
+from mmoverlock.ops.contmix_tiled import _plan, _Tiles
+
+# Multiply-adds of an image of 224 x 224 pixels, from the papers.
+GMACS = {'t': 5.5, 'xt': 2.6, 'swin-t': 4.5, 'resnet-50': 4.1}
+
+
+def seconds(run, repeats=7):
+    """Median, minimum and maximum of the time that a call takes."""
+    for _ in range(2):
+        run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return dict(
+        seconds=statistics.median(times), least=min(times), most=max(times)
+    )
+
+
+def peak_mb():
+    """Peak of the process's memory so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def sgemm():
+    """The machine's own rate, in GMAC/s."""
+    a, b = torch.randn(2, 2048, 2048)
+    return 2.048**3 / seconds(lambda: a @ b)['least']
+
+
+def build(name, **kwargs):
+    """A backbone by name: an arch of OverLoCK, 'swin-t' or 'resnet-50'."""
+    if name not in ('swin-t', 'resnet-50'):
+        return OverLoCK(name, **kwargs)
+    import mmdet.models  # noqa: F401
+
+    init_default_scope('mmdet')
+    if name == 'swin-t':
+        return MODELS.build(
+            dict(
+                type='SwinTransformer',
+                embed_dims=96,
+                depths=[2, 2, 6, 2],
+                num_heads=[3, 6, 12, 24],
+                window_size=7,
+                mlp_ratio=4,
+                drop_path_rate=0.0,
+            )
+        )
+    return MODELS.build(dict(type='ResNet', depth=50))
+
+
+def inference(name, size, dtype=None):
+    """One image of size x size, in eval mode; OverLoCK fused."""
+    model = build(name).eval()
+    if isinstance(model, OverLoCK):
+        fuse(model)
+    image = torch.randn(1, 3, size, size)
+    before = peak_mb()
+    with torch.no_grad(), torch.autocast('cpu', dtype, enabled=bool(dtype)):
+        result = seconds(lambda: model(image))
+    gmacs = GMACS[name] * (size / 224) ** 2
+    return {
+        **result,
+        'rate': gmacs / result['seconds'],
+        'sgemm': sgemm(),
+        'peak_mb': peak_mb(),
+        'used_mb': peak_mb() - before,
+        'pixels': size**2,
+    }
+
+
+def training(name, batch, size, **kwargs):
+    """Forward and backward of a backbone in training mode."""
+    model = build(name, **kwargs).train()
+    images = torch.randn(batch, 3, size, size)
+    with torch.no_grad():
+        grads = [torch.randn_like(out) for out in model(images)]
+
+    def step():
+        torch.autograd.backward(model(images), grads)
+
+    result = seconds(step, repeats=5)
+    peak = peak_mb()
+    gmacs = 3 * batch * GMACS[name] * (size / 224) ** 2
+    return {
+        **result,
+        'rate': gmacs / result['seconds'],
+        'sgemm': sgemm(),
+        'peak_mb': peak,
+    }
+
+
+def gather_sum(height, width):
+    """The 13 x 13 kernels of ContMix: 8 groups of 16 channels.
+
+    ``seconds`` is for gathering alone, from kernels that exist; ``op`` and
+    ``both`` are of the whole operator (both kernels, logits, softmax), and
+    of its forward and backward.
+    """
+    groups, channels, size = 8, 16, 13
+    plan = _plan(height, width, size, torch.device('cpu'))
+    kernels = torch.rand(1, groups, len(plan.positions), size**2)
+    values = torch.randn(1, groups, height * width, channels)
+
+    def gather():
+        tiles = _Tiles(plan)
+        mixed = tiles.lay_out(kernels) @ tiles.regions(values)
+        return mixed.flatten(2, 3).index_select(2, plan.order)
+
+    with torch.no_grad():
+        result = seconds(gather)
+
+    def maps(channels):
+        draw = torch.randn(1, channels, height, width)
+        draw = draw.contiguous(memory_format=torch.channels_last)
+        return draw.requires_grad_()
+
+    total = 2 * groups * channels
+    operands = [
+        maps(total // 2),
+        torch.randn(1, total // 2, 7, 7),
+        maps(total),
+        (0.02 * torch.randn(25 + size**2, 49)).requires_grad_(),
+        torch.zeros(25 + size**2, requires_grad=True),
+    ]
+    tables = [torch.zeros(groups, 2 * k - 1, 2 * k - 1) for k in (5, size)]
+    grad = torch.randn(1, total, height, width)
+    result['both'] = seconds(
+        lambda: contmix(*operands, tables).backward(grad)
+    )['seconds']
+    with torch.no_grad():
+        result['op'] = seconds(lambda: contmix(*operands, tables))['seconds']
+    return result
+
+
+def weight_gradient(channels, size, kernel_size):
+    """Of a depthwise convolution, ours and PyTorch's."""
+    x = torch.randn(1, channels, size, size)
+    x = x.contiguous(memory_format=torch.channels_last)
+    grad = torch.randn_like(x)
+    weight = torch.randn(
+        channels, 1, kernel_size, kernel_size, requires_grad=True
+    )
+
+    def backward(out):
+        return seconds(
+            lambda: torch.autograd.grad(out, weight, grad, retain_graph=True)
+        )
+
+    plain = F.conv2d(x, weight, padding=kernel_size // 2, groups=channels)
+    return {
+        **backward(depthwise_conv2d(x, weight)),
+        'plain': backward(plain)['seconds'],
+    }
+
+
+def detector(train):
+    """Mask R-CNN, and UperNet, with t: see configs."""
+
+
+ROWS = {
+    't, 512, inference': lambda: inference('t', 512),
+    'Swin-T, 512, inference': lambda: inference('swin-t', 512),
+    'ResNet-50, 512, inference': lambda: inference('resnet-50', 512),
+    't, 512, inference in bf16': lambda: inference('t', 512, torch.bfloat16),
+    't, 1024, inference': lambda: inference('t', 1024),
+    't, 2048, inference': lambda: inference('t', 2048),
+    't, 2 x 224, training': lambda: training('t', 2, 224),
+    'Swin-T, 2 x 224, training': lambda: training('swin-t', 2, 224),
+    'xt, 2 x 224, training': lambda: training('xt', 2, 224),
+    't, 1 x 512, training': lambda: training('t', 1, 512),
+    't, 1 x 512, training, with_cp': lambda: training(
+        't', 1, 512, with_cp=True
+    ),
+    'gather-sum, 14 x 14': lambda: gather_sum(14, 14),
+    'gather-sum, 32 x 32': lambda: gather_sum(32, 32),
+    'gather-sum, 50 x 84': lambda: gather_sum(50, 84),
+    'weight gradient, 17 x 17': lambda: weight_gradient(64, 128, 17),
+}
