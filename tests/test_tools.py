@@ -6,12 +6,14 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 from PIL import Image
+from torch import nn
 
 pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
@@ -234,6 +236,22 @@ def test_test_detector(detector, coco, tmp_path):
         drawn = np.asarray(Image.open(tmp_path / 'drawn' / name), dtype=int)
         prediction = drawn[:, original.shape[1] :]  # the truth is left of it
         assert abs(prediction - original).max() > 64
+
+
+def test_fuse(monkeypatch, coco, detector):
+    """--fuse fuses the model that the runner has loaded."""
+    runner = mock.Mock(
+        model=nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    )
+    monkeypatch.setattr(test.cli, 'build_runner', lambda *_, **__: runner)
+    argv = [str(MASK_RCNN), str(detector[0] / 'epoch_1.pth')]
+    options = ['--cfg-options', *data_options(coco)]
+    test.main([*argv, *options])
+    assert not runner.register_hook.called
+    test.main([*argv, '--fuse', *options])
+    [[hook]] = [call.args for call in runner.register_hook.call_args_list]
+    hook.before_test(runner)
+    assert isinstance(runner.model[1], nn.Identity)
 
 
 def test_summarize(detector):

@@ -4,9 +4,11 @@ import argparse
 import os
 
 from mmengine.evaluator import DumpResults
+from mmengine.hooks import Hook
 from mmengine.registry import METRICS
 
 from mmoverlock import cli
+from mmoverlock.models.fuse import fuse
 
 
 def build_parser():
@@ -28,7 +30,19 @@ def build_parser():
         help='average over scales and flips, as tta_model and tta_pipeline of '
         'the config say',
     )
+    parser.add_argument(
+        '--fuse',
+        action='store_true',
+        help='fuse norms, branches and residuals into convolutions first',
+    )
     return parser
+
+
+class Fuse(Hook):
+    """Fuses the model once its checkpoint is loaded."""
+
+    def before_test(self, runner):
+        fuse(runner.model)
 
 
 class DumpPredictions(DumpResults):
@@ -106,6 +120,8 @@ def main(argv=None):
             augment_test_time(cfg)
         with cli.explain_failures(cfg, args.cfg_options):
             runner = cli.build_runner(cfg, complete=True)
+            if args.fuse:
+                runner.register_hook(Fuse())
             if args.out:
                 dump = (
                     METRICS.build(

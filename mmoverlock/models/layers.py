@@ -62,7 +62,7 @@ class PointwiseConv(nn.Conv2d):
             shift = weight @ shift.flatten()
             bias = shift if bias is None else bias + shift
         x = x.permute(0, 2, 3, 1).flatten(1, 2)
-        weight = weight.mT * scale.flatten(2)
+        weight = (weight.mT * scale.flatten(2)).to(x.dtype)
         x = x @ weight if bias is None else torch.baddbmm(bias, x, weight)
         return x.unflatten(1, size).permute(0, 3, 1, 2)
 
