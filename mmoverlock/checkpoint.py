@@ -116,16 +116,25 @@ def merge(state: State, eps: float = 1e-5) -> State:
     Args:
         state (dict): Weights by name, below any prefix.
         eps (float): That of the batch norms. Defaults to 1e-5.
+
+    Raises:
+        CheckpointError: If a branch is missing or of another shape.
     """
     merged = OrderedDict(state)
     for mark in [name for name in state if name.endswith(_UNMERGED)]:
         prefix = mark.removesuffix(_UNMERGED)
         branches = take(state, prefix)
-        large = branches['lk_origin.weight']
-        conv = DilatedReparamConv(
-            len(large), large.shape[-1], dict(type='BN', eps=eps)
-        ).to(large.dtype)
-        conv.load_state_dict(branches)
+        try:
+            large = branches['lk_origin.weight']
+            conv = DilatedReparamConv(
+                len(large), large.shape[-1], dict(type='BN', eps=eps)
+            ).to(large.dtype)
+            conv.load_state_dict(branches)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f'the branches at {prefix} cannot be merged: '
+                + ' '.join(str(error).split())
+            ) from error
         conv.switch_to_deploy()
         for name in branches:
             del merged[prefix + name]
@@ -134,17 +143,8 @@ def merge(state: State, eps: float = 1e-5) -> State:
     return merged
 
 
-def adapt(state: State, model: nn.Module, source: str) -> State:
-    """Bring weights to the names and the merged or unmerged form of a model.
-
-    Args:
-        state (dict): Weights by name.
-        model (nn.Module): A backbone, or a model with one.
-        source (str): Where the weights are from, for the message.
-
-    Raises:
-        CheckpointError: If the weights are merged and the model is not.
-    """
+def _adapt(state, model, source):
+    """Bring weights to the names of a model, and merge them if it is."""
     if is_release(state) and not is_release(model.state_dict()):
         state = add_prefixes(state)
     for name, conv in model.named_modules():
@@ -242,14 +242,15 @@ def fit(
         CheckpointError: If anything else is missing, nothing fits, or the
             weights are merged and the model is not.
     """
-    adapted = adapt(state, model, source)
+    adapted = _adapt(state, model, source)
     result = Comparison.of(adapted, model)
     names = [*result.missing, *result.reshaped]
     if not result.loaded or not all(n.startswith(optional) for n in names):
+        # Of the OverLoCK in it, whose module imports this one.
         zoos = [m.arch_zoo for m in model.modules() if hasattr(m, 'arch_zoo')]
         zoo = zoos[0] if zoos else {}
         found, arch = arch_of(state, zoo), arch_of(model.state_dict(), zoo)
-        if found == arch:
+        if arch is None or found == arch:
             reason = str(result)
         elif found is None:
             reason = f'it has no OverLoCK, but {outline([*state])}'
@@ -307,7 +308,7 @@ class LoadingCheck(Hook):
             checkpoint, as for a test; else any will do.
     """
 
-    priority = 'VERY_HIGH'  # before the hook for moving averages
+    priority = 'VERY_HIGH'  # before EMAHook, which loads the weights too
 
     def __init__(self, complete: bool):
         self.complete = complete
@@ -319,14 +320,12 @@ class LoadingCheck(Hook):
         model = runner.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
-        source = str(runner._load_from or 'the last checkpoint')
-        optional = () if self.complete else ('',)
-        fitting = fit(checkpoint['state_dict'], model, source, optional)
-        # Complete, because the hook for moving averages wants all weights.
-        state = model.state_dict()
-        state.update(fitting)
-        state._metadata = fitting._metadata
-        checkpoint['state_dict'] = state
+        checkpoint['state_dict'] = fit(
+            checkpoint['state_dict'],
+            model,
+            str(runner._load_from or 'the last checkpoint'),
+            optional=() if self.complete else ('',),
+        )
 
 
 def _forget_foreign_files(checkpoint, work_dir):

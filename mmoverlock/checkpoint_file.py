@@ -139,15 +139,17 @@ def _read_safetensors(file):
     entries.pop('__metadata__', None)
     data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
     weights, end = {}, 0
-    for name, entry in entries.items():
+    for name, entry in sorted(
+        entries.items(), key=lambda item: item[1]['data_offsets']
+    ):
         start, stop = entry['data_offsets']
-        if not 0 <= start <= stop <= len(data):
-            raise ValueError(f'{name} is not in the file')
+        if start != end:
+            raise ValueError(f'{name} does not follow the tensor before it')
         # A copy, because views need alignment.
         flat = data[start:stop].clone().view(_DTYPES[entry['dtype']])
         weights[name] = flat.reshape(entry['shape'])
-        end = max(end, stop)
-    if sum(weight.nbytes for weight in weights.values()) != len(data):
+        end = stop
+    if end != len(data):
         raise ValueError('the sizes of tensors and file differ')
     return weights
 

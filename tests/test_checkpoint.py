@@ -10,6 +10,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from golden import load, state_dict
+from mmengine.hooks import EMAHook
 from mmengine.model import BaseModel, BaseTTAModel
 from mmengine.runner import CheckpointLoader, Runner
 from torch import nn
@@ -121,17 +122,16 @@ def test_init_cfg_loads_the_classifier(released, messages, fuse_overview):
     )
 
 
-@pytest.mark.parametrize('arch', ['xt', 't', 's', 'b'])
+@pytest.mark.parametrize(
+    'arch, keys', [('xt', 'cls_xt'), ('t', 'cls_t'), ('s', 'seg_s')]
+)
 @pytest.mark.parametrize('kwargs', [{}, {'fuse_overview': True}])
-def test_classifiers_fit_every_arch(arch, kwargs):
-    """Names and shapes; that of s is its segmenter's, b has no key file."""
-    keys = {'xt': 'cls_xt', 't': 'cls_t', 's': 'seg_s'}
-    if arch not in keys:
-        pytest.skip('no key file')
+def test_classifiers_fit_every_arch(arch, keys, kwargs):
+    """By names and shapes; those of s are its segmenter's, less the norms."""
     with torch.device('meta'):
         state = {
             name: torch.empty(shape)
-            for name, shape in load(f'keys_{keys[arch]}').items()
+            for name, shape in load(f'keys_{keys}').items()
             if not name.startswith('extra_norm.')
         }
         model = OverLoCK(arch, **kwargs)
@@ -193,6 +193,15 @@ def test_merging_on_the_way_is_exact(tmp_path, prefix):
     with torch.no_grad():
         for actual, expected in zip(deployed(x), model(x), strict=True):
             torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize('name', ['dil_bn_k5_1.bias', 'lk_origin.weight'])
+def test_merging_takes_all_branches(tmp_path, name):
+    state = tiny().state_dict()
+    del state[f'blocks1.0.proj.1.{name}']
+    path = saved(tmp_path, state)
+    with pytest.raises(CheckpointError, match=r'blocks1.0.proj.1. cannot be'):
+        load_pretrained(tiny(deploy=True), path)
 
 
 def test_merged_weights_do_not_train(released):
@@ -532,6 +541,29 @@ def test_nothing_fits(safe, tmp_path, complete):
         load_into(runner, path)
 
 
+@pytest.mark.parametrize('complete', [True, False])
+def test_models_without_overlock(safe, training, tmp_path, messages, complete):
+    """The tools are for any model."""
+
+    state = {'neck.weight': torch.ones(1, 3), 'neck.bias': torch.ones(1)}
+    path = altered(training, tmp_path, lambda c: c.update(state_dict=state))
+    runner = make_runner(tmp_path, complete, Other())
+    load_into(runner, path)
+    assert_loaded(runner.model, state)
+    runner = make_runner(tmp_path, complete, Other())
+    with pytest.raises(CheckpointError, match='model: 0 of 2 tensors fit; mi'):
+        load_into(runner, saved(tmp_path, {'conv.weight': torch.ones(1)}))
+
+
+class Other(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.neck = nn.Linear(3, 1)
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        raise NotImplementedError
+
+
 def test_runner_takes_released_names_and_merges(safe, tmp_path):
     """A released classifier or backbone needs no conversion."""
     source = tiny(1)
@@ -540,6 +572,8 @@ def test_runner_takes_released_names_and_merges(safe, tmp_path):
     load_into(runner, path)
     source.switch_to_deploy()
     assert_loaded(runner.model.backbone, source.state_dict())
+    (average,) = [h for h in runner.hooks if isinstance(h, EMAHook)]
+    assert_loaded(average.ema_model.module.backbone, source.state_dict())
 
 
 def test_test_time_augmentation(safe, training, tmp_path):

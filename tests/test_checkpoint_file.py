@@ -197,6 +197,10 @@ def test_safetensors(tmp_path):
         ({'a': {'dtype': 'F32', 'shape': [1], 'data_offsets': [0, 4]}}, None),
         ({'a': {'dtype': 'X', 'shape': [1], 'data_offsets': [0, 4]}}, None),
         ({'a': {'dtype': 'F32', 'shape': '', 'data_offsets': [0, 4]}}, None),
+        (
+            {'a': {'dtype': 'F32', 'shape': [1], 'data_offsets': [0, 4]}},
+            bytes(12),
+        ),
         ({'a': 3}, None),
         ({}, b'1'),
         ({}, b'123456789'),
@@ -490,50 +494,80 @@ def test_checkpoint_that_calls(tmp_path):
     assert (tmp_path / 'marker').exists()
 
 
+BYTES = b'c_codecs\nencode\nVabcdefgh\nVlatin1\n\x86R'
+
+
+def weight(numel=1, offset=0, size=1, stride=1, other=b'N'):
+    """A pickled dict of a tensor in a storage of one value, and another."""
+    numbers = [b'K' + bytes([n]) for n in (numel, offset, size, stride)]
+    return (
+        b'\x80\x02}Va\n'
+        + other
+        + b'sVw\nctorch._utils\n_rebuild_tensor_v2\n((Vstorage\nctorch\n'
+        b'FloatStorage\nV0\nVcpu\n%btQ%b%b\x85%b\x85tRs.' % tuple(numbers)
+    )
+
+
 @pytest.mark.parametrize(
-    'pickled',
+    'value, works',
     [
-        # A dtype whose items numpy takes for pointers.
-        b'\x80\x02cnumpy\ndtype\nV O8\n\x85R.',
-        b'\x80\x02cnumpy\ndtype\nVV8\n\x85R.',
-        b'\x80\x02cnumpy\ndtype\n(Vf8\n\x89\x88tR(K\x03V>\nNNNJ\xff\xff\xff\xff'
-        b'J\xff\xff\xff\xffK\x01tb.',
+        (b'cnumpy\ndtype\nVf8\n\x85R', True),
+        # Dtypes whose items numpy takes for pointers.
+        (b'cnumpy\ndtype\nVO\n\x85R', False),
+        (b'cnumpy\ndtype\nVV8\n\x85R', False),
+        (b'cnumpy\ndtype\nVf8\n\x85R(K\x03V>\nNNNNNK\x01tb', False),
+        (
+            b'cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nVf8\n\x85R'
+            + BYTES
+            + b'\x86R',
+            True,
+        ),
+        # A text for numpy to parse.
+        (b'cnumpy.core.multiarray\nscalar\nVf8\n' + BYTES + b'\x86R', False),
         # Attributes of functions, classes and dicts.
-        b'\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}V__doc__\nV1\nsb.',
-        b'\x80\x02cmmengine.logging.history_buffer\nHistoryBuffer\nN}Vmean\n'
-        b'V1\ns\x86b.',
-        b'\x80\x02ccollections\nOrderedDict\n)R}Vitems\nV1\nsb.',
-        b'\x80\x02}}Va\nV1\nsb.',
-        # Tensors larger than their storage.
-        b'\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(((Vstorage\nctorch\n'
-        b'FloatStorage\nV0\nVcpu\nK\x01tQK\x00K\x02\x85K\x01\x85tR.',
-        b'\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((Vstorage\nctorch\n'
-        b'FloatStorage\nV0\nVcpu\nK\x01tQK\x00K\x02\x85K\x00\x85tR.',
-        b'\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((Vstorage\nctorch\n'
-        b'FloatStorage\nV0\nVcpu\nK\x09tQK\x00K\x01\x85K\x01\x85tR.',
+        (b'ctorch._utils\n_rebuild_tensor_v2\n}V__doc__\nV1\nsb', False),
+        (
+            b'cmmengine.logging.history_buffer\nHistoryBuffer\nN}Vmean\nV1\n'
+            b's\x86b',
+            False,
+        ),
+        (b'ccollections\nOrderedDict\n)R}V_metadata\n}sb', True),
+        (b'ccollections\nOrderedDict\n)R}Vitems\nV1\nsb', False),
+        (b'}}Va\nV1\nsb', False),
     ],
 )
-def test_what_cannot_be_made(tmp_path, pickled):
+def test_what_is_made(tmp_path, value, works):
     before = HistoryBuffer.mean
-    path = with_pickle(tmp_path / 'a.pth', pickled, [('data/0', bytes(4))])
-    with pytest.raises(CheckpointError, match='damaged'):
-        read(path)
+    path = with_pickle(
+        tmp_path / 'a.pth', weight(other=value), [('data/0', bytes(4))]
+    )
+    if works:
+        assert read(path)['state_dict']['w'] == 0
+    else:
+        with pytest.raises(CheckpointError, match='damaged'):
+            read(path)
     assert HistoryBuffer.mean is before
 
 
-def test_dtype_flags_are_not_restored(tmp_path):
-    """By them numpy would take numbers for pointers."""
-    dtype = (
-        b'cnumpy\ndtype\n(Vf8\n\x89\x88tR(K\x03V<\nNNNJ\xff\xff\xff\xff'
-        + (b'J\xff\xff\xff\xffK\x01tb')
-    )
-    weight = b'ctorch._utils\n_rebuild_tensor_v2\n((Vstorage\nctorch\n' + (
-        b'FloatStorage\nV0\nVcpu\nK\x01tQK\x00K\x01\x85K\x01\x85tR'
-    )
-    pickled = b'\x80\x02}(Va\n' + dtype + b'Vw\n' + weight + b'u.'
+@pytest.mark.parametrize(
+    'numbers, works',
+    [
+        ((1, 0, 1, 1), True),
+        ((1, 0, 2, 1), False),
+        ((1, 0, 255, 0), False),  # it would take more memory than the file
+        ((1, 1, 1, 1), False),
+        ((2, 0, 2, 1), False),
+        ((0, 0, 0, 1), False),
+    ],
+)
+def test_tensor_and_storage(tmp_path, numbers, works):
+    pickled = weight(*numbers)
     path = with_pickle(tmp_path / 'a.pth', pickled, [('data/0', bytes(4))])
-    contents = read(path)
-    assert contents['state_dict']['w'] == 0
+    if works:
+        assert read(path)['state_dict']['w'] == torch.zeros(1)
+        return
+    with pytest.raises(CheckpointError, match='damaged'):
+        read(path)
 
 
 # ------------------------------------------------------------------- fuzz
@@ -604,11 +638,13 @@ def mutate(data, rng):
 
 
 LITERALS = [
-    *(b'N', b'\x88', b']', b'}', b')', b'\x8f', b'K\x00', b'K\x01', b'K\x07'),
-    *(b'J\xff\xff\xff\xff', b'G?\xf0\x00\x00\x00\x00\x00\x00', b'C\x02ab'),
+    *(b'N', b'\x88', b']', b'}', b')', b'\x89', b'K\x00', b'K\x01', b'K\x07'),
+    *(b'J\xff\xff\xff\xff', b'G?\xf0\x00\x00\x00\x00\x00\x00', BYTES),
     *(b'Vf8\n', b'VO\n', b'V<\n', b'V0\n', b'V__init__\n', b'Vlatin1\n'),
     *(b'V_metadata\n', b'V_log_history\n', b'Vmax_length\n', b'h\x00'),
-    *(b'\x8a\x09\xff\xff\xff\xff\xff\xff\xff\xff\x00', b'C\x08abcdefgh'),
+    *(b'\x8a\x09\xff\xff\xff\xff\xff\xff\xff\xff\x00', b'K\x08\x85'),
+    *(b'cnumpy\ndtype\nVf8\n\x85R', b'ccollections\nOrderedDict\n)R'),
+    b'cmmengine.logging.history_buffer\nHistoryBuffer\n)\x81',
     *(
         f'c{module}\n{name}\n'.encode()
         for module, name in checkpoint_file._ALLOWED
