@@ -1,0 +1,180 @@
+"""What the documentation names is there."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    path.relative_to(ROOT).as_posix()
+    for pattern in ('*.md', 'docs/*.md', 'configs/*/README.md')
+    for path in sorted(ROOT.glob(pattern))
+]
+FENCED = re.compile(r'^```(\w*)\n(.*?)^```', re.DOTALL | re.MULTILINE)
+LINK = re.compile(r'\[([^\]]*)\]\(([^)\s]+)\)')
+
+
+@pytest.fixture(params=PAGES)
+def page(request):
+    return ROOT / request.param
+
+
+def read(path):
+    """The text of a page, or of a file of code."""
+    return path.read_text(encoding='utf-8')
+
+
+def blocks(page, language):
+    """The code blocks of a language."""
+    found = FENCED.findall(read(page))
+    return [code for name, code in found if name == language]
+
+
+def anchors(page):
+    """What links to the headings of a page end with, as GitHub makes it."""
+    headings = re.findall(r'^#+ (.*)', FENCED.sub('', read(page)), re.M)
+    kept = (re.sub(r'[^\w\- ]', '', text.lower()) for text in headings)
+    return {text.replace(' ', '-') for text in kept}
+
+
+def commands(page):
+    """Lines of shell blocks and of inline code, continuations joined."""
+    text = FENCED.sub('', read(page))
+    lines = re.findall(r'`([^`\n]+)`', text)
+    for code in blocks(page, 'shell'):
+        lines += code.replace('\\\n', ' ').splitlines()
+    return lines
+
+
+def definitions(module):
+    """The names that a file of Python code binds at its top."""
+    names = set()
+    for node in ast.parse(read(module)).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            names |= {n.id for n in node.targets if isinstance(n, ast.Name)}
+    return names
+
+
+def is_defined(name):
+    """Whether a dotted name is a module of the package, or bound in one."""
+    path = ROOT.joinpath(*name.split('.'))
+    if path.is_dir() or path.with_suffix('.py').is_file():
+        return True
+    module = path.parent.with_suffix('.py')
+    if path.parent.is_dir():
+        module = path.parent / '__init__.py'
+    return module.is_file() and path.name in definitions(module)
+
+
+def arguments():
+    """The names of the arguments of OverLoCK."""
+    tree = ast.parse(read(ROOT / 'mmoverlock/models/overlock.py'))
+    [init] = [
+        node
+        for node in ast.walk(tree)
+        if getattr(node, 'name', '') == '__init__'
+    ]
+    return {argument.arg for argument in init.args.args}
+
+
+def test_pages():
+    assert 'README.md' in PAGES
+    linked = {
+        target for _, target in LINK.findall(read(ROOT / 'docs/README.md'))
+    }
+    files = {path.name for path in (ROOT / 'docs').glob('*.md')}
+    assert files - {'README.md'} <= linked
+
+
+def test_links(page):
+    for _, link in LINK.findall(FENCED.sub('', read(page))):
+        if '://' in link:
+            continue
+        name, _, anchor = link.partition('#')
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_files(page):
+    pattern = (
+        r'(?<![\w/.-])(?:tools|configs|tests|dev|docs|benchmarks)/[\w./]+'
+    )
+    for name in re.findall(pattern, read(page)):
+        name = name.rstrip('./')
+        assert (page.parent / name).exists() or (ROOT / name).exists(), name
+
+
+def test_commands(page):
+    """Options are those of the tools, targets those of the Makefile."""
+    makefile = read(ROOT / 'Makefile')
+    shared = read(ROOT / 'mmoverlock/cli.py')
+    for line in commands(page):
+        for targets in re.findall(r'(?:^| )make ([a-z ]+)', line):
+            for target in targets.split():
+                assert f'\n{target}:' in makefile, line
+        tool = re.search(r'tools/\w+\.py', line)
+        if not tool:
+            continue
+        code = read(ROOT / tool[0])
+        if 'cli.add_arguments' in code:
+            code += shared
+        for option in re.findall(r'(?<= )--[\w-]+', line[tool.end() :]):
+            assert f"'{option}'" in code, line
+
+
+def test_names(page):
+    names = re.findall(r'\bmmoverlock(?:\.(?!_)\w+)+', read(page))
+    for code in blocks(page, 'python'):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom):
+                names += [f'{node.module}.{item.name}' for item in node.names]
+    for name in names:
+        assert not name.startswith('mmoverlock.') or is_defined(name), name
+
+
+def test_arguments(page):
+    """Calls of OverLoCK, and its configs, have arguments that it takes."""
+    for code in blocks(page, 'python'):
+        for node in ast.walk(ast.parse(code)):
+            if not isinstance(node, ast.Call):
+                continue
+            given = {keyword.arg: keyword.value for keyword in node.keywords}
+            kind = getattr(given.pop('type', node.func), 'value', None)
+            if 'OverLoCK' in (kind, getattr(node.func, 'id', None)):
+                assert given.keys() - {'_delete_'} <= arguments()
+
+
+def test_pins():
+    """Versions are those that setup.py pins."""
+    page, pins = read(ROOT / 'docs/installation.md'), read(ROOT / 'setup.py')
+    found = re.findall(r'[\w-]+(?:==|<)[\d.]*\d', page)
+    found += map('=='.join, re.findall(r'([\w-]+) (\d+\.\d+\.\d+)', page))
+    assert len(found) > 15
+    for pin in found:
+        assert f"'{pin}'" in pins, pin
+
+
+def test_model_zoo():
+    """Every config of the paper, and what its metafile says of it."""
+    page = ROOT / 'docs/model_zoo.md'
+    shown = {link: text for text, link in LINK.findall(read(page))}
+    for folder in 'imagenet', 'mask_rcnn', 'cascade_mask_rcnn', 'upernet':
+        path = ROOT / 'configs' / folder / 'metafile.yml'
+        for model in yaml.safe_load(read(path))['Models']:
+            metrics = [
+                value
+                for result in model.get('Results', [])
+                for value in result['Metrics'].values()
+            ]
+            text = ' / '.join(map(str, metrics)) or '-'
+            link = f'../{model["Config"]}'
+            if 'mini' not in link:
+                assert shown[link] == text
