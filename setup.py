@@ -35,7 +35,14 @@ EXTRAS = {
         'ftfy',
         'regex',
     ],
-    'tests': ['pytest==9.2.0', 'ruff==0.17.6'],
+    'tests': [
+        'hypothesis==6.170.15',
+        'onnx==1.23.2',
+        'onnxruntime==1.23.2',
+        'onnxscript==0.7.2',
+        'pytest==9.2.0',
+        'ruff==0.17.6',
+    ],
 }
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import importlib.util
 import inspect
 import os
@@ -52,9 +53,11 @@ DATASET_HELP = {
 # mmpretrain downloads these where they are missing.
 DOWNLOADED = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 
-
 # mmengine reads these with loaders that run what a file asks for.
 UNSAFE_FILES = ('.pkl', '.pickle', '.yml', '.yaml')
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class UserError(Exception):
@@ -91,7 +94,9 @@ class ConfigOptions(DictAction):
 
 def add_arguments(parser):
     """Add the arguments that all tools share to an ``ArgumentParser``."""
-    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        'config', help='config file; it is code, so use what you trust'
+    )
     parser.add_argument(
         '--work-dir',
         help='folder of logs and checkpoints; '
@@ -366,6 +371,11 @@ def explain_failures(cfg, options):
             if match and key.split('.')[-1] == match[1]:
                 raise UserError(f'--cfg-options {key}: {error}') from error
         raise
+    except ValueError as error:
+        match = re.search(r'class `OverLoCK` in \S+: (.*)', str(error))
+        if not match:
+            raise
+        raise UserError(f'the OverLoCK of the config: {match[1]}') from error
     except URLError as error:
         urls = {k: v for k, v in start_checkpoints(cfg).items() if '://' in v}
         files = ' '.join(f'{key}=FILE' for key in urls)
@@ -374,6 +384,14 @@ def explain_failures(cfg, options):
             f'cannot download {" or ".join(urls.values())} ({error.reason}). '
             f'Name a local file, --cfg-options {files}, or start without it, '
             f'--cfg-options {nones}'
+        ) from error
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise UserError(
+            f'cannot write {error.filename or cfg.work_dir}: '
+            f'{error.strerror}. Checkpoints saved before it are intact; when '
+            'there is room, tools/train.py --resume goes on from the last'
         ) from error
 
 

@@ -41,6 +41,13 @@ ALLOWED = {
     'models.__init__': (['models.overlock'], []),
     'models.classification': ([], ['mmpretrain', 'torch']),
     'layer_decay': (['models.overlock'], ['mmengine', 'torch']),
+    'amp': ([], ['mmcv', 'mmengine', 'torch']),
+    'inference': (
+        ['checkpoint', 'checkpoint_file'],
+        ['mmcv', 'mmengine', 'numpy', 'torch'],
+    ),
+    'curves': ([], ['matplotlib', 'mmengine']),
+    'resume': (['checkpoint_file'], ['mmengine', 'numpy', 'torch']),
     'cli': (['checkpoint'], ['mmengine', 'torch']),
 }
 

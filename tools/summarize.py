@@ -1,12 +1,11 @@
-"""Draw what a detector has learned: ``python tools/summarize.py WORK_DIR``.
+"""Draw what a model has learned: ``python tools/summarize.py WORK_DIR``.
 
-Writes two pictures into the work dir of a ``tools/train.py`` on COCO's
-layout: ``curves.png``, losses and average precision over time, and
-``predictions.png``, predictions beside the ground truth.
+Writes two pictures into the work dir of a ``tools/train.py``: ``curves.png``,
+losses, metrics, learning rate, throughput and memory over time, and
+``predictions.png``, predictions beside the truth for validation images.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
@@ -14,14 +13,20 @@ import matplotlib
 matplotlib.use('Agg')
 
 import matplotlib.pyplot as plt
-import mmcv
 import numpy as np
-from mmdet.apis import inference_detector, init_detector
-from mmdet.registry import DATASETS
+from matplotlib.colors import hsv_to_rgb
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.registry import DATASETS
 
 from mmoverlock import cli
+from mmoverlock.curves import draw_curves
+from mmoverlock.inference import (
+    build_pipeline,
+    init_model,
+    predict,
+    read_image,
+)
 
 
 def latest(folder, pattern, what):
@@ -32,114 +37,121 @@ def latest(folder, pattern, what):
     return found[-1]
 
 
-def draw_curves(scalars, path):
-    """Plot what a training logged.
+def colour_of(label):
+    """A colour (3,) that no other label has, far from the labels near it."""
+    turn = label * 0.618034 % 1  # the golden ratio leaves no two close
+    return hsv_to_rgb((turn, 0.95 - label % 3 * 0.2, 0.9 - label % 2 * 0.25))
 
-    Args:
-        scalars (Path): The ``scalars.json`` of the run.
-        path (Path): Where the picture goes.
 
-    Returns:
-        dict: The metrics of the last evaluation, by name.
-    """
-    records = [json.loads(line) for line in scalars.open()]
-    training = [record for record in records if 'loss' in record]
-    evaluations = [record for record in records if 'coco/bbox_mAP' in record]
-    _, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
-    names = dict.fromkeys(key for record in training for key in record)
-    for name in (name for name in names if name.startswith('loss')):
-        left.plot(
-            [record['step'] for record in training],
-            [record[name] for record in training],
-            label=name,
-        )
-    left.set(xlabel='iteration', yscale='log', title='Training loss')
-    for kind, colour in (('bbox', 'C0'), ('segm', 'C1')):
-        for metric, style in (('mAP_50', '-'), ('mAP', '--')):
-            right.plot(
-                [record['step'] for record in evaluations],
-                [record[f'coco/{kind}_{metric}'] for record in evaluations],
-                f'{colour}.{style}',
-                label=f'{kind} {metric}',
-            )
-    right.set(xlabel='epoch', ylim=(0, 1), title='Validation')
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    plt.tight_layout()
-    plt.savefig(path, dpi=120)
-    plt.close()
-    return evaluations[-1] if evaluations else {}
+def write_on(axes, text, x, y, colour):
+    axes.annotate(
+        text,
+        (max(x, 0), max(y, 0)),
+        fontsize=7,
+        color='white',
+        bbox=dict(pad=1, ec='none', fc=colour),
+    )
 
 
 def draw_instances(axes, instances, classes):
     """Draw boxes, masks, class names and scores, if there are any."""
-    boxes, masks = instances.bboxes, instances.masks
-    scores = instances.get('scores', [None] * len(instances))
+    boxes = instances.bboxes
+    boxes = getattr(boxes, 'tensor', boxes).tolist()
+    masks = instances.get('masks', [None] * len(boxes))
+    scores = instances.get('scores', [None] * len(boxes))
     for label, box, mask, score in zip(
         instances.labels.tolist(),
-        getattr(boxes, 'tensor', boxes).tolist(),
+        boxes,
         getattr(masks, 'masks', masks),
         scores,
         strict=True,
     ):
-        colour = plt.get_cmap('tab10')(label % 10)
-        overlay = np.zeros((*mask.shape, 4))
-        overlay[mask > 0] = (*colour[:3], 0.45)
-        axes.imshow(overlay, interpolation='nearest')
+        colour = colour_of(label)
+        if mask is not None:
+            overlay = np.zeros((*mask.shape, 4))
+            overlay[np.asarray(mask) > 0] = (*colour, 0.45)
+            axes.imshow(overlay, interpolation='nearest')
         x, y, right, bottom = box
         axes.add_patch(
             plt.Rectangle((x, y), right - x, bottom - y, fill=False, ec=colour)
         )
-        axes.annotate(
-            classes[label] + ('' if score is None else f' {score:.2f}'),
-            (max(x, 0), max(y, 0)),
-            fontsize=7,
-            color='white',
-            bbox=dict(pad=1, ec='none', fc=colour),
-        )
+        text = classes[label] + ('' if score is None else f' {score:.2f}')
+        write_on(axes, text, x, y, colour)
+
+
+def draw_labels(axes, labels, classes):
+    """Draw a label map (H, W); the names of the five largest parts."""
+    overlay = np.zeros((*labels.shape, 4))
+    found = np.unique(labels[labels < len(classes)], return_counts=True)
+    parts = sorted(zip(*found, strict=True), key=lambda part: -part[1])
+    for i, (label, _) in enumerate(parts):
+        inside = labels == label
+        overlay[inside] = (*colour_of(label), 0.6)
+        if i < 5:
+            rows, columns = inside.nonzero()
+            middle = len(rows) // 2
+            place = columns[middle], rows[middle]
+            write_on(axes, classes[label], *place, colour_of(label))
+    axes.imshow(overlay, interpolation='nearest')
+
+
+def draw_sample(axes, sample, classes, score_thr, predicted):
+    """Draw the truth or prediction of a data sample; returns a title."""
+    kind = 'pred' if predicted else 'gt'
+    if f'{kind}_instances' in sample:
+        instances = sample.get(f'{kind}_instances')
+        if predicted:
+            instances = instances[instances.scores >= score_thr]
+        draw_instances(axes, instances, classes)
+        return f'predicted, score >= {score_thr}' if predicted else 'truth'
+    if f'{kind}_sem_seg' in sample:
+        labels = sample.get(f'{kind}_sem_seg').data[0].numpy()
+        draw_labels(axes, labels, classes)
+        return 'predicted' if predicted else 'truth'
+    label = int(sample.get(f'{kind}_label'))
+    if predicted:
+        return f'predicted: {classes[label]} {sample.pred_score[label]:.2f}'
+    return f'truth: {classes[label]}'
 
 
 def draw_predictions(cfg, checkpoint, path, count, score_thr):
-    """Draw predictions beside the ground truth of validation images.
+    """Draw predictions beside the truth of validation images.
 
     Args:
-        cfg (Config): The config of the detector.
+        cfg (Config): The config of the model.
         checkpoint (Path): Its weights.
         path (Path): Where the picture goes.
-        count (int): Number of images.
-        score_thr (float): Predictions below this score are left out.
+        count (int): Number of images, spread over the validation set.
+        score_thr (float): Objects below this score are left out.
     """
-    model = init_detector(cfg, str(checkpoint), device=get_device())
-    dataset = DATASETS.build(cfg.val_dataloader.dataset)
+    model = init_model(cfg, str(checkpoint), get_device())
+    pipeline = build_pipeline(cfg)
+    with DATASETS.switch_scope_and_registry(cfg.default_scope) as registry:
+        dataset = registry.build(cfg.val_dataloader.dataset)
     classes = dataset.metainfo['classes']
     count = min(count, len(dataset))
     rows = -(-count // 2)
-    _, grid = plt.subplots(rows, 4, figsize=(13, 3.2 * rows), squeeze=False)
+    figure, grid = plt.subplots(
+        rows, 4, figsize=(13, 3.2 * rows), squeeze=False, layout='constrained'
+    )
     for axes in grid.flat:
         axes.axis('off')
     for i in range(count):
-        left, right = grid.reshape(-1, 2)[i]
-        truth = dataset[i]['data_samples']
-        predicted = inference_detector(model, truth.img_path)
-        predicted = predicted.pred_instances.cpu()
-        predicted = predicted[predicted.scores >= score_thr]
+        truth = dataset[i * len(dataset) // count]['data_samples']
+        image = read_image(truth.img_path)
+        samples = truth, predict(model, pipeline, image)
         name = Path(truth.img_path).name
-        for axes, title, instances in (
-            (left, f'{name}: ground truth', truth.gt_instances),
-            (right, f'predicted, score >= {score_thr}', predicted),
-        ):
-            axes.imshow(mmcv.imread(truth.img_path, channel_order='rgb'))
-            axes.set_title(title, fontsize=9)
-            draw_instances(axes, instances, classes)
-    plt.tight_layout()
-    plt.savefig(path, dpi=110)
-    plt.close()
+        for j, axes in enumerate(grid.reshape(-1, 2)[i]):
+            axes.imshow(image[..., ::-1])
+            title = draw_sample(axes, samples[j], classes, score_thr, j == 1)
+            axes.set_title(title if j else f'{name}, {title}', fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description='Draw the curves and predictions of a trained detector.'
+        description='Draw the curves and predictions of a trained model.'
     )
     parser.add_argument('work_dir', type=Path, help='of tools/train.py')
     parser.add_argument(
@@ -153,8 +165,11 @@ def main(argv=None):
         folder = args.work_dir
         cfg = Config.fromfile(latest(folder, '*.py', 'config'))
         checkpoint = latest(folder, '*.pth', 'checkpoint')
-        scalars = latest(folder, '*/vis_data/scalars.json', 'scalars.json')
-        metrics = draw_curves(scalars, folder / 'curves.png')
+        curves = folder / 'curves.png'
+        batch_size = cfg.train_dataloader.batch_size
+        last = draw_curves(folder, batch_size)
+        if not last:
+            raise cli.UserError(f'there is no scalars.json in {folder}')
         draw_predictions(
             cfg,
             checkpoint,
@@ -162,11 +177,11 @@ def main(argv=None):
             args.images,
             args.score_thr,
         )
-    for name in ('bbox_mAP_50', 'segm_mAP_50'):
-        print(f'{name}: {metrics.get(f"coco/{name}", "not evaluated")}')
+    for name, value in last.items():
+        print(f'{name}: {value:.4g}')
     print(f'checkpoint: {checkpoint}')
-    print(f'predictions and ground truth: {folder / "predictions.png"}')
-    print(f'losses and mAP: {folder / "curves.png"}')
+    print(f'predictions and truth: {folder / "predictions.png"}')
+    print(f'losses, metrics, learning rate, speed: {curves}')
 
 
 if __name__ == '__main__':

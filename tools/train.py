@@ -1,11 +1,16 @@
 """Train a model: ``python tools/train.py CONFIG``."""
 
 import argparse
+import importlib.util
+import os
 
+import torch
 from mmengine.device import get_device
-from mmengine.runner import find_latest_checkpoint
 
 from mmoverlock import cli
+from mmoverlock.amp import CPUAmpOptimWrapper
+from mmoverlock.curves import CurvesHook
+from mmoverlock.resume import Reseed, latest_checkpoint, save_safely
 
 LATEST = 'latest'
 
@@ -18,20 +23,34 @@ def build_parser():
         nargs='?',
         const=LATEST,
         metavar='PATH',
-        help='go on from a checkpoint; without PATH, from the latest in the '
-        'work dir, if there is one',
+        help='go on from a checkpoint; without PATH, from the latest whole '
+        'one in the work dir, if there is any',
+    )
+    parser.add_argument(
+        '--seed', type=int, help='of all random numbers; default: random'
+    )
+    parser.add_argument(
+        '--deterministic',
+        action='store_true',
+        help='take only operators that give equal results every time, where '
+        'there are such, and warn where not (GPUs only); use with --seed',
     )
     parser.add_argument(
         '--amp',
         action='store_true',
-        help='mixed precision with dynamic loss scaling: float16, or '
-        '--cfg-options optim_wrapper.dtype=bfloat16; needs a GPU',
+        help='mixed precision: on GPUs float16 with dynamic loss scaling, or '
+        '--cfg-options optim_wrapper.dtype=bfloat16; on CPUs bfloat16',
     )
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
         help='scale the learning rate by batch size / auto_scale_lr.'
         'base_batch_size of the config',
+    )
+    parser.add_argument(
+        '--tensorboard',
+        action='store_true',
+        help='write logs for TensorBoard too, which work dir/*/vis_data gets',
     )
     return parser
 
@@ -42,20 +61,19 @@ def apply_options(cfg, args):
         cfg.resume = True
         cfg.load_from = args.resume
         if args.resume == LATEST:
-            cfg.load_from = find_latest_checkpoint(cfg.work_dir)
+            cfg.load_from = latest_checkpoint(cfg.work_dir)
+    if args.seed is not None or args.deterministic:
+        cfg.setdefault('randomness', {})
+    if args.seed is not None:
+        if not 0 <= args.seed < 2**32:
+            raise cli.UserError(f'--seed {args.seed} is not in [0, 2^32)')
+        cfg.randomness.seed = args.seed
+    if args.deterministic:
+        cfg.randomness.deterministic = True
+        # What cuBLAS needs for it, before it is loaded.
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     if args.amp:
-        if get_device() in ('cpu', 'mps'):
-            raise cli.UserError(
-                "--amp needs a GPU: mmengine's AmpOptimWrapper does not run "
-                f'on {get_device()}; train without --amp'
-            )
-        wrapper = cfg.optim_wrapper.get('type', 'OptimWrapper')
-        if wrapper not in ('OptimWrapper', 'AmpOptimWrapper'):
-            raise cli.UserError(
-                f'--amp replaces OptimWrapper, not the {wrapper} of the config'
-            )
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        mix_precision(cfg)
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise cli.UserError(
@@ -63,6 +81,39 @@ def apply_options(cfg, args):
                 'config'
             )
         cfg.auto_scale_lr.enable = True
+    if args.tensorboard:
+        if not importlib.util.find_spec('tensorboard'):
+            raise cli.UserError(
+                '--tensorboard needs its package: pip install tensorboard'
+            )
+        cfg.setdefault('visualizer', dict(type='Visualizer'))
+        backends = cfg.visualizer.get('vis_backends')
+        backends = backends or [dict(type='LocalVisBackend')]
+        tensorboard = dict(type='TensorboardVisBackend')
+        cfg.visualizer.vis_backends = [*backends, tensorboard]
+
+
+def mix_precision(cfg):
+    """Replace the optimizer wrapper by one for mixed precision."""
+    device = get_device()
+    wrapper = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    if wrapper not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise cli.UserError(
+            f'--amp replaces OptimWrapper, not the {wrapper} of the config'
+        )
+    if device == 'mps':
+        raise cli.UserError('--amp does not run on mps; train without --amp')
+    if device != 'cpu':
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        return
+    cfg.optim_wrapper.type = CPUAmpOptimWrapper.__name__
+    cfg.optim_wrapper.pop('loss_scale', None)
+    dtype = cfg.optim_wrapper.pop('dtype', 'bfloat16')
+    if dtype != 'bfloat16':
+        raise cli.UserError(
+            f'--amp is bfloat16 on a CPU, not optim_wrapper.dtype {dtype}'
+        )
 
 
 def main(argv=None):
@@ -73,8 +124,15 @@ def main(argv=None):
         for key, path in cli.start_checkpoints(cfg).items():
             cli.check_file(path, f'{key}: checkpoint')
         cli.check_data(cfg, 'train', 'val')
+        save_safely()
         with cli.explain_failures(cfg, args.cfg_options):
-            cli.build_runner(cfg, complete=cfg.get('resume', False)).train()
+            runner = cli.build_runner(cfg, cfg.get('resume', False))
+            runner.register_hook(CurvesHook())
+            runner.register_hook(Reseed())
+            if args.deterministic:
+                # mmengine stops at operators that cannot be.
+                torch.use_deterministic_algorithms(True, warn_only=True)
+            runner.train()
 
 
 if __name__ == '__main__':

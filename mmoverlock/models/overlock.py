@@ -4,6 +4,7 @@ Lou and Yu, CVPR 2025, https://arxiv.org/abs/2502.20087. Names of attributes
 are those of the released weights; names in prose are the paper's.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -162,20 +163,34 @@ class OverLoCK(BaseModule):
     ):
         super().__init__(init_cfg)
         arch = self._parse_arch(arch)
+        self.in_channels = in_channels
         self.channels = tuple(arch['channels'])
         self.depths = (*arch['depths'], *arch['focus_depths'])
-        self.out_indices = tuple(out_indices)
         self.fuse_overview = fuse_overview
         self.classifier = classifier
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.checkpointed = self._parse_with_cp(with_cp)
-        if not self.out_indices or self.out_indices != tuple(
-            i for i in range(4) if i in self.out_indices
+        if not _are_ints(out_indices, range(1, 5), 0, 3) or (
+            sorted({*out_indices}) != [*out_indices]
         ):
             raise ValueError(
                 'out_indices must be increasing numbers from 0 to 3, '
-                f'got {out_indices}'
+                f'got {out_indices!r}'
+            )
+        self.out_indices = tuple(out_indices)
+        flags = dict(
+            fuse_overview=fuse_overview,
+            classifier=classifier,
+            norm_eval=norm_eval,
+            deploy=deploy,
+        )
+        for name, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise ValueError(f'{name} must be True or False, got {flag!r}')
+        if not _are_ints([in_channels], [1], 1):
+            raise ValueError(
+                f'in_channels must be a positive number, got {in_channels!r}'
             )
         if fuse_overview and 3 not in self.out_indices:
             raise ValueError(
@@ -188,20 +203,38 @@ class OverLoCK(BaseModule):
                 'out_indices but (0, 1, 2, 3) and no fuse_overview, got '
                 f'{self.out_indices} and {fuse_overview}'
             )
-        if frozen_stages not in range(-1, len(self.freezing_steps)):
+        if not _are_ints([frozen_stages], [1], -1, 4):
             raise ValueError(
-                f'frozen_stages must be from -1 to 4, got {frozen_stages}'
+                'frozen_stages must be a number from -1 to 4, '
+                f'got {frozen_stages!r}'
             )
-        if not 0 <= drop_path_rate < 1:
+        if not (
+            isinstance(drop_path_rate, int | float) and 0 <= drop_path_rate < 1
+        ):
             raise ValueError(
-                f'drop_path_rate must be in [0, 1), got {drop_path_rate}'
+                'drop_path_rate must be a number in [0, 1), '
+                f'got {drop_path_rate!r}'
             )
         resolve_backend(contmix_backend)
         norm_cfg = norm_cfg or dict(type='BN')
+        if not isinstance(norm_cfg, dict):
+            raise ValueError(
+                "norm_cfg must be a dict such as dict(type='BN'), "
+                f'got {norm_cfg!r}'
+            )
+        cfgs = init_cfg if isinstance(init_cfg, list) else [init_cfg]
+        if init_cfg is not None and not all(
+            isinstance(cfg, dict) and 'type' in cfg for cfg in cfgs
+        ):
+            raise ValueError(
+                "init_cfg must be a dict such as dict(type='Pretrained', "
+                f'checkpoint=FILE), or a list of such, got {init_cfg!r}'
+            )
 
         def conv_bn(in_channels, out_channels, stride=2):
+            conv = StridedConv if stride > 1 else nn.Conv2d
             return (
-                nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False),
+                conv(in_channels, out_channels, 3, stride, 1, bias=False),
                 build_bn(out_channels, **norm_cfg),
             )
 
@@ -292,6 +325,7 @@ class OverLoCK(BaseModule):
             for names, settings in cls.arch_zoo.items():
                 if arch.lower() in names:
                     return settings
+        if not isinstance(arch, dict):
             raise ValueError(
                 f'unknown arch {arch!r}, '
                 f'expected a dict or one of {sum(cls.arch_zoo, ())}'
@@ -302,10 +336,10 @@ class OverLoCK(BaseModule):
                 f'arch has the keys {sorted(arch)}, expected {sorted(lengths)}'
             )
         for key, length in lengths.items():
-            if len(arch[key]) != length or min(arch[key]) < 1:
+            if not _are_ints(arch[key], [length], 1):
                 raise ValueError(
-                    f'arch[{key!r}] must be {length} positive numbers, '
-                    f'got {arch[key]}'
+                    f'arch[{key!r}] must be {length} positive whole numbers, '
+                    f'got {arch[key]!r}'
                 )
         channels, heads = arch['channels'], arch['focus_heads']
         if channels[0] % 2 or channels[3] % 4:
@@ -325,10 +359,10 @@ class OverLoCK(BaseModule):
         """Number of recomputed blocks in each group of blocks."""
         if isinstance(with_cp, bool):
             with_cp = [with_cp * depth for depth in self.depths]
-        if len(with_cp) != len(self.block_groups):
+        if not _are_ints(with_cp, [len(self.block_groups)], 0):
             raise ValueError(
                 'with_cp must be a bool or a number for each of '
-                f'{self.block_groups}, got {with_cp}'
+                f'{self.block_groups}, got {with_cp!r}'
             )
         return dict(zip(self.block_groups, with_cp, strict=True))
 
@@ -387,7 +421,12 @@ class OverLoCK(BaseModule):
             tuple[Tensor]: A contiguous (B, C, H / stride, W / stride) map,
             rounded up, for each of ``out_indices``; as a classifier, the
             Overview-Net's and the Focus-Net's last maps.
+
+        Raises:
+            ValueError: If the input is of another shape or no floating-point
+                numbers, or too small for batch norms to be trained on.
         """
+        self._check_input(x)
         if x.device.type == 'cpu':
             # Depthwise convolutions are far faster so on a CPU.
             x = x.contiguous(memory_format=torch.channels_last)
@@ -408,6 +447,28 @@ class OverLoCK(BaseModule):
             outs[-1] = outs[-1] + self.h_proj(overview)
         # Other memory formats are misread by mmcv's operators, in silence.
         return tuple(out.contiguous() for out in outs)
+
+    def _check_input(self, x):
+        if x.ndim != 4 or x.shape[1] != self.in_channels or 0 in x.shape[2:]:
+            raise ValueError(
+                f'expected images of shape (B, {self.in_channels}, H, W), H '
+                f'and W at least 1, got {tuple(x.shape)}'
+            )
+        if not x.is_floating_point():
+            raise ValueError(f'expected floating-point images, got {x.dtype}')
+        if not self.training:
+            return
+        stride = (4, 8, 32, 32)[self.out_indices[-1]]  # of the smallest map
+        values = len(x) * math.prod(-(-n // stride) for n in x.shape[2:])
+        if values < 2 and any(
+            isinstance(module, nn.BatchNorm2d) and module.training
+            for module in self.modules()
+        ):
+            raise ValueError(
+                'batch norms need more than one value per channel to train, '
+                f'and {tuple(x.shape)} is {values} at stride {stride}: use '
+                'larger images, more of them or norm_eval=True'
+            )
 
     def base_net(self, x: Tensor) -> list[Tensor]:
         """Images to the maps of stages 1 to 3, as far as they are needed.
@@ -523,6 +584,26 @@ class OverLoCK(BaseModule):
         before = sum(self.depths[: self.block_groups.index(group)])
         index = int(rest.partition('.')[0]) if group == name else 0
         return 1 + before + index, num_layers
+
+
+class StridedConv(nn.Conv2d):
+    """A 3x3 convolution with stride 2 and padding 1.
+
+    On CPUs, PyTorch leaves parts of the weight gradient uninitialized where a
+    map in bfloat16 is one column wide. A column of zeros changes nothing else.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1)) if x.shape[3] == 1 else x)
+
+
+def _are_ints(values, lengths, low, high=math.inf):
+    """Whether values are so many whole numbers from low to high."""
+    return (
+        isinstance(values, Sequence)
+        and len(values) in lengths
+        and all(isinstance(v, int) and low <= v <= high for v in values)
+    )
 
 
 def _recompute_contexts(block: nn.Module):

@@ -1,5 +1,8 @@
 """The public ContMix operator."""
 
+from contextlib import nullcontext
+
+import torch
 from torch import Tensor
 
 from .contmix_reference import contmix_reference
@@ -22,7 +25,7 @@ def resolve_backend(backend: str) -> str:
     """
     if backend == 'auto':
         return 'tiled'
-    if backend not in BACKENDS:
+    if backend not in [*BACKENDS]:
         raise ValueError(
             f'unknown ContMix backend {backend!r}, '
             f'expected one of {["auto", *BACKENDS]}'
@@ -52,6 +55,8 @@ def contmix(
         out[n] = sum over the window of n of kernel[n, tap] * value[tap]
 
     Windows are clamped to lie inside the map, as in neighbourhood attention.
+    Kernels are made in single precision at least, under autocast too; the
+    mixing is done in the dtype of ``value``.
 
     Args:
         query (Tensor): (B, G * c, H, W), already scaled.
@@ -65,7 +70,7 @@ def contmix(
         backend (str): 'reference', 'tiled' or 'auto'. Defaults to 'auto'.
 
     Returns:
-        Tensor: (B, C, H, W).
+        Tensor: (B, C, H, W), of the dtype of ``value``.
 
     Raises:
         ValueError: If the backend is unknown, the shapes disagree, or the map
@@ -73,7 +78,18 @@ def contmix(
     """
     run = BACKENDS[resolve_backend(backend)]
     _check_shapes(query, key, value, weight, bias, rpb)
-    return run(query, key, value, weight, bias, rpb)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query, key, weight, bias, *rpb = (
+        tensor.to(dtype) for tensor in (query, key, weight, bias, *rpb)
+    )
+    device = value.device.type
+    exact = (
+        nullcontext()
+        if device == 'meta'
+        else torch.autocast(device, enabled=False)
+    )
+    with exact:
+        return run(query, key, value, weight, bias, tuple(rpb))
 
 
 def _check_shapes(query, key, value, weight, bias, rpb):

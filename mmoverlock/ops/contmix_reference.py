@@ -79,6 +79,7 @@ def contmix_reference(
         logit = logit.unflatten(-1, (k, k))
         logit = logit + neighbourhood(table, bias_starts)
         kernel = logit.flatten(-2).softmax(-1).unflatten(-1, (k, k))
+        kernel = kernel.to(half.dtype)
         windows = neighbourhood(half.unflatten(1, (groups, -1)), window_starts)
         mixed = torch.einsum('bghwij,bgchwij->bgchw', kernel, windows)
         outputs.append(mixed.flatten(1, 2))

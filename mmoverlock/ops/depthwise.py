@@ -44,7 +44,7 @@ def depthwise_conv2d(
         weight = weight + _identity(weight)  # one pass less
     if x.device.type != 'cpu' or (weight.shape[-1] == 3 and dilation == 1):
         return _conv2d(x, weight, bias, dilation)
-    return _DepthwiseConv2d.apply(x, weight, bias, dilation)
+    return _DepthwiseConv2d.apply(*_autocast(x, weight, bias), dilation)
 
 
 class Branch(NamedTuple):
@@ -73,16 +73,21 @@ def sum_of_branches(x: Tensor, branches: Sequence[Branch]) -> Tensor:
     Returns:
         Tensor: (B, C, H, W).
     """
-    weights = [branch.weight for branch in branches]
-    if torch.is_autocast_enabled('cpu'):
-        dtype = torch.get_autocast_dtype('cpu')
-        x, *weights = (tensor.to(dtype) for tensor in (x, *weights))
+    x, *weights = _autocast(x, *(branch.weight for branch in branches))
     tensors = [
         tensor
         for weight, branch in zip(weights, branches, strict=True)
         for tensor in (weight, branch.scale, branch.shift)
     ]
     return _SumOfBranches.apply(x, [b[3:] for b in branches], *tensors)
+
+
+def _autocast(*tensors):
+    """What autocast does before an operator of PyTorch, on a CPU."""
+    if not torch.is_autocast_enabled('cpu'):
+        return tensors
+    dtype = torch.get_autocast_dtype('cpu')
+    return [None if t is None else t.to(dtype) for t in tensors]
 
 
 def _identity(weight: Tensor) -> Tensor:

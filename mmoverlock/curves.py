@@ -1,0 +1,133 @@
+"""Curves of a training, from what mmengine's LocalVisBackend wrote."""
+
+import json
+import re
+from pathlib import Path
+from statistics import median
+
+import matplotlib
+
+matplotlib.use('Agg')
+
+import matplotlib.pyplot as plt
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
+
+NO_METRICS = ('data_time', 'time', 'step', 'epoch', 'iter')
+DETAILS = re.compile(r'_(75|s|m|l)$')  # of COCO's average precision
+
+
+def read_scalars(work_dir: Path) -> tuple[list[dict], list[dict]]:
+    """Read what the runs in a work dir logged, as one training.
+
+    Where a run resumed, what had been logged beyond that point is left out.
+
+    Args:
+        work_dir (Path): The work dir.
+
+    Returns:
+        tuple[list[dict], list[dict]]: Records of training and of evaluations.
+    """
+    training, evaluations = [], []
+    for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
+        records = [json.loads(line) for line in path.open()]
+        for kept, new in (
+            (training, [r for r in records if 'loss' in r]),
+            (evaluations, [r for r in records if not {'loss', 'lr'} & {*r}]),
+        ):
+            if new:
+                first = new[0]['step']
+                kept[:] = [r for r in kept if r['step'] < first] + new
+    return training, evaluations
+
+
+def draw_curves(work_dir: Path, batch_size: int) -> dict:
+    """Draw losses, metrics, learning rate, speed and memory.
+
+    The picture is ``curves.png`` in the work dir.
+
+    Args:
+        work_dir (Path): The work dir of a training.
+        batch_size (int): Images in each iteration of a process.
+
+    Returns:
+        dict: The last of what was measured, by name: metrics,
+        ``'images/s'``, which is the median, and ``'memory (MB)'``, which is
+        the maximum and only there for GPUs. Empty if nothing was logged.
+    """
+    training, evaluations = read_scalars(work_dir)
+    if not training:
+        return {}
+    figure, grid = plt.subplots(
+        2, 2, figsize=(12, 7.5), layout='constrained', squeeze=False
+    )
+    (losses, metrics), (rates, speed) = grid
+
+    for name in _names(training, 'loss'):
+        _plot(losses, training, name)
+    losses.set(title='Training loss', xlabel='iteration', yscale='log')
+
+    last = {}
+    for name in _names(evaluations, ''):
+        if name not in NO_METRICS:
+            last[name] = evaluations[-1].get(name)
+            if not DETAILS.search(name):
+                _plot(metrics, evaluations, name, marker='.')
+    by_epoch = evaluations and evaluations[-1]['step'] < training[-1]['step']
+    by_epoch = by_epoch and 'epoch' in training[-1]
+    metrics.set(
+        title='Validation', xlabel='epoch' if by_epoch else 'iteration'
+    )
+
+    _plot(rates, training, 'lr')
+    rates.set(title='Learning rate', xlabel='iteration', ylim=(0, None))
+
+    for record in training:
+        record['images/s'] = batch_size / record['time']
+    _plot(speed, training, 'images/s', color='C0')
+    title = 'Throughput of a process'
+    last['images/s'] = median(record['images/s'] for record in training)
+    if 'memory' in training[-1]:
+        memory = speed.twinx()
+        _plot(memory, training, 'memory', color='C1')
+        memory.set(ylabel='GPU memory (MB)', ylim=(0, None))
+        memory.yaxis.label.set_color('C1')
+        last['memory (MB)'] = max(r.get('memory', 0) for r in training)
+        title += ', and GPU memory'
+    speed.set(
+        title=title, xlabel='iteration', ylabel='images/s', ylim=(0, None)
+    )
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+    for axes in (losses, metrics):
+        if axes.lines:
+            axes.legend(fontsize=8)
+    figure.savefig(work_dir / 'curves.png', dpi=120)
+    plt.close(figure)
+    return last
+
+
+def _names(records, start):
+    names = dict.fromkeys(name for record in records for name in record)
+    return [name for name in names if name.startswith(start)]
+
+
+def _plot(axes, records, name, **options):
+    points = [(r['step'], r[name]) for r in records if name in r]
+    axes.plot(*zip(*points, strict=True), label=name, **options)
+
+
+class CurvesHook(Hook):
+    """Draws the curves when a training is over."""
+
+    priority = 'LOWEST'  # when all else is logged
+
+    @master_only
+    def after_train(self, runner) -> None:
+        batch_size = runner.cfg.train_dataloader.batch_size
+        last = draw_curves(Path(runner.work_dir), batch_size)
+        if last:
+            runner.logger.info(
+                f'{Path(runner.work_dir, "curves.png")}: '
+                + ', '.join(f'{name} {last[name]:.4g}' for name in last)
+            )

@@ -1,0 +1,125 @@
+"""Training that is killed goes on from a whole checkpoint, as if it had not.
+
+mmengine writes a checkpoint in place, and removes an old one before it writes
+the next: what is killed meanwhile, or finds the disk full, may leave nothing
+to go on from. Nor does it keep the states of random number generators.
+"""
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+
+from .checkpoint_file import CheckpointError, read
+
+
+class SafeBackend(LocalBackend):
+    """Local files of which none is ever half written.
+
+    A checkpoint that is to be removed stays until the next file is written.
+    """
+
+    _obsolete = []
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Write to a file beside the old one, then take its place.
+
+        Raises:
+            OSError: If that fails; the old file, if any, is untouched.
+        """
+        path = Path(filepath)
+        part = path.with_name(f'{path.name}.part')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(part, 'wb') as file:
+                file.write(obj)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        while self._obsolete:
+            old = self._obsolete.pop()
+            if old != path:
+                old.unlink(missing_ok=True)
+
+    def remove(self, filepath: str | Path) -> None:
+        if Path(filepath).suffix == '.pth':
+            self._obsolete.append(Path(filepath))
+        else:
+            super().remove(filepath)
+
+
+def save_safely() -> None:
+    """Have mmengine write all local files of this process that way."""
+    register_backend('local', SafeBackend, force=True, prefixes='')
+
+
+class Reseed(Hook):
+    """Makes what is random in an iteration depend on its number only.
+
+    So a resumed run draws what an undisturbed one would have drawn. Worker
+    processes that load data draw on their own: theirs is the same where they
+    start anew with every epoch (``persistent_workers=False``).
+    """
+
+    priority = 'LOWEST'
+
+    def before_train_epoch(self, runner) -> None:
+        self._seed(runner.seed, runner.iter)
+
+    def after_train_iter(self, runner, *args, **kwargs) -> None:
+        self._seed(runner.seed, runner.iter + 1)
+
+    def after_val_epoch(self, runner, metrics=None) -> None:
+        self._seed(runner.seed, runner.iter)
+
+    @staticmethod
+    def _seed(*numbers):
+        seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+
+def latest_checkpoint(work_dir: str) -> str | None:
+    """Find what to resume from.
+
+    Args:
+        work_dir (str): Folder of a run.
+
+    Returns:
+        str | None: The newest whole checkpoint; None if there is none at all.
+
+    Raises:
+        CheckpointError: If there were checkpoints, but none is left whole.
+    """
+    folder = Path(work_dir)
+    files = {*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')}
+    last = folder / 'last_checkpoint'  # may name a file elsewhere
+    if last.exists() and last.read_text().strip():
+        files.add(Path(last.read_text().strip()))
+    problems = [
+        f'{file} does not exist' for file in files if not file.exists()
+    ]
+    files = [file for file in files if file.exists()]
+    for file in sorted(files, key=os.path.getmtime, reverse=True):
+        try:
+            read(str(file))
+        except CheckpointError as error:
+            problems.append(str(error))
+            print_log(f'not resumed from: {error}')
+        else:
+            return str(file)
+    if problems:
+        raise CheckpointError(
+            f'{folder} has no whole checkpoint to resume from: '
+            + '; '.join(problems)
+        )
+    return None

@@ -1,0 +1,248 @@
+"""Mixed precision: as good as its format allows, and never NaN."""
+
+import copy
+
+import forked
+import pytest
+import torch
+from mmengine.config import Config
+from tiny import load_tool
+
+from mmoverlock.models import OverLoCK
+from mmoverlock.models.blocks import FocusBlock, RepConvBlock
+from mmoverlock.models.layers import (
+    GRN,
+    LayerNorm2d,
+    LayerScale,
+    ResDWConv,
+    SEModule,
+)
+from mmoverlock.ops import contmix
+from mmoverlock.ops.contmix import BACKENDS
+
+FORMATS = [torch.bfloat16, torch.float16]
+TINY = dict(
+    depths=(1, 1, 1, 1),
+    channels=(8, 16, 16, 32),
+    focus_depths=(2, 1),
+    focus_heads=(2, 2),
+)
+BN = dict(type='BN')
+BLOCK = dict(kernel_size=13, drop_path=0.0, norm_cfg=BN, deploy=False)
+
+
+def randomize(model):
+    generator = torch.Generator().manual_seed(0)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and tensor.std(correction=0) == 0:
+            noise = torch.rand(tensor.shape, generator=generator)
+            tensor.data.copy_(noise + 0.5)
+    return model
+
+
+def draw(*shape, scale=1.0):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(shape, generator=generator) * scale
+
+
+def relative_error(actual, expected):
+    expected = expected.double()
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def loss_of(outputs):
+    return sum(out.float().square().mean() for out in outputs)
+
+
+@pytest.mark.parametrize('dtype', FORMATS)
+@pytest.mark.parametrize('training', [True, False])
+def test_outputs_and_gradients(dtype, training):
+    """Within a few roundings of double precision."""
+    torch.manual_seed(0)
+    model = randomize(OverLoCK(TINY, fuse_overview=True)).train(training)
+    exact = copy.deepcopy(model).double()
+    x = draw(2, 3, 64, 96)
+    expected = exact(x.double())
+    loss_of(expected).backward()
+    with torch.autocast('cpu', dtype):
+        outputs = model(x)
+    # What grows in every layer: roundings of relative size eps.
+    eps = torch.finfo(dtype).eps
+    for actual, wanted in zip(outputs, expected, strict=True):
+        assert actual.dtype == dtype
+        assert relative_error(actual, wanted) < 4 * eps
+    loss_of(outputs).backward()
+    gradients = [
+        torch.cat([p.grad.double().flatten() for p in m.parameters()])
+        for m in (model, exact)
+    ]
+    assert relative_error(*gradients) < 16 * eps
+
+
+def layers():
+    block = RepConvBlock(16, layer_scale=True, **BLOCK)
+    focus = FocusBlock(16, 8, heads=2, first=True, backend='auto', **BLOCK)
+    return dict(
+        norm=(LayerNorm2d(16), 16),
+        scale=(LayerScale(16), 16),
+        small_scale=(LayerScale(16, init_value=1e-5), 16),
+        grn=(GRN(16), 16),
+        se=(SEModule(16), 16),
+        dwconv=(ResDWConv(16), 16),
+        block=(block, 16),
+        focus=(focus, 24),
+    )
+
+
+@pytest.mark.parametrize('dtype', FORMATS)
+@pytest.mark.parametrize('scale', [1e-4, 1e2, 1e4])
+@pytest.mark.parametrize('name', layers())
+def test_large_and_small_activations(name, scale, dtype):
+    """No NaN or infinity where single precision has none."""
+    torch.manual_seed(0)
+    layer, channels = layers()[name]
+    for parameter in layer.parameters():
+        if parameter.dim() == 4 and parameter.shape[1] > 1:
+            torch.nn.init.trunc_normal_(parameter, std=0.02)
+    layer.train()
+    exact = copy.deepcopy(layer).double()
+    x = draw(2, channels, 20, 20, scale=scale)
+    rest = (draw(2, 8, 20, 20),) if name == 'focus' else ()
+    x.requires_grad_()
+    with torch.autocast('cpu', dtype):
+        out = layer(x.to(dtype), *rest)
+    out.float().mean().backward()
+    expected = exact(x.detach().double(), *(r.double() for r in rest))
+    # Of half precision, what is below its normal numbers is lost.
+    lost = torch.finfo(dtype).tiny * expected.numel() ** 0.5
+    error = (out.double() - expected).norm()
+    assert error < 0.1 * expected.norm() + lost
+    assert x.grad.isfinite().all()
+    for parameter in layer.parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('dtype', FORMATS)
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_kernels_are_made_in_single_precision(backend, dtype):
+    """Logits of hundreds, whose differences of 1 such formats round off."""
+    torch.manual_seed(0)
+    groups, k = 2, 5
+    query = torch.randn(1, groups * 3, 9, 8) * 20
+    key = torch.randn(1, groups * 3, 2, 2) * 20
+    value = torch.randn(1, groups * 4, 9, 8).to(dtype)
+    weight, bias = torch.randn(9 + k**2, 4), torch.randn(9 + k**2)
+    rpb = torch.randn(groups, 5, 5), torch.randn(groups, 9, 9)
+    operands = query, key, value, weight, bias
+    expected = contmix(
+        *(tensor.double() for tensor in operands),
+        tuple(table.double() for table in rpb),
+        backend,
+    )
+    with torch.autocast('cpu', dtype):
+        actual = contmix(*operands, rpb, backend)
+    assert actual.dtype == dtype
+    assert relative_error(actual, expected) < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize('dtype', FORMATS)
+@pytest.mark.parametrize('size', [(2, 33, 32), (2, 1, 1), (1, 33, 40)])
+def test_gradient_scaler(dtype, size):
+    """Finite gradients from a scaled loss, of tiny maps too."""
+    torch.manual_seed(0)
+    model = randomize(OverLoCK(TINY, fuse_overview=True)).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler('cpu', init_scale=2.0**10)
+    with torch.autocast('cpu', dtype):
+        loss = loss_of(model(draw(size[0], 3, *size[1:])))
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+    before = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == before
+
+
+@pytest.mark.parametrize('dtype', FORMATS)
+def test_converted_models(dtype):
+    """Inference without autocast, of a model converted with .to()."""
+    torch.manual_seed(0)
+    model = randomize(OverLoCK(TINY)).eval()
+    x = draw(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        outputs = model.to(dtype)(x.to(dtype))
+    for actual, wanted in zip(outputs, expected, strict=True):
+        assert actual.dtype == dtype
+        assert relative_error(actual, wanted) < 16 * torch.finfo(dtype).eps
+
+
+@pytest.mark.slow
+def test_training_tracks_single_precision():
+    """The losses of 200 steps of xt that learns images by heart."""
+    curves = {}
+    x = draw(4, 3, 32, 32)
+    labels = torch.arange(4)
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = OverLoCK('xt', out_indices=(3,)).train()
+        head = torch.nn.Linear(model.out_channels[-1], 4)
+        optimizer = torch.optim.AdamW(
+            [*model.parameters(), *head.parameters()], lr=1e-4
+        )
+        losses = curves[dtype] = []
+        for _ in range(200):
+            mixed = dtype != torch.float32
+            with torch.autocast('cpu', torch.bfloat16, enabled=mixed):
+                logits = head(model(x)[-1].mean((2, 3)))
+            loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    exact, mixed = (torch.tensor(losses) for losses in curves.values())
+    assert exact[-20:].mean() < 0.1 * exact[0]
+    # Averages of 20 steps.
+    difference = (exact - mixed).view(10, 20).mean(1).abs()
+    assert (difference < 0.1 * exact[0]).all(), curves
+
+
+# ---------------------------------------------------------- tools/train.py
+
+
+@pytest.mark.parametrize('scope', ['mmdet', 'mmpretrain'])
+def test_train(tmp_path, scope):
+    """--amp trains on a CPU, detectors with mmcv's operators included."""
+    pytest.importorskip('mmcv._ext', reason='needs compiled ops')
+    pytest.importorskip(scope)
+    write = forked.classifier if scope == 'mmpretrain' else forked.detector
+    config = write(tmp_path)
+    log = forked.run(
+        *(config, '--work-dir', tmp_path / 'work', '--seed', 1, '--amp'),
+        *('--cfg-options', 'train_cfg.max_epochs=1'),
+        log=tmp_path / 'log',
+    )
+    assert "type='CPUAmpOptimWrapper'" in log
+    checkpoint = torch.load(tmp_path / 'work/epoch_1.pth', weights_only=False)
+    for name, weight in checkpoint['state_dict'].items():
+        assert weight.isfinite().all(), name
+        assert weight.dtype != torch.bfloat16
+    assert 'nan' not in log
+
+
+@pytest.mark.parametrize(
+    'settings, device, message',
+    [
+        (dict(dtype='float16'), 'cpu', 'dtype float16'),
+        (dict(type='OptimWrapperDict'), 'cpu', 'OptimWrapperDict'),
+        (dict(), 'mps', 'mps'),
+    ],
+)
+def test_refused(monkeypatch, settings, device, message):
+    train = load_tool('train')
+    monkeypatch.setattr(train, 'get_device', lambda: device)
+    cfg = Config(dict(optim_wrapper=settings))
+    with pytest.raises(train.cli.UserError, match=message):
+        train.mix_precision(cfg)

@@ -1,0 +1,181 @@
+"""tools/export.py: files that agree with the models, of standard operators."""
+
+import pytest
+import tiny
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
+for package in ('mmdet', 'mmseg', 'mmpretrain'):
+    pytest.importorskip(package)
+onnx = pytest.importorskip('onnx')
+onnxruntime = pytest.importorskip('onnxruntime')
+tool = tiny.load_tool('export')
+
+
+@pytest.fixture
+def build(tmp_path):
+    """Files of a tiny model, and the model that training leaves."""
+
+    def build(task):
+        files = tiny.write_model(task, tmp_path)
+        cfg = Config.fromfile(files[0])
+        init_default_scope(cfg.default_scope)
+        model = MODELS.build(cfg.model).eval()
+        model.load_state_dict(torch.load(files[1])['state_dict'])
+        return files, model
+
+    return build
+
+
+def run(files, path, capsys, *options):
+    tool.main([*files, '--out', str(path), *options])
+    return capsys.readouterr().out
+
+
+def load_onnx(path):
+    """A function that runs the file, and the file's contents."""
+    contents = onnx.load(path)
+    onnx.checker.check_model(contents)
+    assert {node.domain for node in contents.graph.node} == {''}
+    session = onnxruntime.InferenceSession(
+        path, providers=['CPUExecutionProvider']
+    )
+    return lambda image: [
+        torch.from_numpy(output)
+        for output in session.run(None, {'image': image.numpy()})
+    ], contents
+
+
+def compare(found, wanted):
+    for a, b in zip(found, wanted, strict=True):
+        assert b.std() > 1e-3
+        assert a.shape == b.shape
+        assert (a - b).abs().max() < 1e-4 * b.abs().max()
+
+
+@torch.no_grad()
+def test_segmenter_onnx_of_any_size(build, tmp_path, capsys):
+    files, model = build('seg')
+    path = tmp_path / 'new' / 'model.onnx'
+    out = run(files, path, capsys, '--dynamic')
+    assert f'{path}: image normalized with' in out
+    for size in ('256 x 320', '224 x 256', '288 x 224'):
+        assert f'{size}: differs by ' in out
+    assert [file.name for file in path.parent.iterdir()] == ['model.onnx']
+    predict, contents = load_onnx(path)
+    shape = contents.graph.input[0].type.tensor_type.shape.dim
+    assert [bool(side.dim_param) for side in shape] == [0, 0, 1, 1]
+    assert [output.name for output in contents.graph.output] == ['logits']
+    for size in ((224, 224), (256, 352), (320, 224)):
+        image = torch.randn(1, 3, *size)
+        wanted = model.encode_decode(image, [{'img_shape': size}])
+        assert wanted.shape == (1, 150, *size)
+        compare(predict(image), [wanted])
+
+
+@torch.no_grad()
+def test_backbone_onnx(build, tmp_path, capsys):
+    files, model = build('seg')
+    path = tmp_path / 'backbone.onnx'
+    options = ['--backbone-only', '--shape', '64', '96']
+    out = run(files, path, capsys, *options)
+    assert out.count('differs') == 1
+    predict, contents = load_onnx(path)
+    image = torch.randn(1, 3, 64, 96)
+    compare(predict(image), model.backbone(image))
+    names = [output.name for output in contents.graph.output]
+    assert names == ['map_0', 'map_1', 'map_2', 'map_3']
+    metadata = {item.key: item.value for item in contents.metadata_props}
+    assert metadata == {
+        'channels': 'RGB',
+        'mean': '123.675, 116.28, 103.53',
+        'std': '58.395, 57.12, 57.375',
+    }
+
+
+@torch.no_grad()
+def test_classifier_torchscript(build, tmp_path, capsys):
+    files, model = build('cls')
+    path = tmp_path / 'model.pt'
+    options = ['--format', 'torchscript', '--shape', '64', '96']
+    run(files, path, capsys, *options)
+    image = torch.randn(1, 3, 64, 96)
+    compare(torch.jit.load(path)(image), [model(image)])
+
+
+@torch.no_grad()
+def test_detector_torch_export(build, tmp_path, capsys):
+    files, model = build('det')
+    path = tmp_path / 'model.pt2'
+    options = ['--format', 'torch-export', '--shape', '64', '96']
+    run(files, path, capsys, *options)
+    image = torch.randn(1, 3, 64, 96)
+    wanted = model.extract_feat(image)
+    assert len(wanted) == 5
+    compare(torch.export.load(path).module()(image), wanted)
+
+
+@pytest.mark.parametrize('size', [1, 6, 7])
+@pytest.mark.parametrize('shape', [(7, 7), (14, 20), (9, 16)])
+def test_matrix_pool(size, shape):
+    maps = torch.randn(2, 3, *shape)
+    torch.testing.assert_close(
+        tool.MatrixPool(size)(maps),
+        torch.nn.functional.adaptive_avg_pool2d(maps, size),
+    )
+
+
+def test_disagreement(build, tmp_path, capsys, monkeypatch):
+    """A file that does not agree is reported, and so is no comparison."""
+    for differences, words in (
+        ({(64, 96): 2e-4}, 'more than 0.0001'),
+        (None, 'not compared'),
+    ):
+        monkeypatch.setattr(tool, 'export', lambda *_, d=differences: d)
+        files, _ = build('cls')
+        if differences:
+            with pytest.raises(SystemExit, match=words):
+                run(files, tmp_path / 'x.onnx', capsys)
+        else:
+            assert words in run(files, tmp_path / 'x.onnx', capsys)
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (['--shape', '0', '96'], '--shape takes a height'),
+        (['--dynamic', '--shape', '224', '250'], 'multiples of 32 from 224'),
+        (['--dynamic', '--shape', '192', '224'], 'multiples of 32 from 224'),
+        (['--format', 'torch-export'], 'writes .pt2 files, not'),
+        (['--cfg-options', 'default_scope=mmpose'], 'mmdet, mmseg, mmpretrai'),
+        (['--cfg-options', 'modle.type=A'], 'did you mean model'),
+    ],
+)
+def test_mistakes(options, words, tmp_path, capsys):
+    config = tiny.ROOT / 'configs' / tiny.CONFIGS['cls'][0]
+    with pytest.raises(SystemExit) as stop:
+        tool.main([str(config), '--out', str(tmp_path / 'm.onnx'), *options])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith('export.py: ') and words in message
+    assert not any(tmp_path.iterdir())
+
+
+def test_dynamic_torchscript(tmp_path, capsys):
+    config = tiny.ROOT / 'configs' / tiny.CONFIGS['cls'][0]
+    options = ['--format', 'torchscript', '--dynamic']
+    with pytest.raises(SystemExit) as stop:
+        tool.main([str(config), '--out', str(tmp_path / 'm.pt'), *options])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert 'TorchScript files have a fixed size' in message
+
+
+def test_head_without_logits(tmp_path, capsys):
+    config = tiny.ROOT / 'configs/drop_in/overlock_t_mask2former_semantic.py'
+    with pytest.raises(SystemExit) as stop:
+        tool.main([str(config), '--out', str(tmp_path / 'm.onnx')])
+    assert stop.value.code == 2
+    assert '--backbone-only works with it' in capsys.readouterr().err

@@ -1,0 +1,200 @@
+"""tools/predict.py: what it writes is what OpenMMLab's own functions say."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from pycocotools import mask as coco_masks
+
+pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
+mmdet, mmseg, mmpretrain = (
+    pytest.importorskip(f'{package}.apis')
+    for package in ('mmdet', 'mmseg', 'mmpretrain')
+)
+tool = tiny.load_tool('predict')
+
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('models')
+    return {task: tiny.write_model(task, folder) for task in tiny.CONFIGS}
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    """A folder with two images of the same stem, and one below."""
+    folder = tmp_path_factory.mktemp('photos')
+    (folder / 'sub').mkdir()
+    rng = np.random.default_rng(0)
+    for name in ('a.png', 'a.bmp', 'sub/b.png'):
+        small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((80, 60)).save(folder / name)
+    return folder
+
+
+def run(models, task, out, *inputs, options=()):
+    config, checkpoint = models[task]
+    argv = [config, checkpoint, *map(str, inputs), '--out', str(out)]
+    tool.main([*argv, '--device', 'cpu', *options])
+    return json.loads((out / 'predictions.json').read_text())
+
+
+def drawn(path, image):
+    """Whether a picture exists and is not the image itself."""
+    picture = np.asarray(Image.open(path))
+    original = np.asarray(Image.open(image))
+    assert picture.shape == original.shape
+    return (picture != original).any()
+
+
+def test_detector(models, photos, tmp_path):
+    image = photos / 'a.png'
+    options = ['--score-thr', '0']
+    found = run(models, 'det', tmp_path, image, options=options)
+    assert found['images'] == [
+        {'id': 1, 'file_name': str(image), 'height': 60, 'width': 80}
+    ]
+    assert found['categories'][0] == {'id': 1, 'name': 'person'}
+    assert len(found['categories']) == 80
+    model = mmdet.init_detector(*models['det'], device='cpu')
+    expected = mmdet.inference_detector(model, str(image))
+    expected = expected.pred_instances
+    annotations = found['annotations']
+    assert len(annotations) == len(expected) == 5
+    for annotation, box, label, score, mask in zip(
+        annotations,
+        expected.bboxes.numpy(),
+        expected.labels.tolist(),
+        expected.scores.tolist(),
+        expected.masks.numpy(),
+        strict=True,
+    ):
+        x, y, width, height = annotation['bbox']
+        np.testing.assert_allclose(
+            [x, y, x + width, y + height], box, atol=1e-2
+        )
+        assert annotation['category_id'] == label + 1
+        assert annotation['score'] == pytest.approx(score, abs=1e-4)
+        assert annotation['image_id'] == 1
+        runs = annotation['segmentation']
+        assert (coco_masks.decode(runs) == mask).mean() > 0.99
+        assert annotation['area'] == coco_masks.decode(runs).sum()
+    assert [a['id'] for a in annotations] == [1, 2, 3, 4, 5]
+    assert drawn(tmp_path / 'pictures' / 'a.png', image)
+
+    scores = [annotation['score'] for annotation in annotations]
+    assert scores == sorted(scores, reverse=True)
+    kept = 1 + np.argmin(np.diff(scores))  # before the largest drop
+    threshold = (scores[kept - 1] + scores[kept]) / 2
+    assert scores[kept] < threshold < scores[kept - 1]
+    options = ['--score-thr', str(threshold)]
+    found = run(models, 'det', tmp_path, image, options=options)
+    assert found['annotations'] == annotations[:kept]
+
+
+def test_fuse(models, photos, tmp_path, monkeypatch):
+    fused = []
+    monkeypatch.setattr(tool, 'fuse', fused.append)
+    run(models, 'cls', tmp_path, photos / 'a.png')
+    assert not fused
+    run(models, 'cls', tmp_path, photos / 'a.png', options=['--fuse'])
+    assert type(fused[0]).__name__ == 'ImageClassifier'
+
+
+def test_segmenter_and_inputs(models, photos, tmp_path, capsys):
+    """Folders, patterns, files given twice, and what cannot be read."""
+    bad = tmp_path / 'bad.png'
+    bad.write_bytes((photos / 'a.png').read_bytes()[:60])
+    (tmp_path / 'empty').mkdir()
+    inputs = [photos, bad, photos / 's*' / 'b.png', tmp_path / 'none.png']
+    with pytest.raises(SystemExit) as stop:
+        run(models, 'seg', tmp_path, *inputs, tmp_path / 'empty')
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert '3 inputs could not be read' in message
+    assert f'{bad}: not an image' in message
+    assert f'{tmp_path / "none.png"}: there is no such file' in message
+    assert f'{tmp_path / "empty"}: there are no images' in message
+    found = json.loads((tmp_path / 'predictions.json').read_text())
+    assert [
+        (image['id'], image['file_name'], image['label_map'])
+        for image in found['images']
+    ] == [
+        (1, str(photos / 'a.bmp'), 'label_maps/a.png'),
+        (2, str(photos / 'a.png'), 'label_maps/a_2.png'),
+        (3, str(photos / 'sub' / 'b.png'), 'label_maps/sub/b.png'),
+    ]
+    assert len(found['classes']) == 150 and found['classes'][2] == 'sky'
+    config, checkpoint = models['seg']
+    model = mmseg.init_model(config, device='cpu')
+    model.load_state_dict(torch.load(checkpoint)['state_dict'])
+    for image in found['images']:
+        expected = mmseg.inference_model(model, image['file_name'])
+        labels = np.asarray(Image.open(tmp_path / image['label_map']))
+        assert labels.dtype == np.uint8
+        same = labels == expected.pred_sem_seg.data[0].numpy()
+        assert same.mean() > 0.99
+    picture = tmp_path / 'pictures' / 'sub' / 'b.png'
+    assert drawn(picture, photos / 'sub' / 'b.png')
+
+
+def test_classifier_and_video(models, photos, tmp_path):
+    video = tmp_path / 'clip.avi'
+    frame = cv2.imread(str(photos / 'a.png'))
+    codec = cv2.VideoWriter_fourcc(*'MJPG')
+    writer = cv2.VideoWriter(str(video), codec, 5, (80, 60))
+    for image in (frame, 255 - frame):
+        writer.write(image)
+    writer.release()
+    image = photos / 'a.png'
+    found = run(models, 'cls', tmp_path / 'out', image, video)
+    assert [
+        (image['file_name'], image.get('frame')) for image in found['images']
+    ] == [(str(image), None), (str(video), 0), (str(video), 1)]
+    predictions = [image['predictions'] for image in found['images']]
+    model = mmpretrain.get_model(*models['cls'], device='cpu')
+    expected = mmpretrain.ImageClassificationInferencer(model)
+    expected = expected(str(image))[0]
+    assert predictions[0][0]['label'] == expected['pred_label']
+    assert (
+        predictions[0][0]['class'] == found['classes'][expected['pred_label']]
+    )
+    top = np.sort(expected['pred_scores'])[::-1][:5]
+    scores = [prediction['score'] for prediction in predictions[0]]
+    np.testing.assert_allclose(scores, top, atol=1e-5)
+    assert predictions[1] != predictions[2]
+    pictures = tmp_path / 'out' / 'pictures'
+    assert drawn(pictures / 'a.png', image)
+    assert sorted(path.name for path in (pictures / 'clip').iterdir()) == [
+        '000000.png',
+        '000001.png',
+    ]
+
+
+def fail(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tool.main(argv)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith('predict.py: ')
+    return message
+
+
+def test_mistakes(models, tmp_path, capsys):
+    config, checkpoint = models['cls']
+    rest = ['x.png', '--out', str(tmp_path / 'out')]
+    message = fail([config, 'no.pth', *rest], capsys)
+    assert 'checkpoint no.pth does not exist' in message
+    message = fail([config, models['seg'][1], *rest], capsys)
+    assert 'does not fit the model' in message
+    options = ['--cfg-options', 'test_dataloader.dataset.type=CustomDataset']
+    message = fail([config, checkpoint, *rest, *options], capsys)
+    assert 'names the classes' in message
+    options = ['--cfg-options', 'default_scope=mmpose']
+    message = fail([config, checkpoint, *rest, *options], capsys)
+    assert 'default_scope mmpose' in message
+    assert not (tmp_path / 'out').exists()

@@ -1,0 +1,238 @@
+"""A killed training resumes as if it had not been killed."""
+
+import os
+import random
+import resource
+import signal
+import time
+
+import forked
+import pytest
+import torch
+from mmengine.config import Config
+from tiny import load_tool
+
+from mmoverlock.checkpoint_file import CheckpointError, read
+from mmoverlock.resume import SafeBackend, latest_checkpoint
+
+pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
+for package in ('mmdet', 'mmseg', 'mmpretrain'):
+    pytest.importorskip(package)
+
+KILLS = 20
+EPOCHS = 24
+LARGE = 300_000  # classes, so that writing a checkpoint takes time
+
+
+def assert_equal_states(path, other):
+    """Weights and the optimizer's state are equal, bit by bit."""
+    state, expected = (
+        torch.load(p, weights_only=False) for p in (path, other)
+    )
+    weights = expected['state_dict']
+    assert state['state_dict'].keys() == weights.keys()
+    for name, weight in state['state_dict'].items():
+        assert torch.equal(weight, weights[name]), name
+    moments = expected['optimizer']['state']
+    for number, moment in state['optimizer']['state'].items():
+        for name, value in moment.items():
+            assert torch.equal(value, moments[number][name])
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    """Config and work dir of a run of two epochs, with a seed."""
+    folder = tmp_path_factory.mktemp('undisturbed')
+    config = forked.classifier(folder)
+    forked.run(
+        *(config, '--work-dir', folder / 'work', '--seed', 7),
+        log=folder / 'log',
+    )
+    return config, folder / 'work'
+
+
+def test_resumed_is_undisturbed(undisturbed, tmp_path):
+    """Random numbers too: of flips, crops, dropped paths and the order."""
+    config, work_dir = undisturbed
+    argv = config, '--work-dir', tmp_path / 'work', '--seed', 7
+    stop_early = ['--cfg-options', 'train_cfg.max_epochs=1']
+    forked.run(*argv, *stop_early, log=tmp_path / 'log')
+    log = forked.run(*argv, '--resume', log=tmp_path / 'log')
+    assert 'resumed epoch: 1' in log
+    assert_equal_states(
+        tmp_path / 'work' / 'epoch_2.pth', work_dir / 'epoch_2.pth'
+    )
+
+
+def test_only_wanted_files_stay(undisturbed):
+    names = [path.name for path in undisturbed[1].glob('*.pth*')]
+    assert sorted(names)[1:] == ['epoch_2.pth']
+    assert names[0].startswith('best_') or names[1].startswith('best_')
+
+
+def limit_file_size():
+    """As if the disk were full once a checkpoint is written."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def test_disk_is_full(undisturbed, tmp_path):
+    """A short message; the last good checkpoint is intact."""
+    config, _ = undisturbed
+    argv = config, '--work-dir', tmp_path / 'work'
+    stop_early = ['--cfg-options', 'train_cfg.max_epochs=1']
+    forked.run(*argv, *stop_early, log=tmp_path / 'log')
+    before = (tmp_path / 'work/epoch_1.pth').read_bytes()
+    log = forked.run(
+        *(*argv, '--resume'),
+        log=tmp_path / 'log',
+        prepare=limit_file_size,
+        status=2,
+    )
+    assert 'Traceback' not in log
+    assert 'train.py: cannot write ' in log and 'epoch_2.pth' in log
+    assert '--resume' in log.splitlines()[-1]
+    assert (tmp_path / 'work/epoch_1.pth').read_bytes() == before
+    assert latest_checkpoint(tmp_path / 'work').endswith('epoch_1.pth')
+    assert not [*(tmp_path / 'work').glob('*.part')]
+
+
+# ------------------------------------------------------------------ parts
+
+
+def test_files_are_whole_or_old(tmp_path, monkeypatch):
+    path = tmp_path / 'new' / 'file.pth'
+    backend = SafeBackend()
+    backend.put(b'old', path)
+    seen = []
+    replace = os.replace
+    monkeypatch.setattr(
+        os,
+        'replace',
+        lambda *a: (seen.append(path.read_bytes()), replace(*a)),
+    )
+    backend.put(b'new', str(path))
+    assert seen == [b'old'] and path.read_bytes() == b'new'
+
+    def fail(descriptor):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'fsync', fail)
+    with pytest.raises(OSError, match='No space.*file.pth'):
+        backend.put(b'newer', path)
+    assert path.read_bytes() == b'new'
+    assert [*path.parent.iterdir()] == [path]
+
+
+def test_old_checkpoints_stay_until_the_next_is_there(tmp_path):
+    backend = SafeBackend()
+    for name in ('a.txt', 'b.pth', 'c.pth'):
+        backend.put(b'', tmp_path / name)
+        backend.remove(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ['c.pth']
+    backend.put(b'', tmp_path / 'c.pth')  # written again, so wanted
+    assert sorted(os.listdir(tmp_path)) == ['c.pth']
+
+
+def save(path, age):
+    torch.save({'state_dict': {'weight': torch.zeros(100)}}, path)
+    os.utime(path, (time.time() - age,) * 2)
+
+
+def test_latest(tmp_path):
+    """The newest that is whole, whatever last_checkpoint says."""
+    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path / 'nowhere') is None
+    first, second, best = (
+        tmp_path / name
+        for name in ('epoch_9.pth', 'epoch_10.pth', 'best_x_epoch_9.pth')
+    )
+    save(first, age=20)
+    save(second, age=10)
+    save(best, age=0)  # has no state of the optimizer
+    (tmp_path / 'last_checkpoint').write_text('')  # killed meanwhile
+    assert latest_checkpoint(tmp_path) == str(second)
+    (tmp_path / 'last_checkpoint').write_text(str(first))
+    assert latest_checkpoint(tmp_path) == str(second)
+    second.write_bytes(second.read_bytes()[:-100])
+    assert latest_checkpoint(tmp_path) == str(first)
+    other = tmp_path / 'other.pth'
+    save(other, age=5)
+    (tmp_path / 'last_checkpoint').write_text(str(other))
+    assert latest_checkpoint(tmp_path) == str(other)
+
+
+@pytest.mark.parametrize('damage', ['truncate', 'remove'])
+def test_nothing_whole(tmp_path, damage):
+    """No silent start from the beginning."""
+    path = tmp_path / 'iter_1.pth'
+    save(path, age=0)
+    if damage == 'truncate':
+        path.write_bytes(path.read_bytes()[:99])
+    else:
+        path.unlink()
+        (tmp_path / 'last_checkpoint').write_text(str(path))
+    with pytest.raises(CheckpointError, match='no whole.*iter_1.pth'):
+        latest_checkpoint(tmp_path)
+
+
+def test_seed_is_a_seed(capsys):
+    train = load_tool('train')
+    for seed in ('-1', str(2**32)):
+        args = train.build_parser().parse_args(['c', '--seed', seed])
+        with pytest.raises(train.cli.UserError, match=rf'--seed {seed} is'):
+            train.apply_options(Config(), args)
+
+
+# ------------------------------------------------------------------- kills
+
+
+@pytest.mark.slow
+def test_kills(tmp_path):
+    """KILLS times SIGKILL, some while a checkpoint is being written."""
+    config = forked.classifier(tmp_path)
+    options = ['--seed', 7, '--cfg-options', f'train_cfg.max_epochs={EPOCHS}']
+    options += [
+        f'model.head.num_classes={LARGE}',
+        f'model.data_preprocessor.num_classes={LARGE}',
+        'default_hooks.checkpoint.save_best=None',
+    ]
+    undisturbed, work_dir = tmp_path / 'undisturbed', tmp_path / 'work'
+    began = time.monotonic()
+    forked.run(
+        *(config, '--work-dir', undisturbed, *options), log=tmp_path / 'log'
+    )
+    duration = time.monotonic() - began
+    generator = random.Random(0)
+    while_writing = 0
+    for kill in range(KILLS):
+        before = {*work_dir.glob('epoch_*')}
+        process = forked.start(
+            *(config, '--work-dir', work_dir, '--resume', *options),
+            log=tmp_path / 'log',
+        )
+        # Every other kill is at a random moment, the rest on sight of a file.
+        end = time.monotonic() + generator.uniform(0, duration / 4)
+        while process.is_alive() and (kill % 2 or time.monotonic() < end):
+            if kill % 2 and {*work_dir.glob('epoch_*')} - before:
+                break
+            time.sleep(0.0005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, (
+            tmp_path / 'log'
+        ).read_text()
+        while_writing += any(work_dir.glob('epoch_*.part'))
+        if any(before):
+            assert latest_checkpoint(work_dir)
+        for path in work_dir.glob('epoch_*.pth'):
+            read(str(path))
+    log = forked.run(
+        *(config, '--work-dir', work_dir, '--resume', *options),
+        log=tmp_path / 'log',
+    )
+    assert 'resumed epoch' in log
+    assert while_writing >= KILLS // 4
+    print(f'{KILLS} kills survived, {while_writing} of them while writing')
+    assert_equal_states(
+        undisturbed / f'epoch_{EPOCHS}.pth', work_dir / f'epoch_{EPOCHS}.pth'
+    )

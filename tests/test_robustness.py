@@ -1,0 +1,206 @@
+"""Any input that is an image works; anything else is an error that says so."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from mmoverlock.models import OverLoCK
+
+TINY = dict(
+    depths=(1, 1, 1, 1),
+    channels=(8, 16, 16, 32),
+    focus_depths=(2, 1),
+    focus_heads=(2, 2),
+)
+repeatable = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],  # looking for the smallest failure takes minutes
+)
+
+sides = st.integers(1, 80)
+images = st.tuples(st.integers(1, 2), st.integers(1, 4), sides, sides)
+options = st.fixed_dictionaries(
+    dict(
+        out_indices=st.sets(st.integers(0, 3), min_size=1).map(sorted),
+        drop_path_rate=st.sampled_from([0.0, 0.5]),
+        frozen_stages=st.integers(-1, 4),
+        norm_eval=st.booleans(),
+        with_cp=st.booleans()
+        | st.lists(st.integers(0, 2), min_size=6, max_size=6),
+        norm_cfg=st.none() | st.just(dict(type='BN', requires_grad=False)),
+        contmix_backend=st.sampled_from(['auto', 'tiled', 'reference']),
+    )
+)
+
+
+def build(in_channels=3, **kwargs):
+    torch.manual_seed(0)
+    model = OverLoCK(TINY, in_channels, **kwargs)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and tensor.std(correction=0) == 0:
+            tensor.data.copy_(torch.rand(tensor.shape) + 0.5)
+    return model
+
+
+def image(shape, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(shape, generator=generator, dtype=dtype)
+
+
+def assert_maps(model, outputs, shape):
+    for output, channels, stride in zip(
+        outputs, model.out_channels, model.out_strides, strict=True
+    ):
+        size = (math.ceil(n / stride) for n in shape[2:])
+        assert output.shape == (shape[0], channels, *size)
+        assert output.is_contiguous() and output.isfinite().all()
+
+
+def is_trainable(model, shape):
+    """Whether no batch norm in training mode sees a single value."""
+    stride = 4 * 2 ** min(model.out_indices[-1], 1)
+    if model.out_indices[-1] >= 2:
+        stride = 32
+    norms = [m for m in model.modules() if 'BatchNorm' in type(m).__name__]
+    return (
+        shape[0] > 1
+        or max(shape[2:]) > stride
+        or not any(norm.training for norm in norms)
+    )
+
+
+@repeatable
+@given(images, options)
+def test_training(shape, kwargs):
+    """All sizes, channels and options; gradients are finite."""
+    model = build(shape[1], **kwargs).train()
+    x = image(shape).requires_grad_()
+    if not is_trainable(model, shape):
+        with pytest.raises(ValueError, match='larger images'):
+            model(x)
+        return
+    outputs = model(x)
+    assert_maps(model, outputs, shape)
+    sum(output.square().mean() for output in outputs).backward()
+    assert x.grad.isfinite().all()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+
+
+@repeatable
+@given(images, options, st.sampled_from(['rows', 'columns', 'part', 'last']))
+def test_inference(shape, kwargs, layout):
+    """Equal in every memory layout, and after merging; in double precision."""
+    model = build(shape[1], **kwargs).double().eval()
+    x = image(shape, torch.float64)
+    expected = model(x)
+    assert_maps(model, expected, shape)
+    other = {
+        'rows': lambda: x.flip(0).flip(0),
+        'columns': lambda: x.mT.contiguous().mT,
+        'part': lambda: (
+            image((shape[0], shape[1], 90, 90))
+            .double()[..., 1 : shape[2] + 1, 1 : shape[3] + 1]
+            .copy_(x)
+        ),
+        'last': lambda: x.contiguous(memory_format=torch.channels_last),
+    }[layout]()
+    with torch.no_grad():
+        for merged in (False, True):
+            if merged:
+                model.switch_to_deploy()
+            for actual, wanted in zip(model(other), expected, strict=True):
+                torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize('fuse_overview', [False, True])
+@pytest.mark.parametrize(
+    'size', [(1, 1), (1, 2), (31, 33), (32, 2048), (2048, 32), (127, 131)]
+)
+def test_extreme_sizes(size, fuse_overview):
+    model = build(fuse_overview=fuse_overview).train()
+    outputs = model(image((2, 3, *size)))
+    assert_maps(model, outputs, (2, 3, *size))
+    sum(output.square().mean() for output in outputs).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('size', [(64, 64), (1, 33)])
+@pytest.mark.parametrize('deploy', [False, True])
+def test_no_images(deploy, size):
+    """A batch of nothing, as from a filter that leaves nothing."""
+    model = build(deploy=deploy).eval()
+    assert_maps(model, model(image((0, 3, *size))), (0, 3, *size))
+
+
+def test_one_small_image():
+    """It trains where batch norms do not count it."""
+    with pytest.raises(ValueError, match=r'\(1, 3, 32, 32\).*stride 32.*norm'):
+        build().train()(image((1, 3, 32, 32)))
+    with pytest.raises(ValueError, match=r'\(0, 3, 64, 64\) is 0 at'):
+        build().train()(image((0, 3, 64, 64)))
+    build().train()(image((1, 3, 33, 32)))
+    build(out_indices=(0,)).train()(image((1, 3, 5, 1)))
+    build(norm_eval=True).train()(image((1, 3, 32, 32)))
+
+
+@pytest.mark.parametrize(
+    'x, message',
+    [
+        (torch.zeros(3, 64, 64), r'\(B, 3, H, W\).*got \(3, 64, 64\)'),
+        (torch.zeros(1, 1, 3, 64, 64), r'got \(1, 1, 3, 64, 64\)'),
+        (torch.zeros(1, 4, 64, 64), r'got \(1, 4, 64, 64\)'),
+        (torch.zeros(1, 3, 0, 64), r'at least 1, got \(1, 3, 0, 64\)'),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 'floating.*uint8'),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.int64), 'floating.*int64'),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.bool), 'floating.*bool'),
+    ],
+)
+def test_bad_input(x, message):
+    with pytest.raises(ValueError, match=message):
+        build().eval()(x)
+
+
+BAD_ARGUMENTS = dict(
+    arch=[
+        *('huge', '', 5, None, ('t',), {}, dict(TINY, depth=1)),
+        *(dict(TINY, depths=depths) for depths in (1, '1111', (1, 1, 1, 0))),
+        *(dict(TINY, depths=(1, 1, 1, n)) for n in (1.5, '1', None, -1)),
+        *(dict(TINY, channels=(8, 16, n, 32)) for n in (16.0, 12, 0)),
+        dict(TINY, focus_heads=(2, 3)),
+    ],
+    in_channels=[0, -1, 3.0, '3', None, (3,)],
+    out_indices=[3, None, '3', (), (1, 0), (0, 0), (4,), (-1,), (1.0,), {0}],
+    drop_path_rate=[1, -0.1, math.nan, math.inf, '0.1', None, (0.1,)],
+    fuse_overview=['no', 1, None],
+    classifier=['no', 1, None],
+    frozen_stages=[5, -2, 1.0, '1', None, (1,)],
+    norm_cfg=['BN', 5, ['BN'], dict(type='LN'), dict(type=None)],
+    norm_eval=['no', 1, None],
+    with_cp=[None, 2, 'yes', (1, 1), (1,) * 7, (-1,) * 6, (0.5,) * 6],
+    deploy=['no', 1, None],
+    contmix_backend=['natten', '', None, 5, ['tiled']],
+    init_cfg=['weights.pth', 5, {}, [None], dict(checkpoint='weights.pth')],
+)
+
+
+@pytest.mark.parametrize(
+    'name, value',
+    [(name, value) for name, all_ in BAD_ARGUMENTS.items() for value in all_],
+)
+def test_bad_arguments(name, value):
+    """The error names the argument, or its part, and the value."""
+    with pytest.raises(ValueError) as caught:
+        OverLoCK(**{'arch': TINY, name: value})
+    message = str(caught.value)
+    if isinstance(value, dict):  # test_overlock.py has their messages
+        return
+    words = {'contmix_backend': 'backend'}
+    assert words.get(name, name) in message
+    assert repr(value) in message

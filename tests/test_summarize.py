@@ -1,0 +1,245 @@
+"""tools/summarize.py and the curves at the end of a training."""
+
+import json
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import tiny
+import torch
+from mmengine.config import Config
+from mmengine.structures import InstanceData
+from PIL import Image
+
+from mmoverlock.curves import CurvesHook, draw_curves, read_scalars
+
+pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
+for package in ('mmdet', 'mmseg', 'mmpretrain'):
+    pytest.importorskip(package)
+
+tool = tiny.load_tool('summarize')
+
+
+def write_run(work_dir, name, records):
+    folder = work_dir / name / 'vis_data'
+    folder.mkdir(parents=True)
+    lines = [json.dumps(record) + '\n' for record in records]
+    (folder / 'scalars.json').write_text(''.join(lines))
+
+
+def training(step, **values):
+    return {'lr': 0.1 / step, 'loss': 2 / step, 'time': 0.5, 'step': step} | (
+        values
+    )
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are closed, which stay open."""
+    closed = []
+    monkeypatch.setattr(plt, 'close', closed.append)
+    yield closed
+    monkeypatch.undo()
+    plt.close('all')
+
+
+def lines(axes):
+    return {
+        line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
+        for line in axes.lines
+    }
+
+
+def test_curves(tmp_path, figures):
+    """Of an iteration-based run on a GPU: what is where, and what is said."""
+    speeds = (0.5, 0.25, 0.25)
+    write_run(
+        tmp_path,
+        'a',
+        [
+            training(10 * i, time=time, memory=100 * i, loss_x=1.0, acc=3.0)
+            for i, time in enumerate(speeds, 1)
+        ]
+        + [{'aAcc': 50.0, 'mIoU': 20.0, 'time': 1.0, 'step': 30}],
+    )
+    assert draw_curves(tmp_path, batch_size=4) == {
+        'aAcc': 50.0,
+        'mIoU': 20.0,
+        'images/s': 16.0,
+        'memory (MB)': 300,
+    }
+    losses, metrics, rates, speed, memory = figures[0].axes
+    assert lines(losses) == {
+        'loss': ([10, 20, 30], [0.2, 0.1, 2 / 30]),
+        'loss_x': ([10, 20, 30], [1.0] * 3),
+    }
+    assert lines(metrics) == {'aAcc': ([30], [50.0]), 'mIoU': ([30], [20.0])}
+    assert metrics.get_xlabel() == 'iteration'
+    assert lines(rates)['lr'][1] == [0.01, 0.005, 0.1 / 30]
+    assert lines(speed)['images/s'][1] == [8.0, 16.0, 16.0]
+    assert lines(memory)['memory'][1] == [100, 200, 300]
+    assert Image.open(tmp_path / 'curves.png').size == (1440, 900)
+
+
+def test_curves_by_epoch(tmp_path, figures):
+    """Without a GPU; COCO's detailed metrics are returned, not drawn."""
+    found = {'coco/bbox_mAP': 0.2, 'coco/bbox_mAP_s': 0.1, 'step': 2}
+    records = [training(step, epoch=step // 5) for step in (5, 10)]
+    write_run(tmp_path, 'a', [*records, found])
+    last = draw_curves(tmp_path, batch_size=2)
+    assert last == {
+        'coco/bbox_mAP': 0.2,
+        'coco/bbox_mAP_s': 0.1,
+        'images/s': 4.0,
+    }
+    _, metrics, _, _ = figures[0].axes
+    assert [*lines(metrics)] == ['coco/bbox_mAP']
+    assert metrics.get_xlabel() == 'epoch'
+
+
+def test_resumed_runs(tmp_path):
+    """What the second run did again replaces what the first had done."""
+    write_run(
+        tmp_path, '1', [training(step) for step in (1, 2, 3)] + [{'step': 3}]
+    )
+    write_run(tmp_path, '2', [training(step, loss=9) for step in (3, 4)])
+    losses, evaluations = read_scalars(tmp_path)
+    assert [record['step'] for record in losses] == [1, 2, 3, 4]
+    assert [record['loss'] for record in losses] == [2, 1, 9, 9]
+    assert evaluations == [{'step': 3}]
+
+
+def test_hook(tmp_path):
+    logged = []
+    runner = SimpleNamespace(
+        work_dir=str(tmp_path),
+        cfg=Config({'train_dataloader': {'batch_size': 3}}),
+        logger=SimpleNamespace(info=logged.append),
+    )
+    CurvesHook().after_train(runner)
+    assert not logged and not any(tmp_path.iterdir())
+    write_run(
+        tmp_path, '1', [training(1), training(2), {'mIoU': 5.0, 'step': 2}]
+    )
+    CurvesHook().after_train(runner)
+    path = tmp_path / 'curves.png'
+    assert logged == [f'{path}: mIoU 5, images/s 6'] and path.exists()
+
+
+def test_colours_do_not_collide():
+    colours = np.array([tool.colour_of(label) for label in range(150)])
+    distance = np.abs(colours[:, None] - colours).max(-1)
+    assert (distance + np.eye(150)).min() > 0.005
+    near = [np.abs(np.diff(colours, i, axis=0)).max(1).min() for i in (1,)]
+    assert min(near) > 0.2
+
+
+def test_draw_instances(figures):
+    """Each in the colour of its class, masks or not; none at all."""
+    _, axes = plt.subplots()
+    found = InstanceData(
+        labels=torch.tensor([0, 10]),
+        bboxes=torch.tensor([[1.0, 1, 5, 5], [2, 3, 9, 8]]),
+        scores=torch.tensor([0.5, 0.25]),
+    )
+    classes = [f'class {i}' for i in range(11)]
+    tool.draw_instances(axes, found, classes)
+    first, second = axes.patches
+    assert first.get_edgecolor() != second.get_edgecolor()
+    assert second.get_bbox().bounds == (2, 3, 7, 5)
+    assert [text.get_text() for text in axes.texts] == [
+        'class 0 0.50',
+        'class 10 0.25',
+    ]
+    tool.draw_instances(axes, found[:0], classes)
+    assert len(axes.patches) == 2
+
+
+def write_classes(folder, cfg):
+    """An image and its class, and the config's dataset of it."""
+    folder.mkdir()
+    pixels = np.arange(64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8)
+    Image.fromarray(pixels).save(folder / 'x.png')
+    (folder / 'list.txt').write_text('x.png 7')
+    cfg.val_dataloader.dataset = dict(
+        type='CustomDataset',
+        data_root=str(folder),
+        ann_file='list.txt',
+        metainfo={'classes': [f'class {i}' for i in range(1000)]},
+        pipeline=cfg.test_dataloader.dataset.pipeline,
+    )
+
+
+def write_label_maps(folder, cfg):
+    """An image and its label map, and the config's dataset of it."""
+    for name in ('images', 'annotations'):
+        (folder / name / 'validation').mkdir(parents=True)
+    labels = np.zeros((48, 64), np.uint8)
+    labels[:20], labels[20:, 30:] = 3, 7
+    rgb = np.stack([labels * 30] * 3, axis=-1)
+    Image.fromarray(rgb).save(folder / 'images' / 'validation' / 'x.jpg')
+    Image.fromarray(labels).save(
+        folder / 'annotations' / 'validation' / 'x.png'
+    )
+    cfg.val_dataloader.dataset.data_root = str(folder)
+
+
+@pytest.mark.parametrize(
+    ('task', 'write_data', 'titles'),
+    [
+        ('cls', write_classes, ['x.png, truth: class 7', 'predicted: ']),
+        ('seg', write_label_maps, ['x.jpg, truth', 'predicted']),
+    ],
+)
+def test_work_dirs(tmp_path, capsys, figures, task, write_data, titles):
+    """Pictures of other tasks than detection, which test_tools has."""
+    work_dir = tmp_path / 'work'
+    work_dir.mkdir()
+    config, checkpoint = tiny.write_model(task, work_dir)
+    cfg = Config.fromfile(config)
+    write_data(tmp_path / 'data', cfg)
+    cfg.dump(config)
+    write_run(
+        work_dir, '1', [training(1), training(2), {'score': 5.0, 'step': 2}]
+    )
+    tool.main([str(work_dir), '--images', '1'])
+    out = capsys.readouterr().out
+    assert 'score: 5' in out and checkpoint in out
+    assert (work_dir / 'curves.png').exists()
+    shown = [axes.get_title() for axes in figures[1].axes if axes.images]
+    assert shown[0] == titles[0] and shown[1].startswith(titles[1])
+    if task == 'seg':  # label 0 is no class, and 1 is the first one
+        texts = {text.get_text() for text in figures[1].axes[0].texts}
+        assert texts == {'sky', 'road'}
+    picture = np.asarray(Image.open(work_dir / 'predictions.png'))
+    assert len(np.unique(picture.reshape(-1, 4), axis=0)) > 50
+
+
+def test_tensorboard(monkeypatch):
+    """One option adds it to what the config has, or says what to install."""
+    train = tiny.load_tool('train')
+    args = train.build_parser().parse_args(['config', '--tensorboard'])
+    local, board = (
+        {'type': f'{name}VisBackend'} for name in ('Local', 'Tensorboard')
+    )
+    monkeypatch.setattr(train.importlib.util, 'find_spec', lambda name: name)
+    for settings in (
+        {'visualizer': {'type': 'A', 'vis_backends': [local]}},
+        {'visualizer': {'type': 'A'}},
+        {},
+    ):
+        cfg = Config(settings)
+        train.apply_options(cfg, args)
+        assert cfg.visualizer.vis_backends == [local, board]
+    monkeypatch.setattr(train.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(train.cli.UserError, match='pip install tensorboard'):
+        train.apply_options(Config(), args)
+
+
+def test_nothing_logged(tmp_path, capsys):
+    tiny.write_model('cls', tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        tool.main([str(tmp_path)])
+    assert stop.value.code == 2
+    assert 'no scalars.json in' in capsys.readouterr().err

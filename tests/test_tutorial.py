@@ -1,0 +1,86 @@
+"""The pages in docs/: what they say to run runs, what they draw is so."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = [
+    'curves.png',
+    'predictions.png',
+    'predicted/predictions.json',
+    'predicted/pictures/000000500001.png',
+    *(
+        f'inside/{name}.png'
+        for name in (
+            '000000500001_prior',
+            '000000500001_kernels',
+            'erf',
+            '000000500001_features',
+        )
+    ),
+    'model.onnx',
+]
+
+
+def test_tutorial(tmp_path):
+    """Its commands, as they stand."""
+    for package in ('mmcv._ext', 'mmdet', 'onnxruntime', 'onnxscript'):
+        pytest.importorskip(package)
+    text = (ROOT / 'docs' / 'tutorial.md').read_text()
+    blocks = re.findall(r'^```shell\n(.*?)^```', text, re.DOTALL | re.M)
+    for name in ('configs', 'tools'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    paths = [str(ROOT), os.environ.get('PYTHONPATH', '')]
+    env = os.environ | {
+        'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
+        'PYTHONPATH': os.pathsep.join(filter(None, paths)),
+        'OMP_NUM_THREADS': '1',
+        'CUDA_VISIBLE_DEVICES': '',
+    }
+    done = subprocess.run(
+        ['bash', '-e', '-c', '\n'.join(blocks)],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    missing = [
+        name
+        for name in RESULTS
+        if not (tmp_path / 'work_dirs' / 'tutorial' / name).exists()
+    ]
+    assert not missing
+    assert re.search('160 x 160: differs by .*e-0[5-9] at most', done.stdout)
+
+
+def test_architecture_figure():
+    """It shows the numbers of the arch."""
+    path = ROOT / 'docs' / 'draw_architecture.py'
+    spec = importlib.util.spec_from_file_location('draw', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    figure = module.draw('xt')
+    text = '\n'.join(item.get_text() for item in figure.axes[0].texts)
+    for words in (
+        *('2 x RepConvBlock', 'kernel 17 x 17', '56 channels, stride 4'),
+        *('6 x FocusBlock', 'kernels 5 x 5, 13 x 13', 'P0,\n84 channels'),
+        *('map 2, 340 channels', 'map 3, 420 channels'),
+    ):
+        assert words in text
+    assert (ROOT / 'docs' / 'architecture.png').exists()
+
+
+@pytest.mark.parametrize('page', ['tutorial.md', 'architecture.md'])
+def test_links(page):
+    text = (ROOT / 'docs' / page).read_text()
+    links = re.findall(r'\]\((?!http)(.+?)\)', text)
+    assert links
+    for link in links:
+        assert (ROOT / 'docs' / link).exists(), link

@@ -1,0 +1,283 @@
+"""Predict: ``python tools/predict.py CONFIG CHECKPOINT INPUT... --out DIR``.
+
+Inputs are images, folders of images, patterns as in ``'photos/*.jpg'``, and
+videos, whose frames are predicted one by one. DIR gets
+
+- ``pictures/``, the images with what was predicted drawn in, and
+- ``predictions.json``: for detectors in COCO's format, boxes [x, y, w, h] and
+  masks with a ``score``, where category_id counts the classes from 1; for
+  segmenters which file of ``label_maps/`` belongs to which image, PNGs whose
+  pixels are the numbers of classes, from 0; for classifiers the five likeliest
+  classes and their scores.
+
+Inputs that cannot be read are listed at the end, and the exit status is 1.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+from mmengine.device import get_device
+from mmengine.registry import VISUALIZERS
+from PIL import Image
+from pycocotools import mask as coco_masks
+from rich.console import Console
+from rich.progress import track
+
+from mmoverlock import cli
+from mmoverlock.inference import (
+    VIDEOS,
+    UnreadableImage,
+    build_pipeline,
+    find_files,
+    init_model,
+    predict,
+    read_image,
+)
+from mmoverlock.models.fuse import fuse
+
+VISUALIZER = {
+    'mmdet': 'DetLocalVisualizer',
+    'mmseg': 'SegLocalVisualizer',
+    'mmpretrain': 'UniversalVisualizer',
+}
+TOP = 5  # classes of a classifier
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument('inputs', nargs='+', metavar='INPUT')
+    parser.add_argument(
+        '--out', required=True, type=Path, metavar='DIR', help='results'
+    )
+    parser.add_argument(
+        '--device', help='cpu, cuda, cuda:1 ...; default: a GPU if there is'
+    )
+    parser.add_argument(
+        '--score-thr',
+        type=float,
+        default=0.3,
+        help='leave out objects below this score; default: %(default)s',
+    )
+    parser.add_argument(
+        '--fuse',
+        action='store_true',
+        help='fuse norms, branches and residuals into convolutions first',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=cli.ConfigOptions,
+        default={},
+        metavar='KEY=VALUE',
+        help='change the config, as in model.test_cfg.rcnn.max_per_img=20',
+    )
+    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
+    return parser
+
+
+def read_frames(path, name):
+    """Yield (image, name, number of the frame or None) of a file.
+
+    Raises:
+        UnreadableImage: If it cannot be read.
+    """
+    if path.suffix.lower() not in VIDEOS:
+        if path.is_dir():
+            raise UnreadableImage('there are no images in this folder')
+        yield read_image(str(path)), name, None
+        return
+    video = cv2.VideoCapture(str(path))
+    count = 0
+    while True:
+        there, image = video.read()
+        if not there:
+            break
+        yield image, f'{name}/{count:06d}', count
+        count += 1
+    if not count:
+        raise UnreadableImage('not a video, or one without a codec here')
+
+
+class Detections:
+    """Collects what a detector predicts, in COCO's format."""
+
+    def __init__(self, folder, classes, score_thr):
+        self.annotations = []
+        self.score_thr = score_thr
+        self.head = {
+            'categories': [
+                {'id': i, 'name': name} for i, name in enumerate(classes, 1)
+            ]
+        }
+
+    def add(self, image_id, name, sample):
+        found = sample.pred_instances
+        found = found[found.scores >= self.score_thr].numpy()
+        for i in range(len(found)):
+            x, y, right, bottom = (float(value) for value in found.bboxes[i])
+            box = [x, y, right - x, bottom - y]
+            annotation = {
+                'id': len(self.annotations) + 1,
+                'image_id': image_id,
+                'category_id': int(found.labels[i]) + 1,
+                'bbox': box,
+                'area': box[2] * box[3],
+                'iscrowd': 0,
+                'score': float(found.scores[i]),
+            }
+            if 'masks' in found:
+                mask = np.asfortranarray(found.masks[i], dtype=np.uint8)
+                runs = coco_masks.encode(mask)
+                annotation['area'] = float(coco_masks.area(runs))
+                runs['counts'] = runs['counts'].decode()
+                annotation['segmentation'] = runs
+            self.annotations.append(annotation)
+        return {}
+
+    def results(self):
+        return {'annotations': self.annotations}
+
+
+class LabelMaps:
+    """Writes what a segmenter predicts as PNGs."""
+
+    def __init__(self, folder, classes, score_thr):
+        self.folder = folder
+        self.head = {'classes': [*classes]}
+
+    def add(self, image_id, name, sample):
+        labels = sample.pred_sem_seg.data[0].numpy()
+        dtype = np.uint8 if len(self.head['classes']) <= 256 else np.uint16
+        path = self.folder / 'label_maps' / f'{name}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(labels.astype(dtype)).save(path)
+        return {'label_map': path.relative_to(self.folder).as_posix()}
+
+    def results(self):
+        return {}
+
+
+class Classes:
+    """Collects the likeliest classes of images."""
+
+    def __init__(self, folder, classes, score_thr):
+        self.classes = classes
+        self.head = {'classes': [*classes]}
+
+    def add(self, image_id, name, sample):
+        scores, labels = sample.pred_score.topk(
+            min(TOP, len(sample.pred_score))
+        )
+        return {
+            'predictions': [
+                {'label': label, 'class': self.classes[label], 'score': score}
+                for label, score in zip(
+                    labels.tolist(), scores.tolist(), strict=True
+                )
+            ]
+        }
+
+    def results(self):
+        return {}
+
+
+COLLECTORS = {'mmdet': Detections, 'mmseg': LabelMaps, 'mmpretrain': Classes}
+
+
+def draw(visualizer, image, sample, path, score_thr):
+    """Write the picture of an image (H, W, 3), BGR, and its predictions."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image, path = np.ascontiguousarray(image[..., ::-1]), str(path)
+    if 'pred_score' in sample:
+        visualizer.visualize_cls(
+            *(image, sample, visualizer.dataset_meta['classes']),
+            **dict(draw_gt=False, out_file=path),
+        )
+        return
+    options = {}
+    if 'pred_instances' in sample:
+        options['pred_score_thr'] = score_thr
+    visualizer.add_datasample(
+        '', image, sample, draw_gt=False, out_file=path, **options
+    )
+
+
+def run(args, cfg):
+    """Predict all inputs; returns a message for each that cannot be read."""
+    model = init_model(cfg, args.checkpoint, args.device or get_device())
+    if args.fuse:
+        fuse(model)
+    pipeline = build_pipeline(cfg)
+    scope = cfg.default_scope
+    classes = model.dataset_meta.get('classes')
+    if not classes:
+        raise cli.UserError(
+            'neither the checkpoint nor the config names the classes: add '
+            '--cfg-options "test_dataloader.dataset.metainfo.classes=[...]"'
+        )
+    visualizer = VISUALIZERS.build(dict(type=VISUALIZER[scope], name='tool'))
+    visualizer.dataset_meta = model.dataset_meta
+    collector = COLLECTORS[scope](args.out, classes, args.score_thr)
+    images, unread = [], []
+    files = track(
+        find_files(args.inputs),
+        description='predict',
+        console=Console(stderr=True),
+    )
+    for path, name in files:
+        try:
+            for image, picture, frame in read_frames(path, name):
+                sample = predict(model, pipeline, image)
+                height, width = image.shape[:2]
+                record = {
+                    'id': len(images) + 1,
+                    'file_name': str(path),
+                    'height': height,
+                    'width': width,
+                }
+                if frame is not None:
+                    record['frame'] = frame
+                record |= collector.add(record['id'], picture, sample)
+                images.append(record)
+                picture = args.out / 'pictures' / f'{picture}.png'
+                draw(visualizer, image, sample, picture, args.score_thr)
+        except UnreadableImage as error:
+            unread.append(f'{path}: {error}')
+    results = {'images': images, **collector.head, **collector.results()}
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / 'predictions.json'
+    path.write_text(json.dumps(results, indent=1) + '\n')
+    print(f'{path}: {len(images)} images')
+    return unread
+
+
+def main(argv=None):
+    with cli.user_errors('predict.py'):
+        args = build_parser().parse_args(argv)
+        cfg = cli.load_config(args)
+        cli.check_file(args.checkpoint, 'checkpoint')
+        if cfg.get('default_scope') not in COLLECTORS:
+            raise cli.UserError(
+                f'{args.config} has the default_scope '
+                f'{cfg.get("default_scope")}, not one of '
+                + ', '.join(COLLECTORS)
+            )
+        with cli.explain_failures(cfg, args.cfg_options):
+            unread = run(args, cfg)
+    if unread:
+        print(f'{len(unread)} inputs could not be read:', file=sys.stderr)
+        print('\n'.join(unread), file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == '__main__':
+    main()
