@@ -19,7 +19,7 @@ test: lint
 	$(PY) -m pytest -q
 
 demo: env
-	$(PY) tools/make_sample_data.py coco data/shapes --images 800 --size 192
+	$(PY) tools/make_sample_data.py coco data/shapes --images 800 --size 160
 	$(PY) tools/train.py configs/mask_rcnn/overlock_mini_shapes.py \
 	    --work-dir work_dirs/demo
 	$(PY) tools/summarize.py work_dirs/demo

@@ -224,7 +224,7 @@ class _Mix(torch.autograd.Function):
             dense = tiles.lay_out(kernels.to(value.dtype))
             tile_grad = grad[chunk].index_select(2, plan.positions)
             if plan.real is not None:
-                tile_grad = tile_grad * plan.real
+                tile_grad = tile_grad * plan.real.to(grad.dtype)
             tile_grad = tile_grad.unflatten(2, (len(plan.regions), -1))
             grad_value[chunk].index_add_(
                 2,
