@@ -355,9 +355,9 @@ def placed(rng, outline, centre, size, max_tilt):
 
 
 def scatter(rng, canvas, outlines, max_tilt):
-    """Draws 1 to 6 objects of the outlines, which go by class name."""
+    """Draws 1 to 4 objects of the outlines, which go by class name."""
     height, width = canvas.owner.shape
-    for _ in range(rng.integers(1, 7)):
+    for _ in range(rng.integers(1, 5)):
         for _ in range(20):  # places, until one hides no object too much
             name = str(rng.choice(list(outlines)))
             size = min(height, width) * rng.uniform(0.25, 0.5)

@@ -34,7 +34,7 @@ model = dict(
     ),
     roi_head=dict(
         bbox_roi_extractor=dict(
-            out_channels=64, finest_scale=16, roi_layer=dict(sampling_ratio=1)
+            out_channels=64, finest_scale=32, roi_layer=dict(sampling_ratio=1)
         ),
         bbox_head=dict(
             in_channels=64,
@@ -44,7 +44,7 @@ model = dict(
             loss_bbox=dict(loss_weight=0.5),
         ),
         mask_roi_extractor=dict(
-            out_channels=64, finest_scale=16, roi_layer=dict(sampling_ratio=1)
+            out_channels=64, finest_scale=32, roi_layer=dict(sampling_ratio=1)
         ),
         mask_head=dict(
             num_convs=2,
