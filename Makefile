@@ -16,7 +16,7 @@ lint: env
 	$(PY) -m ruff format --check
 
 test: lint
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile
 
 demo: env
 	$(PY) tools/make_sample_data.py coco data/shapes --images 800 --size 160
