@@ -139,13 +139,13 @@ def test_coco_annotations_are_exactly_the_drawn_masks(coco, split):
             assert annotation['iscrowd'] == drawn.crowd
             found = decoded(annotation, image['height'], image['width'])
             np.testing.assert_array_equal(found, mask)
-            assert annotation['area'] == mask.sum() >= 0.35 * drawn.area
+            assert annotation['area'] == mask.sum() >= 0.75 * drawn.area
             y, x = np.nonzero(mask)
             size = [np.ptp(x) + 1, np.ptp(y) + 1]
             assert annotation['bbox'] == [x.min(), y.min(), *size]
 
 
-def test_coco_shows_one_to_six_objects_crowds_and_empty_images(coco):
+def test_coco_shows_one_to_four_objects_crowds_and_empty_images(coco):
     data = instances(coco, 'train')
     objects = {image['id']: 0 for image in data['images']}
     crowds = []
@@ -156,9 +156,9 @@ def test_coco_shows_one_to_six_objects_crowds_and_empty_images(coco):
             objects[annotation['image_id']] += 1
     assert crowds == [5, 15]
     assert [k for k, count in objects.items() if count == 0] == [20]
-    assert max(objects.values()) == 6
+    assert max(objects.values()) == 4
     used = {item['category_id'] for item in data['annotations']}
-    assert used == {5, 37, 38, 52, 59, 75}
+    assert used == {5, 37, 52, 59, 75}
 
 
 def test_coco_categories(coco):
@@ -248,7 +248,7 @@ def test_occluder_makes_a_hole_that_decodes_exactly():
     rng = np.random.default_rng(0)
     canvas = tool.Canvas(np.full((64, 64, 3), 128.0))
     assert canvas.draw(rng, 'sports ball', [32 + 50 * tool.disc()])
-    assert canvas.draw(rng, 'kite', [32 + 20 * tool.KITE])
+    assert canvas.draw(rng, 'pizza', [32 + 20 * tool.TRIANGLE])
     outer, inner = canvas.masks()
     assert outer[32, 10] and not outer[32, 32] and inner[32, 32]
     assert len(tool.polygons(outer)) == 2
@@ -258,7 +258,7 @@ def test_occluder_makes_a_hole_that_decodes_exactly():
 def test_object_hidden_too_much_is_not_drawn():
     rng = np.random.default_rng(0)
     canvas = tool.Canvas(np.full((64, 64, 3), 128.0))
-    assert canvas.draw(rng, 'kite', [32 + 20 * tool.KITE])
+    assert canvas.draw(rng, 'pizza', [32 + 20 * tool.TRIANGLE])
     before, owner = canvas.pixels.copy(), canvas.owner.copy()
     assert not canvas.draw(rng, 'sports ball', [32 + 40 * tool.disc()])
     assert not canvas.draw(rng, 'sports ball', [40 * tool.disc() - 8])
