@@ -41,6 +41,7 @@ EXTRAS = {
         'onnxruntime==1.23.2',
         'onnxscript==0.7.2',
         'pytest==9.2.0',
+        'pytest-xdist==3.8.0',
         'ruff==0.17.6',
     ],
 }

@@ -47,7 +47,8 @@ DATASET_HELP = {
     'images/ and annotations/, or draw sample data: '
     'python tools/make_sample_data.py ade20k {root}',
     'ImageNet': 'Get ILSVRC2012 from https://image-net.org (this needs an '
-    'account) so that {root} holds train/ and val/ with one folder per class.',
+    'account) so that {root} holds train/ and val/ with one folder per class, '
+    'or draw sample data: python tools/make_sample_data.py imagenet {root}',
 }
 
 # mmpretrain downloads these where they are missing.
@@ -55,7 +56,6 @@ DOWNLOADED = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 
 # mmengine reads these with loaders that run what a file asks for.
 UNSAFE_FILES = ('.pkl', '.pickle', '.yml', '.yaml')
-
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
