@@ -209,8 +209,12 @@ def test_resume_latest(detector, coco, tmp_path):
         [str(MASK_RCNN), '--resume', '--work-dir', str(tmp_path)]
     )
     cfg = Config({'work_dir': str(tmp_path)})
+    with pytest.raises(train.cli.CheckpointError, match='gone.pth'):
+        train.apply_options(cfg, args)
+    named = detector[0] / 'epoch_1.pth'
+    (tmp_path / 'last_checkpoint').write_text(str(named))
     train.apply_options(cfg, args)
-    assert cfg.resume and cfg.load_from == 'gone.pth'
+    assert cfg.resume and cfg.load_from == str(named)
     (tmp_path / 'last_checkpoint').unlink()
     train.apply_options(cfg, args)
     assert cfg.resume and cfg.load_from is None
@@ -648,12 +652,13 @@ def test_launcher_without_gpu(mistake, monkeypatch, coco, launcher):
     assert 'torchrun' in message
 
 
-def test_amp(mistake, monkeypatch):
-    monkeypatch.setattr(train, 'get_device', lambda: 'cpu')
-    assert '--amp needs a GPU' in mistake(train, MASK_RCNN, '--amp')
-    monkeypatch.setattr(train, 'get_device', lambda: 'cuda')
+def test_amp(monkeypatch):
     cfg = Config.fromfile(MASK_RCNN)
     args = train.build_parser().parse_args([str(MASK_RCNN), '--amp'])
+    monkeypatch.setattr(train, 'get_device', lambda: 'mps')
+    with pytest.raises(train.cli.UserError, match='mps'):
+        train.apply_options(cfg, args)
+    monkeypatch.setattr(train, 'get_device', lambda: 'cuda')
     train.apply_options(cfg, args)
     assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
     assert cfg.optim_wrapper.loss_scale == 'dynamic'

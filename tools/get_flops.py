@@ -13,11 +13,11 @@ Norms, activations, pooling and sampling are not counted. Two-stage detectors
 have up to 1000 proposals, and masks as MMDetection's ``forward`` makes them:
 of 100 proposals, but Cascade R-CNN's of all.
 
-The merged form, ``--cfg-options model.backbone.deploy=True``, costs less. The
-paper's table of classifiers, in that form at 224 x 224, is 2 to 4 % lower
-than what is counted here. To its last digit it is what remains without the
-residual 3 x 3 depthwise convolutions, affinities and gathering, but with 4
-per element of a norm.
+Dilated branches count as the one convolution that inference makes of them.
+The paper's table of classifiers at 224 x 224 is 2 to 4 % lower than what is
+counted here. To its last digit it is what remains without the residual 3 x 3
+depthwise convolutions, affinities and gathering, but with 4 per element of a
+norm.
 """
 
 import argparse
