@@ -1,0 +1,18 @@
+"""What every test gets."""
+
+import pytest
+from mmengine.utils import ManagerMixin
+
+
+@pytest.fixture(autouse=True)
+def fresh_instances():
+    """Runners that start in the same second would share a logger.
+
+    MMEngine keeps loggers and their kind by the name of the run, which ends
+    in the second of its start.
+    """
+    yield
+    kinds = [ManagerMixin]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        kind._instance_dict.clear()
