@@ -135,10 +135,22 @@ def _chunks(shape: torch.Size, plan: _Plan) -> Iterator[tuple[slice, slice]]:
             yield slice(i, i + images), slice(g, g + some)
 
 
+def _take(maps: Tensor, index: Tensor) -> Tensor:
+    """``maps.index_select(-2, index)``, several times faster.
+
+    It is in the first dimension that PyTorch copies whole rows at a time.
+    """
+    count, length = maps.shape[:-2].numel(), maps.shape[-2]
+    starts = torch.arange(0, count * length, length, device=index.device)
+    index = (starts[:, None] + index).flatten()
+    rows = maps.flatten(0, -2).index_select(0, index)
+    return rows.view(*maps.shape[:-2], -1, maps.shape[-1])
+
+
 def _kernels(query, filters, windows, plan):
     """Kernels (B, G, T * P, K^2) of queries (B, G, T * P, c)."""
     logits = query @ filters
-    logits += windows.index_select(1, plan.bias)
+    logits += _take(windows, plan.bias)
     return logits.softmax(-1)
 
 
@@ -171,7 +183,7 @@ class _Tiles:
 
     def regions(self, value: Tensor) -> Tensor:
         """(B, G, H * W, C) to (B, G, T, R, C)."""
-        regions = value.index_select(2, self.plan.regions.flatten())
+        regions = _take(value, self.plan.regions.flatten())
         return regions.unflatten(2, self.plan.regions.shape)
 
 
@@ -191,11 +203,11 @@ def _mix(query, filters, windows, value, plan):
     out = torch.empty_like(value)
     tiles = _Tiles(plan)
     for chunk in _chunks(value.shape, plan):
-        tile_query = query[chunk].index_select(2, plan.positions)
+        tile_query = _take(query[chunk], plan.positions)
         kernels = _kernels(tile_query, filters[chunk], windows[chunk[1]], plan)
         dense = tiles.lay_out(kernels.to(value.dtype))
         mixed = (dense @ tiles.regions(value[chunk])).flatten(2, 3)
-        out[chunk] = mixed.index_select(2, plan.order)
+        out[chunk] = _take(mixed, plan.order)
     return out
 
 
@@ -217,12 +229,12 @@ class _Mix(torch.autograd.Function):
         tiles = _Tiles(plan)
         for chunk in _chunks(value.shape, plan):
             some_filters = filters[chunk]
-            tile_query = query[chunk].index_select(2, plan.positions)
+            tile_query = _take(query[chunk], plan.positions)
             kernels = _kernels(
                 tile_query, some_filters, windows[chunk[1]], plan
             )
             dense = tiles.lay_out(kernels.to(value.dtype))
-            tile_grad = grad[chunk].index_select(2, plan.positions)
+            tile_grad = _take(grad[chunk], plan.positions)
             if plan.real is not None:
                 tile_grad = tile_grad * plan.real.to(grad.dtype)
             tile_grad = tile_grad.unflatten(2, (len(plan.regions), -1))
@@ -238,8 +250,8 @@ class _Mix(torch.autograd.Function):
                 -1,
                 kernels.dtype,
             )
-            grad_query[chunk] = (grad_logits @ some_filters.mT).index_select(
-                2, plan.order
+            grad_query[chunk] = _take(
+                grad_logits @ some_filters.mT, plan.order
             )
             grad_filters[chunk] = tile_query.mT @ grad_logits
             grad_windows[chunk[1]].index_add_(1, plan.bias, grad_logits.sum(0))
