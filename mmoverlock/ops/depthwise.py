@@ -15,6 +15,7 @@ from torch import Tensor
 
 SLOW_WIDTHS = range(11, 15)  # slower than the width behind them
 MAX_DILATED_SPAN = 12  # between the outer taps of a dilated kernel
+MAX_PADDING, MAX_STRIDE = 6, 3  # of a convolution with a large kernel
 BAND = 16  # rows that a weight gradient takes at a time from ...
 LARGE = 64  # ... maps of at least so many rows
 
@@ -142,15 +143,19 @@ def _weight_grad(x: Tensor, grad: Tensor, size: int, dilation: int) -> Tensor:
     image, channel and band of rows, and whose stride is the dilation.
     """
     batch, channels, height, width = x.shape
-    band = height if height < LARGE else BAND
-    missing = -height % band
+    x, grad = x.contiguous(), grad.contiguous()
     pad = size // 2 * dilation
-    x = F.pad(x.contiguous(), (pad, pad, pad, pad + missing))
-    x = x.unfold(2, band + 2 * pad, band).mT
-    x = x.reshape(1, -1, *x.shape[3:])
-    grad = F.pad(grad.contiguous(), (0, 0, 0, missing))
-    grad = grad.view(-1, 1, band, width)
-    taps = F.conv2d(x, grad, stride=dilation, groups=len(grad))
+    if height >= LARGE:
+        missing = -height % BAND
+        x = F.pad(x, (pad, pad, pad, pad + missing))
+        x = x.unfold(2, BAND + 2 * pad, BAND).mT
+        grad = F.pad(grad, (0, 0, 0, missing))
+        height, pad = BAND, 0
+    elif pad > MAX_PADDING or dilation > MAX_STRIDE:
+        x, pad = F.pad(x, (pad, pad, pad, pad)), 0
+    x = x.reshape(1, -1, *x.shape[-2:])
+    grad = grad.view(-1, 1, height, width)
+    taps = F.conv2d(x, grad, None, dilation, pad, groups=len(grad))
     return taps.view(batch, channels, -1, size, size).sum((0, 2))[:, None]
 
 
