@@ -17,8 +17,10 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from .allocator import keep_freed_memory
 from .checkpoint import CheckpointError, LoadingCheck, load_safely
 
+keep_freed_memory()
 load_safely()
 
 # Runner's arguments, and what else mm* packages read from the top level.

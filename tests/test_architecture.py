@@ -19,6 +19,7 @@ ALLOWED = {
     'models.layers': (['ops'], ['torch']),
     'models.reparam': (['models.layers', 'ops'], ['torch']),
     'models.blocks': (['models.layers', 'models.reparam', 'ops'], ['torch']),
+    'allocator': ([], []),
     'checkpoint_file': ([], ['mmengine', 'numpy', 'torch']),
     'checkpoint': (
         ['checkpoint_file', 'models.reparam'],
@@ -48,7 +49,7 @@ ALLOWED = {
     ),
     'curves': ([], ['matplotlib', 'mmengine']),
     'resume': (['checkpoint_file'], ['mmengine', 'numpy', 'torch']),
-    'cli': (['checkpoint'], ['mmengine', 'torch']),
+    'cli': (['allocator', 'checkpoint'], ['mmengine', 'torch']),
 }
 
 
