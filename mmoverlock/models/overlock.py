@@ -459,7 +459,8 @@ class OverLoCK(BaseModule):
         if not self.training:
             return
         stride = (4, 8, 32, 32)[self.out_indices[-1]]  # of the smallest map
-        values = len(x) * math.prod(-(-n // stride) for n in x.shape[2:])
+        rows, columns = -(-x.shape[2] // stride), -(-x.shape[3] // stride)
+        values = len(x) * rows * columns
         if values < 2 and any(
             isinstance(module, nn.BatchNorm2d) and module.training
             for module in self.modules()

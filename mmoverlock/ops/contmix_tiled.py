@@ -39,7 +39,8 @@ class _Plan(NamedTuple):
     order: Tensor  # (H * W, ): where in the tiles the map's positions are
     regions: Tensor  # (T, R): indices of the map
     taps: Tensor | None  # (T, P, K^2) in [0, R); None if region == window
-    bias: Tensor  # (T * P, ): which of the K^2 windows of the bias table
+    windows: Tensor  # (K^2, K^2): of the bias table, indices of it
+    bias: Tensor  # (T * P, ): which of those windows
 
 
 def _cut(length: int, kernel_size: int) -> tuple[Tensor, ...]:
@@ -100,12 +101,14 @@ def _make_plan(
         tap = (tap[:, None] * region[1] + tap).flatten()
         taps = _grid(rows[2], cols[2], region[1])[..., None] + tap
         taps = taps.to(device)
+    starts = torch.arange(kernel_size)[:, None] + torch.arange(kernel_size)
     return _Plan(
         positions.to(device),
         real,
         order.to(device),
         _grid(rows[1], cols[1], width).to(device),
         taps,
+        _grid(starts, starts, 2 * kernel_size - 1).to(device),
         _grid(rows[3], cols[3], kernel_size).flatten().to(device),
     )
 
@@ -117,6 +120,7 @@ def _cached_plan(*args) -> _Plan:
         return _make_plan(*args)
 
 
+@torch.compiler.assume_constant_result
 def _plan(*args) -> _Plan:
     # Nor tensors of a trace.
     if torch.compiler.is_compiling():
@@ -278,22 +282,17 @@ def contmix_tiled(
     sizes = [(table.shape[-1] + 1) // 2 for table in rpb]
     areas = [k**2 for k in sizes]
     mix = _Mix.apply if torch.is_grad_enabled() else _mix
-    mixed = [
-        mix(
-            query,
-            filter,
-            table.unfold(1, k, 1).unfold(2, k, 1).reshape(groups, k**2, -1)
-            + shift,
-            by_group(half),
-            _plan(height, width, k, value.device),
-        )
-        for k, table, filter, shift, half in zip(
-            sizes,
-            rpb,
-            filters.split(areas, dim=-1),
-            bias.split(areas),
-            value.chunk(2, dim=1),
-            strict=True,
-        )
-    ]
+    mixed = []
+    for k, table, filter, shift, half in zip(
+        sizes,
+        rpb,
+        filters.split(areas, dim=-1),
+        bias.split(areas),
+        value.chunk(2, dim=1),
+        strict=True,
+    ):
+        plan = _plan(height, width, k, value.device)
+        windows = table.flatten(1).index_select(1, plan.windows.flatten())
+        windows = windows.view(groups, k**2, k**2) + shift
+        mixed.append(mix(query, filter, windows, by_group(half), plan))
     return torch.cat(mixed, dim=1).mT.reshape(value.shape)
