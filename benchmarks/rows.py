@@ -7,16 +7,24 @@ Seconds are medians of some runs, with the shortest and the longest.
 import resource
 import statistics
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
+from mmoverlock.allocator import keep_freed_memory
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.fuse import fuse
 from mmoverlock.ops import contmix, depthwise_conv2d
 from mmoverlock.ops.contmix_tiled import _plan, _Tiles
 
+keep_freed_memory()  # as the tools do
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+DETECTOR = 'mask_rcnn/overlock_t_1x.py'
+SEGMENTER = 'upernet/overlock_t_160k.py'
 # Multiply-adds of an image of 224 x 224 pixels, from the papers.
 GMACS = {'t': 5.5, 'xt': 2.6, 'swin-t': 4.5, 'resnet-50': 4.1}
 
@@ -38,6 +46,12 @@ def seconds(run, repeats=7):
 def peak_mb():
     """Peak of the process's memory so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def resident_mb():
+    """The process's memory now, in MB."""
+    pages = int(Path('/proc/self/statm').read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
 
 
 def sgemm():
@@ -70,27 +84,30 @@ def build(name, **kwargs):
 
 def inference(name, size, dtype=None):
     """One image of size x size, in eval mode; OverLoCK fused."""
-    model = build(name).eval()
+    model = build(name)
+    model.eval()  # Swin's returns nothing
     if isinstance(model, OverLoCK):
         fuse(model)
     image = torch.randn(1, 3, size, size)
-    before = peak_mb()
+    before = resident_mb()
     with torch.no_grad(), torch.autocast('cpu', dtype, enabled=bool(dtype)):
         result = seconds(lambda: model(image))
+    peak = peak_mb()
     gmacs = GMACS[name] * (size / 224) ** 2
     return {
         **result,
         'rate': gmacs / result['seconds'],
         'sgemm': sgemm(),
-        'peak_mb': peak_mb(),
-        'used_mb': peak_mb() - before,
+        'peak_mb': peak,
+        'used_mb': peak - before,
         'pixels': size**2,
     }
 
 
 def training(name, batch, size, **kwargs):
     """Forward and backward of a backbone in training mode."""
-    model = build(name, **kwargs).train()
+    model = build(name, **kwargs)
+    model.train()
     images = torch.randn(batch, 3, size, size)
     with torch.no_grad():
         grads = [torch.randn_like(out) for out in model(images)]
@@ -98,6 +115,7 @@ def training(name, batch, size, **kwargs):
     def step():
         torch.autograd.backward(model(images), grads)
 
+    before = resident_mb()
     result = seconds(step, repeats=5)
     peak = peak_mb()
     gmacs = 3 * batch * GMACS[name] * (size / 224) ** 2
@@ -106,6 +124,7 @@ def training(name, batch, size, **kwargs):
         'rate': gmacs / result['seconds'],
         'sgemm': sgemm(),
         'peak_mb': peak,
+        'used_mb': peak - before,
     }
 
 
@@ -173,8 +192,45 @@ def weight_gradient(channels, size, kernel_size):
     }
 
 
-def detector(train):
-    """Mask R-CNN, and UperNet, with t: see configs."""
+def whole_model(config, train):
+    """A model of ``configs``: inference of one image of 512 x 512 pixels, or
+    an iteration of training on two, without the optimizer.
+
+    Images and annotations are random.
+    """
+    cfg = Config.fromfile(CONFIGS / config)
+    init_default_scope(cfg.default_scope)
+    cfg.model.backbone.init_cfg = None
+    model = MODELS.build(cfg.model)
+    size = 512, 512
+    if cfg.default_scope == 'mmdet':
+        from mmdet.testing import demo_mm_inputs
+
+        batch = demo_mm_inputs(1, [(3, *size)], num_items=[10], with_mask=True)
+        image, samples = batch['inputs'][0], batch['data_samples']
+    else:
+        from mmengine.structures import PixelData
+        from mmseg.structures import SegDataSample
+
+        image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+        sample = SegDataSample(
+            gt_sem_seg=PixelData(data=torch.randint(0, 150, (1, *size))),
+            metainfo=dict(img_shape=size, ori_shape=size),
+        )
+        samples = [sample]
+    images = 1 + train  # two, for the batch norms of a head
+    data = dict(inputs=[image] * images, data_samples=samples * images)
+    if not train:
+        fuse(model)
+        with torch.no_grad():
+            return seconds(lambda: model.test_step(data), repeats=5)
+    model.train()
+
+    def step():
+        losses = model(**model.data_preprocessor(data, True), mode='loss')
+        model.parse_losses(losses)[0].backward()
+
+    return {**seconds(step, repeats=5), 'peak_mb': peak_mb()}
 
 
 ROWS = {
@@ -191,6 +247,10 @@ ROWS = {
     't, 1 x 512, training, with_cp': lambda: training(
         't', 1, 512, with_cp=True
     ),
+    'Mask R-CNN, t, 2 x 512, training': lambda: whole_model(DETECTOR, True),
+    'Mask R-CNN, t, 512, inference': lambda: whole_model(DETECTOR, False),
+    'UperNet, t, 2 x 512, training': lambda: whole_model(SEGMENTER, True),
+    'UperNet, t, 512, inference': lambda: whole_model(SEGMENTER, False),
     'gather-sum, 14 x 14': lambda: gather_sum(14, 14),
     'gather-sum, 32 x 32': lambda: gather_sum(32, 32),
     'gather-sum, 50 x 84': lambda: gather_sum(50, 84),

@@ -48,10 +48,11 @@ def describe(name, figures):
     )
     if 'rate' in figures:
         share = figures['rate'] / figures['sgemm']
-        text += (
-            f'  {figures["rate"]:6.1f} GMAC/s, {share:4.0%} of sgemm, '
-            f'peak {figures["peak_mb"]:.0f} MB'
-        )
+        text += f'  {figures["rate"]:6.1f} GMAC/s, {share:4.0%} of sgemm'
+    if 'peak_mb' in figures:
+        text += f'  peak {figures["peak_mb"]:.0f} MB'
+    if 'used_mb' in figures:
+        text += f', {figures["used_mb"]:.0f} of them for this'
     for key in ('op', 'both', 'plain'):
         if key in figures:
             text += f'  {key} {figures[key] * 1e3:.2f} ms'
