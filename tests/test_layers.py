@@ -67,7 +67,9 @@ def test_sequential_folds(kind):
     )
 
 
-def test_grn_is_its_definition():
+@pytest.mark.parametrize('squares', [1, 30, 1000])  # a row, two rows, all
+def test_grn_is_its_definition(squares, monkeypatch):
+    monkeypatch.setattr('mmoverlock.models.layers.SQUARES', squares)
     grn = randomized(GRN(5))
     x = maps(2, 5, 4, 3)
     norm = x.square().sum((2, 3), keepdim=True).sqrt()

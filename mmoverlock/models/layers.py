@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from ..ops import depthwise_conv2d
 
+SQUARES = 2**18  # elements of a map that are squared at a time
+
 
 class LayerNorm2d(nn.LayerNorm):
     """Layer normalization over the channels of every position.
@@ -56,7 +58,10 @@ class PointwiseConv(nn.Conv2d):
         size = x.shape[2:]
         if scale is None or size.numel() <= len(weight):
             x = scale_shift(x, scale, shift).permute(0, 2, 3, 1)
-            return F.linear(x, weight, bias).permute(0, 3, 1, 2)
+            shape = x.shape[:-1]
+            # With rows of a wider map, a product of 4D is many small ones.
+            x = F.linear(x.flatten(0, 2), weight, bias)
+            return x.unflatten(0, shape).permute(0, 3, 1, 2)
         # The weights are smaller than the map, so scale those.
         if shift is not None:
             shift = weight @ shift.flatten()
@@ -143,13 +148,33 @@ class GRN(nn.Module):
 
 def _l2_norm(x: Tensor) -> Tensor:
     """Norm over H and W, in single precision at least."""
+    if x.device.type == 'cpu':
+        return _L2Norm.apply(x)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    if x.device.type != 'cpu':
-        return torch.linalg.vector_norm(x, 2, (2, 3), True, dtype=dtype)
-    # Norms over strided dimensions are slow on CPUs.
-    square = x.to(dtype).square().sum((2, 3), keepdim=True)
-    # No infinite gradient of the square root where a map is zero.
-    return square.clamp_min(torch.finfo(dtype).tiny).sqrt()
+    return torch.linalg.vector_norm(x, 2, (2, 3), True, dtype=dtype)
+
+
+class _L2Norm(torch.autograd.Function):
+    """Norms over strided dimensions are slow on CPUs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rows = max(1, SQUARES // x[:, :, 0].numel())
+        squares = [
+            part.to(dtype).square().sum((2, 3), keepdim=True)
+            for part in x.split(rows, dim=2)
+        ]
+        norm = sum(squares).sqrt()
+        ctx.save_for_backward(x, norm)
+        return norm
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, norm = ctx.saved_tensors
+        # No infinite gradient where a map is zero.
+        scale = torch.where(norm > 0, grad / norm, 0)
+        return (x * scale).to(x.dtype)
 
 
 class SEModule(nn.Module):

@@ -151,6 +151,11 @@ def _take(maps: Tensor, index: Tensor) -> Tensor:
     return rows.view(*maps.shape[:-2], -1, maps.shape[-1])
 
 
+def _bits(x: Tensor) -> Tensor:
+    """What can be moved in place of ``x``: 16-bit floats move by copies."""
+    return x.view(torch.int16) if x.element_size() == 2 else x
+
+
 def _kernels(query, filters, windows, plan):
     """Kernels (B, G, T * P, K^2) of queries (B, G, T * P, c)."""
     logits = query @ filters
@@ -175,14 +180,15 @@ class _Tiles:
             self.dense = kernels.new_zeros(shape)
         # The same elements every time: the others stay zero.
         taps = self.plan.taps.expand_as(kernels)
-        return self.dense.scatter_(-1, taps, kernels)
+        _bits(self.dense).scatter_(-1, taps, _bits(kernels))
+        return self.dense
 
     def collect(self, dense: Tensor) -> Tensor:
         """(B, G, T, P, R) to (B, G, T * P, K^2)."""
         if self.plan.taps is not None:
             taps = self.plan.taps
             taps = taps.expand(*dense.shape[:-1], taps.shape[-1])
-            dense = dense.gather(-1, taps)
+            dense = _bits(dense).gather(-1, taps).view(dense.dtype)
         return dense.flatten(2, 3)
 
     def regions(self, value: Tensor) -> Tensor:
