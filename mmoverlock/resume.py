@@ -63,7 +63,7 @@ def save_safely(work_dir: str) -> None:
         work_dir (str): Folder of the run. What an earlier one that was killed
             had not written to the end is removed.
     """
-    for part in Path(work_dir).glob('*.part'):
+    for part in Path(work_dir).glob('*.pth.part'):
         part.unlink(missing_ok=True)
     register_backend('local', SafeBackend, force=True, prefixes='')
 

@@ -74,6 +74,7 @@ def test_resumed_is_undisturbed(undisturbed, tmp_path):
     reason='this mmengine draws random numbers for the data it skips',
 )
 def test_resumed_by_iterations(tmp_path):
+    """A training whose data have no epochs."""
     config = forked.segmentor(tmp_path)
     log, weights = tmp_path / 'log', []
     for runs in ((4,), (2, 4)):
