@@ -242,8 +242,8 @@ def test_gradient_scaler_finds_its_scale():
     model = OverLoCK(TINY).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     first = scale = 2.0**24
-    scaler = torch.amp.GradScaler('cpu', init_scale=first)
-    for _ in range(24):
+    scaler = torch.amp.GradScaler('cpu', init_scale=first, backoff_factor=0.1)
+    for _ in range(8):
         with torch.autocast('cpu', torch.float16):
             loss = loss_of(model(draw(2, 3, 33, 32)))
         optimizer.zero_grad()
