@@ -56,8 +56,15 @@ class SafeBackend(LocalBackend):
             super().remove(filepath)
 
 
-def save_safely() -> None:
-    """Have mmengine write all local files of this process that way."""
+def save_safely(work_dir: str) -> None:
+    """Have mmengine write all local files of this process that way.
+
+    Args:
+        work_dir (str): Folder of the run. What an earlier one that was killed
+            had not written to the end is removed.
+    """
+    for part in Path(work_dir).glob('*.pth.part'):
+        part.unlink(missing_ok=True)
     register_backend('local', SafeBackend, force=True, prefixes='')
 
 
@@ -72,6 +79,10 @@ class Reseed(Hook):
     priority = 'LOWEST'
 
     def before_train_epoch(self, runner) -> None:
+        self._seed(runner.seed, runner.iter)
+
+    def before_train_iter(self, runner, *args, **kwargs) -> None:
+        # Starting to load data has drawn numbers.
         self._seed(runner.seed, runner.iter)
 
     def after_train_iter(self, runner, *args, **kwargs) -> None:

@@ -10,39 +10,45 @@ from mmengine.config import Config
 from PIL import Image
 from tiny import BACKBONE, CONFIGS, ROOT, load_tool
 
+TIMEOUT = 1800  # seconds, because machines may be busy
+
 _context = multiprocessing.get_context('forkserver')
 _context.set_forkserver_preload(['mmdet.apis', 'mmpretrain', 'mmseg.apis'])
 
 
-def start(*argv, log, prepare=None):
+def start(*argv, log, prepare=None, gpu=False):
     """Start ``tools/train.py ARGV``; return the process.
 
     Args:
         argv: Of the command line.
         log (Path): File for stdout and stderr.
         prepare (callable, optional): What the process does first.
+        gpu (bool): Whether it sees GPUs. Defaults to False.
     """
     argv = [str(arg) for arg in argv]
-    process = _context.Process(target=_train, args=(argv, log, prepare))
+    process = _context.Process(target=_train, args=(argv, log, prepare, gpu))
     process.start()
     return process
 
 
-def run(*argv, log, prepare=None, status=0):
-    """Run ``tools/train.py ARGV``; return its output."""
-    process = start(*argv, log=log, prepare=prepare)
-    process.join(300)
+def run(*argv, log, status=0, **options):
+    """Run ``tools/train.py ARGV`` as `start` does; return its output."""
+    process = start(*argv, log=log, **options)
+    process.join(TIMEOUT)
+    process.kill()
     output = log.read_text()
     assert process.exitcode == status, output
     return output
 
 
-def _train(argv, log, prepare):
+def _train(argv, log, prepare, gpu):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(file, stream)
     sys.stdout = sys.stderr = os.fdopen(file, 'w', buffering=1)
     os.environ['LOCAL_RANK'] = '0'
+    if not gpu:
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''
     if prepare:
         prepare()
     load_tool('train').main(argv)
@@ -164,5 +170,48 @@ def detector(folder, **options):
             loader.dataset.indices = 2
     cfg.merge_from_dict({'train_cfg.max_epochs': 1, **options})
     path = Path(folder) / 'detector.py'
+    cfg.dump(path)
+    return path
+
+
+def segmentor(folder, **options):
+    """Write the config of a tiny UperNet, and draw data in ADE20K's layout.
+
+    Args:
+        folder (Path): Where to; the data are in ``folder / 'ade20k'``.
+        options: What else is in the config, by dotted keys.
+
+    Returns:
+        Path: The config.
+    """
+    data_root = folder / 'ade20k'
+    load_tool('make_sample_data').main(
+        ['ade20k', str(data_root), '--images=4', '--size=96']
+    )
+    name, tiny_options = CONFIGS['seg']
+    cfg = Config.fromfile(ROOT / 'configs' / name)
+    cfg.merge_from_dict(
+        {f'model.backbone.{k}': v for k, v in BACKBONE.items()}
+    )
+    cfg.merge_from_dict(tiny_options)
+    for split in ('train', 'val', 'test'):
+        loader = cfg[f'{split}_dataloader']
+        loader.update(num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = str(data_root)
+    train_pipeline = 'train_dataloader.dataset.pipeline'
+    cfg.merge_from_dict(
+        {
+            'model.data_preprocessor.size': (64, 64),
+            f'{train_pipeline}.2.scale': (96, 96),
+            f'{train_pipeline}.3.crop_size': (64, 64),
+            'val_dataloader.dataset.indices': 1,
+            'val_dataloader.dataset.pipeline.1.scale': (96, 96),
+            'train_cfg.max_iters': 4,
+            'train_cfg.val_interval': 2,
+            'default_hooks.checkpoint.interval': 2,
+            **options,
+        }
+    )
+    path = Path(folder) / 'segmentor.py'
     cfg.dump(path)
     return path

@@ -1,15 +1,19 @@
 """A killed training resumes as if it had not been killed."""
 
+import builtins
+import io
 import os
 import random
 import resource
 import signal
 import time
+from dataclasses import dataclass
 
 import forked
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dataset import InfiniteSampler
 from tiny import load_tool
 
 from mmoverlock.checkpoint_file import CheckpointError, read
@@ -19,9 +23,8 @@ pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)
 
-KILLS = 20
-EPOCHS = 24
-LARGE = 300_000  # classes, so that writing a checkpoint takes time
+EPOCHS = 12
+WORKERS = 'train_dataloader.num_workers=1'
 
 
 def assert_equal_states(path, other):
@@ -46,6 +49,7 @@ def undisturbed(tmp_path_factory):
     config = forked.classifier(folder)
     forked.run(
         *(config, '--work-dir', folder / 'work', '--seed', 7),
+        *('--cfg-options', WORKERS),
         log=folder / 'log',
     )
     return config, folder / 'work'
@@ -55,13 +59,35 @@ def test_resumed_is_undisturbed(undisturbed, tmp_path):
     """Random numbers too: of flips, crops, dropped paths and the order."""
     config, work_dir = undisturbed
     argv = config, '--work-dir', tmp_path / 'work', '--seed', 7
-    stop_early = ['--cfg-options', 'train_cfg.max_epochs=1']
-    forked.run(*argv, *stop_early, log=tmp_path / 'log')
-    log = forked.run(*argv, '--resume', log=tmp_path / 'log')
+    argv = *argv, '--resume', '--cfg-options', WORKERS
+    stop_early = 'train_cfg.max_epochs=1'
+    forked.run(*argv, stop_early, log=tmp_path / 'log')
+    log = forked.run(*argv, log=tmp_path / 'log')
     assert 'resumed epoch: 1' in log
     assert_equal_states(
         tmp_path / 'work' / 'epoch_2.pth', work_dir / 'epoch_2.pth'
     )
+
+
+@pytest.mark.skipif(
+    not hasattr(InfiniteSampler, 'skip'),
+    reason='this mmengine draws random numbers for the data it skips',
+)
+def test_resumed_by_iterations(tmp_path):
+    """A training whose data have no epochs."""
+    config = forked.segmentor(tmp_path)
+    log, weights = tmp_path / 'log', []
+    for runs in ((4,), (2, 4)):
+        work_dir = tmp_path / f'work_{len(runs)}'
+        for iters in runs:
+            output = forked.run(
+                *(config, '--work-dir', work_dir, '--seed', 7, '--resume'),
+                *('--cfg-options', f'train_cfg.max_iters={iters}'),
+                log=log,
+            )
+        weights.append(work_dir / 'iter_4.pth')
+    assert 'resumed epoch: 0, iter: 2' in output
+    assert_equal_states(*weights)
 
 
 def test_only_wanted_files_stay(undisturbed):
@@ -82,6 +108,7 @@ def test_disk_is_full(undisturbed, tmp_path):
     stop_early = ['--cfg-options', 'train_cfg.max_epochs=1']
     forked.run(*argv, *stop_early, log=tmp_path / 'log')
     before = (tmp_path / 'work/epoch_1.pth').read_bytes()
+    (tmp_path / 'work/best_epoch_0.pth.part').touch()  # killed meanwhile
     log = forked.run(
         *(*argv, '--resume'),
         log=tmp_path / 'log',
@@ -186,53 +213,96 @@ def test_seed_is_a_seed(capsys):
 # ------------------------------------------------------------------- kills
 
 
-@pytest.mark.slow
-def test_kills(tmp_path):
-    """KILLS times SIGKILL, some while a checkpoint is being written."""
+@dataclass
+class KilledWhileWriting:
+    """Makes a process kill itself while it writes a checkpoint.
+
+    Args:
+        before (int): How many checkpoints it writes before that one.
+        share (float): How much of that one it writes, between 0 and 1.
+    """
+
+    before: int
+    share: float
+
+    def __call__(self):
+        self.original = builtins.open
+        builtins.open = self.open
+
+    def open(self, file, mode='r', *args, **kwargs):
+        if '.pth' not in str(file) or mode != 'wb':
+            return self.original(file, mode, *args, **kwargs)
+        self.before -= 1
+        if self.before >= 0:
+            return self.original(file, mode)
+        return HalfWritten(file, mode, self.share)
+
+
+class HalfWritten(io.FileIO):
+    def __init__(self, file, mode, share):
+        super().__init__(file, mode)
+        self.share = share
+
+    def write(self, data):
+        super().write(data[: int(len(data) * self.share)])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def half_written(work_dir):
+    """The files that are, and since when."""
+    paths = work_dir.glob('*.part')
+    return {(path, path.stat().st_mtime_ns) for path in paths}
+
+
+@pytest.mark.parametrize(
+    'kills', [3, pytest.param(20, marks=pytest.mark.slow)]
+)
+def test_kills(tmp_path, kills):
+    """SIGKILLs, every other one while a checkpoint is being written."""
     config = forked.classifier(tmp_path)
-    options = ['--seed', 7, '--cfg-options', f'train_cfg.max_epochs={EPOCHS}']
-    options += [
-        f'model.head.num_classes={LARGE}',
-        f'model.data_preprocessor.num_classes={LARGE}',
-        'default_hooks.checkpoint.save_best=None',
-    ]
-    undisturbed, work_dir = tmp_path / 'undisturbed', tmp_path / 'work'
+    log = tmp_path / 'log'
+    epochs = ['--cfg-options', f'train_cfg.max_epochs={EPOCHS}']
+    argv = config, '--seed', 7, *epochs, '--work-dir'
     began = time.monotonic()
-    forked.run(
-        *(config, '--work-dir', undisturbed, *options), log=tmp_path / 'log'
-    )
+    forked.run(*argv, tmp_path / 'undisturbed', log=log)
     duration = time.monotonic() - began
-    generator = random.Random(0)
-    while_writing = 0
-    for kill in range(KILLS):
-        before = {*work_dir.glob('epoch_*')}
+
+    numbers = random.Random(0)
+    runs = killed = while_writing = 0
+    finished = False
+    while killed < kills or not finished:
+        work_dir = tmp_path / f'run_{runs}'
+        start = latest_checkpoint(work_dir)
+        parts = half_written(work_dir)
+        prepare, moment = None, forked.TIMEOUT
+        if killed < kills and killed % 2:
+            moment = numbers.uniform(0, duration / 2)
+        elif killed < kills:
+            prepare = KilledWhileWriting(
+                numbers.randrange(4), numbers.random()
+            )
         process = forked.start(
-            *(config, '--work-dir', work_dir, '--resume', *options),
-            log=tmp_path / 'log',
+            *(*argv, work_dir, '--resume'), log=log, prepare=prepare
         )
-        # Every other kill is at a random moment, the rest on sight of a file.
-        end = time.monotonic() + generator.uniform(0, duration / 4)
-        while process.is_alive() and (kill % 2 or time.monotonic() < end):
-            if kill % 2 and {*work_dir.glob('epoch_*')} - before:
-                break
-            time.sleep(0.0005)
-        os.kill(process.pid, signal.SIGKILL)
+        process.join(moment)
+        process.kill()
         process.join()
-        assert process.exitcode == -signal.SIGKILL, (
-            tmp_path / 'log'
-        ).read_text()
-        while_writing += any(work_dir.glob('epoch_*.part'))
-        if any(before):
-            assert latest_checkpoint(work_dir)
-        for path in work_dir.glob('epoch_*.pth'):
+        output = log.read_text()
+        if start and moment == forked.TIMEOUT:
+            assert f'Load checkpoint from {start}' in output
+        finished = process.exitcode == 0
+        if finished:  # if too fast to be killed, start anew
+            assert_equal_states(
+                work_dir / f'epoch_{EPOCHS}.pth',
+                tmp_path / 'undisturbed' / f'epoch_{EPOCHS}.pth',
+            )
+            runs += 1
+            continue
+        assert process.exitcode == -signal.SIGKILL, output
+        killed += 1
+        while_writing += bool(half_written(work_dir) - parts)
+        for path in work_dir.glob('*.pth'):
             read(str(path))
-    log = forked.run(
-        *(config, '--work-dir', work_dir, '--resume', *options),
-        log=tmp_path / 'log',
-    )
-    assert 'resumed epoch' in log
-    assert while_writing >= KILLS // 4
-    print(f'{KILLS} kills survived, {while_writing} of them while writing')
-    assert_equal_states(
-        undisturbed / f'epoch_{EPOCHS}.pth', work_dir / f'epoch_{EPOCHS}.pth'
-    )
+        assert latest_checkpoint(work_dir) or not start
+    print(f'{killed} kills survived, {while_writing} of them while writing')
+    assert while_writing >= kills / 2

@@ -124,7 +124,7 @@ def main(argv=None):
         for key, path in cli.start_checkpoints(cfg).items():
             cli.check_file(path, f'{key}: checkpoint')
         cli.check_data(cfg, 'train', 'val')
-        save_safely()
+        save_safely(cfg.work_dir)
         with cli.explain_failures(cfg, args.cfg_options):
             runner = cli.build_runner(cfg, cfg.get('resume', False))
             runner.register_hook(CurvesHook())
