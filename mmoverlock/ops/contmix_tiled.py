@@ -119,7 +119,7 @@ def _cached_plan(*args) -> _Plan:
 
 def _plan(*args) -> _Plan:
     # Nor tensors of a trace.
-    if torch.compiler.is_compiling():
+    if getattr(torch.compiler, 'is_compiling', torch.jit.is_tracing)():
         return _make_plan(*args)
     return _cached_plan(*args)
 
