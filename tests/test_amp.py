@@ -6,7 +6,7 @@ import forked
 import pytest
 import torch
 from mmengine.config import Config
-from tiny import load_tool
+from tiny import HALF_FORMATS, load_tool
 
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.blocks import FocusBlock, RepConvBlock
@@ -20,7 +20,6 @@ from mmoverlock.models.layers import (
 from mmoverlock.ops import contmix
 from mmoverlock.ops.contmix import BACKENDS
 
-FORMATS = [torch.bfloat16, torch.float16]
 TINY = dict(
     depths=(1, 1, 1, 1),
     channels=(8, 16, 16, 32),
@@ -54,7 +53,7 @@ def loss_of(outputs):
     return sum(out.float().square().mean() for out in outputs)
 
 
-@pytest.mark.parametrize('dtype', FORMATS)
+@pytest.mark.parametrize('dtype', HALF_FORMATS)
 @pytest.mark.parametrize('training', [True, False])
 def test_outputs_and_gradients(dtype, training):
     """Within a few roundings of double precision."""
@@ -94,7 +93,7 @@ def layers():
     )
 
 
-@pytest.mark.parametrize('dtype', FORMATS)
+@pytest.mark.parametrize('dtype', HALF_FORMATS)
 @pytest.mark.parametrize('scale', [1e-4, 1e2, 1e4])
 @pytest.mark.parametrize('name', layers())
 def test_large_and_small_activations(name, scale, dtype):
@@ -122,7 +121,7 @@ def test_large_and_small_activations(name, scale, dtype):
         assert parameter.grad is None or parameter.grad.isfinite().all()
 
 
-@pytest.mark.parametrize('dtype', FORMATS)
+@pytest.mark.parametrize('dtype', HALF_FORMATS)
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_kernels_are_made_in_single_precision(backend, dtype):
     """Logits of hundreds, whose differences of 1 such formats round off."""
@@ -145,27 +144,20 @@ def test_kernels_are_made_in_single_precision(backend, dtype):
     assert relative_error(actual, expected) < 2 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize('dtype', FORMATS)
+@pytest.mark.parametrize('dtype', HALF_FORMATS)
 @pytest.mark.parametrize('size', [(2, 33, 32), (2, 1, 1), (1, 33, 40)])
-def test_gradient_scaler(dtype, size):
+def test_scaled_loss(dtype, size):
     """Finite gradients from a scaled loss, of tiny maps too."""
     torch.manual_seed(0)
     model = randomize(OverLoCK(TINY, fuse_overview=True)).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    scaler = torch.amp.GradScaler('cpu', init_scale=2.0**10)
     with torch.autocast('cpu', dtype):
         loss = loss_of(model(draw(size[0], 3, *size[1:])))
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
+    (loss * 2**10).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), name
-    before = scaler.get_scale()
-    scaler.step(optimizer)
-    scaler.update()
-    assert scaler.get_scale() == before
 
 
-@pytest.mark.parametrize('dtype', FORMATS)
+@pytest.mark.parametrize('dtype', HALF_FORMATS)
 def test_converted_models(dtype):
     """Inference without autocast, of a model converted with .to()."""
     torch.manual_seed(0)
