@@ -1,10 +1,14 @@
 # Every target sets up what it needs. PYTHON=python3.12 make env chooses the
-# interpreter of the environment in .venv.
+# interpreter of the environment. STACK=openmmlab runs a target in OpenMMLab's
+# last releases instead of the default stack, in an environment of its own.
+STACK ?= onedl
+export STACK
+VENV = .venv$(if $(filter-out onedl,$(STACK)),-$(STACK))
 
-# The file .venv/cpu-only says that mmcv's ops were built without CUDA on a
+# The file cpu-only there says that mmcv's ops were built without CUDA on a
 # machine with a GPU; dev/setup_env.py writes it.
-PY = $(shell test -e .venv/cpu-only && echo CUDA_VISIBLE_DEVICES=) \
-     .venv/bin/python
+PY = $(shell test -e $(VENV)/cpu-only && echo CUDA_VISIBLE_DEVICES=) \
+     $(VENV)/bin/python
 
 .PHONY: env test demo lint clean
 
@@ -25,6 +29,6 @@ demo: env
 	$(PY) tools/summarize.py work_dirs/demo
 
 clean:
-	rm -rf .venv build dist *.egg-info data/shapes work_dirs/demo \
+	rm -rf $(VENV) build dist *.egg-info data/shapes work_dirs/demo \
 	    .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,7 +1,9 @@
-"""Sets up .venv: the default stack pinned in setup.py, the tools, mmoverlock.
+"""Sets up a stack pinned in setup.py, the tools of the tests, mmoverlock.
 
-`make env` runs this. A finished environment is recognised at once, and an
-interrupted run goes on where it stopped; changed pins start a new one.
+`make env` runs this. The default stack goes to .venv; with STACK=openmmlab in
+the environment, the other one goes to .venv-openmmlab. A finished environment
+is recognised at once, and an interrupted run goes on where it stopped; changed
+pins start a new one.
 """
 
 import ast
@@ -22,7 +24,9 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-VENV = ROOT / '.venv'
+STACK = os.environ.get('STACK') or 'onedl'
+NEWEST_PYTHON = {'onedl': (3, 13), 'openmmlab': (3, 11)}
+VENV = ROOT / ('.venv' if STACK == 'onedl' else f'.venv-{STACK}')
 PY = VENV / 'bin' / 'python'
 SHIM = ROOT / 'dev' / 'torchvision_shim.py'
 CACHE = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache'))
@@ -37,7 +41,10 @@ from torch.utils.cpp_extension import CUDA_HOME, include_paths
 python = sys.implementation.cache_tag
 gpu = torch.cuda.is_available() and torch.cuda.get_device_capability()
 build = [python, torch.__version__, torch.version.cuda, CUDA_HOME, gpu]
-print(json.dumps([build, include_paths()]))
+flags = [f'-I{path}' for path in include_paths()]
+if not torch.compiled_with_cxx11_abi():
+    flags.append('-D_GLIBCXX_USE_CXX11_ABI=0')
+print(json.dumps([build, flags]))
 """
 CHECK = 'import mmengine, mmcv._ext, mmdet, mmseg, mmpretrain, mmoverlock'
 
@@ -59,12 +66,14 @@ def read_pins(setup_py):
 
 
 def check_host():
-    version = platform.python_version()
-    if not (3, 10) <= sys.version_info[:2] <= (3, 13):
+    newest = NEWEST_PYTHON[STACK]
+    if not (3, 10) <= sys.version_info[:2] <= newest:
+        newest = '.'.join(map(str, newest))
         raise SetupError(
-            f'This is Python {version}, and the default stack needs 3.10 to '
-            '3.13. Install one (Debian: python3; conda: python=3.12) and name '
-            'it with PYTHON, as in PYTHON=python3.12 make env.'
+            f'This is Python {platform.python_version()}, and the stack '
+            f'{STACK} needs 3.10 to {newest}. Install one (Debian: python3; '
+            f'conda: python={newest}) and name it with PYTHON, as in '
+            f'PYTHON=python{newest} make env.'
         )
     if not importlib.util.find_spec('ensurepip'):
         raise SetupError(
@@ -108,7 +117,7 @@ def clock(start):
 
 
 def run(log, *command, env=None):
-    """Runs a command; its output goes to .venv/<log>.log."""
+    """Runs a command; its output goes to <log>.log in VENV."""
     path = VENV / f'{log}.log'
     with path.open('a') as out:
         code = subprocess.call(
@@ -175,7 +184,7 @@ def has_nvcc(cuda, cuda_home):
 
 
 def inspect_torch():
-    """Returns what mmcv is built for, the headers, and whether without CUDA.
+    """Returns what mmcv is built for, torch's flags, and whether without CUDA.
 
     mmcv builds for CUDA where torch finds a GPU. Without an nvcc that fits,
     the file cpu-only tells the Makefile to hide the GPU.
@@ -183,7 +192,7 @@ def inspect_torch():
     output, error = python(PROBE)
     if error:
         raise SetupError(f'torch is installed but does not work: {error}')
-    build, include = json.loads(output)
+    build, flags = json.loads(output)
     *_, cuda, cuda_home, gpu = build
     cpu_only = bool(gpu) and not has_nvcc(cuda, cuda_home)
     if cpu_only:
@@ -192,12 +201,12 @@ def inspect_torch():
             f'WARNING: there is a GPU but no nvcc of CUDA {cuda}. The ops of '
             'mmcv are built without CUDA, and make runs everything on the '
             'CPU. To use the GPU, install the CUDA toolkit (conda: '
-            'cuda-toolkit), then run make clean env.'
+            f'cuda-toolkit), then run make clean env STACK={STACK}.'
         )
-    return build, include, cpu_only
+    return build, flags, cpu_only
 
 
-def build_mmcv(pin, folder, include, cpu_only):
+def build_mmcv(pin, folder, flags, cpu_only):
     """Builds a wheel of mmcv with its ops in a folder.
 
     Without build isolation: with it, pip leaves the ops out. Most of the time
@@ -217,8 +226,7 @@ def build_mmcv(pin, folder, include, cpu_only):
     header, precompiled = folder / 'torch.h', folder / 'torch.h.gch'
     if not precompiled.exists():
         header.write_text('#include <torch/types.h>\n')
-        flags = [*CXX_FLAGS, '-std=c++17', '-fPIC', '-x', 'c++-header']
-        flags += [f'-I{path}' for path in include]
+        flags = *CXX_FLAGS, '-std=c++17', '-fPIC', *flags, '-x', 'c++-header'
         run('mmcv', CXX, *flags, header, '-o', folder / 'part')
         (folder / 'part').rename(precompiled)
 
@@ -247,11 +255,16 @@ def install_mmoverlock(mmcv_wheel):
     if error:
         raise SetupError(
             f'The environment is installed but does not work: {error}. Remove '
-            f'{CACHE / "mmoverlock"}, then run make clean env.'
+            f'{CACHE / "mmoverlock"}, then run make clean env STACK={STACK}.'
         )
 
 
 def main():
+    if STACK not in NEWEST_PYTHON:
+        raise SetupError(
+            f'There is no stack {STACK!r}: STACK is one of '
+            f'{", ".join(NEWEST_PYTHON)}.'
+        )
     setup_py = (ROOT / 'setup.py').read_text()
     inputs = ROOT, setup_py, Path(__file__).read_text(), SHIM.read_text()
     digest = hashlib.sha256(repr(inputs).encode()).hexdigest()
@@ -268,12 +281,12 @@ def main():
         log.unlink()
 
     extras = read_pins(setup_py)
-    pins, tests = extras['onedl'], extras['tests'].values()
-    base = pins['torch'], pins['numpy'], *BUILD_TOOLS
+    pins, tests = extras[STACK], extras['tests'].values()
+    base = [pins.get(name, name) for name in ('torch', 'numpy', *BUILD_TOOLS)]
     follow({pins['torch']: lambda: pip('torch', 'install', *base)})
-    build, include, cpu_only = inspect_torch()
+    build, flags, cpu_only = inspect_torch()
 
-    mmcv = pins.pop('onedl-mmcv')
+    mmcv = pins.pop('onedl-mmcv' if 'onedl-mmcv' in pins else 'mmcv')
     key = repr([mmcv, *build, cpu_only, *CXX_FLAGS]).encode()
     key = hashlib.sha256(key).hexdigest()[:16]
     folder, cache = VENV / f'mmcv-{key}', CACHE / 'mmoverlock' / key
@@ -283,7 +296,7 @@ def main():
     packages = *pins.values(), *tests
     jobs = {'packages': lambda: pip('packages', 'install', *packages)}
     if not cached:
-        jobs[mmcv] = lambda: build_mmcv(mmcv, folder, include, cpu_only)
+        jobs[mmcv] = lambda: build_mmcv(mmcv, folder, flags, cpu_only)
     follow(jobs)
 
     wheel = next((cache if cached else folder).glob('*.whl'))

@@ -9,6 +9,7 @@ import golden
 import pytest
 import torch
 from mmengine.config import Config
+from tiny import HALF_FORMATS
 
 from mmoverlock.models import OverLoCK
 
@@ -239,7 +240,7 @@ def test_soft_labels():
     torch.testing.assert_close(losses['loss_aux'], 0.4 * aux)
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('dtype', HALF_FORMATS)
 def test_losses_are_in_full_precision(dtype):
     backbone, head = tiny()
     feats = [output.detach() for output in backbone(image())]

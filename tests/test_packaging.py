@@ -1,5 +1,6 @@
 """The wheel, its .mim folder and what importing the package costs."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -97,22 +98,50 @@ def test_stacks_are_extras(wheel):
     assert all('; extra ==' in requirement for requirement in requirements)
 
 
-def test_mmengine_finds_configs(monkeypatch):
+def test_installed(wheel, tmp_path):
+    """mmengine finds all configs, bases and all, and the tools run."""
+    for package in ('mmcv._ext', 'mmdet', 'mmseg', 'mmpretrain'):
+        pytest.importorskip(package)
     from mmengine.config import Config
-    from mmengine.config.utils import MODULE2PACKAGE
-    from mmengine.hub import get_config
-    from mmengine.utils import get_installed_path
 
-    mim = Path(get_installed_path('mmoverlock'), '.mim')
-    assert {name for name in mim_files(ROOT) if (mim / name).is_file()} == (
-        mim_files(ROOT)
+    wheel.extractall(tmp_path)
+    code = """
+import json, runpy, sys
+from pathlib import Path
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.hub import get_config
+from mmengine.utils import get_installed_path
+
+# mmengine looks only into the packages of this table.
+MODULE2PACKAGE['mmoverlock'] = 'mmoverlock'
+mim = Path(get_installed_path('mmoverlock'), '.mim')
+found = {}
+for path in (mim / 'configs').glob('[!_]*/*.py'):
+    name = path.relative_to(mim / 'configs').as_posix()
+    found[name] = get_config(f'mmoverlock::{name}').to_dict()
+tools = {path.stem: runpy.run_path(path) for path in mim.glob('tools/*.py')}
+tools['get_flops']['main']([f'{mim}/configs/imagenet/overlock_xt_300e.py'])
+own = [m for name, m in sys.modules.items() if name.startswith('mmoverlock')]
+print(json.dumps([found, [*tools], [module.__file__ for module in own]]))
+"""
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+        cwd=tmp_path.parent,
+        capture_output=True,
+        text=True,
     )
-    # mmengine looks only into the packages of this table.
-    monkeypatch.setitem(MODULE2PACKAGE, 'mmoverlock', 'mmoverlock')
-    name = 'mask_rcnn/overlock_t_1x.py'
-    found = get_config(f'mmoverlock::{name}')
-    expected = Config.fromfile(ROOT / 'configs' / name)
-    assert found.to_dict() == expected.to_dict()
+    assert done.returncode == 0, done.stdout + done.stderr
+    *table, last = done.stdout.splitlines()
+    assert table[-1].startswith('without auxiliary head     16.97 M')
+    found, tools, files = json.loads(last)
+    for path in (ROOT / 'configs').glob('[!_]*/*.py'):
+        name = path.relative_to(ROOT / 'configs').as_posix()
+        expected = Config.fromfile(path).to_dict()
+        assert found.pop(name) == json.loads(json.dumps(expected)), name
+    assert not found
+    assert set(tools) == {path.stem for path in ROOT.glob('tools/*.py')}
+    assert all(file.startswith(str(tmp_path)) for file in files)
 
 
 def test_model_index_lists_every_metafile():

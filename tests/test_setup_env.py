@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -14,13 +15,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def setup_env(tmp_path, monkeypatch):
-    """The script as a module whose .venv is an empty folder."""
+def load():
     path = ROOT / 'dev' / 'setup_env.py'
     spec = importlib.util.spec_from_file_location('setup_env', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def setup_env(tmp_path, monkeypatch):
+    """The script as a module whose .venv is an empty folder."""
+    monkeypatch.delenv('STACK', raising=False)
+    module = load()
     monkeypatch.setattr(module, 'VENV', tmp_path)
     monkeypatch.setattr(module, 'PY', Path(sys.executable))
     return module
@@ -30,7 +37,7 @@ def test_pins_come_from_setup_py(setup_env):
     extras = setup_env.read_pins((ROOT / 'setup.py').read_text())
     assert extras['onedl']['torch'].startswith('torch==')
     assert extras['onedl']['onedl-mmcv'].startswith('onedl-mmcv==')
-    assert {'onedl', 'openmmlab', 'tests'} == set(extras)
+    assert {*setup_env.NEWEST_PYTHON, 'tests'} == set(extras)
     with pytest.raises(ValueError, match='EXTRAS'):
         setup_env.read_pins('pins = {}')
 
@@ -70,19 +77,46 @@ def test_unfit_host_is_told_what_to_install(
         setup_env.check_host()
 
 
-def test_unfit_host_ends_with_one_paragraph(tmp_path):
+@pytest.mark.parametrize(
+    'stack, words',
+    [
+        ('', "no C++ compiler 'no-such-c++'"),
+        ('openmmlab', "no C++ compiler 'no-such-c++'"),
+        ('mmcv', "no stack 'mmcv': STACK is one of onedl, openmmlab."),
+    ],
+)
+def test_unfit_host_ends_with_one_paragraph(tmp_path, stack, words):
     shutil.copytree(ROOT / 'dev', tmp_path / 'dev')
     shutil.copy(ROOT / 'setup.py', tmp_path)
     done = subprocess.run(
         [sys.executable, tmp_path / 'dev' / 'setup_env.py'],
-        env={**os.environ, 'CXX': 'no-such-c++'},
+        env={**os.environ, 'CXX': 'no-such-c++', 'STACK': stack},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 2
-    assert "'no-such-c++'" in done.stderr
+    assert words in done.stderr
     assert done.stderr.count('\n') == 1
-    assert not (tmp_path / '.venv').exists()
+    assert {path.name for path in tmp_path.iterdir()} == {'dev', 'setup.py'}
+
+
+def test_stacks_have_environments_of_their_own(monkeypatch):
+    monkeypatch.setenv('STACK', 'openmmlab')
+    assert load().VENV == ROOT / '.venv-openmmlab'
+    monkeypatch.setattr(sys, 'version_info', (3, 12, 1))
+    monkeypatch.setattr(platform, 'python_version', lambda: '3.12.1')
+    with pytest.raises(Exception, match='3.12.1, .* openmmlab .* to 3.11'):
+        load().check_host()
+    monkeypatch.delenv('STACK')
+    assert load().VENV == ROOT / '.venv'
+
+
+@pytest.mark.parametrize('stack', ['', 'onedl', 'openmmlab'])
+def test_make_uses_the_environment_of_the_stack(stack):
+    command = ['make', '-n', 'test', 'clean', f'STACK={stack}']
+    output = subprocess.check_output(command, cwd=ROOT, text=True)
+    found = set(re.findall(r'\.venv[\w-]*', output))
+    assert found == {'.venv-openmmlab' if stack == 'openmmlab' else '.venv'}
 
 
 def test_stamp_depends_on_pins_and_on_an_explicit_python(

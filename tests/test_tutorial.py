@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = [
@@ -50,14 +51,17 @@ def test_tutorial(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    output = done.stdout + done.stderr
+    exported = torch.__version__ >= '2.6'  # else, the last command refuses
+    assert done.returncode == (0 if exported else 2), output
     missing = [
         name
         for name in RESULTS
         if not (tmp_path / 'work_dirs' / 'tutorial' / name).exists()
     ]
-    assert not missing
-    assert re.search('160 x 160: differs by .*e-0[5-9] at most', done.stdout)
+    assert missing == ([] if exported else ['model.onnx'])
+    words = '160 x 160: differs by .*e-0[5-9] at most'
+    assert re.search(words if exported else 'needs torch 2.6', output)
 
 
 def test_architecture_figure():

@@ -13,8 +13,9 @@ and ContMix gathers every window, which takes more time, and memory for 169
 copies of half the channels at stride 16. TorchScript files have fixed sizes
 only. All have standard operators only.
 
-Every file is run after it is written, and compared with the model. ONNX needs
-the packages onnx and onnxscript, and onnxruntime for the comparison.
+Every file is run after it is written, and compared with the model. This needs
+torch 2.6 or later; ONNX also the packages onnx and onnxscript, and onnxruntime
+for the comparison.
 """
 
 import argparse
@@ -296,10 +297,6 @@ def build_parser():
 
 def check(args, cfg):
     """Check what cannot be exported; returns the shape to trace with."""
-    if torch.__version__ < '2.6':
-        raise cli.UserError(
-            f'exporting needs torch 2.6 or later, not {torch.__version__}'
-        )
     scope = cfg.get('default_scope')
     if scope not in SHAPES:
         raise cli.UserError(
@@ -335,6 +332,10 @@ def check(args, cfg):
         raise cli.UserError(
             f'--dynamic takes multiples of {MULTIPLE} from {LEAST} to '
             f'{MOST}, not --shape {shape[0]} {shape[1]}'
+        )
+    if torch.__version__ < '2.6':
+        raise cli.UserError(
+            f'exporting needs torch 2.6 or later, not {torch.__version__}'
         )
     return shape
 

@@ -66,7 +66,7 @@ def draw_predictions(cfg, folder):
         'mmdet': dict(
             type='DetVisualizationHook', draw=True, test_out_dir=folder
         ),
-        'mmseg': dict(type='SegVisualizationHook', draw=True),
+        'mmseg': dict(type='SegVisualizationHook', draw=True, interval=1),
         'mmpretrain': dict(
             type='VisualizationHook', enable=True, interval=1, out_dir=folder
         ),

@@ -123,7 +123,7 @@ def _cached_plan(*args) -> _Plan:
 @torch.compiler.assume_constant_result
 def _plan(*args) -> _Plan:
     # Nor tensors of a trace.
-    if torch.compiler.is_compiling():
+    if getattr(torch.compiler, 'is_compiling', torch.jit.is_tracing)():
         return _make_plan(*args)
     return _cached_plan(*args)
 

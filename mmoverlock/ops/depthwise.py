@@ -40,7 +40,7 @@ def depthwise_conv2d(
         Tensor: (B, C, H, W).
     """
     if residual:
-        if x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'):
+        if x.device.type != 'cpu' or _autocast_dtype():
             return x + depthwise_conv2d(x, weight, bias, dilation)
         weight = weight + _identity(weight)  # one pass less
     if x.device.type != 'cpu' or (weight.shape[-1] == 3 and dilation == 1):
@@ -85,10 +85,19 @@ def sum_of_branches(x: Tensor, branches: Sequence[Branch]) -> Tensor:
 
 def _autocast(*tensors):
     """What autocast does before an operator of PyTorch, on a CPU."""
-    if not torch.is_autocast_enabled('cpu'):
+    dtype = _autocast_dtype()
+    if not dtype:
         return tensors
-    dtype = torch.get_autocast_dtype('cpu')
     return [None if t is None else t.to(dtype) for t in tensors]
+
+
+def _autocast_dtype():
+    """What autocast casts to on a CPU, if it is on."""
+    if hasattr(torch, 'get_autocast_dtype'):
+        on, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+        return on('cpu') and dtype('cpu')
+    # Before torch 2.4
+    return torch.is_autocast_cpu_enabled() and torch.get_autocast_cpu_dtype()
 
 
 def _identity(weight: Tensor) -> Tensor:
