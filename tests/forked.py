@@ -1,4 +1,4 @@
-"""Runs tools/train.py in processes forked from one that has its imports."""
+"""Runs the tools in processes forked from one that has their imports."""
 
 import multiprocessing
 import os
@@ -14,30 +14,31 @@ _context = multiprocessing.get_context('forkserver')
 _context.set_forkserver_preload(['mmdet.apis', 'mmpretrain', 'mmseg.apis'])
 
 
-def start(*argv, log, prepare=None):
+def start(*argv, log, prepare=None, tool='train'):
     """Start ``tools/train.py ARGV``; return the process.
 
     Args:
         argv: Of the command line.
         log (Path): File for stdout and stderr.
         prepare (callable, optional): What the process does first.
+        tool (str): Another tool than train.
     """
     argv = [str(arg) for arg in argv]
-    process = _context.Process(target=_train, args=(argv, log, prepare))
+    process = _context.Process(target=_run, args=(tool, argv, log, prepare))
     process.start()
     return process
 
 
-def run(*argv, log, prepare=None, status=0):
+def run(*argv, log, prepare=None, status=0, tool='train'):
     """Run ``tools/train.py ARGV``; return its output."""
-    process = start(*argv, log=log, prepare=prepare)
+    process = start(*argv, log=log, prepare=prepare, tool=tool)
     process.join(300)
     output = log.read_text()
     assert process.exitcode == status, output
     return output
 
 
-def _train(argv, log, prepare):
+def _run(tool, argv, log, prepare):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(file, stream)
@@ -45,7 +46,7 @@ def _train(argv, log, prepare):
     os.environ['LOCAL_RANK'] = '0'
     if prepare:
         prepare()
-    load_tool('train').main(argv)
+    load_tool(tool).main(argv)
 
 
 def classifier(folder, **settings):
@@ -114,8 +115,11 @@ def classifier(folder, **settings):
         train_dataloader=loader('train', pipeline),
         val_dataloader=loader('val', [pipeline[0], pipeline[-1]]),
         val_evaluator=dict(type='Accuracy'),
+        test_dataloader=loader('val', [pipeline[0], pipeline[-1]]),
+        test_evaluator=dict(type='Accuracy'),
         train_cfg=dict(by_epoch=True, max_epochs=2),
         val_cfg=dict(),
+        test_cfg=dict(),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3)),
         default_hooks=dict(
             logger=dict(type='LoggerHook', interval=1),
@@ -133,11 +137,12 @@ def classifier(folder, **settings):
     return path
 
 
-def detector(folder, **options):
+def detector(folder, config=CONFIGS['det'][0], **options):
     """Write the config of a tiny Mask R-CNN, and draw COCO-style data.
 
     Args:
         folder (Path): Where to; the data are in ``folder / 'coco'``.
+        config (str): The config it is made of, relative to configs/.
         options: What else is in the config, by dotted keys.
 
     Returns:
@@ -147,12 +152,11 @@ def detector(folder, **options):
     load_tool('make_sample_data').main(
         ['coco', str(data_root), '--images=4', '--size=96']
     )
-    name, tiny_options = CONFIGS['det']
-    cfg = Config.fromfile(ROOT / 'configs' / name)
+    cfg = Config.fromfile(ROOT / 'configs' / config)
     cfg.merge_from_dict(
         {f'model.backbone.{k}': v for k, v in BACKBONE.items()}
     )
-    cfg.merge_from_dict(tiny_options)
+    cfg.merge_from_dict(CONFIGS['det'][1])
     ann_file = str(data_root / 'annotations' / 'instances_val2017.json')
     for split, number in (('train', 2), ('val', 1), ('test', 1)):
         loader = cfg[f'{split}_dataloader']
@@ -164,5 +168,42 @@ def detector(folder, **options):
             loader.dataset.indices = 2
     cfg.merge_from_dict({'train_cfg.max_epochs': 1, **options})
     path = Path(folder) / 'detector.py'
+    cfg.dump(path)
+    return path
+
+
+def segmentor(folder, **options):
+    """Write the config of a tiny UperNet, and draw data like ADE20K's.
+
+    Args:
+        folder (Path): Where to.
+        options: What else is in the config, by dotted keys.
+
+    Returns:
+        Path: The config.
+    """
+    data_root = folder / 'ade'
+    load_tool('make_sample_data').main(
+        ['ade20k', str(data_root), '--images=4', '--size=96']
+    )
+    name, tiny_options = CONFIGS['seg']
+    cfg = Config.fromfile(ROOT / 'configs' / name)
+    cfg.merge_from_dict(
+        {f'model.backbone.{k}': v for k, v in BACKBONE.items()}
+    )
+    cfg.merge_from_dict(tiny_options)
+    cfg.model.data_preprocessor.size = (64, 64)
+    for split, number in (('train', 2), ('val', 1), ('test', 1)):
+        loader = cfg[f'{split}_dataloader']
+        loader.update(num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = str(data_root)
+        loader.dataset.pipeline[number].scale = (96, 64)
+        if split != 'train':
+            loader.dataset.indices = 3
+    cfg.train_dataloader.dataset.pipeline[3].crop_size = (64, 64)
+    cfg.merge_from_dict(
+        {'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2, **options}
+    )
+    path = Path(folder) / 'segmentor.py'
     cfg.dump(path)
     return path

@@ -41,6 +41,7 @@ ALLOWED = {
     'models.__init__': (['models.overlock'], []),
     'models.classification': ([], ['mmpretrain', 'torch']),
     'layer_decay': (['models.overlock'], ['mmengine', 'torch']),
+    'distributed': (['models.blocks'], ['mmengine', 'torch']),
     'amp': ([], ['mmcv', 'mmengine', 'torch']),
     'inference': (
         ['checkpoint', 'checkpoint_file'],
@@ -48,7 +49,7 @@ ALLOWED = {
     ),
     'curves': ([], ['matplotlib', 'mmengine']),
     'resume': (['checkpoint_file'], ['mmengine', 'numpy', 'torch']),
-    'cli': (['checkpoint'], ['mmengine', 'torch']),
+    'cli': (['checkpoint', 'distributed', 'models'], ['mmengine', 'torch']),
 }
 
 
