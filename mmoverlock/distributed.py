@@ -1,10 +1,12 @@
 """What training in several processes needs beside mmengine's own."""
 
+from mmengine._strategy import FSDPStrategy
 from mmengine.dist import all_reduce_params
 from mmengine.hooks import EMAHook, Hook
-from mmengine.registry import FUNCTIONS
+from mmengine.registry import FUNCTIONS, STRATEGIES
 from mmengine.runner import IterBasedTrainLoop
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from .models.blocks import FocusBlock, RepConvBlock
@@ -36,6 +38,33 @@ class AverageStatistics(Hook):
         if isinstance(loop, IterBasedTrainLoop):
             if self.every_n_train_iters(runner, loop.val_interval):
                 self.after_train_epoch(runner)
+
+
+@STRATEGIES.register_module()
+class ResumableFSDPStrategy(FSDPStrategy):
+    """mmengine's, whose checkpoints can be read and resumed from.
+
+    Arguments are those of mmengine's.
+    """
+
+    def model_state_dict(self) -> dict:
+        """The weights, without the marks that FSDP may leave on them.
+
+        With those, pickles ask for more than data, and are refused.
+        """
+        state = super().model_state_dict()
+        for name, weight in state.items():
+            state[name] = weight.detach()
+        return state
+
+    def load_optim_state_dict(self, state_dict: dict) -> None:
+        """Load optimizer states; mmengine does so in the way of torch 2.0."""
+        optimizer = self.optim_wrapper.optimizer
+        self.optim_wrapper.load_state_dict(
+            FullyShardedDataParallel.optim_state_dict_to_load(
+                model=self.model, optim=optimizer, optim_state_dict=state_dict
+            )
+        )
 
 
 @FUNCTIONS.register_module()

@@ -400,6 +400,15 @@ def test_fsdp(tmp_path):
     moved = ours['neck.fpn_convs.0.conv.bias'].abs().max()  # from 0
     assert moved > 1e-3
     assert states[0]['optimizer']['state']
+    work_dir = tmp_path / 'detector'
+    log = fork_two(
+        *(config, '--work-dir', work_dir, '--resume', '--cfg-options'),
+        'train_cfg.max_epochs=2',
+        folder=tmp_path,
+    )
+    assert 'Saving checkpoint at 2 epochs' in log
+    assert 'Saving checkpoint at 1 epochs' not in log
+    assert (work_dir / 'epoch_2.pth').exists()
 
 
 # ------------------------------------------------------------------ scripts

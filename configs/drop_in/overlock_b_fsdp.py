@@ -4,9 +4,9 @@ custom_imports = dict(imports=['mmoverlock.models', 'mmoverlock.distributed'])
 
 runner_type = 'FlexibleRunner'
 strategy = dict(
-    type='FSDPStrategy',
+    type='ResumableFSDPStrategy',
     model_wrapper=dict(auto_wrap_policy='overlock_wrap_policy'),
     state_dict_cfg='full',  # checkpoints like those of other runners
 )
-# FSDPStrategy leaves sync_bn alone.
+# This strategy leaves sync_bn alone.
 model = dict(backbone=dict(norm_cfg=dict(type='SyncBN')))
