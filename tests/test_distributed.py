@@ -406,8 +406,7 @@ def test_fsdp(tmp_path):
         'train_cfg.max_epochs=2',
         folder=tmp_path,
     )
-    assert 'Saving checkpoint at 2 epochs' in log
-    assert 'Saving checkpoint at 1 epochs' not in log
+    assert 'resumed epoch: 1, iter: 2\n' in log
     assert (work_dir / 'epoch_2.pth').exists()
 
 
