@@ -67,6 +67,7 @@ setup(
             '.mim/configs/**/*.py',
             '.mim/configs/**/*.yml',
             '.mim/tools/*.py',
+            '.mim/tools/*.sh',
             '.mim/model-index.yml',
         ]
     },

@@ -8,17 +8,22 @@ import inspect
 import os
 import re
 import sys
+import time
+import traceback
 from pathlib import Path
 from urllib.error import URLError
 
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
+from mmengine.dist import is_main_process
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from .allocator import keep_freed_memory
 from .checkpoint import CheckpointError, LoadingCheck, load_safely
+from .distributed import AverageStatistics
+from .models import OverLoCK
 
 keep_freed_memory()
 load_safely()
@@ -59,6 +64,31 @@ DOWNLOADED = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 # mmengine reads these with loaders that run what a file asks for.
 UNSAFE_FILES = ('.pkl', '.pickle', '.yml', '.yaml')
 
+# What launchers tell their processes, first which of them it is; and what
+# starts such.
+LAUNCHERS = {
+    'pytorch': (
+        ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'),
+        'torchrun, as tools/dist_train.sh does',
+    ),
+    'slurm': (
+        ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_NODELIST'),
+        'srun, as tools/slurm_train.sh does',
+    ),
+    'mpi': (
+        (
+            'OMPI_COMM_WORLD_RANK',
+            'OMPI_COMM_WORLD_SIZE',
+            'OMPI_COMM_WORLD_LOCAL_RANK',
+            'MASTER_ADDR',
+        ),
+        "Open MPI's mpirun -x MASTER_ADDR=(the first machine)",
+    ),
+}
+
+# In less, launchers end what is left of a job that failed.
+LAUNCHER_DELAY = 10.0
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -70,11 +100,16 @@ class UserError(Exception):
 def user_errors(tool):
     """Report user mistakes on stderr, after the tool's name, with status 2.
 
-    They are `UserError` and `CheckpointError`.
+    They are `UserError` and `CheckpointError`. Of several processes that
+    fail alike, the first reports, and its launcher ends the others while they
+    wait; one that fails alone reports after `LAUNCHER_DELAY` seconds.
     """
     try:
         yield
     except (UserError, CheckpointError) as error:
+        ranks = (os.environ.get(names[0]) for names, _ in LAUNCHERS.values())
+        if next(filter(None, ranks), '0') != '0':
+            time.sleep(LAUNCHER_DELAY)
         print(f'{tool}: {error}', file=sys.stderr)
         sys.exit(2)
 
@@ -115,7 +150,7 @@ def add_arguments(parser):
     )
     parser.add_argument(
         '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        choices=['none', *LAUNCHERS],
         default='none',
         help='what starts the processes of distributed runs; default: none',
     )
@@ -166,8 +201,39 @@ def load_config(args):
     cfg.work_dir = args.work_dir or cfg.get('work_dir')
     cfg.work_dir = cfg.work_dir or os.path.join('work_dirs', path.stem)
     cfg.launcher = args.launcher
+    check_launcher(args.launcher)
+    if args.launcher == 'mpi':  # mmengine reads both, and sets neither
+        os.environ['LOCAL_RANK'] = os.environ['OMPI_COMM_WORLD_LOCAL_RANK']
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return cfg
+
+
+def check_launcher(launcher):
+    """Check that a process was started by what --launcher names.
+
+    Args:
+        launcher (str): A key of `LAUNCHERS`, or ``'none'``.
+
+    Raises:
+        UserError: If it was not, or if it is one of several that would not
+            know of each other.
+    """
+    if launcher == 'none':
+        # Of torchrun alone, and of this machine.
+        count = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        if count > 1:
+            raise UserError(
+                f'torchrun started {count} processes, and each would run on '
+                'its own: add --launcher pytorch'
+            )
+        return
+    names, starter = LAUNCHERS[launcher]
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise UserError(
+            f'--launcher {launcher} is for processes started by {starter}; '
+            f'not set here: {", ".join(missing)}'
+        )
 
 
 def check_options(cfg, options):
@@ -335,15 +401,17 @@ def build_runner(cfg, complete):
     build = RUNNERS.build if 'runner_type' in cfg else Runner.from_cfg
     runner = build(cfg)
     runner.register_hook(LoadingCheck(complete))
+    if cfg.launcher != 'none':
+        runner.register_hook(AverageStatistics())
     return runner
 
 
 def _prepare_cpu_launch(cfg):
     # mmengine selects a CUDA device when it starts distributed training.
-    if cfg.launcher != 'pytorch' or 'RANK' not in os.environ:
+    if cfg.launcher != 'pytorch':
         raise UserError(
-            f'--launcher {cfg.launcher}: without a GPU, only --launcher '
-            'pytorch works, in processes that torchrun starts'
+            f'--launcher {cfg.launcher} needs GPUs; without, take --launcher '
+            'pytorch, in processes that torchrun starts'
         )
     torch.distributed.init_process_group('gloo')
     cfg.model_wrapper_cfg = {
@@ -353,8 +421,15 @@ def _prepare_cpu_launch(cfg):
         **(cfg.get('model_wrapper_cfg') or {}),
         'device_ids': None,
     }
-    if cfg.pop('sync_bn', None):
-        print('sync_bn is dropped: synchronised BatchNorm needs GPUs')
+    synchronised = [
+        key
+        for key, value in _leaves(cfg.model, 'model')
+        if value in ('SyncBN', 'MMSyncBN')
+    ]
+    cfg.merge_from_dict(dict.fromkeys(synchronised, 'BN'))
+    sync_bn = cfg.pop('sync_bn', None)
+    if (sync_bn or synchronised) and is_main_process():
+        print('SyncBN is left out: it needs GPUs')
 
 
 @contextlib.contextmanager
@@ -374,10 +449,11 @@ def explain_failures(cfg, options):
                 raise UserError(f'--cfg-options {key}: {error}') from error
         raise
     except ValueError as error:
-        match = re.search(r'class `OverLoCK` in \S+: (.*)', str(error))
-        if not match:
+        built = OverLoCK.__init__.__code__
+        frames = traceback.walk_tb(error.__traceback__)
+        if all(frame.f_code is not built for frame, _ in frames):
             raise
-        raise UserError(f'the OverLoCK of the config: {match[1]}') from error
+        raise UserError(f'the OverLoCK of the config: {error}') from error
     except URLError as error:
         urls = {k: v for k, v in start_checkpoints(cfg).items() if '://' in v}
         files = ' '.join(f'{key}=FILE' for key in urls)

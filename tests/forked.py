@@ -1,4 +1,4 @@
-"""Runs tools/train.py in processes forked from one that has its imports."""
+"""Runs the tools in processes forked from one that has their imports."""
 
 import multiprocessing
 import os
@@ -16,17 +16,20 @@ _context = multiprocessing.get_context('forkserver')
 _context.set_forkserver_preload(['mmdet.apis', 'mmpretrain', 'mmseg.apis'])
 
 
-def start(*argv, log, prepare=None, gpu=False):
+def start(*argv, log, prepare=None, tool='train', gpu=False):
     """Start ``tools/train.py ARGV``; return the process.
 
     Args:
         argv: Of the command line.
         log (Path): File for stdout and stderr.
         prepare (callable, optional): What the process does first.
+        tool (str): Another tool than train.
         gpu (bool): Whether it sees GPUs. Defaults to False.
     """
     argv = [str(arg) for arg in argv]
-    process = _context.Process(target=_train, args=(argv, log, prepare, gpu))
+    process = _context.Process(
+        target=_run, args=(tool, argv, log, prepare, gpu)
+    )
     process.start()
     return process
 
@@ -41,7 +44,7 @@ def run(*argv, log, status=0, **options):
     return output
 
 
-def _train(argv, log, prepare, gpu):
+def _run(tool, argv, log, prepare, gpu):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(file, stream)
@@ -51,7 +54,7 @@ def _train(argv, log, prepare, gpu):
         os.environ['CUDA_VISIBLE_DEVICES'] = ''
     if prepare:
         prepare()
-    load_tool('train').main(argv)
+    load_tool(tool).main(argv)
 
 
 def classifier(folder, **settings):
@@ -120,8 +123,11 @@ def classifier(folder, **settings):
         train_dataloader=loader('train', pipeline),
         val_dataloader=loader('val', [pipeline[0], pipeline[-1]]),
         val_evaluator=dict(type='Accuracy'),
+        test_dataloader=loader('val', [pipeline[0], pipeline[-1]]),
+        test_evaluator=dict(type='Accuracy'),
         train_cfg=dict(by_epoch=True, max_epochs=2),
         val_cfg=dict(),
+        test_cfg=dict(),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3)),
         default_hooks=dict(
             logger=dict(type='LoggerHook', interval=1),
@@ -139,11 +145,12 @@ def classifier(folder, **settings):
     return path
 
 
-def detector(folder, **options):
+def detector(folder, config=CONFIGS['det'][0], **options):
     """Write the config of a tiny Mask R-CNN, and draw COCO-style data.
 
     Args:
         folder (Path): Where to; the data are in ``folder / 'coco'``.
+        config (str): The config it is made of, relative to configs/.
         options: What else is in the config, by dotted keys.
 
     Returns:
@@ -153,12 +160,11 @@ def detector(folder, **options):
     load_tool('make_sample_data').main(
         ['coco', str(data_root), '--images=4', '--size=96']
     )
-    name, tiny_options = CONFIGS['det']
-    cfg = Config.fromfile(ROOT / 'configs' / name)
+    cfg = Config.fromfile(ROOT / 'configs' / config)
     cfg.merge_from_dict(
         {f'model.backbone.{k}': v for k, v in BACKBONE.items()}
     )
-    cfg.merge_from_dict(tiny_options)
+    cfg.merge_from_dict(CONFIGS['det'][1])
     ann_file = str(data_root / 'annotations' / 'instances_val2017.json')
     for split, number in (('train', 2), ('val', 1), ('test', 1)):
         loader = cfg[f'{split}_dataloader']
@@ -194,19 +200,18 @@ def segmentor(folder, **options):
         {f'model.backbone.{k}': v for k, v in BACKBONE.items()}
     )
     cfg.merge_from_dict(tiny_options)
-    for split in ('train', 'val', 'test'):
+    cfg.model.data_preprocessor.size = (64, 64)
+    for split, number in (('train', 2), ('val', 1), ('test', 1)):
         loader = cfg[f'{split}_dataloader']
         loader.update(num_workers=0, persistent_workers=False)
         loader.dataset.data_root = str(data_root)
-    train_pipeline = 'train_dataloader.dataset.pipeline'
+        loader.dataset.pipeline[number].scale = (96, 64)
+        if split != 'train':
+            loader.dataset.indices = 3
+    cfg.train_dataloader.dataset.pipeline[3].crop_size = (64, 64)
     cfg.merge_from_dict(
         {
-            'model.data_preprocessor.size': (64, 64),
-            f'{train_pipeline}.2.scale': (96, 96),
-            f'{train_pipeline}.3.crop_size': (64, 64),
-            'val_dataloader.dataset.indices': 1,
-            'val_dataloader.dataset.pipeline.1.scale': (96, 96),
-            'train_cfg.max_iters': 4,
+            'train_cfg.max_iters': 2,
             'train_cfg.val_interval': 2,
             'default_hooks.checkpoint.interval': 2,
             **options,

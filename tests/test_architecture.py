@@ -42,6 +42,7 @@ ALLOWED = {
     'models.__init__': (['models.overlock'], []),
     'models.classification': ([], ['mmpretrain', 'torch']),
     'layer_decay': (['models.overlock'], ['mmengine', 'torch']),
+    'distributed': (['models.blocks'], ['mmengine', 'torch']),
     'amp': ([], ['mmcv', 'mmengine', 'torch']),
     'inference': (
         ['checkpoint', 'checkpoint_file'],
@@ -49,7 +50,10 @@ ALLOWED = {
     ),
     'curves': ([], ['matplotlib', 'mmengine']),
     'resume': (['checkpoint_file'], ['mmengine', 'numpy', 'torch']),
-    'cli': (['allocator', 'checkpoint'], ['mmengine', 'torch']),
+    'cli': (
+        ['allocator', 'checkpoint', 'distributed', 'models'],
+        ['mmengine', 'torch'],
+    ),
 }
 
 

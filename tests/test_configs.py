@@ -13,6 +13,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.fileio import load
+from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
@@ -39,7 +40,7 @@ DROP_PATH = {
     'cascade_mask_rcnn': DETECTION,
     'upernet': {'xt': 0.1, 't': 0.2, 's': 0.3, 'b': 0.5},
     'imagenet': {'xt': 0.1, 't': 0.15, 's': 0.4, 'b': 0.5},
-    'drop_in': {'t': 0.2},
+    'drop_in': DETECTION,
 }
 
 
@@ -412,7 +413,7 @@ def check_training(cfg):
     for part in (model, model.get('decode_head', {})):
         for key, value in CHEAPER.get(part.get('type'), {}).items():
             options.merge_from_dict({f'model.{key}': value})
-    model = MODELS.build(options.model)
+    model = revert_sync_batchnorm(MODELS.build(options.model))
     model.init_weights()
     model.train()
     data = model.data_preprocessor(random_batch(cfg.default_scope), True)

@@ -61,7 +61,8 @@ def wheel(clone, tmp_path_factory):
 def mim_files(root):
     """The files that .mim has to offer, relative to the root."""
     paths = [*root.glob('configs/**/*.py'), *root.glob('configs/**/*.yml')]
-    paths += [*root.glob('tools/*.py'), root / 'model-index.yml']
+    paths += [*root.glob('tools/*.py'), *root.glob('tools/*.sh')]
+    paths.append(root / 'model-index.yml')
     return {path.relative_to(root).as_posix() for path in paths}
 
 
@@ -69,6 +70,7 @@ def test_wheel_has_package_and_mim(clone, wheel):
     expected = {f'mmoverlock/.mim/{name}' for name in mim_files(clone)}
     assert 'mmoverlock/.mim/configs/mask_rcnn/overlock_t_1x.py' in expected
     assert 'mmoverlock/.mim/tools/train.py' in expected
+    assert 'mmoverlock/.mim/tools/dist_train.sh' in expected
     modules = (clone / 'mmoverlock').rglob('*.py')
     expected |= {path.relative_to(clone).as_posix() for path in modules}
     info = f'mmoverlock-{mmoverlock.__version__}.dist-info/'

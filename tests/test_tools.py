@@ -350,8 +350,7 @@ def test_segmentation(segmentation, tmp_path):
     assert len(drawn) == 2
 
 
-def test_classification_distributed(tmp_path):
-    """Two processes train without a GPU although the config asks SyncBN."""
+def test_classification(tmp_path):
     random = np.random.default_rng(0)
     for name in ('train/a', 'train/b', 'val/a', 'val/b'):
         folder = tmp_path / 'data' / name
@@ -376,7 +375,6 @@ def test_classification_distributed(tmp_path):
         test_set,
         {'type': 'Accuracy'},
         default_scope='mmpretrain',
-        sync_bn='torch',
         model={
             'type': 'ImageClassifier',
             'data_preprocessor': {
@@ -396,13 +394,7 @@ def test_classification_distributed(tmp_path):
         },
     )
     work_dir = tmp_path / 'work'
-    log, _ = run(
-        *('-m', 'torch.distributed.run', '--standalone'),
-        *('--nproc_per_node=2', TOOLS / 'train.py', config),
-        *('--launcher=pytorch', '--work-dir', work_dir),
-    )
-    assert 'sync_bn is dropped' in log
-    assert 'GPU number: 2' in log  # mmengine's name for processes
+    log, _ = run(TOOLS / 'train.py', config, '--work-dir', work_dir)
     assert 'Iter(train) [3/3]' in log
     log, _ = run(
         *(TOOLS / 'test.py', config, work_dir / 'iter_3.pth'),
@@ -643,13 +635,74 @@ def test_ops_missing(mistake, monkeypatch):
     assert 'mmcv._ext' in message and '--no-build-isolation' in message
 
 
-@pytest.mark.parametrize('launcher', ['pytorch', 'slurm', 'mpi'])
-def test_launcher_without_gpu(mistake, monkeypatch, coco, launcher):
+LAUNCHED = {
+    'pytorch': 'RANK WORLD_SIZE MASTER_ADDR MASTER_PORT',
+    'slurm': 'SLURM_PROCID SLURM_NTASKS SLURM_NODELIST',
+    'mpi': 'OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE '
+    'OMPI_COMM_WORLD_LOCAL_RANK MASTER_ADDR',
+}
+
+
+@pytest.fixture(params=LAUNCHED)
+def launched(request, monkeypatch):
+    """A launcher, and a list of its variables, which are set."""
+    names = LAUNCHED[request.param].split()
+    for name in names:
+        monkeypatch.setenv(name, '0')
+    return request.param, names
+
+
+def test_no_launcher(mistake, monkeypatch, launched):
+    launcher, names = launched
+    for tool in (train, test):
+        argv = ['x.pth'] * (tool is test) + ['--launcher', launcher]
+        monkeypatch.delenv(names[-1])
+        message = mistake(tool, MASK_RCNN, *argv)
+        assert f'--launcher {launcher} is for processes started' in message
+        assert message.endswith(f'not set here: {names[-1]}\n')
+        monkeypatch.setenv(names[-1], '0')
+
+
+@pytest.mark.parametrize('launched', ['slurm', 'mpi'], indirect=True)
+def test_launcher_without_gpu(mistake, monkeypatch, coco, launched):
+    launcher, _ = launched
     monkeypatch.setattr(train.cli, 'get_device', lambda: 'cpu')
-    monkeypatch.delenv('RANK', raising=False)
     options = ['--cfg-options', *data_options(coco)]
     message = mistake(train, MASK_RCNN, '--launcher', launcher, *options)
+    assert f'--launcher {launcher} needs GPUs' in message
     assert 'torchrun' in message
+
+
+def test_forgotten_launcher(mistake, monkeypatch):
+    """Processes that would overwrite each other's work."""
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    message = mistake(train, MASK_RCNN)
+    assert 'torchrun started 2 processes' in message
+    assert 'add --launcher pytorch' in message
+
+
+def test_local_rank_under_mpi(monkeypatch):
+    """mmengine reads LOCAL_RANK, which mpirun does not set."""
+    for name in LAUNCHED['mpi'].split():
+        monkeypatch.setenv(name, '3')
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    argv = [str(MASK_RCNN), '--launcher', 'mpi']
+    train.cli.load_config(train.build_parser().parse_args(argv))
+    assert os.environ['LOCAL_RANK'] == '3'
+
+
+def test_mistake_of_one_process(mistake, monkeypatch):
+    """Others than the first wait: their launcher may end them meanwhile."""
+    waits = []
+    monkeypatch.setattr(train.cli.time, 'sleep', waits.append)
+    mistake(train, 'no.py')
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.setenv('SLURM_PROCID', '1')  # of a task that runs torchrun
+    mistake(train, 'no.py')
+    assert waits == []
+    monkeypatch.setenv('RANK', '1')
+    mistake(train, 'no.py')
+    assert waits == [train.cli.LAUNCHER_DELAY]
 
 
 def test_amp(monkeypatch):
