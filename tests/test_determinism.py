@@ -35,7 +35,7 @@ def train(config, work_dir, seed, *options, prepare=None):
         log=work_dir.with_suffix('.log'),
         prepare=prepare,
     )
-    [path] = [*work_dir.glob('epoch_2.pth'), *work_dir.glob('iter_4.pth')]
+    [path] = [*work_dir.glob('epoch_2.pth'), *work_dir.glob('iter_2.pth')]
     return torch.load(path, weights_only=False)['state_dict'], output
 
 
