@@ -48,7 +48,8 @@ ALLOWED = {
     ),
     'curves': ([], ['matplotlib', 'mmengine']),
     'resume': (['checkpoint_file'], ['mmengine', 'numpy', 'torch']),
-    'cli': (['checkpoint'], ['mmengine', 'torch']),
+    'data': ([], ['PIL', 'mmengine']),
+    'cli': (['checkpoint', 'data'], ['mmengine', 'torch']),
 }
 
 
