@@ -100,13 +100,14 @@ class CheckedPipeline(Compose):
             labels = truth.gt_label
         elif 'gt_sem_seg' in truth and self.ignored is not None:
             labels = truth.gt_sem_seg.data
-            labels = labels[labels != self.ignored]
         else:
             return
-        if labels.numel() and labels.max() >= self.classes > 0:
+        unknown = (labels >= self.classes) & (labels != self.ignored)
+        if self.classes and unknown.any():
             raise DataError(
-                f'{files[-1]} has the label {int(labels.max())}; those of the '
-                f'{self.classes} classes are from 0 to {self.classes - 1}'
+                f'{files[-1]} has the label {int(labels[unknown].max())}; '
+                f'those of the {self.classes} classes are from 0 to '
+                f'{self.classes - 1}'
             )
 
 

@@ -116,15 +116,10 @@ def test_cut_off(images, share, options):
     assert load('mmpretrain', dataset)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(DataError, match='/a/0.jpg is (cut off|damaged)'):
+    # OpenCV before 4.12 decodes any JPEG.
+    problem = 'damaged' if 'format' in options else 'cut off'
+    with pytest.raises(DataError, match=f'/a/0.jpg is {problem}'):
         load('mmpretrain', dataset)
-
-
-def test_cut_off_for_old_opencv(images):
-    """It is noticed before it is decoded."""
-    truncate(images[1])
-    with pytest.raises(DataError, match='without its end'):
-        data._check_end(str(images[1]))
 
 
 def test_data_behind_the_end(images):
