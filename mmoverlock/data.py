@@ -403,11 +403,15 @@ def _paths(dataset):
         return []
     root = dataset.get('data_root') or ''
     prefix = dataset.get('data_prefix') or ''
+    ann_file = dataset.get('ann_file') or ''
     if not prefix and 'ImageNet' in str(dataset.type):
         prefix = dataset.get('split', '')
-    names = prefix.values() if isinstance(prefix, dict) else [prefix]
-    names = [*names, dataset.get('ann_file') or '']
-    return [os.path.join(root, name) for name in names if root or name]
+        listed = f'meta/{prefix}.txt'  # which it reads if it is there
+        if not ann_file and os.path.isfile(os.path.join(root, listed)):
+            ann_file = listed
+    prefixes = prefix.values() if isinstance(prefix, dict) else [prefix]
+    names = [name for name in (*prefixes, ann_file) if name]
+    return [os.path.join(root, name) for name in names or [''] if root or name]
 
 
 def _help(dataset):

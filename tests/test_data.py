@@ -143,9 +143,8 @@ def test_unknown_label(images):
 def test_faulty_pipeline(images, workers):
     """Not the fault of data: the traceback stays, and names the file."""
     dataset, path = images
-    dataset['pipeline'].insert(1, dict(type='Resize', scale=8))
-    dataset['pipeline'].insert(1, dict(type='Collect', keys=[]))
-    dataset['pipeline'][1] = dict(type='ToPIL')
+    dataset['pipeline'].insert(1, dict(type='ToPIL'))
+    dataset['pipeline'].insert(2, dict(type='Resize', scale=8))
     with pytest.raises(RuntimeError) as error:
         load('mmpretrain', dataset, workers)
     assert not isinstance(error.value, DataError)
@@ -430,6 +429,19 @@ def test_no_images(images, segmentation, tmp_path):
     for path in (tmp_path / 'data').glob('*/*'):
         path.unlink()
     with pytest.raises(DataError, match=f'nothing to load in {tmp_path}/data'):
+        load('mmpretrain', dataset)
+
+
+def test_empty_list_of_imagenet(images, tmp_path):
+    """It reads meta/SPLIT.txt, which the config does not name."""
+    dataset = dict(images[0], type='ImageNet', split='val')
+    draw(tmp_path / 'data/val/0.jpg')
+    listed = tmp_path / 'data/meta/val.txt'
+    listed.parent.mkdir()
+    listed.write_text('0.jpg 7\n')
+    assert load('mmpretrain', dataset)[0].gt_label == 7
+    listed.write_text('')
+    with pytest.raises(DataError, match=f'data/val and {listed}: there'):
         load('mmpretrain', dataset)
 
 
