@@ -22,6 +22,7 @@ from mmengine.runner import Runner
 
 from .allocator import keep_freed_memory
 from .checkpoint import CheckpointError, LoadingCheck, load_safely
+from .data import DataError, checked
 from .distributed import AverageStatistics
 from .models import OverLoCK
 
@@ -43,26 +44,10 @@ TOP_LEVEL_KEYS = {
     'tta_pipeline',
 } - {'cfg'}
 
-# By a part of the dataset type.
-DATASET_HELP = {
-    'Coco': 'Unpack train2017.zip, val2017.zip and annotations_trainval2017'
-    '.zip from https://cocodataset.org/#download so that {root} holds '
-    'train2017/, val2017/ and annotations/, or draw sample data: '
-    'python tools/make_sample_data.py coco {root}',
-    'ADE20K': 'Unpack ADEChallengeData2016.zip of the MIT scene parsing '
-    'benchmark, http://sceneparsing.csail.mit.edu, so that {root} holds '
-    'images/ and annotations/, or draw sample data: '
-    'python tools/make_sample_data.py ade20k {root}',
-    'ImageNet': 'Get ILSVRC2012 from https://image-net.org (this needs an '
-    'account) so that {root} holds train/ and val/ with one folder per class, '
-    'or draw sample data: python tools/make_sample_data.py imagenet {root}',
-}
-
-# mmpretrain downloads these where they are missing.
-DOWNLOADED = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
-
-# mmengine reads these with loaders that run what a file asks for.
-UNSAFE_FILES = ('.pkl', '.pickle', '.yml', '.yaml')
+# Datasets, metrics and losses read these with loaders that run what a file
+# asks for: pickles, by names of mmdet too, and YAML.
+UNSAFE_FILES = ('.pkl', '.pickle', '.p', '.np', '.yml', '.yaml')
+RESULTS = ('out_file_path', 'proposals_file')  # of metrics, which write them
 
 # What launchers tell their processes, first which of them it is; and what
 # starts such.
@@ -100,13 +85,14 @@ class UserError(Exception):
 def user_errors(tool):
     """Report user mistakes on stderr, after the tool's name, with status 2.
 
-    They are `UserError` and `CheckpointError`. Of several processes that
-    fail alike, the first reports, and its launcher ends the others while they
-    wait; one that fails alone reports after `LAUNCHER_DELAY` seconds.
+    They are `UserError`, `CheckpointError` and `DataError`. Of several
+    processes that fail alike, the first reports, and its launcher ends the
+    others while they wait; one that fails alone reports after
+    `LAUNCHER_DELAY` seconds.
     """
     try:
         yield
-    except (UserError, CheckpointError) as error:
+    except (UserError, CheckpointError, DataError) as error:
         ranks = (os.environ.get(names[0]) for names, _ in LAUNCHERS.values())
         if next(filter(None, ranks), '0') != '0':
             time.sleep(LAUNCHER_DELAY)
@@ -190,6 +176,7 @@ def load_config(args):
         raise UserError(f'config file {path}: {error}') from error
     check_options(cfg, args.cfg_options)
     cfg.merge_from_dict(args.cfg_options)
+    check_files(cfg)
     if cfg.get('default_scope') in ('mmdet', 'mmseg'):
         if not importlib.util.find_spec('mmcv._ext'):
             raise UserError(
@@ -236,6 +223,24 @@ def check_launcher(launcher):
         )
 
 
+def check_files(cfg):
+    """Check that no file that the config names could run code.
+
+    Raises:
+        UserError: If one could.
+    """
+    for top in TOP_LEVEL_KEYS & {*cfg}:
+        for key, leaf in _leaves(cfg[top], top):
+            unsafe = str(leaf).endswith(UNSAFE_FILES)
+            if (unsafe and not key.endswith(RESULTS)) or (
+                key.endswith('.decode_backend') and leaf == 'pickle'
+            ):
+                raise UserError(
+                    f'{key}={leaf} is not read, because it could run code; '
+                    'save what it holds as .json'
+                )
+
+
 def check_options(cfg, options):
     """Check that every key of --cfg-options leads somewhere.
 
@@ -247,8 +252,10 @@ def check_options(cfg, options):
         options (dict): Values by dotted key.
 
     Raises:
-        UserError: If a key leads nowhere.
+        UserError: If a key leads nowhere, or a value could be code.
     """
+    for key, value in options.items():
+        _refuse_code(key, value)
     replaced = tuple(
         key.removesuffix('_delete_')
         for key in options
@@ -264,6 +271,31 @@ def check_options(cfg, options):
                 raise UserError(
                     f'--cfg-options sets both {key} and {other} below it'
                 )
+
+
+def _refuse_code(key, value):
+    # mmcv evaluates the types of NMS, registries import dotted types, and a
+    # dumped config holds keys as they are.
+    for _, leaf in _leaves(value, key):
+        if not isinstance(leaf, str):
+            continue
+        if '(' in leaf:
+            raise UserError(
+                f'--cfg-options {key}={leaf}: text with a ( could be code; '
+                'set it in a config file'
+            )
+        if re.search(r'(^|[._])type$', key) and not re.fullmatch(
+            r'\w+|mm\w+\.[A-Z]\w*', leaf
+        ):
+            raise UserError(
+                f'--cfg-options {key}={leaf}: a type is a name, as ResNet or '
+                'mmdet.ResNet; others could be code, and go into a config '
+                'file'
+            )
+    if not re.fullmatch(r'[\w.]+', key):
+        raise UserError(
+            f'--cfg-options {key}: keys are names with dots between'
+        )
 
 
 def _key_problem(cfg, key):
@@ -306,73 +338,6 @@ def check_file(path, what):
         raise UserError(f'{what} {path} does not exist')
 
 
-def check_data(cfg, *splits):
-    """Check that the files of datasets and evaluators exist and are data.
-
-    Args:
-        cfg (Config): The config.
-        splits (str): Any of ``'train'``, ``'val'`` and ``'test'``.
-
-    Raises:
-        UserError: If a file or folder is missing, with how to get it, or if
-            reading a file could run code.
-    """
-    for split in splits:
-        loader = cfg.get(f'{split}_dataloader') or {}
-        for key, dataset in _datasets(loader, f'{split}_dataloader'):
-            for path in _dataset_paths(dataset):
-                if path.endswith(UNSAFE_FILES):
-                    raise UserError(
-                        f'{path} is not read, because it could run code '
-                        f'({key}); save what it holds as .json'
-                    )
-                if '://' not in path and not os.path.exists(path):
-                    raise UserError(
-                        f'data missing: {path} does not exist ({key}). '
-                        + _dataset_help(dataset)
-                    )
-        evaluators = cfg.get(f'{split}_evaluator') or []
-        if isinstance(evaluators, dict):
-            evaluators = [evaluators]
-        for evaluator in evaluators:
-            if evaluator.get('ann_file'):
-                check_file(evaluator.ann_file, f'{split}_evaluator.ann_file')
-
-
-def _datasets(config, key):
-    """Yield (key, config) of the datasets in a dataloader or wrapper."""
-    inner = {
-        f'{key}.datasets.{i}': dataset
-        for i, dataset in enumerate(config.get('datasets', []))
-    }
-    if 'dataset' in config:
-        inner[f'{key}.dataset'] = config.dataset
-    for inner_key, dataset in inner.items():
-        yield from _datasets(dataset, inner_key)
-    if config and not inner:
-        yield key, config
-
-
-def _dataset_paths(dataset):
-    if dataset.type in DOWNLOADED:
-        return []
-    root = dataset.get('data_root') or ''
-    prefix = dataset.get('data_prefix') or ''
-    if not prefix and 'ImageNet' in str(dataset.type):
-        prefix = dataset.get('split', '')
-    names = prefix.values() if isinstance(prefix, dict) else [prefix]
-    names = [*names, dataset.get('ann_file') or '']
-    return [os.path.join(root, name) for name in names if root or name]
-
-
-def _dataset_help(dataset):
-    root = (dataset.get('data_root') or 'its data_root').rstrip('/')
-    for name, text in DATASET_HELP.items():
-        if name in str(dataset.type):
-            return text.format(root=root)
-    return f'Put the {dataset.type} there or change the config.'
-
-
 def start_checkpoints(cfg):
     """Return the checkpoints that training starts from, path by key."""
     found = {
@@ -398,8 +363,8 @@ def build_runner(cfg, complete):
     """
     if cfg.launcher != 'none' and get_device() == 'cpu':
         _prepare_cpu_launch(cfg)
-    build = RUNNERS.build if 'runner_type' in cfg else Runner.from_cfg
-    runner = build(cfg)
+    runner_type = RUNNERS.get(cfg.get('runner_type', 'Runner'))
+    runner = checked(runner_type).from_cfg(cfg)
     runner.register_hook(LoadingCheck(complete))
     if cfg.launcher != 'none':
         runner.register_hook(AverageStatistics())

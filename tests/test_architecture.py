@@ -50,8 +50,9 @@ ALLOWED = {
     ),
     'curves': ([], ['matplotlib', 'mmengine']),
     'resume': (['checkpoint_file'], ['mmengine', 'numpy', 'torch']),
+    'data': ([], ['PIL', 'mmengine']),
     'cli': (
-        ['allocator', 'checkpoint', 'distributed', 'models'],
+        ['allocator', 'checkpoint', 'data', 'distributed', 'models'],
         ['mmengine', 'torch'],
     ),
 }

@@ -164,6 +164,7 @@ def main(argv=None):
     with cli.user_errors('summarize.py'):
         folder = args.work_dir
         cfg = Config.fromfile(latest(folder, '*.py', 'config'))
+        cli.check_files(cfg)
         checkpoint = latest(folder, '*.pth', 'checkpoint')
         curves = folder / 'curves.png'
         batch_size = cfg.train_dataloader.batch_size

@@ -7,7 +7,7 @@ from mmengine.evaluator import DumpResults
 from mmengine.hooks import Hook
 from mmengine.registry import METRICS
 
-from mmoverlock import cli
+from mmoverlock import cli, data
 from mmoverlock.models.fuse import fuse
 
 
@@ -111,7 +111,7 @@ def main(argv=None):
         cfg = cli.load_config(args)
         cli.check_file(args.checkpoint, 'checkpoint')
         cfg.load_from = args.checkpoint
-        cli.check_data(cfg, 'test')
+        data.check_data(cfg, 'test')
         if args.out and not args.out.endswith(('.pkl', '.pickle')):
             raise cli.UserError(f'--out {args.out} does not end in .pkl')
         if args.show_dir:

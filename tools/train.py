@@ -7,7 +7,7 @@ import os
 import torch
 from mmengine.device import get_device
 
-from mmoverlock import cli
+from mmoverlock import cli, data
 from mmoverlock.amp import CPUAmpOptimWrapper
 from mmoverlock.curves import CurvesHook
 from mmoverlock.resume import Reseed, latest_checkpoint, save_safely
@@ -123,7 +123,7 @@ def main(argv=None):
         apply_options(cfg, args)
         for key, path in cli.start_checkpoints(cfg).items():
             cli.check_file(path, f'{key}: checkpoint')
-        cli.check_data(cfg, 'train', 'val')
+        data.check_data(cfg, 'train', 'val')
         save_safely(cfg.work_dir)
         with cli.explain_failures(cfg, args.cfg_options):
             runner = cli.build_runner(cfg, cfg.get('resume', False))

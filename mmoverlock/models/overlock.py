@@ -175,7 +175,7 @@ class OverLoCK(BaseModule):
             sorted({*out_indices}) != [*out_indices]
         ):
             raise ValueError(
-                'out_indices must be increasing numbers from 0 to 3, '
+                'out_indices must be increasing whole numbers from 0 to 3, '
                 f'got {out_indices!r}'
             )
         self.out_indices = tuple(out_indices)
@@ -190,7 +190,8 @@ class OverLoCK(BaseModule):
                 raise ValueError(f'{name} must be True or False, got {flag!r}')
         if not _are_ints([in_channels], [1], 1):
             raise ValueError(
-                f'in_channels must be a positive number, got {in_channels!r}'
+                'in_channels must be a positive whole number, got '
+                f'{in_channels!r}'
             )
         if fuse_overview and 3 not in self.out_indices:
             raise ValueError(
@@ -205,7 +206,7 @@ class OverLoCK(BaseModule):
             )
         if not _are_ints([frozen_stages], [1], -1, 4):
             raise ValueError(
-                'frozen_stages must be a number from -1 to 4, '
+                'frozen_stages must be a whole number from -1 to 4, '
                 f'got {frozen_stages!r}'
             )
         if not (
