@@ -160,10 +160,10 @@ class _L2Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         dtype = torch.promote_types(x.dtype, torch.float32)
-        rows = max(1, SQUARES // x[:, :, 0].numel())
+        rows = SQUARES // max(1, x[:, :, 0].numel())
         squares = [
             part.to(dtype).square().sum((2, 3), keepdim=True)
-            for part in x.split(rows, dim=2)
+            for part in x.split(max(1, rows), dim=2)
         ]
         norm = sum(squares).sqrt()
         ctx.save_for_backward(x, norm)
