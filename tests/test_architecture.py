@@ -12,10 +12,14 @@ PACKAGE = Path(__file__).parents[1] / 'mmoverlock'
 ALLOWED = {
     '__init__': ([], []),
     'ops.contmix_reference': ([], ['torch']),
-    'ops.contmix_tiled': (['ops.contmix_reference'], ['torch']),
+    'ops.tracing': ([], ['torch']),
+    'ops.contmix_tiled': (
+        ['ops.contmix_reference', 'ops.tracing'],
+        ['torch'],
+    ),
     'ops.contmix': (['ops.contmix_reference', 'ops.contmix_tiled'], ['torch']),
     'ops.depthwise': ([], ['torch']),
-    'ops.__init__': (['ops.contmix', 'ops.depthwise'], []),
+    'ops.__init__': (['ops.contmix', 'ops.depthwise', 'ops.tracing'], []),
     'models.layers': (['ops'], ['torch']),
     'models.reparam': (['models.layers', 'ops'], ['torch']),
     'models.blocks': (['models.layers', 'models.reparam', 'ops'], ['torch']),

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import depthwise_conv2d
+from ..ops import depthwise_conv2d, is_compiling
 
 SQUARES = 2**18  # elements of a map that are squared at a time
 
@@ -160,11 +160,11 @@ class _L2Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         dtype = torch.promote_types(x.dtype, torch.float32)
-        rows = SQUARES // max(1, x[:, :, 0].numel())
-        squares = [
-            part.to(dtype).square().sum((2, 3), keepdim=True)
-            for part in x.split(max(1, rows), dim=2)
-        ]
+        parts = [x]
+        if not is_compiling():  # whose maps may be of any size
+            rows = SQUARES // max(1, x[:, :, 0].numel())
+            parts = x.split(max(1, rows), dim=2)
+        squares = (p.to(dtype).square().sum((2, 3), True) for p in parts)
         norm = sum(squares).sqrt()
         ctx.save_for_backward(x, norm)
         return norm

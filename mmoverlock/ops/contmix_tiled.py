@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .contmix_reference import bias_starts, window_starts
+from .tracing import is_compiling
 
 # Side of a tile, at most. Larger tiles multiply more zeros, smaller ones copy
 # more of what their regions share.
@@ -123,7 +124,7 @@ def _cached_plan(*args) -> _Plan:
 @torch.compiler.assume_constant_result
 def _plan(*args) -> _Plan:
     # Nor tensors of a trace.
-    if getattr(torch.compiler, 'is_compiling', torch.jit.is_tracing)():
+    if is_compiling():
         return _make_plan(*args)
     return _cached_plan(*args)
 
