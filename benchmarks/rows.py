@@ -18,7 +18,7 @@ from mmoverlock.allocator import keep_freed_memory
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.fuse import fuse
 from mmoverlock.ops import contmix, depthwise_conv2d
-from mmoverlock.ops.contmix_tiled import _plan, _Tiles
+from mmoverlock.ops.contmix_tiled import _chunks, _plan, _take, _Tiles
 
 keep_freed_memory()  # as the tools do
 
@@ -141,9 +141,14 @@ def gather_sum(height, width):
     values = torch.randn(1, groups, height * width, channels)
 
     def gather():
+        out = torch.empty_like(values)
         tiles = _Tiles(plan)
-        mixed = tiles.lay_out(kernels) @ tiles.regions(values)
-        return mixed.flatten(2, 3).index_select(2, plan.order)
+        for chunk in _chunks(values.shape, plan):
+            mixed = tiles.lay_out(kernels[chunk]) @ tiles.regions(
+                values[chunk]
+            )
+            out[chunk] = _take(mixed.flatten(2, 3), plan.order)
+        return out
 
     with torch.no_grad():
         result = seconds(gather)
