@@ -13,7 +13,11 @@ ALLOWED = {
     '__init__': ([], []),
     'ops.contmix_reference': ([], ['torch']),
     'ops.contmix_tiled': (['ops.contmix_reference'], ['torch']),
-    'ops.contmix': (['ops.contmix_reference', 'ops.contmix_tiled'], ['torch']),
+    'ops.contmix_triton': ([], ['torch', 'triton']),
+    'ops.contmix': (
+        ['ops.contmix_reference', 'ops.contmix_tiled', 'ops.contmix_triton'],
+        ['torch', 'triton'],
+    ),
     'ops.depthwise': ([], ['torch']),
     'ops.__init__': (['ops.contmix', 'ops.depthwise'], []),
     'models.layers': (['ops'], ['torch']),
