@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
-import triton
 
 from benchmarks import gpu
+
+triton = pytest.importorskip('triton', '3.6')
 
 CPU = torch.device('cpu')
 SMALL = dict(batch=1, height=5, width=6, groups=1, channels=2, kernel_size=5)

@@ -10,12 +10,13 @@ import sys
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from test_contmix import call, differentiate, draw
 
-from mmoverlock.ops import contmix_triton
 from mmoverlock.ops.contmix import resolve_backend
+
+triton = pytest.importorskip('triton', '3.6')
+tl = pytest.importorskip('triton.language')
+contmix_triton = pytest.importorskip('mmoverlock.ops.contmix_triton')
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 EXACT = torch.float64 if DEVICE == 'cpu' else torch.float32
@@ -91,6 +92,18 @@ def test_formats(maps):
     operands = {k: v.detach().cpu().double() for k, v in rounded.items()}
     operands = {k: v.requires_grad_() for k, v in operands.items()}
     check(actual, operands, TOLERANCES[maps])
+
+
+def test_logits_are_made_in_single_precision():
+    """Some are hundreds, whose differences TF32 rounds off."""
+    operands = draw(1, 5, 6, 3, groups=1, channels=(16, 2))
+    operands = {
+        name: tensor.detach() * (10 if name in ('query', 'key') else 1)
+        for name, tensor in operands.items()
+    }
+    expected = call(operands, 'reference')
+    actual = call(here(operands, torch.float32), 'triton').cpu().double()
+    assert (actual - expected).norm() < 1e-3 * expected.norm()
 
 
 @pytest.mark.skipif(DEVICE == 'cuda', reason='needs double precision')

@@ -286,7 +286,7 @@ def test_initialization():
 
 
 def test_contmix_backend():
-    for backend in ('reference', 'tiled', 'triton', 'auto'):
+    for backend in ('reference', 'tiled', 'auto'):
         model = tiny(contmix_backend=backend)
         blocks = [m for m in model.modules() if isinstance(m, FocusBlock)]
         assert [block.backend for block in blocks] == [backend] * 3

@@ -608,7 +608,7 @@ def _mix_backward(
             grad_strides=g.stride(),
             taps=len(bias),
         )
-        # One kernel size after the other adds to it: in single precision.
+        # Both kernel sizes add to it, in single precision at least.
         grad_query = torch.empty_like(query, dtype=filters.dtype)
         tiles = _tiles(value, COLS)
         across = triton.cdiv(value.shape[3], COLS)
