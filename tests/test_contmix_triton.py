@@ -170,25 +170,22 @@ def test_custom_operator_is_well_formed():
 
 @triton.jit
 def _write_offsets(out, strides):
-    two = tl.arange(0, 2)
-    at = contmix_triton._at(two, two, two, strides)
-    to = contmix_triton._at(two, two, two, (0, 1, 4, 2))
-    tl.store(out + to, at)
+    at = tl.arange(0, 4)
+    to = contmix_triton._at(at, at, at, (0, 1, 16, 4))
+    tl.store(out + to, contmix_triton._at(at, at, at, strides))
 
 
 def test_offsets_have_64_bits():
-    strides = 0, 2**33, 2**35, 2**37
-    offsets = torch.empty(2, 2, 2, dtype=torch.int64, device=DEVICE)
+    """Even if indices and strides have 32."""
+    strides = 0, 2**30 + 1, 2**30 + 2, 2**30 + 4
+    offsets = torch.empty(64, dtype=torch.int64, device=DEVICE)
     _write_offsets[(1,)](offsets, strides)
-    expected = torch.tensor(
-        [
-            y * strides[2] + x * strides[3] + channel * strides[1]
-            for y in (0, 1)
-            for x in (0, 1)
-            for channel in (0, 1)
-        ]
-    )
-    assert offsets.flatten().tolist() == expected.tolist()
+    assert offsets.tolist() == [
+        y * strides[2] + x * strides[3] + channel * strides[1]
+        for y in range(4)
+        for x in range(4)
+        for channel in range(4)
+    ]
 
 
 COMPILE = """
