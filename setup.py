@@ -43,6 +43,8 @@ EXTRAS = {
         'pytest==9.2.0',
         'pytest-xdist==3.8.0',
         'ruff==0.17.6',
+        # that of the torch above for CUDA; without a GPU it interprets
+        'triton==3.7.1',
     ],
 }
 

@@ -1,7 +1,15 @@
 """What every test gets."""
 
+import os
+
 import pytest
+import torch
 from mmengine.utils import ManagerMixin
+
+# Without a GPU, Triton's kernels run in its interpreter; it looks at this
+# when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault('TRITON_INTERPRET', '1')
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,11 @@ ALLOWED = {
         ['ops.contmix_reference', 'ops.tracing'],
         ['torch'],
     ),
-    'ops.contmix': (['ops.contmix_reference', 'ops.contmix_tiled'], ['torch']),
+    'ops.contmix_triton': ([], ['torch', 'triton']),
+    'ops.contmix': (
+        ['ops.contmix_reference', 'ops.contmix_tiled', 'ops.contmix_triton'],
+        ['torch', 'triton'],
+    ),
     'ops.depthwise': ([], ['torch']),
     'ops.__init__': (['ops.contmix', 'ops.depthwise', 'ops.tracing'], []),
     'models.layers': (['ops'], ['torch']),

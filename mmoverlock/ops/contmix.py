@@ -1,4 +1,16 @@
-"""The public ContMix operator."""
+"""The public ContMix operator, and which backend of it runs.
+
+========= ===================================================================
+reference the definition, on any device; slow, and takes much memory
+tiled     matrix products in plain PyTorch, on any device; exportable
+triton    kernels for NVIDIA GPUs
+========= ===================================================================
+
+'auto' is 'tiled' on every device: on CPUs it is the fastest by measurement
+(benchmarks/NOTES.md), and the kernels of 'triton' have not been measured on a
+GPU yet (``python -m benchmarks.gpu`` does), so they run where they are asked
+for by name.
+"""
 
 from contextlib import nullcontext
 
@@ -8,7 +20,40 @@ from torch import Tensor
 from .contmix_reference import contmix_reference
 from .contmix_tiled import contmix_tiled
 
-BACKENDS = {'reference': contmix_reference, 'tiled': contmix_tiled}
+MIN_TRITON = 3, 6
+
+
+def contmix_triton(*args) -> Tensor:
+    """See :func:`contmix`; Triton is imported with the first call."""
+    from .contmix_triton import contmix_triton as run
+
+    return run(*args)
+
+
+BACKENDS = {
+    'reference': contmix_reference,
+    'tiled': contmix_tiled,
+    'triton': contmix_triton,
+}
+
+
+def check_triton() -> None:
+    """Raise ImportError if the packages for 'triton' are not there."""
+    needs = (
+        "ContMix backend 'triton' needs triton "
+        f'{".".join(map(str, MIN_TRITON))} or later, as torch 2.11 and later '
+        'for CUDA bring along'
+    )
+    try:
+        import triton
+    except ImportError as error:
+        raise ImportError(f'{needs}; it cannot be imported') from error
+    version = tuple(map(int, triton.__version__.split('.')[:2]))
+    if version < MIN_TRITON:
+        raise ImportError(
+            f'{needs}; this is triton {triton.__version__} '
+            f'with torch {torch.__version__}'
+        )
 
 
 def resolve_backend(backend: str) -> str:
@@ -22,6 +67,7 @@ def resolve_backend(backend: str) -> str:
 
     Raises:
         ValueError: If there is no such backend.
+        ImportError: If it needs what is not installed.
     """
     if backend == 'auto':
         return 'tiled'
@@ -30,6 +76,8 @@ def resolve_backend(backend: str) -> str:
             f'unknown ContMix backend {backend!r}, '
             f'expected one of {["auto", *BACKENDS]}'
         )
+    if backend == 'triton':
+        check_triton()
     return backend
 
 
@@ -67,21 +115,26 @@ def contmix(
         rpb (tuple[Tensor, Tensor]): Relative position biases of the two
             kernels, (G, 2k - 1, 2k - 1) and (G, 2K - 1, 2K - 1). The group
             count and the (odd) kernel sizes are read from them.
-        backend (str): 'reference', 'tiled' or 'auto'. Defaults to 'auto'.
+        backend (str): 'reference', 'tiled', 'triton' or 'auto'; see the top
+            of this module. Defaults to 'auto'.
 
     Returns:
         Tensor: (B, C, H, W), of the dtype of ``value``.
 
     Raises:
-        ValueError: If the backend is unknown, the shapes disagree, or the map
-            is smaller than a kernel.
+        ValueError: If the backend is unknown or cannot run on this device,
+            the shapes disagree, or the map is smaller than a kernel.
+        ImportError: If the backend needs what is not installed.
     """
-    run = BACKENDS[resolve_backend(backend)]
+    backend = resolve_backend(backend)
+    run = BACKENDS[backend]
     _check_shapes(query, key, value, weight, bias, rpb)
     dtype = torch.promote_types(query.dtype, torch.float32)
-    query, key, weight, bias, *rpb = (
-        tensor.to(dtype) for tensor in (query, key, weight, bias, *rpb)
+    key, weight, bias, *rpb = (
+        tensor.to(dtype) for tensor in (key, weight, bias, *rpb)
     )
+    if backend != 'triton':  # which reads it as it is
+        query = query.to(dtype)
     device = value.device.type
     exact = (
         nullcontext()
