@@ -1,7 +1,13 @@
 """What every test gets."""
 
+import os
+
 import pytest
+import torch
 from mmengine.utils import ManagerMixin
+
+if not torch.cuda.is_available():
+    os.environ.setdefault('TRITON_INTERPRET', '1')
 
 
 @pytest.fixture(autouse=True)
