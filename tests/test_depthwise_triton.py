@@ -224,7 +224,7 @@ def test_autocast():
     """Parameters are not rounded, and gradients have their dtypes."""
     conv = module()
     x = draw(2, 3, 6, 7).requires_grad_()
-    expected = copy.deepcopy(conv)(x)
+    expected = module(backend='auto')(x)
     with torch.autocast(DEVICE, torch.bfloat16):
         out = conv(x)
     assert out.dtype == torch.bfloat16
@@ -256,9 +256,9 @@ def test_compile():
     other = copy.deepcopy(conv)
     x = draw(2, 3, 6, 7)
     compiled = torch.compile(conv, fullgraph=True, backend='aot_eager')
-    results = [
-        (run(x).sin().sum().backward(), run(x))[1] for run in (compiled, other)
-    ]
+    results = [compiled(x), other(x)]
+    for result in results:
+        result.sin().sum().backward()
     torch.testing.assert_close(*results)
     for actual, expected in zip(
         [*(p.grad for p in conv.parameters()), *conv.buffers()],
@@ -275,6 +275,10 @@ def test_operators_are_registered_rightly(layout):
     weight = draw(2, 1, 3, 3).requires_grad_()
     torch.library.opcheck(
         torch.ops.mmoverlock.depthwise_conv2d, (x, weight, None, 1)
+    )
+    torch.library.opcheck(
+        torch.ops.mmoverlock.depthwise_weight_grad,
+        (x.detach(), x.detach(), weight.detach(), 1),
     )
     scale, shift = draw(2, 2).requires_grad_(), draw(2, 2).requires_grad_()
     taps = draw(2, 18).requires_grad_()
@@ -333,7 +337,7 @@ OverLoCK('xt', out_indices=(0,))
 try:
     OverLoCK('xt', out_indices=(0,), depthwise_backend='triton')
 except ImportError as error:
-    assert 'needs PyTorch' in str(error) and 'triton 3.6' in str(error)
+    assert 'needs triton 3.6' in str(error)
 else:
     raise AssertionError
 """)
@@ -359,8 +363,7 @@ def test_benchmark():
         assert f'{title}, {what}' in names
 
 
-@pytest.mark.parametrize('layout', ['NHWC', 'NCHW'])
-@pytest.mark.parametrize('capability', [80, 90])
+@pytest.mark.parametrize('capability, layout', [(80, 'NCHW'), (90, 'NHWC')])
 def test_kernels_compile_without_spills(capability, layout, tmp_path):
     """A small convolution: the others take minutes. See the module."""
     out = python(

@@ -44,8 +44,8 @@ def check_depthwise_backend(backend: str) -> None:
             from .depthwise_triton import depthwise_conv2d  # noqa: F401
         except ImportError as error:
             raise ImportError(
-                "the depthwise backend 'triton' needs PyTorch 2.6 or newer "
-                f'and triton 3.6 or newer, which come together: {error}'
+                "the depthwise backend 'triton' needs triton 3.6 or newer, "
+                f'which comes with PyTorch for CUDA: {error}'
             ) from error
 
 

@@ -646,7 +646,7 @@ def _conv2d_weight_grad(
     x: Tensor, grad: Tensor, weight: Tensor, dilation: int
 ) -> Tensor:
     taps = _weight_grad(x, grad, weight.shape[-1], dilation)
-    return taps.to(weight.dtype).reshape(weight.shape)
+    return taps.to(weight.dtype).contiguous().view(weight.shape)
 
 
 @_conv2d_weight_grad.register_fake
