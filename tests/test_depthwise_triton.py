@@ -168,7 +168,7 @@ FIVE = [(5, 1), *BRANCHES[5]]
     [
         ((2, 3, 6, 5), FIVE, NHWC, torch.float32),
         ((1, 9, 8, 7), FIVE, NCHW, torch.float32),
-        ((1, 2, 6, 7), [(13, 1), *BRANCHES[13]], NHWC, torch.float32),
+        ((1, 2, 6, 7), [(7, 1), *BRANCHES[7]], NHWC, torch.float32),
         ((2, 4, 6, 7), FIVE, NHWC, torch.bfloat16),
     ],
 )
