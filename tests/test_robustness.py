@@ -186,6 +186,7 @@ BAD_ARGUMENTS = dict(
     with_cp=[None, 2, 'yes', (1, 1), (1,) * 7, (-1,) * 6, (0.5,) * 6],
     deploy=['no', 1, None],
     contmix_backend=['natten', '', None, 5, ['tiled']],
+    depthwise_backend=['cudnn', '', None, 5, ['triton']],
     init_cfg=['weights.pth', 5, {}, [None], dict(checkpoint='weights.pth')],
 )
 
@@ -201,6 +202,9 @@ def test_bad_arguments(name, value):
     message = str(caught.value)
     if isinstance(value, dict):  # test_overlock.py has their messages
         return
-    words = {'contmix_backend': 'backend'}
+    words = {
+        'contmix_backend': 'backend',
+        'depthwise_backend': 'depthwise backend',
+    }
     assert words.get(name, name) in message
     assert repr(value) in message

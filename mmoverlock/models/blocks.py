@@ -42,6 +42,9 @@ class RepConvBlock(nn.Module):
         drop_path (float): Probability to drop the residual branch.
         norm_cfg (dict): See :func:`mmoverlock.models.layers.build_bn`.
         deploy (bool): Whether to build the merged form.
+        depthwise_backend (str): See
+            :func:`mmoverlock.ops.check_depthwise_backend`. Defaults to
+            'auto'.
     """
 
     def __init__(
@@ -53,12 +56,15 @@ class RepConvBlock(nn.Module):
         drop_path: float,
         norm_cfg: dict,
         deploy: bool,
+        depthwise_backend: str = 'auto',
     ):
         super().__init__()
         self.dwconv = ResDWConv(channels)
         self.proj = Sequential(
             LayerNorm2d(channels),
-            DilatedReparamConv(channels, kernel_size, norm_cfg, deploy),
+            DilatedReparamConv(
+                channels, kernel_size, norm_cfg, deploy, depthwise_backend
+            ),
             build_bn(channels, **norm_cfg),
             SEModule(channels),
             *_feed_forward(channels, 4 * channels, channels),
@@ -88,6 +94,9 @@ class FocusBlock(nn.Module):
         drop_path (float): Probability to drop a residual branch.
         norm_cfg (dict): See :func:`mmoverlock.models.layers.build_bn`.
         deploy (bool): Whether to build the merged form.
+        depthwise_backend (str): See
+            :func:`mmoverlock.ops.check_depthwise_backend`. Defaults to
+            'auto'.
         backend (str): See :func:`mmoverlock.ops.contmix`.
     """
 
@@ -102,6 +111,7 @@ class FocusBlock(nn.Module):
         drop_path: float,
         norm_cfg: dict,
         deploy: bool,
+        depthwise_backend: str = 'auto',
         backend: str,
     ):
         super().__init__()
@@ -133,7 +143,9 @@ class FocusBlock(nn.Module):
         )
         self.gate = nn.Sequential(*conv_bn(channels, channels), nn.SiLU())
         self.lepe = nn.Sequential(
-            DilatedReparamConv(channels, kernel_size, norm_cfg, deploy),
+            DilatedReparamConv(
+                channels, kernel_size, norm_cfg, deploy, depthwise_backend
+            ),
             build_bn(channels, **norm_cfg),
         )
         self.weight_query = nn.Sequential(*conv_bn(channels, channels // 2))

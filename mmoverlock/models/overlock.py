@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from ..ops import check_depthwise_backend
 from ..ops.contmix import resolve_backend
 from .blocks import FocusBlock, RepConvBlock
 from .layers import LayerNorm2d, LayerScale, build_bn
@@ -86,6 +87,9 @@ class OverLoCK(BaseModule):
         deploy (bool): Build the form with merged branches, which is what
             :meth:`switch_to_deploy` leads to. Defaults to False.
         contmix_backend (str): See :func:`mmoverlock.ops.contmix`. Defaults to
+            'auto'.
+        depthwise_backend (str): Of the large depthwise convolutions, see
+            :func:`mmoverlock.ops.check_depthwise_backend`. Defaults to
             'auto'.
         init_cfg (dict, optional): See :class:`mmengine.model.BaseModule`.
 
@@ -159,6 +163,7 @@ class OverLoCK(BaseModule):
         with_cp: bool | Sequence[int] = False,
         deploy: bool = False,
         contmix_backend: str = 'auto',
+        depthwise_backend: str = 'auto',
         init_cfg: dict | None = None,
     ):
         super().__init__(init_cfg)
@@ -217,6 +222,7 @@ class OverLoCK(BaseModule):
                 f'got {drop_path_rate!r}'
             )
         resolve_backend(contmix_backend)
+        check_depthwise_backend(depthwise_backend)
         norm_cfg = norm_cfg or dict(type='BN')
         if not isinstance(norm_cfg, dict):
             raise ValueError(
@@ -251,6 +257,7 @@ class OverLoCK(BaseModule):
                     drop_path=next(drop_path),
                     norm_cfg=norm_cfg,
                     deploy=deploy,
+                    depthwise_backend=depthwise_backend,
                 )
                 for _ in range(self.depths[stage])
             )
@@ -267,6 +274,7 @@ class OverLoCK(BaseModule):
                     norm_cfg=norm_cfg,
                     deploy=deploy,
                     backend=contmix_backend,
+                    depthwise_backend=depthwise_backend,
                 )
                 for i in range(self.depths[stage + 2])
             )

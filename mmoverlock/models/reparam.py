@@ -31,6 +31,8 @@ class DilatedReparamConv(nn.Module):
         kernel_size (int): A key of ``BRANCHES``.
         norm_cfg (dict): Batch norm of the branches.
         deploy (bool): Build the merged form. Defaults to False.
+        backend (str): See :func:`mmoverlock.ops.check_depthwise_backend`.
+            Defaults to 'auto'.
 
     Raises:
         ValueError: If there are no branches for ``kernel_size``.
@@ -42,8 +44,10 @@ class DilatedReparamConv(nn.Module):
         kernel_size: int,
         norm_cfg: dict,
         deploy: bool = False,
+        backend: str = 'auto',
     ):
         super().__init__()
+        self.backend = backend
         if kernel_size not in BRANCHES:
             raise ValueError(
                 f'no dilated branches for kernel size {kernel_size}, '
@@ -80,18 +84,23 @@ class DilatedReparamConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
         if not self.branches:
-            return depthwise_conv2d(
+            return self._convolve(
                 x, self.lk_origin.weight, self.lk_origin.bias
             )
         if not any(norm.training for _, norm in self._branches()):
-            return depthwise_conv2d(x, *self.merge())
+            return self._convolve(x, *self.merge())
         if self._is_summable(x):
             return sum_of_branches(
-                x, [self._branch(*m) for m in self._branches()]
+                x, [self._branch(*m) for m in self._branches()], self.backend
             )
         return sum(
-            norm(depthwise_conv2d(x, conv.weight, None, conv.dilation[0]))
+            norm(self._convolve(x, conv.weight, None, conv.dilation[0]))
             for conv, norm in self._branches()
+        )
+
+    def _convolve(self, x, weight, bias, dilation=1):
+        return depthwise_conv2d(
+            x, weight, bias, dilation, backend=self.backend
         )
 
     def _branches(self):
@@ -99,7 +108,7 @@ class DilatedReparamConv(nn.Module):
             yield getattr(self, conv), getattr(self, norm)
 
     def _is_summable(self, x):
-        return x.device.type == 'cpu' and all(
+        return (x.device.type == 'cpu' or self.backend == 'triton') and all(
             type(norm) is nn.BatchNorm2d
             and norm.training
             and norm.momentum is not None

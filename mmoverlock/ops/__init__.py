@@ -1,9 +1,15 @@
 from .contmix import contmix
-from .depthwise import Branch, depthwise_conv2d, sum_of_branches
+from .depthwise import (
+    Branch,
+    check_depthwise_backend,
+    depthwise_conv2d,
+    sum_of_branches,
+)
 from .tracing import is_compiling
 
 __all__ = [
     'Branch',
+    'check_depthwise_backend',
     'contmix',
     'depthwise_conv2d',
     'is_compiling',

@@ -2,7 +2,9 @@
 
 There, it is fast on maps in ``torch.channels_last``, with three exceptions:
 kernels of some widths, of some dilations, and the weight gradient of kernels
-larger than 3 x 3. Other devices run PyTorch's convolution. The figures are in
+larger than 3 x 3. Other devices run PyTorch's convolution, or the kernels of
+depthwise_triton.py where these are asked for: no GPU was at hand to measure
+them on, so 'auto' does not choose them. The figures are in
 benchmarks/NOTES.md.
 """
 
@@ -13,11 +15,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BACKENDS = ('auto', 'triton')
+
 SLOW_WIDTHS = range(11, 15)  # slower than the width behind them
 MAX_DILATED_SPAN = 12  # between the outer taps of a dilated kernel
 MAX_PADDING, MAX_STRIDE = 6, 3  # of a convolution with a large kernel
 BAND = 16  # rows that a weight gradient takes at a time from ...
 LARGE = 64  # ... maps of at least so many rows
+
+
+def check_depthwise_backend(backend: str) -> None:
+    """Raise an error if a backend cannot run here.
+
+    Args:
+        backend (str): 'auto', which is PyTorch and what this module adds to
+            it on CPUs, or 'triton', kernels for GPUs.
+
+    Raises:
+        ValueError: If there is no such backend.
+        ImportError: If what it needs is not installed.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(
+            f'unknown depthwise backend {backend!r}, '
+            f'expected one of {list(BACKENDS)}'
+        )
+    if backend == 'triton':
+        try:
+            from .depthwise_triton import depthwise_conv2d  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                "the depthwise backend 'triton' needs triton 3.6 or newer, "
+                f'which comes with PyTorch for CUDA: {error}'
+            ) from error
 
 
 def depthwise_conv2d(
@@ -26,6 +56,7 @@ def depthwise_conv2d(
     bias: Tensor | None = None,
     dilation: int = 1,
     residual: bool = False,
+    backend: str = 'auto',
 ) -> Tensor:
     """Depthwise convolution with stride 1 that keeps the size of the map.
 
@@ -35,10 +66,18 @@ def depthwise_conv2d(
         bias (Tensor, optional): (C, ).
         dilation (int): Distance between the taps. Defaults to 1.
         residual (bool): Whether to add ``x``. Defaults to False.
+        backend (str): See :func:`check_depthwise_backend`. Defaults to
+            'auto'.
 
     Returns:
         Tensor: (B, C, H, W).
     """
+    if backend != 'auto':
+        check_depthwise_backend(backend)
+        from .depthwise_triton import depthwise_conv2d as convolve
+
+        y = convolve(x, weight, bias, dilation)
+        return x + y if residual else y
     if residual:
         if x.device.type != 'cpu' or _autocast_dtype():
             return x + depthwise_conv2d(x, weight, bias, dilation)
@@ -61,8 +100,10 @@ class Branch(NamedTuple):
     eps: float
 
 
-def sum_of_branches(x: Tensor, branches: Sequence[Branch]) -> Tensor:
-    """Sum of batch-normalized depthwise convolutions of one map, on a CPU.
+def sum_of_branches(
+    x: Tensor, branches: Sequence[Branch], backend: str = 'auto'
+) -> Tensor:
+    """Sum of batch-normalized depthwise convolutions of one map.
 
     The running statistics are updated in place. For the backward pass only
     the map is kept; the convolutions are computed again.
@@ -70,10 +111,17 @@ def sum_of_branches(x: Tensor, branches: Sequence[Branch]) -> Tensor:
     Args:
         x (Tensor): (B, C, H, W).
         branches (Sequence[Branch]): The convolutions.
+        backend (str): See :func:`check_depthwise_backend`; 'auto' is for
+            CPUs. Defaults to 'auto'.
 
     Returns:
         Tensor: (B, C, H, W).
     """
+    if backend != 'auto':
+        check_depthwise_backend(backend)
+        from .depthwise_triton import sum_of_branches as sum_up
+
+        return sum_up(x, branches)
     x, *weights = _autocast(x, *(branch.weight for branch in branches))
     tensors = [
         tensor

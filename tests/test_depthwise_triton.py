@@ -1,0 +1,380 @@
+"""The depthwise convolutions for GPUs, against PyTorch's in float64.
+
+Without a GPU, Triton's interpreter runs the kernels.
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmoverlock.models import OverLoCK
+from mmoverlock.models.reparam import BRANCHES, DilatedReparamConv
+from mmoverlock.ops import Branch, depthwise_conv2d, sum_of_branches
+
+kernels = pytest.importorskip(
+    'mmoverlock.ops.depthwise_triton', exc_type=ImportError
+)
+gpu_depthwise = pytest.importorskip(
+    'benchmarks.gpu_depthwise', exc_type=ImportError
+)
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+NCHW, NHWC = torch.contiguous_format, torch.channels_last
+TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def draw(*shape, dtype=torch.float32):
+    return torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def exact(tensor):
+    return tensor.detach().double().clone().requires_grad_()
+
+
+def assert_close(actual, expected, tolerance):
+    """Within a share of the largest expected value."""
+    for a, e in zip(actual, expected, strict=True):
+        atol = tolerance * e.abs().max().item()
+        torch.testing.assert_close(a.double(), e, rtol=0, atol=atol)
+
+
+def plain_conv2d(x, weight, bias, dilation):
+    reach = weight.shape[-1] // 2 * dilation
+    return F.conv2d(x, weight, bias, 1, reach, dilation, len(weight))
+
+
+@pytest.mark.parametrize(
+    'shape, size, dilation, layout',
+    [
+        ((1, 1, 1, 1), 7, 1, NCHW),  # the map ends within the kernel
+        ((1, 3, 5, 6), 17, 1, NHWC),
+        ((1, 8, 7, 3), 13, 1, NCHW),
+        ((1, 8, 9, 9), 9, 1, NHWC),
+        ((2, 9, 11, 7), 5, 1, NCHW),  # several tiles
+        ((1, 24, 11, 9), 5, 1, NHWC),
+        ((1, 70, 3, 2), 5, 1, NHWC),
+        ((2, 2, 6, 9), 5, 2, NHWC),
+        ((1, 3, 9, 16), 3, 4, NCHW),
+    ],
+)
+def test_conv2d(shape, size, dilation, layout):
+    channels = shape[1]
+    torch.manual_seed(0)
+    x = draw(*shape).contiguous(memory_format=layout)
+    operands = x, draw(channels, 1, size, size), draw(channels)
+    check_conv2d(operands, dilation)
+
+
+@pytest.mark.parametrize(
+    'dtype, layout', [(torch.float16, NHWC), (torch.bfloat16, NCHW)]
+)
+def test_half_precision(dtype, layout):
+    torch.manual_seed(0)
+    x = draw(1, 6, 9, 7, dtype=dtype).contiguous(memory_format=layout)
+    check_conv2d((x, draw(6, 1, 5, 5, dtype=dtype), draw(6, dtype=dtype)))
+
+
+def check_conv2d(operands, dilation=1):
+    operands = [tensor.requires_grad_() for tensor in operands]
+    exact_operands = [exact(tensor) for tensor in operands]
+    out = depthwise_conv2d(*operands, dilation, backend='triton')
+    expected = plain_conv2d(*exact_operands, dilation)
+    x = operands[0]
+    assert out.dtype == x.dtype and out.stride() == x.stride()
+    # The gradient arrives in another format than the map has.
+    grad = draw(*x.shape).to(x.dtype)
+    grads = torch.autograd.grad(out, operands, grad)
+    for operand, result in zip(operands, grads, strict=True):
+        assert operand.dtype == result.dtype
+    assert_close(
+        [out, *grads],
+        [
+            expected,
+            *torch.autograd.grad(expected, exact_operands, grad.double()),
+        ],
+        TOLERANCES[x.dtype],
+    )
+
+
+def test_options_of_conv2d():
+    """No bias, the residual, a map that is a part of another one."""
+    torch.manual_seed(0)
+    x, weight = draw(2, 5, 6, 7), draw(3, 1, 5, 5)
+    x = x[:, 1:4]
+    out = depthwise_conv2d(x, weight, residual=True, backend='triton')
+    expected = plain_conv2d(x.double(), weight.double(), None, 1) + x.double()
+    assert_close([out], [expected], 1e-6)
+
+
+def test_weight_gradient_is_deterministic_and_split(monkeypatch):
+    torch.manual_seed(0)
+    x, grad = draw(2, 2, 9, 7), draw(2, 2, 9, 7)
+    weight = draw(2, 1, 3, 3)
+    splits = []
+    for programs in (2048, 2048, 9):
+        monkeypatch.setattr(kernels, 'PROGRAMS', programs)
+        splits.append(
+            torch.ops.mmoverlock.depthwise_weight_grad(x, grad, weight, 1)
+        )
+    assert torch.equal(*splits[:2])
+    torch.testing.assert_close(splits[0], splits[2])
+
+
+def draw_branches(sizes, channels):
+    return [
+        Branch(
+            weight=draw(channels, 1, size, size).requires_grad_(),
+            scale=draw(channels).requires_grad_(),
+            shift=draw(channels).requires_grad_(),
+            running_mean=draw(channels),
+            running_var=draw(channels).exp(),
+            dilation=dilation,
+            momentum=0.1 + 0.1 * i,
+            eps=1e-5 * (1 + i),
+        )
+        for i, (size, dilation) in enumerate(sizes)
+    ]
+
+
+def plain_sum_of_branches(x, branches):
+    return sum(
+        F.batch_norm(
+            plain_conv2d(x, b.weight, None, b.dilation),
+            b.running_mean,
+            b.running_var,
+            b.scale,
+            b.shift,
+            True,
+            b.momentum,
+            b.eps,
+        )
+        for b in branches
+    )
+
+
+FIVE = [(5, 1), *BRANCHES[5]]
+
+
+@pytest.mark.parametrize(
+    'shape, sizes, layout, dtype',
+    [
+        ((2, 3, 6, 5), FIVE, NHWC, torch.float32),
+        ((1, 9, 8, 7), FIVE, NCHW, torch.float32),
+        ((1, 2, 6, 7), [(7, 1), *BRANCHES[7]], NHWC, torch.float32),
+        ((2, 4, 6, 7), FIVE, NHWC, torch.bfloat16),
+    ],
+)
+def test_sum_of_branches(shape, sizes, layout, dtype):
+    """Value, gradients and statistics are those of the plain form."""
+    torch.manual_seed(0)
+    # Means that are large beside the deviations.
+    x = (draw(*shape) + 2).to(dtype).contiguous(memory_format=layout)
+    x.requires_grad_()
+    branches = draw_branches(sizes, shape[1])
+    others = [
+        Branch(*map(exact, b[:3]), *(s.double() for s in b[3:5]), *b[5:])
+        for b in branches
+    ]
+    operands = [x, *(p for b in branches for p in b[:3])]
+    exact_operands = [exact(x), *(p for b in others for p in b[:3])]
+    out = sum_of_branches(x, branches, 'triton')
+    expected = plain_sum_of_branches(exact_operands[0], others)
+    grad = draw(*shape).to(dtype)
+    grads = torch.autograd.grad(out, operands, grad)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    assert_close(
+        [out, *grads, *(s for b in branches for s in b[3:5])],
+        [
+            expected,
+            *torch.autograd.grad(expected, exact_operands, grad.double()),
+            *(s for b in others for s in b[3:5]),
+        ],
+        tolerance,
+    )
+    assert out.stride() == x.stride()
+
+
+def module(channels=3, kernel_size=5, backend='triton'):
+    torch.manual_seed(0)
+    conv = DilatedReparamConv(
+        channels, kernel_size, dict(type='BN'), backend=backend
+    )
+    for parameter in conv.parameters():
+        nn.init.normal_(parameter)
+    return conv.to(DEVICE)
+
+
+def test_network():
+    """The backend is that of all large convolutions."""
+    model = OverLoCK('xt', depthwise_backend='triton')
+    convs = [m for m in model.modules() if isinstance(m, DilatedReparamConv)]
+    assert len(convs) == 17
+    assert {conv.backend for conv in convs} == {'triton'}
+
+
+def test_autocast():
+    """Parameters are not rounded, and gradients have their dtypes."""
+    conv = module()
+    x = draw(2, 3, 6, 7).requires_grad_()
+    expected = module(backend='auto')(x)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = conv(x)
+    assert out.dtype == torch.bfloat16
+    assert_close([out], [expected.double()], 2e-2)
+    out.float().square().sum().backward()
+    for tensor in (x, *conv.parameters()):
+        assert tensor.grad.dtype == torch.float32
+        assert tensor.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('train', [True, False])
+def test_module(train):
+    """In both modes, as the plain form; statistics are counted once."""
+    results = []
+    for backend in ('triton', 'auto'):
+        conv = module(backend=backend).train(train)
+        x = draw(2, 3, 6, 7).requires_grad_()
+        out = conv(x)
+        out.sin().sum().backward()
+        results.append([out, *(p.grad for p in (x, *conv.parameters()))])
+        results[-1] += conv.buffers()
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_compile():
+    """The graph has the operators in it, and no breaks."""
+    conv = module()
+    other = copy.deepcopy(conv)
+    x = draw(2, 3, 6, 7)
+    compiled = torch.compile(conv, fullgraph=True, backend='aot_eager')
+    results = [compiled(x), other(x)]
+    for result in results:
+        result.sin().sum().backward()
+    torch.testing.assert_close(*results)
+    for actual, expected in zip(
+        [*(p.grad for p in conv.parameters()), *conv.buffers()],
+        [*(p.grad for p in other.parameters()), *other.buffers()],
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('layout', [NCHW, NHWC])
+def test_operators_are_registered_rightly(layout):
+    torch.manual_seed(0)
+    x = draw(1, 2, 4, 5).contiguous(memory_format=layout).requires_grad_()
+    weight = draw(2, 1, 3, 3).requires_grad_()
+    torch.library.opcheck(
+        torch.ops.mmoverlock.depthwise_conv2d, (x, weight, None, 1)
+    )
+    torch.library.opcheck(
+        torch.ops.mmoverlock.depthwise_weight_grad,
+        (x.detach(), x.detach(), weight.detach(), 1),
+    )
+    scale, shift = draw(2, 2).requires_grad_(), draw(2, 2).requires_grad_()
+    taps = draw(2, 18).requires_grad_()
+    settings = [3, 3], [1, 2], [1e-5, 1e-5]
+    torch.library.opcheck(
+        torch.ops.mmoverlock.sum_of_branches,
+        (x, taps, scale, shift, *settings),
+    )
+
+
+def test_what_cannot_run():
+    with pytest.raises(ValueError, match="'cudnn'.*'auto', 'triton'"):
+        depthwise_conv2d(draw(1, 1, 3, 3), draw(1, 1, 3, 3), backend='cudnn')
+    with pytest.raises(ValueError, match='float64'):
+        x = draw(1, 1, 3, 3, dtype=torch.float64)
+        depthwise_conv2d(x, x, backend='triton')
+
+
+def python(code, **env):
+    """Run code with the real compiler, without the interpreter."""
+    env = {**os.environ, **env}
+    env.pop('TRITON_INTERPRET', None)
+    run = subprocess.run(
+        [sys.executable, '-c', code],
+        env=env,
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_maps_on_a_cpu_are_refused():
+    print(
+        python("""
+import torch
+from mmoverlock.ops import depthwise_conv2d
+x = torch.ones(1, 1, 3, 3)
+try:
+    depthwise_conv2d(x, x, backend='triton')
+except ValueError as error:
+    assert 'takes maps on a GPU, got one on cpu' in str(error)
+else:
+    raise AssertionError
+""")
+    )
+
+
+def test_missing_triton():
+    python("""
+import sys
+sys.modules['triton'] = None
+from mmoverlock.models import OverLoCK
+OverLoCK('xt', out_indices=(0,))
+try:
+    OverLoCK('xt', out_indices=(0,), depthwise_backend='triton')
+except ImportError as error:
+    assert 'needs triton 3.6' in str(error)
+else:
+    raise AssertionError
+""")
+
+
+def test_benchmark():
+    """Its rows, on maps that the interpreter has time for."""
+    for step in gpu_depthwise.STEPS:
+        figures = gpu_depthwise.convolution(
+            (1, 2, 3, 4), 5, 'NCHW', 'fp32', step, DEVICE
+        )
+        assert set(figures) == {'torch', 'triton', 'share'}
+        assert min(figures.values()) > 0
+    figures = gpu_depthwise.branches(
+        (1, 2, 3, 4), 5, 'channels_last', 'bf16', DEVICE
+    )
+    assert min(figures['torch'], figures['triton']) > 0
+    if DEVICE == 'cuda':
+        assert min(figures['torch_bytes'], figures['triton_bytes']) > 0
+    names = [*gpu_depthwise.rows(DEVICE)]
+    title = '17 x 17, (2, 64, 200, 336), channels_last, bf16'
+    for what in (*gpu_depthwise.STEPS, 'branches'):
+        assert f'{title}, {what}' in names
+
+
+@pytest.mark.parametrize('capability, layout', [(80, 'NCHW'), (90, 'NHWC')])
+def test_kernels_compile_without_spills(capability, layout, tmp_path):
+    """A small convolution: the others take minutes. See the module."""
+    out = python(
+        'import json, torch\n'
+        'from compile_depthwise import compile_all\n'
+        f'uses = compile_all({capability}, ((5, 1), (3, 2)), 7, {layout!r}, '
+        'torch.bfloat16)\n'
+        'print(json.dumps(uses))',
+        TRITON_CACHE_DIR=str(tmp_path),
+    )
+    uses = json.loads(out.splitlines()[-1])
+    assert len(uses) == 4
+    for name, use in uses.items():
+        assert use['spills'] == 0, (name, use)
