@@ -32,6 +32,7 @@ EXTRAS = {
         'mmdet==3.3.0',
         'mmsegmentation==1.2.2',
         'mmpretrain==1.2.0',
+        'triton==2.1.0',  # of torch, before that of the tests
         'ftfy',
         'regex',
     ],

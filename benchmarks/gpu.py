@@ -193,7 +193,12 @@ def contmix_row(device, dtype, backend, backward, **shape):
 
 def network_row(device, dtype, backend, train, batch, size, arch='t'):
     """Forward and backward in training mode, or inference, of a backbone."""
-    model = OverLoCK(arch, contmix_backend=backend).to(device).train(train)
+    model = OverLoCK(
+        arch,
+        contmix_backend=backend,
+        depthwise_backend='triton' if backend == 'triton' else 'auto',
+    )
+    model.to(device).train(train)
     images = torch.randn(batch, 3, *size, device=device)
 
     def run():
@@ -254,7 +259,6 @@ NETWORK_ROWS = {
     for what, train in (('inference', False), ('training', True))
     for backend in BACKENDS
 }
-# More rows join here: functions of a device that return figures.
 ROWS = {**DEVICE_ROWS, **CONTMIX_ROWS, **NETWORK_ROWS}
 
 
@@ -272,6 +276,8 @@ def describe(name, results):
     figures = results[name]
     if 'failed' in figures:
         return f'{name:55} {figures["failed"]}'
+    if 'torch' in figures:
+        return describe_depthwise(name, figures)
     text = (
         f'{name:55} {figures["seconds"] * 1e3:9.3f} ms '
         f'({figures["least"] * 1e3:.3f} to {figures["most"] * 1e3:.3f})'
@@ -288,6 +294,20 @@ def describe(name, results):
             f'{share:.0%} of the bound'
         )
     return text
+
+
+def describe_depthwise(name, figures):
+    """A line of the table, of a row of gpu_depthwise.py."""
+    text = (
+        f'{name:55} {figures["triton"] * 1e3:9.3f} ms, '
+        f'PyTorch {figures["torch"] * 1e3:.3f} ms'
+    )
+    if 'share' in figures:
+        return f'{text}, {figures["share"]:.0%} of the bound'
+    return (
+        f'{text}, {figures["triton_bytes"] / 2**20:.0f} MB, '
+        f'PyTorch {figures["torch_bytes"] / 2**20:.0f} MB'
+    )
 
 
 def check(device):
@@ -332,6 +352,8 @@ def main(args=None):
         return 2
     import triton
 
+    from . import gpu_depthwise
+
     device = torch.device('cuda')
     print(
         f'{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}, '
@@ -340,7 +362,11 @@ def main(args=None):
     if not check(device):
         return 1
     results = {}
-    for name, run in ROWS.items():
+    depthwise = {
+        name: lambda _, run=run: run()
+        for name, run in gpu_depthwise.rows(device).items()
+    }
+    for name, run in {**ROWS, **depthwise}.items():
         if name in DEVICE_ROWS or any(text in name for text in args.rows):
             results[name] = measure(run, device)
             print(describe(name, results), flush=True)

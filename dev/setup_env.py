@@ -281,7 +281,7 @@ def main():
         log.unlink()
 
     extras = read_pins(setup_py)
-    pins, tests = extras[STACK], extras['tests'].values()
+    pins = extras[STACK]
     base = [pins.get(name, name) for name in ('torch', 'numpy', *BUILD_TOOLS)]
     follow({pins['torch']: lambda: pip('torch', 'install', *base)})
     build, flags, cpu_only = inspect_torch()
@@ -293,7 +293,7 @@ def main():
     cached = any(cache.glob('*.whl'))
     # Side by side, because these packages replace nothing that the build of
     # mmcv uses: torch, numpy and the build tools are there as pinned.
-    packages = *pins.values(), *tests
+    packages = {**extras['tests'], **pins}.values()
     jobs = {'packages': lambda: pip('packages', 'install', *packages)}
     if not cached:
         jobs[mmcv] = lambda: build_mmcv(mmcv, folder, flags, cpu_only)

@@ -12,19 +12,30 @@ PACKAGE = Path(__file__).parents[1] / 'mmoverlock'
 ALLOWED = {
     '__init__': ([], []),
     'ops.contmix_reference': ([], ['torch']),
-    'ops.tracing': ([], ['torch']),
+    'ops.environment': ([], ['torch', 'triton']),
     'ops.contmix_tiled': (
-        ['ops.contmix_reference', 'ops.tracing'],
+        ['ops.contmix_reference', 'ops.environment'],
         ['torch'],
     ),
     'ops.contmix_triton': ([], ['torch', 'triton']),
     'ops.contmix': (
-        ['ops.contmix_reference', 'ops.contmix_tiled', 'ops.contmix_triton'],
-        ['torch', 'triton'],
+        [
+            'ops.contmix_reference',
+            'ops.contmix_tiled',
+            'ops.contmix_triton',
+            'ops.environment',
+        ],
+        ['torch'],
     ),
     'ops.depthwise_triton': ([], ['torch', 'triton']),
-    'ops.depthwise': (['ops.depthwise_triton'], ['torch']),
-    'ops.__init__': (['ops.contmix', 'ops.depthwise', 'ops.tracing'], []),
+    'ops.depthwise': (
+        ['ops.depthwise_triton', 'ops.environment'],
+        ['torch'],
+    ),
+    'ops.__init__': (
+        ['ops.contmix', 'ops.depthwise', 'ops.environment'],
+        [],
+    ),
     'models.layers': (['ops'], ['torch']),
     'models.reparam': (['models.layers', 'ops'], ['torch']),
     'models.blocks': (['models.layers', 'models.reparam', 'ops'], ['torch']),

@@ -5,7 +5,7 @@ from .depthwise import (
     depthwise_conv2d,
     sum_of_branches,
 )
-from .tracing import is_compiling
+from .environment import is_compiling
 
 __all__ = [
     'Branch',

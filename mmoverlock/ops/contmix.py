@@ -19,8 +19,7 @@ from torch import Tensor
 
 from .contmix_reference import contmix_reference
 from .contmix_tiled import contmix_tiled
-
-MIN_TRITON = 3, 6
+from .environment import check_triton
 
 
 def contmix_triton(*args) -> Tensor:
@@ -35,25 +34,6 @@ BACKENDS = {
     'tiled': contmix_tiled,
     'triton': contmix_triton,
 }
-
-
-def check_triton() -> None:
-    """Raise ImportError if the packages for 'triton' are not there."""
-    needs = (
-        "ContMix backend 'triton' needs triton "
-        f'{".".join(map(str, MIN_TRITON))} or later, as torch 2.11 and later '
-        'for CUDA bring along'
-    )
-    try:
-        import triton
-    except ImportError as error:
-        raise ImportError(f'{needs}; it cannot be imported') from error
-    version = tuple(map(int, triton.__version__.split('.')[:2]))
-    if version < MIN_TRITON:
-        raise ImportError(
-            f'{needs}; this is triton {triton.__version__} '
-            f'with torch {torch.__version__}'
-        )
 
 
 def resolve_backend(backend: str) -> str:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .contmix_reference import bias_starts, window_starts
-from .tracing import is_compiling
+from .environment import is_compiling
 
 # Side of a tile, at most. Larger tiles multiply more zeros, smaller ones copy
 # more of what their regions share.

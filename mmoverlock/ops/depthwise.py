@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .environment import check_triton
+
 BACKENDS = ('auto', 'triton')
 
 SLOW_WIDTHS = range(11, 15)  # slower than the width behind them
@@ -41,13 +43,7 @@ def check_depthwise_backend(backend: str) -> None:
             f'expected one of {list(BACKENDS)}'
         )
     if backend == 'triton':
-        try:
-            from .depthwise_triton import depthwise_conv2d  # noqa: F401
-        except ImportError as error:
-            raise ImportError(
-                "the depthwise backend 'triton' needs triton 3.6 or newer, "
-                f'which comes with PyTorch for CUDA: {error}'
-            ) from error
+        check_triton()
 
 
 def depthwise_conv2d(

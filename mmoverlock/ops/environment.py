@@ -1,0 +1,37 @@
+"""What depends on who is calling, and on what is installed."""
+
+import torch
+
+MIN_TRITON = 3, 6
+
+
+def is_compiling() -> bool:
+    """Whether torch.compile or torch.export trace the call.
+
+    Versions of torch before 2.3 cannot tell; there, it is whether
+    torch.jit.trace does.
+    """
+    return getattr(torch.compiler, 'is_compiling', torch.jit.is_tracing)()
+
+
+def check_triton() -> None:
+    """Check that Triton is there.
+
+    Raises:
+        ImportError: If it is not, or too old.
+    """
+    needs = (
+        "the backend 'triton' needs triton "
+        f'{".".join(map(str, MIN_TRITON))} or later, as torch 2.11 and later '
+        'for CUDA bring along'
+    )
+    try:
+        import triton
+    except ImportError as error:
+        raise ImportError(f'{needs}; it cannot be imported') from error
+    version = tuple(map(int, triton.__version__.split('.')[:2]))
+    if version < MIN_TRITON:
+        raise ImportError(
+            f'{needs}; this is triton {triton.__version__} '
+            f'with torch {torch.__version__}'
+        )
