@@ -185,6 +185,10 @@ def test_classifier_and_video(models, photos, tmp_path):
     assert predictions[1] != predictions[2]
     pictures = tmp_path / 'out' / 'pictures'
     assert drawn(pictures / 'a.png', image)
+    below = [
+        np.asarray(Image.open(p))[-9:] for p in (pictures / 'a.png', image)
+    ]
+    assert (below[0] == below[1]).all()  # text is above
     assert sorted(path.name for path in (pictures / 'clip').iterdir()) == [
         '000000.png',
         '000001.png',
@@ -214,9 +218,15 @@ def test_colours(models, photos, tmp_path, monkeypatch, task):
     image = photos / 'a.png'
     run(models, task, tmp_path, image)
     classes = 80 if task == 'det' else 150
-    names = str([f'c{i}' for i in range(classes - 1)]).replace(' ', '')
-    options = [f'test_dataloader.dataset.metainfo.classes={names}']
-    run(models, task, tmp_path, image, options=['--cfg-options', *options])
+    config = tmp_path / 'own.py'
+    config.write_text(
+        f'_base_ = {models[task][0]!r}\n'
+        f'classes = [str(i) for i in range({classes - 1})]\n'
+        'metainfo = dict(classes=classes)\n'
+        'test_dataloader = dict(dataset=dict(metainfo=metainfo))\n'
+    )
+    models = {task: (str(config), models[task][1])}
+    run(models, task, tmp_path, image)
     given, own = (meta['palette'] for meta in metas)
     assert len(given) == classes and tuple(given[0]) in {
         (220, 20, 60),

@@ -80,6 +80,9 @@ def test_curves(tmp_path, figures):
     assert lines(rates)['lr'][1] == [0.01, 0.005, 0.1 / 30]
     assert lines(speed)['images/s'][1] == [8.0, 16.0, 16.0]
     assert lines(memory)['memory'][1] == [100, 200, 300]
+    for axes in (losses, metrics):
+        legend = axes.get_legend().get_window_extent()
+        assert legend.x0 > axes.get_window_extent().x1  # hides no curve
     assert Image.open(tmp_path / 'curves.png').size == (1440, 900)
 
 

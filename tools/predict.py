@@ -245,8 +245,9 @@ def run(args, cfg):
     classes = model.dataset_meta.get('classes')
     if not classes:
         raise cli.UserError(
-            'neither the checkpoint nor the config names the classes: add '
-            '--cfg-options "test_dataloader.dataset.metainfo.classes=[...]"'
+            'neither the checkpoint nor the config names the classes: write '
+            'test_dataloader = dict(dataset=dict(metainfo=dict(classes=[...])'
+            ')) into the config'
         )
     visualizer = VISUALIZERS.build(dict(type=VISUALIZER[scope], name='tool'))
     visualizer.dataset_meta = dict(model.dataset_meta)
