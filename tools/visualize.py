@@ -92,7 +92,7 @@ def principal_components(maps):
     components = points @ (axes * peaks.sign()).T
     missing = 3 - components.shape[1]
     components, shares = (
-        F.pad(values, (0, missing)) for values in (components, shares[:3])
+        F.pad(found, (0, missing)) for found in (components, shares[:3])
     )
     return components.reshape(*size, 3), shares
 
@@ -424,9 +424,9 @@ def draw_erf(backbone, images, args):
 
     The gradient, with respect to the image, of the central position of the
     last block's output, summed over its channels; where positive, summed over
-    colours and images (RepLKNet, CVPR 2022). Areas are those of the smallest
-    centred squares with the given shares of the sum, which is not taken the
-    logarithm of.
+    colours and images (RepLKNet, CVPR 2022). The areas are those of the
+    smallest centred squares with the given shares of the sum itself, not of
+    logarithms.
     """
     modules = {
         f'stage {stage}': find_module(backbone, f'sub_blocks{stage}')[-1]
