@@ -14,8 +14,9 @@ import torch
 
 from mmoverlock.models import OverLoCK
 
-COLOURS = {'base': '#cfe2f3', 'overview': '#fde9c9', 'focus': '#d5ecd4'}
-WIDTH, HEIGHT = 1.9, 0.95
+COLOURS = {'Base': '#cfe2f3', 'Overview': '#fde9c9', 'Focus': '#d5ecd4'}
+WIDTH, HEIGHT = 2.1, 1.15
+TOP, BOTTOM = 2.9, 0.7  # of the lower edges of boxes
 
 
 def draw(arch):
@@ -30,71 +31,82 @@ def draw(arch):
     with torch.device('meta'):
         model = OverLoCK(arch)
     figure, axes = plt.subplots(figsize=(9.6, 4.1), layout='constrained')
-    axes.set(xlim=(-0.2, 11.2), ylim=(-0.3, 4.3), aspect='equal')
+    axes.set(xlim=(-0.1, 11.3), ylim=(-0.4, 4.15), aspect='equal')
     axes.axis('off')
-    places = {
-        'blocks1': (1.1, 3, 'base', 'Base-Net, stage 1'),
-        'blocks2': (3.6, 3, 'base', 'Base-Net, stage 2'),
-        'blocks3': (6.1, 3, 'base', 'Base-Net, stage 3'),
-        'blocks4': (8.6, 3, 'overview', 'Overview-Net'),
-        'sub_blocks3': (6.1, 0.9, 'focus', 'Focus-Net, stage 3'),
-        'sub_blocks4': (8.6, 0.9, 'focus', 'Focus-Net, stage 4'),
-    }
-    sizes = dict(zip(model.block_groups, (0, 1, 2, 3, 2, 3), strict=True))
-    for group, (x, y, part, title) in places.items():
-        blocks, stage = getattr(model, group), sizes[group]
-        kind = type(blocks[0]).__name__
-        kernel = model.kernel_sizes[stage]
-        kernels = f'kernel {kernel} x {kernel}'
-        if part == 'focus':
-            kernels = f'dynamic kernels 5 x 5, {kernel} x {kernel}'
-        box(axes, x, y, COLOURS[part])
-        text = (
-            f'{len(blocks)} x {kind}\n{kernels}\n'
-            f'{model.channels[stage]} channels, stride {4 * 2**stage}'
-        )
-        axes.text(
-            x + WIDTH / 2, y + 0.4, text, ha='center', va='center', size=7
-        )
-        axes.text(
-            x + WIDTH / 2, y + 1, title, ha='center', size=8, weight='bold'
-        )
-    axes.text(0.1, 3.475, 'image', ha='center', va='center', size=8)
-    for x in (0.35, 3, 5.5, 8):  # along the top
-        arrow(axes, (x, 3.475), (x + (0.75 if x < 1 else 0.6), 3.475))
+    axes.set_title(f'OverLoCK-{arch}', size=10)
+
     prior = model.high_level_proj.out_channels
-    # From the Overview-Net back to stage 3 of the Focus-Net, with its map.
-    arrow(axes, (7.05, 3), (7.05, 2.15))
-    arrow(axes, (9.55, 3), (9.55, 2.15), style='--')
-    arrow(axes, (9.55, 2.5), (7.5, 2.15), style='--')
+    columns = 1.0, 3.6, 6.2, 8.8  # of stages 1 to 4
+    for group, title, stage, y in (
+        ('blocks1', 'Base-Net, stage 1', 0, TOP),
+        ('blocks2', 'Base-Net, stage 2', 1, TOP),
+        ('blocks3', 'Base-Net, stage 3', 2, TOP),
+        ('blocks4', 'Overview-Net', 3, TOP),
+        ('sub_blocks3', 'Focus-Net, stage 3', 2, BOTTOM),
+        ('sub_blocks4', 'Focus-Net, stage 4', 3, BOTTOM),
+    ):
+        blocks = getattr(model, group)
+        kernel, channels = model.kernel_sizes[stage], model.channels[stage]
+        kernels = f'kernel {kernel} x {kernel}'
+        if y == BOTTOM:
+            kernels = f'dynamic 5 x 5 and {kernel} x {kernel}'
+            channels = f'{channels} + {prior}'
+        x = columns[stage]
+        box(axes, x, y, COLOURS[title.partition('-')[0]])
+        axes.text(
+            *(x + WIDTH / 2, y + HEIGHT - 0.2, title),
+            **dict(ha='center', va='center', size=8, weight='bold'),
+        )
+        text = (
+            f'{len(blocks)} x {type(blocks[0]).__name__}\n{kernels}\n'
+            f'{channels} channels\nstride {4 * 2**stage}'
+        )
+        axes.text(
+            *(x + WIDTH / 2, y + 0.44, text),
+            **dict(ha='center', va='center', size=7),
+        )
+
+    middle = TOP + HEIGHT / 2
+    axes.text(0.1, middle, 'image', ha='center', va='center', size=8)
+    arrow(axes, (0.38, middle), (columns[0], middle))
+    for left, right in zip(columns, columns[1:], strict=False):
+        arrow(axes, (left + WIDTH, middle), (right, middle))
+
+    stage3, stage4 = (x + WIDTH / 2 for x in columns[2:])
+    roof = BOTTOM + HEIGHT
+    arrow(axes, (stage3, TOP), (stage3, roof))
+    # From the Overview-Net to both stages of the Focus-Net.
+    arrow(axes, (stage4, TOP), (stage4, roof), style='--')
+    fork = (TOP + roof) / 2
+    arrow(axes, (stage4, fork), (stage3 + 0.5, roof), style='--')
     axes.text(
-        *(9.65, 2.55, f'context prior P0,\n{prior} channels'),
+        *(stage4 + 0.1, fork, f'context prior P0,\n{prior} channels'),
         **dict(size=7.5, style='italic', va='center'),
     )
-    arrow(axes, (8, 1.375), (8.6, 1.375))
-    axes.text(8.3, 1.5, 'x, P', ha='center', size=7)
-    for x, y, index, start in (
-        *((2.05, 0.1, 0, 3), (4.55, 0.1, 1, 3)),
-        *((7.05, 0.1, 2, 0.9), (9.55, 0.1, 3, 0.9)),
+    between = BOTTOM + HEIGHT / 2
+    arrow(axes, (columns[2] + WIDTH, between), (columns[3], between))
+    axes.text(
+        *((columns[2] + WIDTH + columns[3]) / 2, between + 0.12, 'x, P'),
+        **dict(ha='center', size=7),
+    )
+
+    for index, (x, start) in enumerate(
+        zip(columns, (TOP, TOP, BOTTOM, BOTTOM), strict=True)
     ):
-        arrow(axes, (x, start), (x, y))
+        x += WIDTH / 2
+        arrow(axes, (x, start), (x, 0.1))
         axes.text(
-            *(
-                x,
-                y - 0.08,
-                f'map {index}, {model.out_channels[index]} channels',
-            ),
+            *(x, 0, f'map {index}\n{model.out_channels[index]} channels'),
             **dict(ha='center', va='top', size=8),
         )
-    axes.set_title(f'OverLoCK-{arch}', size=10)
     return figure
 
 
 def box(axes, x, y, colour):
     axes.add_patch(
         plt.matplotlib.patches.FancyBboxPatch(
-            *((x, y), WIDTH, HEIGHT - 0.1),
-            **dict(boxstyle='round,pad=0.02', fc=colour, ec='0.4'),
+            *((x, y), WIDTH, HEIGHT),
+            **dict(boxstyle='round,pad=0', fc=colour, ec='0.4'),
         )
     )
 
@@ -102,7 +114,11 @@ def box(axes, x, y, colour):
 def arrow(axes, start, end, style='-'):
     axes.annotate(
         *('', end, start),
-        **dict(arrowprops=dict(arrowstyle='->', ls=style, color='0.3')),
+        **dict(
+            arrowprops=dict(
+                arrowstyle='->', ls=style, color='0.3', shrinkA=0, shrinkB=0
+            )
+        ),
     )
 
 

@@ -101,7 +101,8 @@ def draw_curves(work_dir: Path, batch_size: int) -> dict:
         axes.grid(alpha=0.3)
     for axes in (losses, metrics):
         if axes.lines:
-            axes.legend(fontsize=8)
+            # Beside the curves, of which it would hide some.
+            axes.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1.02))
     figure.savefig(work_dir / 'curves.png', dpi=120)
     plt.close(figure)
     return last

@@ -1,9 +1,11 @@
 """Trained models on images of the user: what the tools share."""
 
 import os
+from colorsys import hsv_to_rgb
 from glob import glob
 from pathlib import Path
 
+import cv2
 import mmcv
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ VIDEOS = ('.avi', '.mkv', '.mov', '.mp4', '.webm')
 
 
 class UnreadableImage(ValueError):
-    """A file that is no image or a damaged one; the message says why."""
+    """What cannot be read as an image; the message says why."""
 
 
 def init_model(
@@ -165,10 +167,20 @@ def prepare(pipeline: Compose, image: np.ndarray) -> dict:
 
     Returns:
         dict: ``inputs`` and ``data_samples``.
+
+    Raises:
+        UnreadableImage: If the pipeline cannot resize it.
     """
     size = image.shape[:2]
     data = dict(img=image, img_shape=size, ori_shape=size)
-    return pseudo_collate([pipeline(data | dict(img_path='', img_id=0))])
+    try:
+        data = pipeline(data | dict(img_path='', img_id=0))
+    except cv2.error as error:  # one side would vanish
+        raise UnreadableImage(
+            f'{size[1]} x {size[0]} pixels are too narrow for the test '
+            'pipeline'
+        ) from error
+    return pseudo_collate([data])
 
 
 @torch.no_grad()
@@ -205,6 +217,19 @@ def network_input(
     batch = prepare(pipeline, image)
     picture = batch['inputs'][0].permute(1, 2, 0).numpy()[..., ::-1]
     return model.data_preprocessor(batch, False)['inputs'], picture
+
+
+def colour_of(label: int) -> tuple[float, float, float]:
+    """A colour that no other label has, far from those of labels near it.
+
+    Args:
+        label (int): Number of a class.
+
+    Returns:
+        tuple[float, float, float]: Red, green and blue, from 0 to 1.
+    """
+    turn = label * 0.618034 % 1  # the golden ratio leaves no two close
+    return hsv_to_rgb(turn, 0.95 - label % 3 * 0.2, 0.9 - label % 2 * 0.25)
 
 
 def _test_set(cfg):

@@ -67,7 +67,7 @@ ALLOWED = {
     'amp': ([], ['mmcv', 'mmengine', 'torch']),
     'inference': (
         ['checkpoint', 'checkpoint_file'],
-        ['mmcv', 'mmengine', 'numpy', 'torch'],
+        ['cv2', 'mmcv', 'mmengine', 'numpy', 'torch'],
     ),
     'curves': ([], ['matplotlib', 'mmengine']),
     'resume': (['checkpoint_file'], ['mmengine', 'numpy', 'torch']),

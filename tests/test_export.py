@@ -122,7 +122,12 @@ def test_detector_torch_export(build, tmp_path, capsys):
     image = torch.randn(1, 3, 64, 96)
     wanted = model.extract_feat(image)
     assert len(wanted) == 5
-    compare(torch.export.load(path).module()(image), wanted)
+    program = torch.export.load(path)
+    compare(program.module()(image), wanted)
+    # It is the merged and fused form.
+    assert program.state_dict
+    for name in program.state_dict:
+        assert 'running_mean' not in name and 'dil_conv' not in name
 
 
 @pytest.mark.parametrize('size', [1, 6, 7])

@@ -9,6 +9,7 @@ import tiny
 import torch
 from PIL import Image
 from pycocotools import mask as coco_masks
+from pycocotools.coco import COCO
 
 pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
 mmdet, mmseg, mmpretrain = (
@@ -86,6 +87,12 @@ def test_detector(models, photos, tmp_path):
     assert [a['id'] for a in annotations] == [1, 2, 3, 4, 5]
     assert drawn(tmp_path / 'pictures' / 'a.png', image)
 
+    # pycocotools reads the file, and its masks and areas agree.
+    coco = COCO(str(tmp_path / 'predictions.json'))
+    assert coco.getImgIds() == [1] and len(coco.getCatIds()) == 80
+    for annotation in coco.loadAnns(coco.getAnnIds(imgIds=[1])):
+        assert coco.annToMask(annotation).sum() == annotation['area']
+
     scores = [annotation['score'] for annotation in annotations]
     assert scores == sorted(scores, reverse=True)
     kept = 1 + np.argmin(np.diff(scores))  # before the largest drop
@@ -110,12 +117,21 @@ def test_segmenter_and_inputs(models, photos, tmp_path, capsys):
     bad = tmp_path / 'bad.png'
     bad.write_bytes((photos / 'a.png').read_bytes()[:60])
     (tmp_path / 'empty').mkdir()
-    inputs = [photos, bad, photos / 's*' / 'b.png', tmp_path / 'none.png']
+    thin = tmp_path / 'thin.png'
+    Image.new('RGB', (2000, 2)).save(thin)
+    inputs = [
+        thin,
+        photos,
+        bad,
+        photos / 's*' / 'b.png',
+        tmp_path / 'none.png',
+    ]
     with pytest.raises(SystemExit) as stop:
         run(models, 'seg', tmp_path, *inputs, tmp_path / 'empty')
     assert stop.value.code == 1
     message = capsys.readouterr().err
-    assert '3 inputs could not be read' in message
+    assert '4 inputs could not be read' in message
+    assert f'{thin}: 2000 x 2 pixels are too narrow' in message
     assert f'{bad}: not an image' in message
     assert f'{tmp_path / "none.png"}: there is no such file' in message
     assert f'{tmp_path / "empty"}: there are no images' in message
@@ -169,10 +185,74 @@ def test_classifier_and_video(models, photos, tmp_path):
     assert predictions[1] != predictions[2]
     pictures = tmp_path / 'out' / 'pictures'
     assert drawn(pictures / 'a.png', image)
+    below = [
+        np.asarray(Image.open(p))[-9:] for p in (pictures / 'a.png', image)
+    ]
+    assert (below[0] == below[1]).all()  # text is above
     assert sorted(path.name for path in (pictures / 'clip').iterdir()) == [
         '000000.png',
         '000001.png',
     ]
+
+
+def test_inputs_among_results(models, photos, tmp_path, capsys):
+    """A second run does not replace its inputs, nor predict its results."""
+    (tmp_path / 'pictures').mkdir()
+    image = tmp_path / 'pictures' / 'a.png'
+    image.write_bytes((photos / 'a.png').read_bytes())
+    for given in (image, tmp_path):
+        argv = [*models['cls'], str(given), '--out', str(tmp_path)]
+        assert 'where results go' in fail(argv, capsys)
+    assert image.read_bytes() == (photos / 'a.png').read_bytes()
+
+
+@pytest.mark.parametrize('task', ['det', 'seg'])
+def test_colours(models, photos, tmp_path, monkeypatch, task):
+    """The dataset's, or distinct ones for other classes."""
+    metas = []
+    monkeypatch.setattr(
+        tool,
+        'draw',
+        lambda visualizer, *_: metas.append(visualizer.dataset_meta),
+    )
+    image = photos / 'a.png'
+    run(models, task, tmp_path, image)
+    classes = 80 if task == 'det' else 150
+    config = tmp_path / 'own.py'
+    config.write_text(
+        f'_base_ = {models[task][0]!r}\n'
+        f'classes = [str(i) for i in range({classes - 1})]\n'
+        'metainfo = dict(classes=classes)\n'
+        'test_dataloader = dict(dataset=dict(metainfo=metainfo))\n'
+    )
+    models = {task: (str(config), models[task][1])}
+    run(models, task, tmp_path, image)
+    given, own = (meta['palette'] for meta in metas)
+    assert len(given) == classes and tuple(given[0]) in {
+        (220, 20, 60),
+        (120, 120, 120),
+    }
+    assert len(set(own)) == classes - 1
+
+
+def test_progress(models, photos, tmp_path, monkeypatch):
+    """It counts frames, as many as videos say they have."""
+    video = tmp_path / 'clip.avi'
+    codec = cv2.VideoWriter_fourcc(*'MJPG')
+    writer = cv2.VideoWriter(str(video), codec, 5, (80, 60))
+    for _ in range(3):
+        writer.write(cv2.imread(str(photos / 'a.png')))
+    writer.release()
+    bars = []
+
+    class Progress(tool.Progress):
+        def advance(self, task, *args):
+            super().advance(task, *args)
+            bars.append((self.tasks[0].completed, self.tasks[0].total))
+
+    monkeypatch.setattr(tool, 'Progress', Progress)
+    run(models, 'cls', tmp_path / 'out', photos / 'a.png', video)
+    assert bars == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def fail(argv, capsys):

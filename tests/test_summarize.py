@@ -13,6 +13,7 @@ from mmengine.structures import InstanceData
 from PIL import Image
 
 from mmoverlock.curves import CurvesHook, draw_curves, read_scalars
+from mmoverlock.inference import colour_of
 
 pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
@@ -79,6 +80,9 @@ def test_curves(tmp_path, figures):
     assert lines(rates)['lr'][1] == [0.01, 0.005, 0.1 / 30]
     assert lines(speed)['images/s'][1] == [8.0, 16.0, 16.0]
     assert lines(memory)['memory'][1] == [100, 200, 300]
+    for axes in (losses, metrics):
+        legend = axes.get_legend().get_window_extent()
+        assert legend.x0 > axes.get_window_extent().x1  # hides no curve
     assert Image.open(tmp_path / 'curves.png').size == (1440, 900)
 
 
@@ -128,7 +132,7 @@ def test_hook(tmp_path):
 
 
 def test_colours_do_not_collide():
-    colours = np.array([tool.colour_of(label) for label in range(150)])
+    colours = np.array([colour_of(label) for label in range(150)])
     distance = np.abs(colours[:, None] - colours).max(-1)
     assert (distance + np.eye(150)).min() > 0.005
     near = [np.abs(np.diff(colours, i, axis=0)).max(1).min() for i in (1,)]

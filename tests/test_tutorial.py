@@ -29,7 +29,7 @@ RESULTS = [
 ]
 
 
-def test_tutorial(tmp_path):
+def test_tutorial(tmp_path, monkeypatch):
     """Its commands, as they stand."""
     for package in ('mmcv._ext', 'mmdet', 'onnxruntime', 'onnxscript'):
         pytest.importorskip(package)
@@ -63,6 +63,16 @@ def test_tutorial(tmp_path):
     words = '160 x 160: differs by .*e-0[5-9] at most'
     assert re.search(words if exported else 'needs torch 2.6', output)
 
+    # And what another page says about the ONNX file.
+    text = (ROOT / 'docs' / 'mmdeploy.md').read_text()
+    (code,) = re.findall(r'^```python\n(.*?)^```', text, re.DOTALL | re.M)
+    monkeypatch.chdir(tmp_path / 'work_dirs' / 'tutorial')
+    names = {}
+    exec(code, names)
+    assert [output.shape[2] for output in names['outputs']] == [
+        *(40, 20, 10, 5, 3)
+    ]
+
 
 def test_architecture_figure():
     """It shows the numbers of the arch."""
@@ -73,15 +83,23 @@ def test_architecture_figure():
     figure = module.draw('xt')
     text = '\n'.join(item.get_text() for item in figure.axes[0].texts)
     for words in (
-        *('2 x RepConvBlock', 'kernel 17 x 17', '56 channels, stride 4'),
-        *('6 x FocusBlock', 'kernels 5 x 5, 13 x 13', 'P0,\n84 channels'),
-        *('map 2, 340 channels', 'map 3, 420 channels'),
+        *('2 x RepConvBlock', 'kernel 17 x 17', '56 channels\nstride 4'),
+        *(
+            '6 x FocusBlock',
+            'dynamic 5 x 5 and 13 x 13',
+            '256 + 84 ch',
+            'P0,\n84',
+        ),
+        *('map 2\n340 channels', 'map 3\n420 channels'),
     ):
         assert words in text
     assert (ROOT / 'docs' / 'architecture.png').exists()
 
 
-@pytest.mark.parametrize('page', ['tutorial.md', 'architecture.md'])
+PAGES = ['tutorial.md', 'architecture.md', 'mmdeploy.md']
+
+
+@pytest.mark.parametrize('page', PAGES)
 def test_links(page):
     text = (ROOT / 'docs' / page).read_text()
     links = re.findall(r'\]\((?!http)(.+?)\)', text)

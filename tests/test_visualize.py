@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from mmengine.config import Config
 from PIL import Image
 
+from mmoverlock.inference import (
+    build_pipeline,
+    init_model,
+    network_input,
+    read_image,
+)
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.blocks import FocusBlock
 
@@ -49,21 +56,123 @@ def check_picture(path):
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 200
 
 
-def test_prior(files, tmp_path):
+@pytest.fixture
+def shown(monkeypatch):
+    """What `show_maps` gets, and the figures that are saved."""
+    calls, figures = [], []
+    show, save = tool.show_maps, tool.save
+
+    def show_maps(*args):
+        calls.append(args)
+        show(*args)
+
+    def save_figure(figure, path):
+        figures.append(figure)
+        save(figure, path)
+
+    monkeypatch.setattr(tool, 'show_maps', show_maps)
+    monkeypatch.setattr(tool, 'save', save_figure)
+    return calls, figures
+
+
+def load(files):
+    """The backbone of the files, and the input and picture of the image."""
+    cfg = Config.fromfile(files[0])
+    model = init_model(cfg, files[1])
+    image = network_input(model, build_pipeline(cfg), read_image(files[2]))
+    return model.backbone, *image
+
+
+@torch.no_grad()
+def test_prior(files, tmp_path, shown):
+    """What the Overview-Net says, and what stage 3 makes of it."""
     run('prior', files, tmp_path)
     check_picture(tmp_path / 'photo_prior.png')
+    ((maps, picture, padded, _),), (figure,) = shown
+    backbone, inputs, expected_picture = load(files)
+    assert padded == inputs.shape[2:]
+    assert (picture == expected_picture).all()
+    base = backbone.base_net(inputs)[-1]
+    overview = backbone.overview_net(base)
+    prior, updated = maps.values()
+    torch.testing.assert_close(prior, backbone.high_level_proj(overview)[0])
+    stage3 = backbone.focus_net(base, overview)[0]
+    torch.testing.assert_close(updated, stage3[0, -len(prior) :])
+    assert [*maps] == ['context prior P0', 'P after stage 3']
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[0] == 'image\n'
+    assert titles[1] == 'context prior P0\n8 channels, 2 x 2'
+    assert titles[4].endswith('%')
 
 
-def test_features(det_files, tmp_path):
+def test_features(det_files, tmp_path, shown):
     run('features', det_files, tmp_path)
     check_picture(tmp_path / 'photo_features.png')
+    ((maps, _, _, _),), (figure,) = shown
+    assert [*maps] == [f'map {i}, stride {4 * 2**i}' for i in range(4)]
+    backbone, inputs, picture = load(det_files)
+    for map_, expected in zip(maps.values(), backbone(inputs), strict=True):
+        torch.testing.assert_close(map_, expected[0])
+    # The maps are those of the padded input, laid over the picture in it.
+    height, width = inputs.shape[2:]
+    assert (height, width) != picture.shape[:2]
+    for axes in figure.axes[1:5] + figure.axes[6:10]:
+        extent = axes.images[-1].get_extent()
+        assert extent == [-0.5, width - 0.5, height - 0.5, -0.5]
+        assert axes.get_ylim() == (picture.shape[0] - 0.5, -0.5)
+        assert axes.get_xlim() == (-0.5, picture.shape[1] - 0.5)
+
+
+def test_features_of_a_classifier(files, tmp_path, shown):
+    run('features', files, tmp_path)
+    assert [*shown[0][0][0]] == ['Overview-Net', 'Focus-Net']
 
 
 @pytest.mark.parametrize('stage', ['3', '4'])
-def test_kernels(files, tmp_path, stage):
+def test_kernels(files, tmp_path, stage, shown):
     options = ['--at', '10,20', '60,5', '--stage', stage, '--block', '0']
     run('kernels', files, tmp_path, *options)
     check_picture(tmp_path / 'photo_kernels.png')
+    (figure,) = shown[1]
+    pictures = figure.axes[0], figure.axes[9]
+    titles = [axes.get_title() for axes in pictures]
+    assert titles == ['x = 10, y = 20', 'x = 60, y = 5']
+    cells = [axes for axes in figure.axes[:18] if axes not in pictures]
+    assert len(cells) == 2 * 2 * 4
+    scales = set()
+    for cell in cells:
+        (image,) = cell.images
+        ratios = np.asarray(image.get_array())
+        assert ratios.mean() == pytest.approx(1, abs=1e-4)
+        scales.add((image.norm.vmin, image.norm.vmax))
+        # The ring is in the middle, unless the window is at a border.
+        (ring,) = cell.lines
+        column, row = ring.get_xdata()[0], ring.get_ydata()[0]
+        assert 0 <= column < len(ratios) and 0 <= row < len(ratios)
+    ((low, high),) = scales  # one for all
+    assert low == pytest.approx(1 / high)
+    assert figure.axes[18].get_xlabel().startswith('weight / weight of')
+
+
+def test_windows_in_the_picture():
+    """Rectangles and rings are where the windows and positions are."""
+    picture = np.zeros((40, 60, 3), np.uint8)
+    kernels = [
+        (torch.full((2, 5, 5), 1 / 25), 0, 3),
+        (torch.full((2, 7, 7), 1 / 49), 1, 2),
+    ]
+    figure = tool.show_kernels([((45, 9), (1, 5), kernels)], picture, (8, 9))
+    boxes = [patch.get_bbox().bounds for patch in figure.axes[0].patches]
+    assert boxes == [(26.5, -0.5, 45, 40), (17.5, 7.5, 63, 56)]
+    (cross, _) = figure.axes[0].lines
+    assert (cross.get_xdata()[0], cross.get_ydata()[0]) == (45, 9)
+    rings = [
+        axes.lines[0].get_xydata()[0].tolist() for axes in figure.axes[1:5]
+    ]
+    assert rings == [[2, 1], [2, 1], [3, 0], [3, 0]]
+    for axes in figure.axes[1:5]:
+        assert np.allclose(axes.images[0].get_array(), 1)
+    tool.plt.close(figure)
 
 
 def test_dynamic_kernels():
@@ -107,7 +216,7 @@ def test_dynamic_kernels():
         )
 
 
-def test_erf(files, tmp_path, capsys):
+def test_erf(files, tmp_path, capsys, shown):
     run('erf', files, tmp_path, '--size', '64')
     check_picture(tmp_path / 'erf.png')
     lines = capsys.readouterr().out.splitlines()
@@ -118,6 +227,10 @@ def test_erf(files, tmp_path, capsys):
         ratios = [float(n.strip('%')) for n in line.split()[2:]]
         assert len(ratios) == 4 and ratios == sorted(ratios)
         assert 0 < ratios[0] and ratios[-1] <= 100
+        axes = shown[1][0].axes[int(name[-1]) - 3]
+        assert axes.images[0].get_array().max() == pytest.approx(1)
+        written = ' / '.join(f'{ratio:.1f}' for ratio in ratios)
+        assert f'in {written} % of the area' in axes.get_xlabel()
 
 
 def test_area_ratios():
@@ -128,6 +241,21 @@ def test_area_ratios():
     point = torch.zeros(11, 11)
     point[5, 5] = 1
     assert tool.area_ratios(point, 5.0) == pytest.approx([1 / 121] * 4)
+
+
+def test_area_ratios_by_search():
+    """Squares that grow around an odd centre until they hold the share."""
+    found = torch.rand(32, 32, generator=torch.Generator().manual_seed(0))
+    found[12:22, 14:24] += 5
+    expected = []
+    for share in tool.SHARES:
+        for half in range(1, 40):
+            # Around the position from 16 to 20, whose centre is 17.5.
+            low, high = max(18 - half, 0), min(18 + half, 32)
+            if found[low:high, low:high].sum() >= share * found.sum():
+                break
+        expected.append((high - low) ** 2 / 32**2)
+    assert tool.area_ratios(found, 17.5) == pytest.approx(expected)
 
 
 def test_effective_field_is_a_gradient():
@@ -158,15 +286,27 @@ def test_effective_field_is_a_gradient():
     assert sums['a'][40, 30].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_principal_colours():
-    """The first component, of the largest variance, is red."""
+def test_principal_components():
+    """The first, of the largest variance, is red."""
     maps = torch.zeros(4, 6, 5)
     maps[2] = torch.arange(6.0)[:, None]
     maps[0] = 0.1 * torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
-    colours = tool.principal_colours(maps)
-    assert colours.shape == (6, 5, 3)
-    red = colours[..., 0].mean(1)
-    assert (np.diff(red) > 0).all() and red[0] < 0.05 and red[-1] > 0.95
+    components, shares = tool.principal_components(maps)
+    assert components.shape == (6, 5, 3)
+    variances = [maps[i].var(correction=0) for i in (2, 0)]
+    expected = torch.stack(variances) / sum(variances)
+    torch.testing.assert_close(shares[:2].float(), expected)
+    expected = (maps[2] - 2.5).double()
+    torch.testing.assert_close(components[..., 0], expected)
+    assert components[..., 2].abs().max() < 1e-6
+    red = tool.as_colours(components)[..., 0].mean(1)
+    assert (red.diff() > 0).all() and red[0] < 0.05 and red[-1] > 0.95
+
+
+def test_components_of_few_channels():
+    components, shares = tool.principal_components(torch.rand(2, 4, 5))
+    assert components.shape == (4, 5, 3) and not components[..., 2].any()
+    assert shares.sum() == pytest.approx(1) and shares[2] == 0
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ videos, whose frames are predicted one by one. DIR gets
   classes and their scores.
 
 Inputs that cannot be read are listed at the end, and the exit status is 1.
+Those in folders where results go are refused.
 """
 
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import cv2
@@ -25,13 +27,14 @@ from mmengine.registry import VISUALIZERS
 from PIL import Image
 from pycocotools import mask as coco_masks
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 from mmoverlock import cli
 from mmoverlock.inference import (
     VIDEOS,
     UnreadableImage,
     build_pipeline,
+    colour_of,
     find_files,
     init_model,
     predict,
@@ -82,6 +85,25 @@ def build_parser():
     )
     parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
     return parser
+
+
+def check_inputs(files, out):
+    """Refuse inputs that results would replace, or that are results."""
+    for path, _ in files:
+        for folder in ('pictures', 'label_maps'):
+            if (out / folder).resolve() in path.resolve().parents:
+                raise cli.UserError(
+                    f'{path} is in {out / folder}, where results go; choose '
+                    'another --out'
+                )
+
+
+def count_images(path):
+    """The number of images in a file, of videos as they say."""
+    if path.suffix.lower() not in VIDEOS:
+        return 1
+    frames = cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT)
+    return max(int(frames), 1)
 
 
 def read_frames(path, name):
@@ -213,6 +235,8 @@ def draw(visualizer, image, sample, path, score_thr):
 
 def run(args, cfg):
     """Predict all inputs; returns a message for each that cannot be read."""
+    files = find_files(args.inputs)
+    check_inputs(files, args.out)
     model = init_model(cfg, args.checkpoint, args.device or get_device())
     if args.fuse:
         fuse(model)
@@ -221,37 +245,45 @@ def run(args, cfg):
     classes = model.dataset_meta.get('classes')
     if not classes:
         raise cli.UserError(
-            'neither the checkpoint nor the config names the classes: add '
-            '--cfg-options "test_dataloader.dataset.metainfo.classes=[...]"'
+            'neither the checkpoint nor the config names the classes: write '
+            'test_dataloader = dict(dataset=dict(metainfo=dict(classes=[...])'
+            ')) into the config'
         )
     visualizer = VISUALIZERS.build(dict(type=VISUALIZER[scope], name='tool'))
-    visualizer.dataset_meta = model.dataset_meta
+    visualizer.dataset_meta = dict(model.dataset_meta)
+    if len(visualizer.dataset_meta.get('palette') or ()) != len(classes):
+        visualizer.dataset_meta['palette'] = [
+            tuple(round(255 * part) for part in colour_of(label))
+            for label in range(len(classes))
+        ]
+    # Of labels that reach over the edge, which is no concern of the user.
+    warnings.filterwarnings('ignore', '.* out of bounds, the drawn')
     collector = COLLECTORS[scope](args.out, classes, args.score_thr)
     images, unread = [], []
-    files = track(
-        find_files(args.inputs),
-        description='predict',
-        console=Console(stderr=True),
-    )
-    for path, name in files:
-        try:
-            for image, picture, frame in read_frames(path, name):
-                sample = predict(model, pipeline, image)
-                height, width = image.shape[:2]
-                record = {
-                    'id': len(images) + 1,
-                    'file_name': str(path),
-                    'height': height,
-                    'width': width,
-                }
-                if frame is not None:
-                    record['frame'] = frame
-                record |= collector.add(record['id'], picture, sample)
-                images.append(record)
-                picture = args.out / 'pictures' / f'{picture}.png'
-                draw(visualizer, image, sample, picture, args.score_thr)
-        except UnreadableImage as error:
-            unread.append(f'{path}: {error}')
+    with Progress(console=Console(stderr=True)) as progress:
+        counts = [count_images(path) for path, _ in files]
+        task = progress.add_task('predict', total=sum(counts))
+        for path, name in files:
+            try:
+                for image, picture, frame in read_frames(path, name):
+                    sample = predict(model, pipeline, image)
+                    height, width = image.shape[:2]
+                    record = {
+                        'id': len(images) + 1,
+                        'file_name': str(path),
+                        'height': height,
+                        'width': width,
+                    }
+                    if frame is not None:
+                        record['frame'] = frame
+                    record |= collector.add(record['id'], picture, sample)
+                    images.append(record)
+                    picture = args.out / 'pictures' / f'{picture}.png'
+                    draw(visualizer, image, sample, picture, args.score_thr)
+                    progress.advance(task)
+            except UnreadableImage as error:
+                unread.append(f'{path}: {error}')
+        progress.update(task, completed=sum(counts))
     results = {'images': images, **collector.head, **collector.results()}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / 'predictions.json'

@@ -14,7 +14,6 @@ matplotlib.use('Agg')
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import hsv_to_rgb
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import DATASETS
@@ -23,6 +22,7 @@ from mmoverlock import cli
 from mmoverlock.curves import draw_curves
 from mmoverlock.inference import (
     build_pipeline,
+    colour_of,
     init_model,
     predict,
     read_image,
@@ -35,12 +35,6 @@ def latest(folder, pattern, what):
     if not found:
         raise cli.UserError(f'there is no {what} in {folder}')
     return found[-1]
-
-
-def colour_of(label):
-    """A colour (3,) that no other label has, far from the labels near it."""
-    turn = label * 0.618034 % 1  # the golden ratio leaves no two close
-    return hsv_to_rgb((turn, 0.95 - label % 3 * 0.2, 0.9 - label % 2 * 0.25))
 
 
 def write_on(axes, text, x, y, colour):

@@ -1,9 +1,10 @@
 """Pictures of what happens inside OverLoCK, for papers and for debugging.
 
 ``python tools/visualize.py {prior,kernels,erf,features} CONFIG CHECKPOINT
-INPUT... --out DIR`` writes PNGs. Inputs are images, folders or patterns; they
-go through the config's test pipeline. Maps with many channels are shown as
-their three first principal components, as red, green and blue.
+INPUT... --out DIR`` writes PNGs as wide as a page of text. Inputs are images,
+folders or patterns; they go through the config's test pipeline. Maps with many
+channels are shown as their three first principal components, as red, green and
+blue.
 """
 
 import argparse
@@ -30,10 +31,19 @@ from mmoverlock.inference import (
     read_image,
 )
 from mmoverlock.models import OverLoCK
-from mmoverlock.ops import contmix
 from mmoverlock.ops.contmix_reference import window_starts
 
-DPI = 200
+WIDTH = 7.0  # of figures in inches, at most: a page's text, in papers
+STYLE = {
+    'font.size': 7,
+    'axes.titlesize': 7,
+    'axes.linewidth': 0.6,
+    'xtick.labelsize': 6,
+    'ytick.labelsize': 6,
+    'xtick.major.size': 2,
+    'ytick.major.size': 2,
+    'savefig.dpi': 300,
+}
 SHARES = (0.2, 0.3, 0.5, 0.99)  # of the contributions, for area ratios
 COLOURS = plt.get_cmap('tab10').colors
 
@@ -60,72 +70,106 @@ def recording(**modules):
             hook.remove()
 
 
-def principal_colours(maps):
-    """(C, H, W) to an RGB picture (H, W, 3) of the main components."""
+def principal_components(maps):
+    """The main components of a map.
+
+    Args:
+        maps (Tensor): (C, H, W).
+
+    Returns:
+        tuple[Tensor, Tensor]: The three first, (H, W, 3), the largest first,
+        and the share (3, ) of the variance that each has. A map of fewer
+        channels has zeros for the rest.
+    """
     size = maps.shape[1:]
     points = maps.flatten(1).T.double().cpu()
     points = points - points.mean(0)
-    _, _, axes = torch.linalg.svd(points, full_matrices=False)
+    _, values, axes = torch.linalg.svd(points, full_matrices=False)
+    shares = values.square() / values.square().sum().clamp_min(1e-300)
     axes = axes[:3]
     # The sign of a component is arbitrary: make its largest entry positive.
     peaks = axes.gather(1, axes.abs().argmax(1, keepdim=True))
-    colours = points @ (axes * peaks.sign()).T
-    low, high = (colours.quantile(q, dim=0) for q in (0.01, 0.99))
-    colours = (colours - low) / (high - low).clamp_min(1e-12)
-    colours = F.pad(colours, (0, 3 - colours.shape[1]))
-    return colours.clamp(0, 1).reshape(*size, 3).numpy()
+    components = points @ (axes * peaks.sign()).T
+    missing = 3 - components.shape[1]
+    components, shares = (
+        F.pad(found, (0, missing)) for found in (components, shares[:3])
+    )
+    return components.reshape(*size, 3), shares
+
+
+def as_colours(components):
+    """(H, W, 3) to an RGB picture, from the 1st to the 99th percentile."""
+    flat = components.flatten(0, 1)
+    low, high = (flat.quantile(q, dim=0) for q in (0.01, 0.99))
+    return ((components - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
 
 
 def lay_over(axes, maps, picture, padded, **options):
     """Show a map over the picture; both have one upper left corner."""
     height, width = padded
-    axes.imshow(
+    shown = axes.imshow(
         maps, extent=(-0.5, width - 0.5, height - 0.5, -0.5), **options
     )
     axes.set(
         xlim=(-0.5, picture.shape[1] - 0.5),
         ylim=(picture.shape[0] - 0.5, -0.5),
     )
+    return shown
 
 
-def show_maps(row, title, maps, picture, padded):
-    """Show a (C, H, W) map on two axes: its components and its norm."""
-    size = ' x '.join(map(str, maps.shape))
-    lay_over(
-        row[0],
-        principal_colours(maps),
-        picture,
-        padded,
-        interpolation='nearest',
+def show_maps(maps, picture, padded, path):
+    """Write a figure of maps beside the picture.
+
+    Args:
+        maps (dict): (C, H, W) maps of the padded input, by title.
+        picture (np.ndarray): The picture (h, w, 3) in the input.
+        padded (tuple[int, int]): Height and width of the input.
+        path (Path): The file.
+    """
+    columns = len(maps) + 1
+    width = min(WIDTH / columns, 1.75)
+    height = width * picture.shape[0] / picture.shape[1]
+    figure, grid = plt.subplots(
+        *(2, columns),
+        figsize=(width * columns, 2 * height + 0.7),
+        layout='compressed',
     )
-    row[0].set_title(f'{title}, {size}', fontsize=8)
-    row[1].imshow(picture)
-    norm = maps.norm(dim=0).cpu().numpy()
-    lay_over(row[1], norm, picture, padded, cmap='inferno', alpha=0.65)
-    row[1].set_title('its norm', fontsize=8)
+    for axes in grid.flat:
+        axes.axis('off')
+    grid[0, 0].imshow(picture)
+    grid[0, 0].set_title('image\n')
+    explanation = (
+        'above: three principal\ncomponents, as RGB\n\n'
+        'below: the first one,\non the image, and its\nshare of the variance'
+    )
+    grid[1, 0].text(0, 0.5, explanation, size=6, va='center')
+    grey = picture.mean(2) / 2 + 127  # light, for colours to show
+    for (title, map_), (above, below) in zip(
+        maps.items(), grid.T[1:], strict=True
+    ):
+        components, shares = principal_components(map_)
+        lay_over(
+            *(above, as_colours(components), picture, padded),
+            interpolation='nearest',
+        )
+        channels, *size = map_.shape
+        above.set_title(f'{title}\n{channels} channels, {size[0]} x {size[1]}')
+        below.imshow(grey, cmap='gray', vmin=0, vmax=255)
+        shown = lay_over(
+            *(below, components[..., 0], picture, padded),
+            **dict(cmap='inferno', alpha=0.7, interpolation='nearest'),
+        )
+        below.set_title(f'{shares[0]:.0%}')
+        bar = figure.colorbar(shown, ax=below, location='bottom', aspect=25)
+        bar.ax.locator_params(nbins=4)
+    save(figure, path)
 
 
 def save(figure, path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, bbox_inches='tight')
+    figure.savefig(path, bbox_inches='tight', pad_inches=0.02)
     plt.close(figure)
     print(path)
-
-
-def new_figure(picture, rows, columns):
-    """Axes without ticks, (rows, columns), in the shape of the picture."""
-    width = 2.2
-    height = width * picture.shape[0] / picture.shape[1] + 0.25
-    figure, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(width * columns, height * rows),
-        squeeze=False,
-        layout='constrained',
-    )
-    for axes in grid.flat:
-        axes.axis('off')
-    return figure, grid
 
 
 def find_module(backbone, name):
@@ -148,15 +192,13 @@ def draw_prior(backbone, images, args):
     for name, inputs, picture in images:
         with recording(overview=overview, focus=focus) as outputs:
             backbone(inputs)
-        prior = outputs['overview'][0]
-        updated = outputs['focus'].split(focus.splits, dim=1)[1][0]
-        figure, grid = new_figure(picture, 1, 5)
-        grid[0, 0].imshow(picture)
-        grid[0, 0].set_title('image', fontsize=8)
-        padded = inputs.shape[2:]
-        show_maps(grid[0, 1:3], 'context prior', prior, picture, padded)
-        show_maps(grid[0, 3:], 'after stage 3', updated, picture, padded)
-        save(figure, args.out / f'{name}_prior.png')
+        updated = outputs['focus'].split(focus.splits, dim=1)[1]
+        maps = {
+            'context prior P0': outputs['overview'][0],
+            'P after stage 3': updated[0],
+        }
+        path = args.out / f'{name}_prior.png'
+        show_maps(maps, picture, inputs.shape[2:], path)
 
 
 def dynamic_kernels(block, query, key, position):
@@ -178,15 +220,7 @@ def dynamic_kernels(block, query, key, position):
     size = query.shape[2:]
     with torch.enable_grad():
         value = query.new_zeros(1, 2 * groups, *size).requires_grad_()
-        mixed = contmix(
-            query * block.scale,
-            key,
-            value,
-            block.weight_proj.weight.flatten(1),
-            block.weight_proj.bias,
-            (block.rpb1, block.rpb2),
-            block.backend,
-        )
+        mixed = block.mix(query, key, value)
         # Channels do not mix, so one backward pass does for all.
         row, column = position
         (grad,) = torch.autograd.grad(mixed[0, :, row, column].sum(), value)
@@ -204,7 +238,11 @@ def dynamic_kernels(block, query, key, position):
 
 
 def draw_kernels(backbone, images, args):
-    """The dynamic kernels that ContMix makes at pixels, by group."""
+    """The dynamic kernels that ContMix makes at pixels, by group.
+
+    Colours are ratios to the weights of a plain average; a ring is where the
+    pixel is in its window.
+    """
     blocks = find_module(backbone, f'sub_blocks{args.stage}')
     if not -len(blocks) <= args.block < len(blocks):
         raise cli.UserError(
@@ -220,54 +258,100 @@ def draw_kernels(backbone, images, args):
             (round(width * x), round(height * y))
             for x, y in ((0.25, 0.5), (0.5, 0.5), (0.75, 0.5))
         ]
-        groups = len(block.rpb1)
-        figure = plt.figure(
-            figsize=(1.9 + 0.7 * groups, 1.7 * len(pixels)),
-            layout='constrained',
-        )
-        grid = figure.add_gridspec(2 * len(pixels), groups + 3)
-        for i, (x, y) in enumerate(pixels):
+        steps = [
+            side / length
+            for side, length in zip(
+                inputs.shape[2:], got['query'].shape[2:], strict=True
+            )
+        ]
+        found = []
+        for x, y in pixels:
             if not (0 <= x < width and 0 <= y < height):
                 raise cli.UserError(
                     f'--at {x},{y} is outside of {name}, which is {width} x '
                     f'{height} after the test pipeline'
                 )
-            steps = [
-                side / length
-                for side, length in zip(
-                    inputs.shape[2:], got['query'].shape[2:], strict=True
-                )
-            ]
             position = int(y / steps[0]), int(x / steps[1])
-            axes = figure.add_subplot(grid[2 * i : 2 * i + 2, :3])
-            axes.imshow(picture)
-            axes.tick_params(labelsize=5, length=2, pad=1)
-            axes.set_title(f'pixel {x}, {y}', fontsize=7)
-            axes.plot(x, y, '+', color='white', ms=9, mew=2.5)
-            axes.plot(x, y, '+', color='red', ms=8, mew=1)
-            for row, (kernels, top, left) in enumerate(
-                dynamic_kernels(block, got['query'], got['key'], position)
-            ):
-                k = kernels.shape[-1]
-                colour = COLOURS[row]
-                axes.add_patch(
-                    plt.Rectangle(
-                        (left * steps[1] - 0.5, top * steps[0] - 0.5),
-                        *(k * steps[1], k * steps[0]),
-                        **dict(fill=False, ec=colour, lw=1.2),
-                    )
-                )
-                for group, kernel in enumerate(kernels.cpu().numpy()):
-                    cell = figure.add_subplot(grid[2 * i + row, group + 3])
-                    cell.imshow(kernel, cmap='inferno', vmin=0)
-                    cell.set(xticks=[], yticks=[])
-                    for spine in cell.spines.values():
-                        spine.set(color=colour, linewidth=1.2)
-                    if group == 0:
-                        cell.set_ylabel(f'{k} x {k}', fontsize=6)
-                    if i == row == 0:
-                        cell.set_title(f'group {group}', fontsize=6)
+            kernels = dynamic_kernels(
+                block, got['query'], got['key'], position
+            )
+            found.append(((x, y), position, kernels))
+        figure = show_kernels(found, picture, steps)
         save(figure, args.out / f'{name}_kernels.png')
+
+
+def show_kernels(found, picture, steps):
+    """A figure of kernels beside their windows in the picture.
+
+    Args:
+        found (list): For each pixel: its x and y, the row and column of its
+            position, and what `dynamic_kernels` gave.
+        picture (np.ndarray): (h, w, 3).
+        steps (list[float]): Rows and columns of the picture in a position.
+
+    Returns:
+        Figure: The figure.
+    """
+    # Ratios to the weight of a plain average.
+    ratios = [
+        [kernel * kernel[0].numel() for kernel, _, _ in kernels]
+        for *_, kernels in found
+    ]
+    largest = max(ratio.max().item() for pair in ratios for ratio in pair)
+    largest = max(largest, 2)
+    shades = dict(cmap='RdBu_r', norm=LogNorm(1 / largest, largest))
+    groups = len(ratios[0][0])
+    cell = min((WIDTH - 2) / groups, 0.75)
+    row = max(2 * cell + 0.3, 1.6 * picture.shape[0] / picture.shape[1] + 0.4)
+    figure = plt.figure(
+        figsize=(2 + cell * groups, row * len(found) + 0.5),
+        layout='constrained',
+    )
+    grid = figure.add_gridspec(
+        *(2 * len(found), groups + 1),
+        width_ratios=[1.9, *[cell] * groups],
+    )
+    cells = []
+    for i, ((x, y), position, kernels) in enumerate(found):
+        axes = figure.add_subplot(grid[2 * i : 2 * i + 2, 0])
+        axes.imshow(picture)
+        axes.set_title(f'x = {x}, y = {y}')
+        axes.plot(x, y, '+', color='white', ms=9, mew=2.5)
+        axes.plot(x, y, '+', color='red', ms=8, mew=1)
+        for j, (_, top, left) in enumerate(kernels):
+            size = ratios[i][j].shape[-1]
+            axes.add_patch(
+                plt.Rectangle(
+                    (left * steps[1] - 0.5, top * steps[0] - 0.5),
+                    *(size * steps[1], size * steps[0]),
+                    fill=False,
+                    ec=COLOURS[j],
+                    lw=1.2,
+                    clip_on=False,
+                    zorder=3,
+                )
+            )
+            for group, ratio in enumerate(ratios[i][j].cpu().numpy()):
+                cells.append(figure.add_subplot(grid[2 * i + j, group + 1]))
+                cells[-1].imshow(ratio, **shades)
+                cells[-1].plot(
+                    *(position[1] - left, position[0] - top, 'o'),
+                    **dict(mfc='none', mec='black', ms=3, mew=0.6),
+                )
+                cells[-1].set(xticks=[], yticks=[])
+                for spine in cells[-1].spines.values():
+                    spine.set(color=COLOURS[j], linewidth=1)
+                if group == 0:
+                    cells[-1].set_ylabel(f'{size} x {size}')
+                if i == j == 0:
+                    title = f'group {group}' if cell > 0.5 else group
+                    cells[-1].set_title(title)
+    bar = figure.colorbar(
+        plt.cm.ScalarMappable(**shades),
+        **dict(ax=cells, location='bottom', aspect=40, extend='min'),
+    )
+    bar.set_label('weight / weight of a plain average')
+    return figure
 
 
 def effective_field(backbone, modules, images, size):
@@ -340,7 +424,9 @@ def draw_erf(backbone, images, args):
 
     The gradient, with respect to the image, of the central position of the
     last block's output, summed over its channels; where positive, summed over
-    colours and images (RepLKNet, CVPR 2022).
+    colours and images (RepLKNet, CVPR 2022). The areas are those of the
+    smallest centred squares with the given shares of the sum itself, not of
+    logarithms.
     """
     modules = {
         f'stage {stage}': find_module(backbone, f'sub_blocks{stage}')[-1]
@@ -349,10 +435,11 @@ def draw_erf(backbone, images, args):
     images = list(images)
     sums, centres = effective_field(backbone, modules, images, args.size)
     figure, grid = plt.subplots(
-        1, len(sums), figsize=(3 * len(sums) + 0.6, 3.2), layout='constrained'
+        1, len(sums), figsize=(0.8 * WIDTH, 2.9), layout='constrained'
     )
     print(f'area ratios, {len(images)} images of {args.size} x {args.size}')
     print(' ' * 7, *(f'{share:6.0%}' for share in SHARES))
+    shares = ' / '.join(f'{share:.0%}'.strip('%') for share in SHARES)
     for axes, (name, found) in zip(grid, sums.items(), strict=True):
         ratios = area_ratios(found, centres[name])
         print(name, *(f'{ratio:6.1%}' for ratio in ratios))
@@ -361,35 +448,40 @@ def draw_erf(backbone, images, args):
             cmap='inferno',
             norm=LogNorm(1e-3, 1, clip=True),
         )
-        axes.set(xticks=[], yticks=[])
-        text = ', '.join(
-            f'{share:.0%}: {ratio:.1%}'
-            for share, ratio in zip(SHARES, ratios, strict=True)
+        axes.set_title(f'Focus-Net, {name}')
+        area = ' / '.join(f'{ratio:.1%}'.strip('%') for ratio in ratios)
+        axes.set_xlabel(
+            f'{shares} % of the contributions\nin {area} % of the area'
         )
-        axes.set_title(name, fontsize=9)
-        axes.set_xlabel(f'share: area\n{text}', fontsize=6)
-    figure.colorbar(shown, ax=grid, shrink=0.75, label='contribution')
+        ticks = [0, args.size // 2, args.size]
+        axes.set(xticks=ticks, yticks=ticks)
+    grid[0].set_ylabel('pixels')
+    figure.colorbar(
+        shown,
+        ax=grid,
+        shrink=0.8,
+        extend='min',
+        label='contribution / largest one',
+    )
     save(figure, args.out / 'erf.png')
 
 
 def draw_features(backbone, images, args):
     """The outputs of the backbone."""
-    for name, inputs, picture in images:
-        outputs = backbone(inputs)
-        figure, grid = new_figure(picture, 2, len(outputs) + 1)
-        grid[0, 0].imshow(picture)
-        grid[0, 0].set_title('image', fontsize=8)
-        for i, (maps, stride) in enumerate(
-            zip(outputs, backbone.out_strides, strict=True), 1
-        ):
-            show_maps(
-                grid[:, i],
-                f'stride {stride}',
-                maps[0],
-                picture,
-                inputs.shape[2:],
+    if backbone.classifier:
+        titles = 'Overview-Net', 'Focus-Net'
+    else:
+        titles = [
+            f'map {index}, stride {stride}'
+            for index, stride in zip(
+                backbone.out_indices, backbone.out_strides, strict=True
             )
-        save(figure, args.out / f'{name}_features.png')
+        ]
+    for name, inputs, picture in images:
+        outputs = [output[0] for output in backbone(inputs)]
+        maps = dict(zip(titles, outputs, strict=True))
+        path = args.out / f'{name}_features.png'
+        show_maps(maps, picture, inputs.shape[2:], path)
 
 
 DRAW = {
@@ -468,9 +560,10 @@ def load_images(model, cfg, args):
     for path, name in find_files(args.inputs):
         try:
             image = read_image(str(path))
+            seen = network_input(model, pipeline, image)
         except UnreadableImage as error:
             raise cli.UserError(f'{path}: {error}') from error
-        yield name, *network_input(model, pipeline, image)
+        yield name, *seen
 
 
 def main(argv=None):
@@ -485,7 +578,7 @@ def main(argv=None):
             if not found:
                 raise cli.UserError(f'{args.config} has no OverLoCK')
             images = load_images(model, cfg, args)
-            with torch.no_grad():
+            with torch.no_grad(), plt.rc_context(STYLE):
                 DRAW[args.command](found[0], images, args)
 
 

@@ -223,15 +223,29 @@ class FocusBlock(nn.Module):
                 for maps in (z, value)
             )
         x, prior = z.split(self.splits, dim=1)
-        mixed = contmix(
-            self.weight_query(x) * self.scale,
-            self.weight_key(prior),
+        mixed = self.mix(self.weight_query(x), self.weight_key(prior), value)
+        if short < self.kernel_size:
+            mixed = F.adaptive_avg_pool2d(mixed, size)
+        return mixed
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """ContMix with the weights of this block.
+
+        Args:
+            query (Tensor): The output of ``weight_query``, (B, C / 2, H, W),
+                no side shorter than the kernel.
+            key (Tensor): The output of ``weight_key``, (B, C / 2, 7, 7).
+            value (Tensor): (B, C', H, W), C' a multiple of twice the groups.
+
+        Returns:
+            Tensor: Of the shape of ``value``.
+        """
+        return contmix(
+            query * self.scale,
+            key,
             value,
             self.weight_proj.weight.flatten(1),
             self.weight_proj.bias,
             (self.rpb1, self.rpb2),
             self.backend,
         )
-        if short < self.kernel_size:
-            mixed = F.adaptive_avg_pool2d(mixed, size)
-        return mixed
