@@ -224,20 +224,13 @@ def test_hostile_dataset_files(coco, tmp_path, capsys):
         assert 'save what it holds as .json' in message
 
 
-@pytest.mark.parametrize(
-    'value',
-    [
-        '__import__("os").mkdir("marker")',
-        '[__import__("os").mkdir("marker")]',
-        '{"a":__import__("os").mkdir("marker")}',
-        '{{__import__("os").mkdir("marker")}}',
-        '!!python/object/apply:os.mkdir [marker]',
-        "f\"{__import__('os').mkdir('marker')}\"",
-    ],
-)
-def test_options_are_not_evaluated(value, tmp_path, monkeypatch):
-    """Not when they are read, merged, nor when the config is saved."""
+def test_options_are_not_evaluated(tmp_path, monkeypatch):
+    """Not when they are read, merged, nor when the config is saved.
+
+    What looks like a call is refused: see test_hostile.py.
+    """
     monkeypatch.chdir(tmp_path)
+    value = '!!python/object/apply:os.mkdir [marker]'
     args = (
         load_tool('train')
         .build_parser()
@@ -246,6 +239,5 @@ def test_options_are_not_evaluated(value, tmp_path, monkeypatch):
     cfg = load_tool('train').cli.load_config(args)
     cfg.dump('config.py')
     again = Config.fromfile('config.py')
-    assert again.work_dir == args.cfg_options['work_dir']
-    assert 'import' in str(again.work_dir) or 'apply' in again.work_dir
+    assert again.work_dir == value
     assert not (tmp_path / 'marker').exists()
