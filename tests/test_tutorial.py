@@ -62,6 +62,8 @@ def test_tutorial(tmp_path, monkeypatch):
     assert missing == ([] if exported else ['model.onnx'])
     words = '160 x 160: differs by .*e-0[5-9] at most'
     assert re.search(words if exported else 'needs torch 2.6', output)
+    if not exported:
+        return
 
     # And what another page says about the ONNX file.
     text = (ROOT / 'docs' / 'mmdeploy.md').read_text()
