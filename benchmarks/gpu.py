@@ -259,7 +259,17 @@ NETWORK_ROWS = {
     for what, train in (('inference', False), ('training', True))
     for backend in BACKENDS
 }
-ROWS = {**DEVICE_ROWS, **CONTMIX_ROWS, **NETWORK_ROWS}
+
+
+def rows(device):
+    """All rows by name: functions of a device that return figures."""
+    from . import gpu_depthwise  # which needs triton
+
+    depthwise = {
+        name: lambda _, run=run: run()
+        for name, run in gpu_depthwise.rows(device).items()
+    }
+    return {**DEVICE_ROWS, **CONTMIX_ROWS, **depthwise, **NETWORK_ROWS}
 
 
 def bound(figures, results, name):
@@ -352,8 +362,6 @@ def main(args=None):
         return 2
     import triton
 
-    from . import gpu_depthwise
-
     device = torch.device('cuda')
     print(
         f'{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}, '
@@ -362,11 +370,7 @@ def main(args=None):
     if not check(device):
         return 1
     results = {}
-    depthwise = {
-        name: lambda _, run=run: run()
-        for name, run in gpu_depthwise.rows(device).items()
-    }
-    for name, run in {**ROWS, **depthwise}.items():
+    for name, run in rows(device).items():
         if name in DEVICE_ROWS or any(text in name for text in args.rows):
             results[name] = measure(run, device)
             print(describe(name, results), flush=True)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 
 import pytest
 import torch
@@ -65,6 +66,25 @@ def test_measures(monkeypatch, tmp_path):
         'ContMix, fp32, triton, True', results
     )
     json.dumps(results)
+
+
+def test_depthwise_rows():
+    """They are among the others, and in their table."""
+    from benchmarks import gpu_depthwise
+
+    shape = (1, 2, 5, 6), 5, 'NCHW', 'fp32'
+    rows = {
+        'forward': gpu_depthwise.convolution(*shape, 'forward', CPU),
+        'branches': dict(
+            gpu_depthwise.branches(*shape, CPU),
+            torch_bytes=2**21,
+            triton_bytes=2**20,
+        ),
+    }
+    names = [*gpu.rows(CPU)]
+    for name, words in (('forward', 'bound'), ('branches', '1 MB, .* 2 MB')):
+        assert any(name in row and '17 x 17' in row for row in names)
+        assert re.search(f'PyTorch.*{words}', gpu.describe(name, rows))
 
 
 def test_out_of_memory():
