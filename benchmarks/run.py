@@ -75,9 +75,10 @@ def draw_growth(results, path):
     sides = [row['pixels'] ** 0.5 for row in rows]
     for axis, key, unit, factor in (
         (axes[0], 'seconds', 'µs', 1e6),
-        (axes[1], 'used_mb', 'kB', 1e3),
+        (axes[1], 'used_mb', 'bytes', 2**20),
     ):
-        axis.plot(sides, [factor * r[key] / r['pixels'] for r in rows], 'o-')
+        values = [factor * row[key] / row['pixels'] for row in rows]
+        axis.plot(sides, values, 'o-')
         axis.set(
             xscale='log',
             xticks=sides,
@@ -85,7 +86,8 @@ def draw_growth(results, path):
             xlabel='side of the image in pixels',
             ylabel=f'{unit} per pixel',
         )
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * max(values))
+        axis.minorticks_off()
     figure.savefig(path, dpi=150)
 
 
