@@ -115,6 +115,24 @@ class ConfigOptions(DictAction):
                 raise UserError(f'{option_string} {value}: {error}') from error
 
 
+def add_config_options(parser, example=''):
+    """Add --cfg-options; its help ends with the example."""
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=ConfigOptions,
+        default={},
+        metavar='KEY=VALUE',
+        help=f'change the config{example}',
+    )
+
+
+def add_config_arguments(parser, example=''):
+    """Add what `load_config` reads in tools that run one process."""
+    add_config_options(parser, example)
+    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
+
+
 def add_arguments(parser):
     """Add the arguments that all tools share to an ``ArgumentParser``."""
     parser.add_argument(
@@ -125,14 +143,10 @@ def add_arguments(parser):
         help='folder of logs and checkpoints; '
         "default: the config's work_dir, or ./work_dirs/<config name>",
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=ConfigOptions,
-        default={},
-        metavar='KEY=VALUE',
-        help='change the config, as in model.backbone.init_cfg=None '
-        'param_scheduler.0.end=100 "model.neck.in_channels=[1,2]"',
+    add_config_options(
+        parser,
+        ', as in model.backbone.init_cfg=None param_scheduler.0.end=100 '
+        '"model.neck.in_channels=[1,2]"',
     )
     parser.add_argument(
         '--launcher',

@@ -126,6 +126,8 @@ def test_commands(page):
         code = read(ROOT / tool[0])
         if 'cli.add_arguments' in code:
             code += shared
+        if 'cli.add_config_arguments' in code:
+            code += "'--cfg-options'"
         for option in re.findall(r'(?<= )--[\w-]+', line[tool.end() :]):
             assert f"'{option}'" in code, line
 

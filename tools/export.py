@@ -283,15 +283,7 @@ def build_parser():
         action='store_true',
         help='leave out the neck and heads',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=cli.ConfigOptions,
-        default={},
-        metavar='KEY=VALUE',
-        help='change the config',
-    )
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
+    cli.add_config_arguments(parser)
     return parser
 
 

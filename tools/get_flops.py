@@ -47,15 +47,7 @@ def build_parser():
         help='size of the image in pixels; default: '
         + ', '.join(f'{h} {w} ({scope})' for scope, (h, w) in SHAPES.items()),
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=cli.ConfigOptions,
-        default={},
-        metavar='KEY=VALUE',
-        help='change the config, as in model.backbone.deploy=True',
-    )
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
+    cli.add_config_arguments(parser, ', as in model.backbone.deploy=True')
     return parser
 
 

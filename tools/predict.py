@@ -75,15 +75,9 @@ def build_parser():
         action='store_true',
         help='fuse norms, branches and residuals into convolutions first',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=cli.ConfigOptions,
-        default={},
-        metavar='KEY=VALUE',
-        help='change the config, as in model.test_cfg.rcnn.max_per_img=20',
+    cli.add_config_arguments(
+        parser, ', as in model.test_cfg.rcnn.max_per_img=20'
     )
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
     return parser
 
 

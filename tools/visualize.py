@@ -519,15 +519,7 @@ def build_parser():
         command.add_argument('inputs', nargs='+', metavar='INPUT')
         command.add_argument('--out', required=True, type=Path, metavar='DIR')
         command.add_argument('--device', help='default: a GPU if there is')
-        command.add_argument(
-            '--cfg-options',
-            nargs='+',
-            action=cli.ConfigOptions,
-            default={},
-            metavar='KEY=VALUE',
-            help='change the config',
-        )
-        command.set_defaults(work_dir=None, launcher='none', local_rank=0)
+        cli.add_config_arguments(command)
     kernels = commands.choices['kernels']
     kernels.add_argument(
         '--at',
