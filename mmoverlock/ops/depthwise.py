@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .environment import check_triton
+from .environment import check_triton, is_compiling
 
 BACKENDS = ('auto', 'triton')
 
@@ -183,6 +183,19 @@ def _conv2d_by_phase(x, weight, bias, dilation):
     return x[:, :height, :width].permute(0, 3, 1, 2)
 
 
+def _contiguous(x):
+    """``x.contiguous()``; of large maps in channels_last, image by image.
+
+    It is matrices that PyTorch transposes in blocks, which stay in the cache.
+    """
+    if x.shape[2] < LARGE or x.is_contiguous() or is_compiling():
+        return x.contiguous()
+    rows = x.new_empty(x.shape)
+    for target, image in zip(rows.flatten(2), x.flatten(2), strict=True):
+        target.copy_(image)
+    return rows
+
+
 def _input_grad(grad: Tensor, weight: Tensor, dilation: int) -> Tensor:
     # oneDNN's own is slower for a dilated kernel.
     return _conv2d_cpu(grad, weight.flip(2, 3), None, dilation)
@@ -196,7 +209,7 @@ def _weight_grad(x: Tensor, grad: Tensor, size: int, dilation: int) -> Tensor:
     image, channel and band of rows, and whose stride is the dilation.
     """
     batch, channels, height, width = x.shape
-    x, grad = x.contiguous(), grad.contiguous()
+    x, grad = _contiguous(x), _contiguous(grad)
     pad = size // 2 * dilation
     if height >= LARGE:
         missing = -height % BAND
@@ -255,7 +268,7 @@ class _SumOfBranches(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         branches = len(ctx.settings)
         statistics = tensors[3 * branches :]
-        x_rows = x.contiguous()  # for all the weight gradients
+        x_rows = _contiguous(x)  # for all the weight gradients
         grad_x = None
         grads = []
         for i, (_, _, dilation, _, eps) in enumerate(ctx.settings):
