@@ -1,11 +1,14 @@
 """torch.compile takes the whole network as one graph."""
 
 import copy
+import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mmoverlock.models import OverLoCK
+from mmoverlock.ops import depthwise_conv2d
 
 pytestmark = pytest.mark.skipif(
     torch.__version__ < '2.6',
@@ -37,3 +40,24 @@ def test_fullgraph(training):
     )
     torch.testing.assert_close(*gradients)
     torch.testing.assert_close(compiled.state_dict(), plain.state_dict())
+
+
+@torch.no_grad()
+def test_one_image_stays_in_channels_last(capfd):
+    """Inductor's view of one image is not what a slow convolution gets."""
+
+    def run(maps, weight):
+        maps = F.layer_norm(maps.permute(0, 2, 3, 1), maps.shape[1:2])
+        return depthwise_conv2d(maps.permute(0, 3, 1, 2)[-1:], weight)
+
+    torch.manual_seed(0)
+    maps = torch.randn(2, 16, 8, 8).contiguous(
+        memory_format=torch.channels_last
+    )
+    weight = torch.randn(16, 1, 13, 13)
+    compiled = torch.compile(run, fullgraph=True)
+    torch.testing.assert_close(compiled(maps, weight), run(maps, weight))
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        compiled(maps, weight)
+    convolution = re.search(r'exec,cpu,convolution.*', capfd.readouterr().out)
+    assert ',src:f32::blocked:acdb:' in convolution[0], convolution[0]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .environment import check_triton, is_compiling
+from .environment import check_triton, is_compiling, is_exporting
 
 BACKENDS = ('auto', 'triton')
 
@@ -152,17 +152,35 @@ def _identity(weight: Tensor) -> Tensor:
 
 
 def _conv2d(x, weight, bias=None, dilation=1):
-    padding = weight.shape[-1] // 2 * dilation
+    x = _with_strides(x)
+    padding = [side // 2 * dilation for side in weight.shape[2:]]
     return F.conv2d(x, weight, bias, 1, padding, dilation, len(weight))
+
+
+def _with_strides(x):
+    """The map itself, whose strides inductor keeps.
+
+    What it makes of a view of one image has a stride of 0 in the batch, which
+    PyTorch's convolution does not take for channels_last.
+    """
+    batch, channels, height, width = x.shape
+    if (
+        batch != 1
+        or x.requires_grad
+        or not is_compiling()
+        or is_exporting()
+        or not x.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return x
+    strides = x.numel(), 1, width * channels, channels
+    return x.as_strided(x.shape, strides)
 
 
 def _conv2d_cpu(x, weight, bias=None, dilation=1):
     size = weight.shape[-1]
     if dilation == 1 and size in SLOW_WIDTHS:
         more = (SLOW_WIDTHS.stop - size) // 2
-        weight = F.pad(weight, (more, more))
-        padding = size // 2, size // 2 + more
-        return F.conv2d(x, weight, bias, 1, padding, 1, len(weight))
+        return _conv2d(x, F.pad(weight, (more, more)), bias)
     if dilation > 1 and (size - 1) * dilation > MAX_DILATED_SPAN:
         return _conv2d_by_phase(x, weight, bias, dilation)
     return _conv2d(x, weight, bias, dilation)

@@ -14,6 +14,15 @@ def is_compiling() -> bool:
     return getattr(torch.compiler, 'is_compiling', torch.jit.is_tracing)()
 
 
+def is_exporting() -> bool:
+    """Whether torch.export traces the call.
+
+    Versions of torch before 2.7 cannot tell; there, it is whether anything
+    does.
+    """
+    return getattr(torch.compiler, 'is_exporting', is_compiling)()
+
+
 def check_triton() -> None:
     """Check that Triton is there.
 
