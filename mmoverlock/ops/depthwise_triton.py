@@ -19,7 +19,8 @@ above all; single precision, whose products are no faster, gains nothing.
 **Companions.** ``out = sum over b of norm_b(conv_b(x))``, in training mode:
 with y = conv_b(x), mean m, reciprocal standard deviation r, scale s,
 
-- statistics: each y is made in registers and only counted;
+- statistics: one launch, in which every program makes the y of its tiles in
+  registers, branch after branch, and only counts them;
 - value: one convolution, the kernels ``s r w`` added in the frame of the
   largest one, with the bias ``sum of shift - s r m``;
 - backward: with g the gradient of out, the gradient of y is
@@ -36,9 +37,9 @@ with y = conv_b(x), mean m, reciprocal standard deviation r, scale s,
   would be wrong near the border, where y ends, and takes more taps.)
 
 What is kept for the backward pass is x. For n branches, 1 + 2 maps are read
-or written forward and 3n + 7 backward (the statistics and the last weight
-gradients, a launch per branch, find x in the cache), where plain modules move
-some 8n and 12n and keep n of them.
+or written forward and 3n + 7 backward (after the first branch, the statistics
+and the last weight gradients, a launch per branch, find x in the cache), where
+plain modules move some 8n and 12n and keep n of them.
 
 Sums are made of partial sums in a fixed order, so results are deterministic.
 Nothing here was measured on a GPU yet: benchmarks/gpu_depthwise.py would.
@@ -267,59 +268,61 @@ def _statistics_kernel(
     width,
     items,
     x_strides,
-    K: tl.constexpr,
-    D: tl.constexpr,
+    BRANCHES: tl.constexpr,
     T: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Number of values, mean and sum of squared deviations from it.
 
-    Of every channel of a convolution; ``out`` is (splits, 3, C). Every lane
-    sums differences from the first value that it saw.
+    Of every channel of every branch; ``out`` is (splits, branches, 3, C).
+    Every lane sums differences from the first value that it saw.
     """
     split = tl.program_id(0)
     channel = tl.program_id(1) * LANES[1] + tl.arange(0, LANES[1])[None]
-    count = tl.zeros(LANES, tl.float32)
-    first = tl.zeros(LANES, tl.float32)
-    total = tl.zeros(LANES, tl.float32)
-    squares = tl.zeros(LANES, tl.float32)
-    for item in range(split, items, tl.num_programs(0)):
-        row, col, x_row = _tile(
-            x, x_strides, item, height, width, channel, T, LANES
-        )
-        acc = _convolve(
-            _zeros(T, LANES),
-            x_row,
-            weight + channel,
-            x_strides,
-            channels,
-            height,
-            width,
-            channel,
-            row,
-            col,
-            K,
-            D,
-            T,
-        )
-        first = tl.where(count == 0, acc[0], first)
-        for t in tl.static_range(T):
-            ok = (col < width) & (row + t < height)
-            difference = tl.where(ok, acc[t] - first, 0.0)
-            count += tl.where(ok, 1.0, 0.0)
-            total += difference
-            squares += difference * difference
-    share = total / tl.maximum(count, 1.0)
-    squares -= total * share
-    number = tl.sum(count, 0)[None]
-    mean = tl.sum(count * (first + share), 0)[None] / number
-    deviation = first + share - mean
-    squares = tl.sum(squares + count * deviation * deviation, 0)[None]
-    out += _wide(split) * 3 * channels + channel
     inside = channel < channels
-    tl.store(out, number, mask=inside)
-    tl.store(out + channels, mean, mask=inside)
-    tl.store(out + 2 * channels, squares, mask=inside)
+    out += _wide(split) * len(BRANCHES) * 3 * channels + channel
+    # One branch after the other, so that only one has its sums in registers.
+    for b in tl.static_range(len(BRANCHES)):
+        count = tl.zeros(LANES, tl.float32)
+        first = tl.zeros(LANES, tl.float32)
+        total = tl.zeros(LANES, tl.float32)
+        squares = tl.zeros(LANES, tl.float32)
+        for item in range(split, items, tl.num_programs(0)):
+            row, col, x_row = _tile(
+                x, x_strides, item, height, width, channel, T, LANES
+            )
+            acc = _convolve(
+                _zeros(T, LANES),
+                x_row,
+                weight + BRANCHES[b][2] * channels + channel,
+                x_strides,
+                channels,
+                height,
+                width,
+                channel,
+                row,
+                col,
+                BRANCHES[b][0],
+                BRANCHES[b][1],
+                T,
+            )
+            first = tl.where(count == 0, acc[0], first)
+            for t in tl.static_range(T):
+                ok = (col < width) & (row + t < height)
+                difference = tl.where(ok, acc[t] - first, 0.0)
+                count += tl.where(ok, 1.0, 0.0)
+                total += difference
+                squares += difference * difference
+        share = total / tl.maximum(count, 1.0)
+        squares -= total * share
+        number = tl.sum(count, 0)[None]
+        mean = tl.sum(count * (first + share), 0)[None] / number
+        deviation = first + share - mean
+        squares = tl.sum(squares + count * deviation * deviation, 0)[None]
+        tl.store(out, number, mask=inside)
+        tl.store(out + channels, mean, mask=inside)
+        tl.store(out + 2 * channels, squares, mask=inside)
+        out += 3 * channels
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -566,33 +569,29 @@ def _splits(tiles, others):
 
 def _statistics(x, taps, sizes, dilations):
     """Means and biased variances of convolutions, (branches, C) each."""
-    taps = taps.float().mT.contiguous()
-    results = [], []
-    for size, dilation, start in _branches(sizes, dilations):
-        layout = _Layout.of(x, size)
-        tiles, blocks = layout.grid(x)
-        splits = _splits(tiles, blocks)
-        sums = taps.new_empty(splits, 3, x.shape[1])
-        with torch.cuda.device_of(x):
-            _statistics_kernel[splits, blocks](
-                x,
-                taps[start:],
-                sums,
-                *x.shape[1:],
-                tiles,
-                x.stride(),
-                K=size,
-                D=dilation,
-                T=layout.rows,
-                LANES=layout.lanes,
-            )
-        count, means, squares = sums.double().unbind(1)
-        number = x.numel() // x.shape[1]
-        mean = (count * means).sum(0) / number
-        squares = squares + count * (means - mean).square()
-        results[0].append(mean)
-        results[1].append(squares.sum(0) / number)
-    return torch.stack(results[0]), torch.stack(results[1])
+    layout = _Layout.of(x, max(sizes))
+    tiles, blocks = layout.grid(x)
+    splits = _splits(tiles, blocks)
+    sums = taps.new_empty(
+        splits, len(sizes), 3, x.shape[1], dtype=torch.float32
+    )
+    with torch.cuda.device_of(x):
+        _statistics_kernel[splits, blocks](
+            x,
+            taps.float().mT.contiguous(),
+            sums,
+            *x.shape[1:],
+            tiles,
+            x.stride(),
+            BRANCHES=_branches(sizes, dilations),
+            T=layout.rows,
+            LANES=layout.lanes,
+        )
+    counts, means, squares = sums.double().unbind(2)
+    number = x.numel() // x.shape[1]
+    mean = (counts * means).sum(0) / number
+    squares = squares + counts * (means - mean).square()
+    return mean, squares.sum(0) / number
 
 
 def _weight_grad(x, grad, size, dilation):
