@@ -576,9 +576,9 @@ def _splits(tiles, others):
 
 
 def _statistics(x, taps, sizes, dilations):
-    """Count, mean and squared deviations of convolutions, (branches, 3, C).
+    """Counts, means and sums of squared deviations from them, of convolutions.
 
-    Squared deviations are added up; all in double precision.
+    (branches, 3, C), in double precision.
     """
     layout = _Layout.of(x, max(sizes))
     tiles, blocks = layout.grid(x)
