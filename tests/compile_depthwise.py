@@ -111,7 +111,10 @@ def compile_all(capability, branches, rows, layout, dtype):
             (dtype, dtype, sums, sums, dtype, *shape, strides, strides, more),
             every,
         ),
-        '_statistics_kernel': ((dtype, sums, sums, *shape, 99, strides), one),
+        '_statistics_kernel': (
+            (dtype, sums, sums, *shape, 99, strides),
+            every,
+        ),
         '_weight_grad_kernel': (
             (dtype, dtype, sums, *shape, 99, strides, strides),
             one,

@@ -198,8 +198,7 @@ from mmoverlock.ops import contmix_triton as module
 arch, values, queries = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 sizes = dict(
     FIRST=25, K=13, ROWS=module.ROWS, COLS=module.COLS, PIXELS=module.PIXELS,
-    TAPS=16, REGION=32, SPAN=32, QC=16, VC=16, PRECISION='tf32x3',
-    UPCAST=False,
+    TAPS=16, REGION=32, SPAN=32, QC=16, VC=16, UPCAST=False,
 )
 dtypes = dict.fromkeys(['value', 'out', 'grad', 'grad_value'], '*' + values)
 dtypes['query'] = '*' + queries

@@ -1,7 +1,7 @@
 """The dilated reparameterized convolution (UniRepLKNet, CVPR 2024)."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ..ops import Branch, depthwise_conv2d, sum_of_branches
 from .layers import build_bn
@@ -17,6 +17,16 @@ BRANCHES = {
     7: ((5, 1), (3, 1), (3, 2), (3, 3)),
     5: ((3, 1), (3, 2)),
 }
+
+
+def _group(norm):
+    """The processes that a batch norm has statistics of, None for its own."""
+    if type(norm) is nn.SyncBatchNorm and distributed.is_available():
+        if distributed.is_initialized():
+            group = norm.process_group or distributed.group.WORLD
+            if distributed.get_world_size(group) > 1:
+                return group
+    return None
 
 
 class DilatedReparamConv(nn.Module):
@@ -89,10 +99,10 @@ class DilatedReparamConv(nn.Module):
             )
         if not any(norm.training for _, norm in self._branches()):
             return self._convolve(x, *self.merge())
-        if self._is_summable(x):
-            return sum_of_branches(
-                x, [self._branch(*m) for m in self._branches()], self.backend
-            )
+        groups = {_group(norm) for _, norm in self._branches()}
+        if self._is_summable(x, groups):
+            branches = [self._branch(*m) for m in self._branches()]
+            return sum_of_branches(x, branches, self.backend, *groups)
         return sum(
             norm(self._convolve(x, conv.weight, None, conv.dilation[0]))
             for conv, norm in self._branches()
@@ -107,9 +117,13 @@ class DilatedReparamConv(nn.Module):
         for conv, norm in self.branches:
             yield getattr(self, conv), getattr(self, norm)
 
-    def _is_summable(self, x):
-        return (x.device.type == 'cpu' or self.backend == 'triton') and all(
-            type(norm) is nn.BatchNorm2d
+    def _is_summable(self, x, groups):
+        if self.backend == 'triton':
+            possible = len(groups) == 1
+        else:
+            possible = x.device.type == 'cpu' and groups == {None}
+        return possible and all(
+            type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
             and norm.training
             and norm.momentum is not None
             for _, norm in self._branches()

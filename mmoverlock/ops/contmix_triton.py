@@ -42,6 +42,7 @@ PIXELS = 32
 
 INTERPRET = triton.knobs.runtime.interpret
 LOG2E = tl.constexpr(1.4426950408889634)
+PRECISION = tl.constexpr('tf32x3')  # of products of fp32
 
 
 @triton.jit
@@ -68,6 +69,38 @@ def _at(y, x, channel, strides):
     x = x.to(tl.int64) * strides[3]
     channel = channel.to(tl.int64) * strides[1]
     return y[:, None, None] + x[None, :, None] + channel[None, None, :]
+
+
+@triton.jit
+def _tile(height, width, groups, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """What a program works on; a unit is a group of an image."""
+    across = tl.cdiv(width, COLS)
+    tiles = across * tl.cdiv(height, ROWS)
+    tile = tl.program_id(0) % tiles
+    unit = tl.program_id(0) // tiles
+    image = (unit // groups).to(tl.int64)
+    group = (unit % groups).to(tl.int64)
+    y = tile // across * ROWS + tl.arange(0, ROWS)
+    x0 = tile % across * COLS
+    x = x0 + tl.arange(0, COLS)
+    real = (y < height)[:, None] & (x < width)[None, :]
+    return tile, unit.to(tl.int64), image, group, y, x0, x, real
+
+
+@triton.jit
+def _of_group(tensor, strides, image, group, channels):
+    """Pointer to the first channel of a group of an image."""
+    return tensor + image * strides[0] + group * channels * strides[1]
+
+
+@triton.jit
+def _row(filters, bias, table, i, f_mask, tap, K: tl.constexpr):
+    """Filters (Y, C, TAPS) and biases (Y, X, TAPS) of row i of the taps."""
+    f = tl.load(filters + i * K, mask=f_mask, other=0.0)
+    f = tl.broadcast_to(f[None], (table.shape[0], f.shape[0], f.shape[1]))
+    b = tl.load(bias + i * K, mask=tap < K, other=float('-inf'))
+    t = tl.load(table + i * (2 * K - 1), mask=(tap < K)[None, None], other=0.0)
+    return f, t + b[None, None]
 
 
 @triton.jit
@@ -106,25 +139,15 @@ def _forward(
     REGION: tl.constexpr,
     QC: tl.constexpr,
     VC: tl.constexpr,
-    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     DTYPE: tl.constexpr = filters.dtype.element_ty
     VALUE: tl.constexpr = value.dtype.element_ty
     FACTOR: tl.constexpr = tl.float32 if UPCAST else VALUE
     ACC: tl.constexpr = tl.float64 if VALUE == tl.float64 else tl.float32
-    across = tl.cdiv(width, COLS)
-    tiles = across * tl.cdiv(height, ROWS)
-    tile = tl.program_id(0) % tiles
-    unit = tl.program_id(0) // tiles
-    image = (unit // groups).to(tl.int64)
-    group = (unit % groups).to(tl.int64)
-    unit = unit.to(tl.int64)
-
-    y = tile // across * ROWS + tl.arange(0, ROWS)
-    x0 = tile % across * COLS
-    x = x0 + tl.arange(0, COLS)
-    real = (y < height)[:, None] & (x < width)[None, :]
+    tile, unit, image, group, y, x0, x, real = _tile(
+        height, width, groups, ROWS, COLS
+    )
     y = tl.minimum(y, height - 1)
     x = tl.minimum(x, width - 1)
     top = _start(y, height, K)
@@ -137,7 +160,7 @@ def _forward(
     v_mask = (vc < v_channels)[None, None]
     f_mask = (qc < q_channels)[:, None] & (tap < K)[None]
 
-    query += image * query_strides[0] + group * q_channels * query_strides[1]
+    query = _of_group(query, query_strides, image, group, q_channels)
     q = tl.load(query + _at(y, x, qc, query_strides), mask=q_mask, other=0.0)
     q = q.to(DTYPE)
     filters += unit * q_channels * taps + FIRST
@@ -145,25 +168,19 @@ def _forward(
     bias += FIRST + tap
     table += group * (2 * K - 1) * (2 * K - 1)
     table += _at(top - y + K - 1, left - x + K - 1, tap, (0, 1, 2 * K - 1, 1))
-    value += image * value_strides[0] + group * v_channels * value_strides[1]
+    value = _of_group(value, value_strides, image, group, v_channels)
     value += _at(top, region, vc, value_strides)
     shift = _taps(region[None] - left[:, None], K, ROWS, TAPS - 1)
     most = tl.full((ROWS, COLS), float('-inf'), DTYPE)
     total = tl.zeros((ROWS, COLS), DTYPE)
     acc = tl.zeros((ROWS, COLS, VC), ACC)
     for i in range(K):
-        f = tl.load(filters + i * K, mask=f_mask, other=0.0)
-        f = tl.broadcast_to(f[None], (ROWS, QC, TAPS))
-        b = tl.load(bias + i * K, mask=tap < K, other=float('-inf'))
-        t = tl.load(
-            table + i * (2 * K - 1), mask=(tap < K)[None, None], other=0.0
-        )
+        f, logits = _row(filters, bias, table, i, f_mask, tap, K)
         v = tl.load(
             value + tl.cast(i, tl.int64) * value_strides[2],
             mask=(region < width)[None, :, None] & v_mask,
             other=0.0,
         ).to(FACTOR)
-        logits = t + b[None, None]
         logits = tl.dot(
             q, f, acc=logits, input_precision=PRECISION, out_dtype=DTYPE
         )
@@ -179,7 +196,7 @@ def _forward(
             dense, v, acc=acc, input_precision=PRECISION, out_dtype=ACC
         )
 
-    out += image * out_strides[0] + group * v_channels * out_strides[1]
+    out = _of_group(out, out_strides, image, group, v_channels)
     tl.store(
         out + _at(y, x, vc, out_strides),
         (acc / total[:, :, None].to(ACC)).to(VALUE),
@@ -222,26 +239,15 @@ def _backward_positions(
     SPAN: tl.constexpr,
     QC: tl.constexpr,
     VC: tl.constexpr,
-    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     DTYPE: tl.constexpr = filters.dtype.element_ty
     VALUE: tl.constexpr = value.dtype.element_ty
     FACTOR: tl.constexpr = tl.float32 if UPCAST else VALUE
     ACC: tl.constexpr = tl.float64 if VALUE == tl.float64 else tl.float32
-    across = tl.cdiv(width, COLS)
-    tiles = across * tl.cdiv(height, ROWS)
-    tile = tl.program_id(0) % tiles
-    unit = tl.program_id(0) // tiles
-    units = tl.num_programs(0) // tiles
-    image = (unit // groups).to(tl.int64)
-    group = (unit % groups).to(tl.int64)
-    unit = unit.to(tl.int64)
-
-    y0 = tile // across * ROWS + tl.arange(0, ROWS)
-    x0 = tile % across * COLS
-    x = x0 + tl.arange(0, COLS)
-    real = (y0 < height)[:, None] & (x < width)[None, :]
+    tile, unit, image, group, y0, x0, x, real = _tile(
+        height, width, groups, ROWS, COLS
+    )
     y = tl.minimum(y0, height - 1)
     x = tl.minimum(x, width - 1)
     top = _start(y, height, K)
@@ -257,14 +263,14 @@ def _backward_positions(
     v_mask = (vc < v_channels)[None, None]
     f_mask = (qc < q_channels)[:, None] & (tap < K)[None]
 
-    query += image * query_strides[0] + group * q_channels * query_strides[1]
+    query = _of_group(query, query_strides, image, group, q_channels)
     q = tl.load(query + _at(y, x, qc, query_strides), mask=q_mask, other=0.0)
     q = q.to(DTYPE)
     v_real = real[:, :, None] & v_mask
-    grad += image * grad_strides[0] + group * v_channels * grad_strides[1]
+    grad = _of_group(grad, grad_strides, image, group, v_channels)
     g = tl.load(grad + _at(y, x, vc, grad_strides), mask=v_real, other=0.0)
     g = g.to(FACTOR)
-    out += image * out_strides[0] + group * v_channels * out_strides[1]
+    out = _of_group(out, out_strides, image, group, v_channels)
     o = tl.load(out + _at(y, x, vc, out_strides), mask=v_real, other=0.0)
     mean = tl.sum(g.to(ACC) * o.to(ACC), 2).to(DTYPE)[:, :, None]
     at = (unit * height + y)[:, None] * width + x[None]
@@ -275,8 +281,10 @@ def _backward_positions(
     bias += FIRST + tap
     table += group * (2 * K - 1) * (2 * K - 1)
     table += _at(top - y + K - 1, col, tap, (0, 1, 2 * K - 1, 1))
-    value += image * value_strides[0] + group * v_channels * value_strides[1]
+    value = _of_group(value, value_strides, image, group, v_channels)
     value += _at(top, region, vc, value_strides)
+    across = tl.cdiv(width, COLS)
+    units = tl.num_programs(0) // (across * tl.cdiv(height, ROWS))
     # (tiles, units, q_channels + 1, K^2): the last row is of the bias
     grad_filters += (tile * units + unit) * (q_channels + 1) * K * K + tap
     # (height, K, across, units, 2K - 1)
@@ -291,18 +299,12 @@ def _backward_positions(
     spread = _taps(span[None] - col[:, None], K, ROWS, TAPS - 1)
     gq = tl.zeros((ROWS, COLS, QC), DTYPE)
     for i in range(K):
-        f = tl.load(filters + i * K, mask=f_mask, other=0.0)
-        f = tl.broadcast_to(f[None], (ROWS, QC, TAPS))
-        b = tl.load(bias + i * K, mask=tap < K, other=float('-inf'))
-        t = tl.load(
-            table + i * (2 * K - 1), mask=(tap < K)[None, None], other=0.0
-        )
+        f, logits = _row(filters, bias, table, i, f_mask, tap, K)
         v = tl.load(
             value + tl.cast(i, tl.int64) * value_strides[2],
             mask=(region < width)[None, :, None] & v_mask,
             other=0.0,
         ).to(FACTOR)
-        logits = t + b[None, None]
         logits = tl.dot(
             q, f, acc=logits, input_precision=PRECISION, out_dtype=DTYPE
         )
@@ -341,8 +343,8 @@ def _backward_positions(
             mask=t_mask,
         )
 
-    grad_query += (
-        image * result_strides[0] + group * q_channels * result_strides[1]
+    grad_query = _of_group(
+        grad_query, result_strides, image, group, q_channels
     )
     tl.store(
         grad_query + _at(y, x, qc, result_strides),
@@ -377,25 +379,15 @@ def _backward_pixels(
     TAPS: tl.constexpr,
     QC: tl.constexpr,
     VC: tl.constexpr,
-    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     DTYPE: tl.constexpr = filters.dtype.element_ty
     VALUE: tl.constexpr = grad.dtype.element_ty
     FACTOR: tl.constexpr = tl.float32 if UPCAST else VALUE
     ACC: tl.constexpr = tl.float64 if VALUE == tl.float64 else tl.float32
-    across = tl.cdiv(width, PIXELS)
-    tiles = across * tl.cdiv(height, ROWS)
-    tile = tl.program_id(0) % tiles
-    unit = tl.program_id(0) // tiles
-    image = (unit // groups).to(tl.int64)
-    group = (unit % groups).to(tl.int64)
-    unit = unit.to(tl.int64)
-
-    row = tile // across * ROWS + tl.arange(0, ROWS)
-    col0 = tile % across * PIXELS
-    col = col0 + tl.arange(0, PIXELS)
-    real = (row < height)[:, None] & (col < width)[None, :]
+    tile, unit, image, group, row, col0, col, real = _tile(
+        height, width, groups, ROWS, PIXELS
+    )
     row = tl.minimum(row, height - 1)
     first_y = _first_viewer(row, K)
     last_y = _last_viewer(row, height, K)
@@ -409,8 +401,8 @@ def _backward_pixels(
     v_mask = (vc < v_channels)[None, None]
     f_mask = (qc < q_channels)[None, :, None] & (tap < K)[None, None]
 
-    query += image * query_strides[0] + group * q_channels * query_strides[1]
-    grad += image * grad_strides[0] + group * v_channels * grad_strides[1]
+    query = _of_group(query, query_strides, image, group, q_channels)
+    grad = _of_group(grad, grad_strides, image, group, v_channels)
     filters += unit * q_channels * taps + FIRST
     bias += FIRST
     table += group * (2 * K - 1) * (2 * K - 1)
@@ -470,8 +462,8 @@ def _backward_pixels(
                 out_dtype=ACC,
             )
 
-    grad_value += (
-        image * result_strides[0] + group * v_channels * result_strides[1]
+    grad_value = _of_group(
+        grad_value, result_strides, image, group, v_channels
     )
     tl.store(
         grad_value + _at(row, col, vc, result_strides),
@@ -506,7 +498,6 @@ def _halves(query, small, large, value):
             TAPS=_power(k + 1),
             QC=_power(channels[0]),
             VC=_power(channels[1]),
-            PRECISION='tf32x3',
             # The interpreter computes nonsense from products of bf16.
             UPCAST=INTERPRET and value.dtype == torch.bfloat16,
             num_warps=ROWS,

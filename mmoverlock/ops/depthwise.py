@@ -97,7 +97,10 @@ class Branch(NamedTuple):
 
 
 def sum_of_branches(
-    x: Tensor, branches: Sequence[Branch], backend: str = 'auto'
+    x: Tensor,
+    branches: Sequence[Branch],
+    backend: str = 'auto',
+    group: 'torch.distributed.ProcessGroup | None' = None,
 ) -> Tensor:
     """Sum of batch-normalized depthwise convolutions of one map.
 
@@ -109,15 +112,26 @@ def sum_of_branches(
         branches (Sequence[Branch]): The convolutions.
         backend (str): See :func:`check_depthwise_backend`; 'auto' is for
             CPUs. Defaults to 'auto'.
+        group (ProcessGroup, optional): Processes whose maps have statistics
+            in common, as in :class:`torch.nn.SyncBatchNorm`; 'triton' only.
+            Defaults to None, this process alone.
 
     Returns:
         Tensor: (B, C, H, W).
+
+    Raises:
+        ValueError: If there is a group and the backend is 'auto'.
     """
     if backend != 'auto':
         check_depthwise_backend(backend)
         from .depthwise_triton import sum_of_branches as sum_up
 
-        return sum_up(x, branches)
+        return sum_up(x, branches, group)
+    if group is not None:
+        raise ValueError(
+            "backend 'auto' has no statistics over several processes, "
+            "'triton' has"
+        )
     x, *weights = _autocast(x, *(branch.weight for branch in branches))
     tensors = [
         tensor

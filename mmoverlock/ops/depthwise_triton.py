@@ -19,7 +19,8 @@ above all; single precision, whose products are no faster, gains nothing.
 **Companions.** ``out = sum over b of norm_b(conv_b(x))``, in training mode:
 with y = conv_b(x), mean m, reciprocal standard deviation r, scale s,
 
-- statistics: each y is made in registers and only counted;
+- statistics: one launch, in which every program makes the y of its tiles in
+  registers, branch after branch, and only counts them;
 - value: one convolution, the kernels ``s r w`` added in the frame of the
   largest one, with the bias ``sum of shift - s r m``;
 - backward: with g the gradient of out, the gradient of y is
@@ -35,10 +36,13 @@ with y = conv_b(x), mean m, reciprocal standard deviation r, scale s,
   x and of all weights read those. (Composing ``conv^T conv`` into one kernel
   would be wrong near the border, where y ends, and takes more taps.)
 
+Processes that share statistics (SyncBN) exchange those of all branches once,
+and sum(g) and sum(g z) once, before p, q and o.
+
 What is kept for the backward pass is x. For n branches, 1 + 2 maps are read
-or written forward and 3n + 7 backward (the statistics and the last weight
-gradients, a launch per branch, find x in the cache), where plain modules move
-some 8n and 12n and keep n of them.
+or written forward and 3n + 7 backward (after the first branch, the statistics
+and the last weight gradients, a launch per branch, find x in the cache), where
+plain modules move some 8n and 12n and keep n of them.
 
 Sums are made of partial sums in a fixed order, so results are deterministic.
 Nothing here was measured on a GPU yet: benchmarks/gpu_depthwise.py would.
@@ -52,7 +56,8 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 from triton import constexpr_function
 
@@ -267,59 +272,65 @@ def _statistics_kernel(
     width,
     items,
     x_strides,
-    K: tl.constexpr,
-    D: tl.constexpr,
+    BRANCHES: tl.constexpr,
     T: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Number of values, mean and sum of squared deviations from it.
 
-    Of every channel of a convolution; ``out`` is (splits, 3, C). Every lane
-    sums differences from the first value that it saw.
+    Of every channel of every branch; ``out`` is (splits, branches, 3, C).
+    Every lane sums differences from the first value that it saw.
     """
     split = tl.program_id(0)
     channel = tl.program_id(1) * LANES[1] + tl.arange(0, LANES[1])[None]
-    count = tl.zeros(LANES, tl.float32)
-    first = tl.zeros(LANES, tl.float32)
-    total = tl.zeros(LANES, tl.float32)
-    squares = tl.zeros(LANES, tl.float32)
-    for item in range(split, items, tl.num_programs(0)):
-        row, col, x_row = _tile(
-            x, x_strides, item, height, width, channel, T, LANES
-        )
-        acc = _convolve(
-            _zeros(T, LANES),
-            x_row,
-            weight + channel,
-            x_strides,
-            channels,
-            height,
-            width,
-            channel,
-            row,
-            col,
-            K,
-            D,
-            T,
-        )
-        first = tl.where(count == 0, acc[0], first)
-        for t in tl.static_range(T):
-            ok = (col < width) & (row + t < height)
-            difference = tl.where(ok, acc[t] - first, 0.0)
-            count += tl.where(ok, 1.0, 0.0)
-            total += difference
-            squares += difference * difference
-    share = total / tl.maximum(count, 1.0)
-    squares -= total * share
-    number = tl.sum(count, 0)[None]
-    mean = tl.sum(count * (first + share), 0)[None] / number
-    deviation = first + share - mean
-    squares = tl.sum(squares + count * deviation * deviation, 0)[None]
-    out += _wide(split) * 3 * channels + channel
     inside = channel < channels
-    tl.store(out, number, mask=inside)
-    tl.store(out + channels, mean, mask=inside)
-    tl.store(out + 2 * channels, squares, mask=inside)
+    out += _wide(split) * len(BRANCHES) * 3 * channels + channel
+    # One branch after the other, so that only one has its sums in registers,
+    # and, with nothing hoisted, its offsets.
+    for b in tl.static_range(len(BRANCHES)):
+        count = tl.zeros(LANES, tl.float32)
+        first = tl.zeros(LANES, tl.float32)
+        total = tl.zeros(LANES, tl.float32)
+        squares = tl.zeros(LANES, tl.float32)
+        for item in tl.range(
+            split, items, tl.num_programs(0), disable_licm=True
+        ):
+            row, col, x_row = _tile(
+                x, x_strides, item, height, width, channel, T, LANES
+            )
+            acc = _convolve(
+                _zeros(T, LANES),
+                x_row,
+                weight + BRANCHES[b][2] * channels + channel,
+                x_strides,
+                channels,
+                height,
+                width,
+                channel,
+                row,
+                col,
+                BRANCHES[b][0],
+                BRANCHES[b][1],
+                T,
+            )
+            first = tl.where(count == 0, acc[0], first)
+            for t in tl.static_range(T):
+                ok = (col < width) & (row + t < height)
+                difference = tl.where(ok, acc[t] - first, 0.0)
+                count += tl.where(ok, 1.0, 0.0)
+                total += difference
+                squares += difference * difference
+        share = total / tl.maximum(count, 1.0)
+        squares -= total * share
+        number = tl.sum(count, 0)[None]
+        mean = tl.sum(count * (first + share), 0)[None]
+        mean /= tl.maximum(number, 1.0)
+        deviation = first + share - mean
+        squares = tl.sum(squares + count * deviation * deviation, 0)[None]
+        tl.store(out, number, mask=inside)
+        tl.store(out + channels, mean, mask=inside)
+        tl.store(out + 2 * channels, squares, mask=inside)
+        out += 3 * channels
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -565,34 +576,48 @@ def _splits(tiles, others):
 
 
 def _statistics(x, taps, sizes, dilations):
-    """Means and biased variances of convolutions, (branches, C) each."""
-    taps = taps.float().mT.contiguous()
-    results = [], []
-    for size, dilation, start in _branches(sizes, dilations):
-        layout = _Layout.of(x, size)
-        tiles, blocks = layout.grid(x)
-        splits = _splits(tiles, blocks)
-        sums = taps.new_empty(splits, 3, x.shape[1])
-        with torch.cuda.device_of(x):
-            _statistics_kernel[splits, blocks](
-                x,
-                taps[start:],
-                sums,
-                *x.shape[1:],
-                tiles,
-                x.stride(),
-                K=size,
-                D=dilation,
-                T=layout.rows,
-                LANES=layout.lanes,
-            )
-        count, means, squares = sums.double().unbind(1)
-        number = x.numel() // x.shape[1]
-        mean = (count * means).sum(0) / number
-        squares = squares + count * (means - mean).square()
-        results[0].append(mean)
-        results[1].append(squares.sum(0) / number)
-    return torch.stack(results[0]), torch.stack(results[1])
+    """Counts, means and sums of squared deviations from them, of convolutions.
+
+    (branches, 3, C), in double precision.
+    """
+    layout = _Layout.of(x, max(sizes))
+    tiles, blocks = layout.grid(x)
+    splits = _splits(tiles, blocks)
+    sums = taps.new_empty(
+        splits, len(sizes), 3, x.shape[1], dtype=torch.float32
+    )
+    with torch.cuda.device_of(x):
+        _statistics_kernel[splits, blocks](
+            x,
+            taps.float().mT.contiguous(),
+            sums,
+            *x.shape[1:],
+            tiles,
+            x.stride(),
+            BRANCHES=_branches(sizes, dilations),
+            T=layout.rows,
+            LANES=layout.lanes,
+        )
+    return _combine(sums.double())
+
+
+def _combine(parts):
+    """Statistics of the whole from those of parts, (parts, branches, 3, C)."""
+    counts, means, squares = parts.unbind(2)
+    count = counts.sum(0)
+    mean = (counts * means).sum(0) / count.clamp(min=1)
+    squares = squares + counts * (means - mean).square()
+    return torch.stack((count, mean, squares.sum(0)), 1)
+
+
+def _gather(statistics, group):
+    """Statistics over all processes of a group."""
+    parts = [
+        torch.empty_like(statistics)
+        for _ in range(distributed.get_world_size(group))
+    ]
+    distributed.all_gather(parts, statistics, group)
+    return _combine(torch.stack(parts))
 
 
 def _weight_grad(x, grad, size, dilation):
@@ -677,65 +702,50 @@ def _conv2d_backward(ctx, grad):
 _conv2d.register_autograd(_conv2d_backward, setup_context=_conv2d_setup)
 
 
-@custom_op('mmoverlock::sum_of_branches', mutates_args=())
-def _sum_of_branches(
-    x: Tensor,
-    taps: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    sizes: list[int],
-    dilations: list[int],
-    eps: list[float],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`sum_of_branches`; taps (C, all taps), the others (n, C).
+def _forward(x, taps, scale, shift, sizes, dilations, eps, group=None):
+    """See :func:`sum_of_branches`; taps (C, all taps), scale and shift (n, C).
 
-    Also returns the means and biased variances, (n, C), in double precision.
+    Also returns what :func:`_statistics` does, over all processes.
     """
     _check(x)
     sizes, dilations = tuple(sizes), tuple(dilations)
-    mean, var = _statistics(x, taps, sizes, dilations)
-    factor = scale * _rstd(var, eps)
+    statistics = _statistics(x, taps, sizes, dilations)
+    if group is not None:
+        statistics = _gather(statistics, group)
+    factor = scale * _rstd(statistics, eps)
     # One kernel and one bias for all of them.
     frame = _frame(sizes, dilations, x.device)
     taps = F.pad(taps * factor.mT[:, frame.branch], (0, 1))
     merged = taps[:, frame.table].sum(1)
-    bias = (shift - mean * factor).sum(0).float()
+    bias = (shift - statistics[:, 1] * factor).sum(0).float()
     out = _convolve_and_add(x[None], merged, bias, (frame.size,), (1,))
-    return out, mean, var
+    return out, statistics
 
 
-@_sum_of_branches.register_fake
-def _(x, taps, scale, shift, sizes, dilations, eps):
-    statistics = [x.new_empty(scale.shape, dtype=torch.float64) for _ in 'mv']
-    return torch.empty_like(x), *statistics
+def _backward(
+    grad, x, taps, scale, statistics, sizes, dilations, eps, group=None
+):
+    """Gradients of x, taps, scale and shift; the names are the formula's.
 
-
-@custom_op('mmoverlock::sum_of_branches_backward', mutates_args=())
-def _sum_of_branches_grads(
-    grad: Tensor,
-    x: Tensor,
-    taps: Tensor,
-    scale: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    sizes: list[int],
-    dilations: list[int],
-    eps: list[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, taps, scale and shift; the names are the formula's."""
+    The last three are this process's share, as in torch.nn.SyncBatchNorm.
+    """
     sizes, dilations = tuple(sizes), tuple(dilations)
     branches = _branches(sizes, dilations)
-    number = x.numel() // x.shape[1]
-    rstd = _rstd(var, eps)
+    count, mean, _ = statistics.unbind(1)
+    rstd = _rstd(statistics, eps)
     frame = _frame(sizes, dilations, x.device)
     products = taps * _weight_grad(x, grad, frame.size, 1)[:, frame.places]
     squares = [size**2 for size in sizes]
     grad_y = torch.stack([part.sum(1) for part in products.split(squares, 1)])
     total = grad.sum((0, 2, 3), dtype=torch.float32).double()
     grad_scale = rstd * (grad_y - mean * total)
+    # Of this process; p, q and o take those over all of them.
+    sums = torch.cat((grad_scale, total[None]))
+    if group is not None:
+        distributed.all_reduce(sums, group=group)
     p = scale * rstd
-    q = p * rstd * grad_scale / number
-    o = p * total / number - q * mean
+    q = p * rstd * sums[:-1] / count
+    o = p * sums[-1] / count - q * mean
 
     grad_ys = torch.empty(
         (len(branches) * len(x), *x.shape[1:]),
@@ -743,22 +753,23 @@ def _sum_of_branches_grads(
         device=x.device,
         memory_format=_format_of(x),
     ).unflatten(0, (len(branches), len(x)))
-    layout = _Layout.of(x, max(sizes))
-    with torch.cuda.device_of(x):
-        _branch_grads_kernel[layout.grid(x)](
-            x,
-            grad,
-            taps.float().mT.contiguous(),
-            torch.stack((p, q, o)).float(),
-            grad_ys,
-            *x.shape[1:],
-            x.stride(),
-            grad.stride(),
-            grad_ys.stride(),
-            BRANCHES=branches,
-            T=layout.rows,
-            LANES=layout.lanes,
-        )
+    if x.numel():
+        layout = _Layout.of(x, max(sizes))
+        with torch.cuda.device_of(x):
+            _branch_grads_kernel[layout.grid(x)](
+                x,
+                grad,
+                taps.float().mT.contiguous(),
+                torch.stack((p, q, o)).float(),
+                grad_ys,
+                *x.shape[1:],
+                x.stride(),
+                grad.stride(),
+                grad_ys.stride(),
+                BRANCHES=branches,
+                T=layout.rows,
+                LANES=layout.lanes,
+            )
     flipped = [part.flip(1) for part in taps.split(squares, 1)]
     grad_x = _convolve_and_add(
         grad_ys, torch.cat(flipped, 1), None, sizes, dilations
@@ -775,8 +786,41 @@ def _sum_of_branches_grads(
     )
 
 
+@custom_op('mmoverlock::sum_of_branches', mutates_args=())
+def _sum_of_branches(
+    x: Tensor,
+    taps: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    sizes: list[int],
+    dilations: list[int],
+    eps: list[float],
+) -> tuple[Tensor, Tensor]:
+    return _forward(x, taps, scale, shift, sizes, dilations, eps)
+
+
+@_sum_of_branches.register_fake
+def _(x, taps, scale, shift, sizes, dilations, eps):
+    statistics = x.new_empty(len(sizes), 3, x.shape[1], dtype=torch.float64)
+    return torch.empty_like(x), statistics
+
+
+@custom_op('mmoverlock::sum_of_branches_backward', mutates_args=())
+def _sum_of_branches_grads(
+    grad: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    scale: Tensor,
+    statistics: Tensor,
+    sizes: list[int],
+    dilations: list[int],
+    eps: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _backward(grad, x, taps, scale, statistics, sizes, dilations, eps)
+
+
 @_sum_of_branches_grads.register_fake
-def _(grad, x, taps, scale, mean, var, sizes, dilations, eps):
+def _(grad, x, taps, scale, statistics, sizes, dilations, eps):
     return (
         torch.empty_like(grad),
         taps.new_empty(taps.shape),
@@ -785,8 +829,9 @@ def _(grad, x, taps, scale, mean, var, sizes, dilations, eps):
     )
 
 
-def _rstd(var, eps):
-    return (var + _column(tuple(eps), var.device)).rsqrt()
+def _rstd(statistics, eps):
+    count, _, squares = statistics.unbind(1)
+    return (squares / count + _column(tuple(eps), count.device)).rsqrt()
 
 
 @lru_cache
@@ -796,19 +841,35 @@ def _column(numbers: tuple, device: torch.device) -> Tensor:
 
 def _sum_of_branches_setup(ctx, inputs, output):
     x, taps, scale, _, *ctx.settings = inputs
-    ctx.save_for_backward(x, taps, scale, *output[1:])
+    ctx.save_for_backward(x, taps, scale, output[1])
 
 
-def _sum_of_branches_backward(ctx, grad, *_):
+def _sum_of_branches_backward(ctx, grad, _, backward=_sum_of_branches_grads):
     x = ctx.saved_tensors[0]
     grad = grad.contiguous(memory_format=_format_of(x))
-    grads = _sum_of_branches_grads(grad, *ctx.saved_tensors, *ctx.settings)
-    return *grads, None, None, None
+    grads = backward(grad, *ctx.saved_tensors, *ctx.settings)
+    return *grads, *(None for _ in ctx.settings)
 
 
 _sum_of_branches.register_autograd(
     _sum_of_branches_backward, setup_context=_sum_of_branches_setup
 )
+
+
+class _SynchronizedSum(torch.autograd.Function):
+    """The same over the processes of a group, with one exchange each way."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_sum_of_branches_setup)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        return _sum_of_branches_backward(ctx, grad, _, _backward)
+
+
+# An exchange in the middle of a graph breaks it.
+_synchronized_sum = torch.compiler.disable(_SynchronizedSum.apply)
 
 
 def depthwise_conv2d(
@@ -821,11 +882,14 @@ def depthwise_conv2d(
     return _conv2d(_autocast(x), weight, bias, dilation)
 
 
-def sum_of_branches(x: Tensor, branches: Sequence) -> Tensor:
+def sum_of_branches(
+    x: Tensor,
+    branches: Sequence,
+    group: 'distributed.ProcessGroup | None' = None,
+) -> Tensor:
     """See :func:`mmoverlock.ops.sum_of_branches`."""
-    x = _autocast(x)
-    out, *statistics = _sum_of_branches(
-        x,
+    operands = (
+        _autocast(x),
         torch.cat([branch.weight.flatten(1) for branch in branches], 1),
         torch.stack([branch.scale for branch in branches]),
         torch.stack([branch.shift for branch in branches]),
@@ -833,10 +897,15 @@ def sum_of_branches(x: Tensor, branches: Sequence) -> Tensor:
         [branch.dilation for branch in branches],
         [branch.eps for branch in branches],
     )
-    number = x.numel() // x.shape[1]
+    if group is None:
+        out, statistics = _sum_of_branches(*operands)
+    else:
+        out, statistics = _synchronized_sum(*operands, group)
     with torch.no_grad():
-        for branch, mean, var in zip(branches, *statistics, strict=True):
-            var = var * (number / max(number - 1, 1))
+        for branch, (count, mean, squares) in zip(
+            branches, statistics, strict=True
+        ):
+            var = squares / (count - 1).clamp(min=1)
             for running, new in (
                 (branch.running_mean, mean),
                 (branch.running_var, var),

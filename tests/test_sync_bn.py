@@ -1,0 +1,162 @@
+"""Branches whose batch norms share statistics among processes.
+
+Two processes train on maps of their own, of different sizes; the measure is
+one process with plain batch norms over all the values, in float64.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+
+from mmoverlock.models.reparam import DilatedReparamConv
+from mmoverlock.ops import sum_of_branches
+
+pytest.importorskip('mmoverlock.ops.depthwise_triton', exc_type=ImportError)
+debug = pytest.importorskip('torch.distributed.tensor.debug')
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+SHAPES = {
+    'other sizes': ((3, 3, 6, 5), (1, 3, 4, 7)),
+    'compiled': ((1, 3, 4, 5), (1, 3, 4, 5)),
+    'no maps': ((2, 3, 5, 4), (0, 3, 5, 4)),
+}
+
+
+def module(norm='BN', backend='auto', group=None):
+    torch.manual_seed(0)
+    conv = DilatedReparamConv(3, 5, dict(type=norm), backend=backend)
+    for parameter in conv.parameters():
+        nn.init.normal_(parameter)
+    for part in conv.modules():
+        if isinstance(part, nn.SyncBatchNorm):
+            part.process_group = group
+    return conv.to(DEVICE)
+
+
+def draw(shapes):
+    """Maps whose means are large beside the deviations, and gradients."""
+    torch.manual_seed(1)
+    maps = [torch.randn(shape) + 3 + i for i, shape in enumerate(shapes)]
+    return maps, [torch.randn(shape) for shape in shapes]
+
+
+def train(conv, x, grad):
+    """A step; return what comes out of it."""
+    x = x.to(DEVICE).clone().requires_grad_()
+    out = conv(x)
+    out.backward(grad.to(DEVICE))
+    return dict(
+        out=out.detach(),
+        grad=x.grad,
+        grads={k: p.grad for k, p in conv.named_parameters()},
+        buffers=dict(conv.named_buffers()),
+    )
+
+
+def count_exchanges(conv, x):
+    """Of the forward and of the backward pass."""
+    with debug.CommDebugMode() as forward:
+        out = conv(x.to(DEVICE))
+    with debug.CommDebugMode() as backward:
+        out.sum().backward()
+    return forward.get_total_counts(), backward.get_total_counts()
+
+
+def run(rank, folder):
+    """What each of the processes does."""
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2
+    )
+    new = partial(module, 'SyncBN', 'triton')
+    results = {}
+    for name, shapes in SHAPES.items():
+        conv = new()
+        if name == 'compiled':
+            conv.compile(backend='aot_eager')
+        maps, grads = draw(shapes)
+        results[name] = train(conv, maps[rank], grads[rank])
+    results['exchanges'] = count_exchanges(new(), maps[rank])
+    alone = [distributed.new_group([i]) for i in (0, 1)][rank]
+    results['alone'] = train(new(group=alone), maps[0], grads[0])
+    results['exchanges alone'] = count_exchanges(new(group=alone), maps[0])
+    torch.save(results, f'{folder}/{rank}.pth')
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope='module')
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('processes')
+    multiprocessing.spawn(run, (folder,), nprocs=2)
+    return [torch.load(folder / f'{rank}.pth') for rank in (0, 1)]
+
+
+def over_all(conv, maps):
+    """The branches one by one, with statistics over all maps."""
+    outs = 0
+    for name, norm in conv.branches:
+        name, norm = conv.get_submodule(name), conv.get_submodule(norm)
+        ys = [name(x).transpose(0, 1).flatten(1) for x in maps]
+        outs = outs + norm(torch.cat(ys, 1)[None, :, :, None])[0, ..., 0]
+    parts = outs.split([x.numel() // x.shape[1] for x in maps], 1)
+    return [
+        part.unflatten(1, (len(x), *x.shape[2:])).transpose(0, 1)
+        for part, x in zip(parts, maps, strict=True)
+    ]
+
+
+def check(actual, expected):
+    torch.testing.assert_close(
+        actual, expected, rtol=1e-4, atol=1e-4, check_dtype=False
+    )
+
+
+@pytest.mark.parametrize('name', SHAPES)
+def test_statistics_are_those_of_all_maps(results, name):
+    conv = module().double().cpu()
+    maps, grads = draw(SHAPES[name])
+    maps = [x.double().requires_grad_() for x in maps]
+    outs = over_all(conv, maps)
+    torch.autograd.backward(outs, [grad.double() for grad in grads])
+    ranks = [result[name] for result in results]
+    for rank, x, out in zip(ranks, maps, outs, strict=True):
+        check(rank['out'].cpu(), out)
+        check(rank['grad'].cpu(), x.grad)
+        for key, buffer in conv.named_buffers():
+            check(rank['buffers'][key].cpu(), buffer)
+    # As DDP adds them up
+    for key, parameter in conv.named_parameters():
+        share, other = (rank['grads'][key].cpu() for rank in ranks)
+        check(share + other, parameter.grad)
+
+
+def test_one_exchange_each_way(results):
+    for result in results:
+        assert result['exchanges'] == (1, 1)
+        assert result['exchanges alone'] == (0, 0)
+
+
+def test_group_of_one(results):
+    """Its statistics are those of a batch norm."""
+    maps, grads = draw(SHAPES['no maps'])
+    expected = train(module(backend='triton'), maps[0], grads[0])
+    for result in results:
+        torch.testing.assert_close(result['alone'], expected)
+
+
+@pytest.mark.parametrize('backend', ['auto', 'triton'])
+def test_one_process(backend):
+    """Where nothing is distributed, SyncBN is a batch norm."""
+    maps, grads = draw(SHAPES['other sizes'])
+    ours, plain = (
+        train(module(norm, backend), maps[0], grads[0])
+        for norm in ('SyncBN', 'BN')
+    )
+    torch.testing.assert_close(ours, plain)
+
+
+def test_backend_without_exchange():
+    with pytest.raises(ValueError, match="'auto' has no statistics over"):
+        sum_of_branches(torch.ones(1, 1, 2, 2), [], group=object())
