@@ -18,7 +18,7 @@ from mmoverlock.allocator import keep_freed_memory
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.fuse import fuse
 from mmoverlock.ops import contmix, depthwise_conv2d
-from mmoverlock.ops.contmix_tiled import _chunks, _plan, _take, _Tiles
+from mmoverlock.ops.contmix_tiled import _chunks, _plan, _Tiles
 
 keep_freed_memory()  # as the tools do
 
@@ -131,27 +131,33 @@ def training(name, batch, size, **kwargs):
 def gather_sum(height, width):
     """The 13 x 13 kernels of ContMix: 8 groups of 16 channels.
 
-    ``seconds`` is for gathering alone, from kernels that exist; ``op`` and
-    ``both`` are of the whole operator (both kernels, logits, softmax), and
-    of its forward and backward.
+    ``seconds`` and ``both`` are for sums over windows with kernels that exist,
+    forward, and forward and backward. ``op`` and ``op_both`` are for the whole
+    operator (both kernels, logits, softmax).
     """
     groups, channels, size = 8, 16, 13
-    plan = _plan(height, width, size, torch.device('cpu'))
+    plan = _plan(height, width, size, torch.device('cpu'), True)
     kernels = torch.rand(1, groups, len(plan.positions), size**2)
     values = torch.randn(1, groups, height * width, channels)
+    grad_sums = torch.randn_like(values)
 
     def gather():
         out = torch.empty_like(values)
         tiles = _Tiles(plan)
         for chunk in _chunks(values.shape, plan):
-            mixed = tiles.lay_out(kernels[chunk]) @ tiles.regions(
-                values[chunk]
-            )
-            out[chunk] = _take(mixed.flatten(2, 3), plan.order)
+            out[chunk] = tiles.sums(kernels[chunk], values[chunk])
         return out
+
+    def gather_backward():
+        tiles = _Tiles(plan)
+        for chunk in _chunks(values.shape, plan):
+            tiles.grads(grad_sums[chunk], kernels[chunk], values[chunk])
 
     with torch.no_grad():
         result = seconds(gather)
+        result['both'] = seconds(lambda: (gather(), gather_backward()))[
+            'seconds'
+        ]
 
     def maps(channels):
         draw = torch.randn(1, channels, height, width)
@@ -168,7 +174,7 @@ def gather_sum(height, width):
     ]
     tables = [torch.zeros(groups, 2 * k - 1, 2 * k - 1) for k in (5, size)]
     grad = torch.randn(1, total, height, width)
-    result['both'] = seconds(
+    result['op_both'] = seconds(
         lambda: contmix(*operands, tables).backward(grad)
     )['seconds']
     with torch.no_grad():

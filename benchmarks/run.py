@@ -53,7 +53,7 @@ def describe(name, figures):
         text += f'  peak {figures["peak_mb"]:.0f} MB'
     if 'used_mb' in figures:
         text += f', {figures["used_mb"]:.0f} of them for this'
-    for key in ('op', 'both', 'plain'):
+    for key in ('both', 'op', 'op_both', 'plain'):
         if key in figures:
             text += f'  {key} {figures[key] * 1e3:.2f} ms'
     return text
