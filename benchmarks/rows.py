@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import torch
+import torch._inductor.config as inductor
 import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from torch.profiler import ProfilerActivity, profile
 
 from mmoverlock.allocator import keep_freed_memory
 from mmoverlock.models import OverLoCK
@@ -25,6 +27,16 @@ keep_freed_memory()  # as the tools do
 CONFIGS = Path(__file__).parents[1] / 'configs'
 DETECTOR = 'mask_rcnn/overlock_t_1x.py'
 SEGMENTER = 'upernet/overlock_t_160k.py'
+# What multiplies: neither form nor number of these calls is up to us, unless
+# the network is computed differently.
+PRODUCTS = (
+    'aten::mkldnn_convolution',
+    'aten::convolution_backward',
+    'aten::mm',
+    'aten::addmm',
+    'aten::bmm',
+    'aten::baddbmm',
+)
 # Multiply-adds of an image of 224 x 224 pixels, from the papers.
 GMACS = {'t': 5.5, 'xt': 2.6, 'swin-t': 4.5, 'resnet-50': 4.1}
 
@@ -40,6 +52,17 @@ def seconds(run, repeats=7):
         times.append(time.perf_counter() - start)
     return dict(
         seconds=statistics.median(times), least=min(times), most=max(times)
+    )
+
+
+def products(run):
+    """Seconds of a call that are spent in convolutions and matrix products."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    return 1e-6 * sum(
+        event.self_cpu_time_total
+        for event in profiler.key_averages()
+        if event.key in PRODUCTS
     )
 
 
@@ -82,17 +105,22 @@ def build(name, **kwargs):
     return MODELS.build(dict(type='ResNet', depth=50))
 
 
-def inference(name, size, dtype=None):
+def inference(name, size, dtype=None, compiled=False):
     """One image of size x size, in eval mode; OverLoCK fused."""
     model = build(name)
     model.eval()  # Swin's returns nothing
     if isinstance(model, OverLoCK):
         fuse(model)
+    if compiled:
+        inductor.freezing = True  # weights are constants
+        model.compile(fullgraph=True)
     image = torch.randn(1, 3, size, size)
     before = resident_mb()
     with torch.no_grad(), torch.autocast('cpu', dtype, enabled=bool(dtype)):
         result = seconds(lambda: model(image))
-    peak = peak_mb()
+        peak = peak_mb()
+        if not compiled:
+            result['products'] = products(lambda: model(image))
     gmacs = GMACS[name] * (size / 224) ** 2
     return {
         **result,
@@ -104,20 +132,25 @@ def inference(name, size, dtype=None):
     }
 
 
-def training(name, batch, size, **kwargs):
+def training(name, batch, size, compiled=False, **kwargs):
     """Forward and backward of a backbone in training mode."""
     model = build(name, **kwargs)
     model.train()
+    if compiled:
+        model.compile()
     images = torch.randn(batch, 3, size, size)
     with torch.no_grad():
         grads = [torch.randn_like(out) for out in model(images)]
 
     def step():
+        model.zero_grad()
         torch.autograd.backward(model(images), grads)
 
     before = resident_mb()
     result = seconds(step, repeats=5)
     peak = peak_mb()
+    if not compiled:
+        result['products'] = products(step)
     gmacs = 3 * batch * GMACS[name] * (size / 224) ** 2
     return {
         **result,
@@ -238,6 +271,7 @@ def whole_model(config, train):
     model.train()
 
     def step():
+        model.zero_grad()
         losses = model(**model.data_preprocessor(data, True), mode='loss')
         model.parse_losses(losses)[0].backward()
 
@@ -249,11 +283,21 @@ ROWS = {
     'Swin-T, 512, inference': lambda: inference('swin-t', 512),
     'ResNet-50, 512, inference': lambda: inference('resnet-50', 512),
     't, 512, inference in bf16': lambda: inference('t', 512, torch.bfloat16),
+    't, 512, inference, compiled': lambda: inference('t', 512, compiled=True),
+    't, 512, inference in bf16, compiled': lambda: inference(
+        't', 512, torch.bfloat16, compiled=True
+    ),
     't, 1024, inference': lambda: inference('t', 1024),
     't, 2048, inference': lambda: inference('t', 2048),
     't, 2 x 224, training': lambda: training('t', 2, 224),
     'Swin-T, 2 x 224, training': lambda: training('swin-t', 2, 224),
     'xt, 2 x 224, training': lambda: training('xt', 2, 224),
+    't, 2 x 224, training, compiled': lambda: training(
+        't', 2, 224, compiled=True
+    ),
+    'xt, 2 x 224, training, compiled': lambda: training(
+        'xt', 2, 224, compiled=True
+    ),
     't, 1 x 512, training': lambda: training('t', 1, 512),
     't, 1 x 512, training, with_cp': lambda: training(
         't', 1, 512, with_cp=True

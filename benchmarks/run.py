@@ -43,7 +43,7 @@ def measure(name):
 def describe(name, figures):
     """A line of the table."""
     text = (
-        f'{name:32} {figures["seconds"] * 1e3:9.2f} ms '
+        f'{name:36} {figures["seconds"] * 1e3:9.2f} ms '
         f'({figures["least"] * 1e3:.2f} to {figures["most"] * 1e3:.2f})'
     )
     if 'rate' in figures:
@@ -53,7 +53,7 @@ def describe(name, figures):
         text += f'  peak {figures["peak_mb"]:.0f} MB'
     if 'used_mb' in figures:
         text += f', {figures["used_mb"]:.0f} of them for this'
-    for key in ('both', 'op', 'op_both', 'plain'):
+    for key in ('products', 'both', 'op', 'op_both', 'plain'):
         if key in figures:
             text += f'  {key} {figures[key] * 1e3:.2f} ms'
     return text
