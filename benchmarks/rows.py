@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch._inductor.config as inductor
 import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -112,6 +111,8 @@ def inference(name, size, dtype=None, compiled=False):
     if isinstance(model, OverLoCK):
         fuse(model)
     if compiled:
+        import torch._inductor.config as inductor
+
         inductor.freezing = True  # weights are constants
         model.compile(fullgraph=True)
     image = torch.randn(1, 3, size, size)

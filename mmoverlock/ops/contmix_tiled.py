@@ -91,11 +91,11 @@ def _grid(rows: Tensor, cols: Tensor, width: int) -> Tensor:
     return grid.flatten(2).flatten(0, 1)
 
 
-def _bags(index: Tensor, length: int) -> _Bags:
+def _bags(index: Tensor, length: int, device: torch.device) -> _Bags:
     """Bags of the places where each of ``length`` numbers is in an index."""
     rows = index.argsort(stable=True)
     counts = index.bincount(minlength=length)
-    return _Bags(rows, counts.cumsum(0) - counts)
+    return _Bags(rows.to(device), (counts.cumsum(0) - counts).to(device))
 
 
 def _make_plan(
@@ -124,20 +124,20 @@ def _make_plan(
         taps = _grid(rows[2], cols[2], region[1])[..., None] + tap
         taps = taps.to(device)
     starts = torch.arange(kernel_size)[:, None] + torch.arange(kernel_size)
-    regions = _grid(rows[1], cols[1], width).to(device)
-    bias = _grid(rows[3], cols[3], kernel_size).flatten().to(device)
+    regions = _grid(rows[1], cols[1], width)
+    bias = _grid(rows[3], cols[3], kernel_size).flatten()
     pixels = users = None
     if training:
-        pixels = _bags(regions.flatten(), len(order))
-        users = _bags(bias, kernel_size**2)
+        pixels = _bags(regions.flatten(), len(order), device)
+        users = _bags(bias, kernel_size**2, device)
     return _Plan(
         positions.to(device),
         real,
         order.to(device),
-        regions,
+        regions.to(device),
         taps,
         _grid(starts, starts, 2 * kernel_size - 1).to(device),
-        bias,
+        bias.to(device),
         pixels,
         users,
     )
@@ -183,7 +183,7 @@ def _take(maps: Tensor, index: Tensor) -> Tensor:
 def _add_up(maps: Tensor, bags: _Bags) -> Tensor:
     """Sums (..., bags, C) of rows of (..., rows, C).
 
-    ``index_add_`` is ten times slower.
+    On CPUs ``index_add_`` is ten times slower, on GPUs not deterministic.
     """
     count, length = maps.shape[:-2].numel(), maps.shape[-2]
     sums = torch.embedding_bag(
