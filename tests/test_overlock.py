@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.blocks import FocusBlock
@@ -142,6 +143,30 @@ def test_input_layout_and_channels():
         assert not other.is_contiguous()
         for actual, wanted in zip(model(other), expected, strict=True):
             torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize('batch', [1, 2])
+@pytest.mark.parametrize('training', [False, True])
+@torch.no_grad()
+def test_convolutions_get_channels_last(batch, training):
+    """On CPUs others are slow; one image in NCHW has ambiguous strides."""
+    strides = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.convolution.default:
+                x, last = args[0], torch.channels_last
+                like = torch.empty(x.shape, memory_format=last)
+                if x.is_contiguous() or x.is_contiguous(memory_format=last):
+                    strides.append((x.stride(), like.stride()))
+            return function(*args, **kwargs or {})
+
+    model = tiny().train(training)
+    with Record():
+        model(image(batch))
+    assert len(strides) > 30
+    for actual, expected in strides:
+        assert actual == expected
 
 
 def test_fuse_overview():
