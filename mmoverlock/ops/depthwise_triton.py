@@ -125,16 +125,19 @@ def _convolve(
     channel,
     row,
     col,
-    K: tl.constexpr,
-    D: tl.constexpr,
+    BRANCHES: tl.constexpr,
+    B: tl.constexpr,
     T: tl.constexpr,
 ):
-    """Add a convolution to a tile, a tuple of T rows.
+    """Add the convolution of branch B to a tile, a tuple of T rows.
 
-    ``x`` points to its first row, ``weight`` to the first tap.
+    ``x`` points to its first row, ``weight`` to the taps of all branches.
     """
+    K: tl.constexpr = BRANCHES[B][0]
+    D: tl.constexpr = BRANCHES[B][1]
     REACH: tl.constexpr = K // 2 * D
     inside = channel < channels
+    weight += BRANCHES[B][2] * channels + channel
     for s in range(K):
         shift = s * D - REACH
         ok = inside & (col + shift >= 0) & (col + shift < width)
@@ -237,7 +240,7 @@ def _sum_kernel(
         acc = _convolve(
             acc,
             x + _wide(x_strides[0]) * b,
-            weight + BRANCHES[b][2] * channels + channel,
+            weight,
             x_strides[1:],
             channels,
             height,
@@ -245,8 +248,8 @@ def _sum_kernel(
             channel,
             row,
             col,
-            BRANCHES[b][0],
-            BRANCHES[b][1],
+            BRANCHES,
+            b,
             T,
         )
     inside = (channel < channels) & (col < width)
@@ -301,7 +304,7 @@ def _statistics_kernel(
             acc = _convolve(
                 _zeros(T, LANES),
                 x_row,
-                weight + BRANCHES[b][2] * channels + channel,
+                weight,
                 x_strides,
                 channels,
                 height,
@@ -309,8 +312,8 @@ def _statistics_kernel(
                 channel,
                 row,
                 col,
-                BRANCHES[b][0],
-                BRANCHES[b][1],
+                BRANCHES,
+                b,
                 T,
             )
             first = tl.where(count == 0, acc[0], first)
@@ -370,7 +373,7 @@ def _branch_grads_kernel(
         acc = _convolve(
             _zeros(T, LANES),
             x,
-            weight + BRANCHES[b][2] * channels + channel,
+            weight,
             x_strides,
             channels,
             height,
@@ -378,8 +381,8 @@ def _branch_grads_kernel(
             channel,
             row,
             col,
-            BRANCHES[b][0],
-            BRANCHES[b][1],
+            BRANCHES,
+            b,
             T,
         )
         step = len(BRANCHES) * channels
