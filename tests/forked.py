@@ -145,6 +145,23 @@ def classifier(folder, **settings):
     return path
 
 
+def _shrunk(config, options, data_root, scale, images):
+    """A config with a tiny backbone, small images and few to evaluate on."""
+    cfg = Config.fromfile(ROOT / 'configs' / config)
+    cfg.merge_from_dict(
+        {f'model.backbone.{k}': v for k, v in BACKBONE.items()}
+    )
+    cfg.merge_from_dict(options)
+    for split, resize in (('train', 2), ('val', 1), ('test', 1)):
+        loader = cfg[f'{split}_dataloader']
+        loader.update(num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = str(data_root)
+        loader.dataset.pipeline[resize].scale = scale
+        if split != 'train':
+            loader.dataset.indices = images
+    return cfg
+
+
 def detector(folder, config=CONFIGS['det'][0], **options):
     """Write the config of a tiny Mask R-CNN, and draw COCO-style data.
 
@@ -160,20 +177,10 @@ def detector(folder, config=CONFIGS['det'][0], **options):
     load_tool('make_sample_data').main(
         ['coco', str(data_root), '--images=4', '--size=96']
     )
-    cfg = Config.fromfile(ROOT / 'configs' / config)
-    cfg.merge_from_dict(
-        {f'model.backbone.{k}': v for k, v in BACKBONE.items()}
-    )
-    cfg.merge_from_dict(CONFIGS['det'][1])
+    cfg = _shrunk(config, CONFIGS['det'][1], data_root, (96, 96), 2)
     ann_file = str(data_root / 'annotations' / 'instances_val2017.json')
-    for split, number in (('train', 2), ('val', 1), ('test', 1)):
-        loader = cfg[f'{split}_dataloader']
-        loader.update(num_workers=0, persistent_workers=False)
-        loader.dataset.data_root = str(data_root)
-        loader.dataset.pipeline[number].scale = (96, 96)
-        if split != 'train':
-            cfg[f'{split}_evaluator'].ann_file = ann_file
-            loader.dataset.indices = 2
+    for split in ('val', 'test'):
+        cfg[f'{split}_evaluator'].ann_file = ann_file
     cfg.merge_from_dict({'train_cfg.max_epochs': 1, **options})
     path = Path(folder) / 'detector.py'
     cfg.dump(path)
@@ -194,20 +201,8 @@ def segmentor(folder, **options):
     load_tool('make_sample_data').main(
         ['ade20k', str(data_root), '--images=4', '--size=96']
     )
-    name, tiny_options = CONFIGS['seg']
-    cfg = Config.fromfile(ROOT / 'configs' / name)
-    cfg.merge_from_dict(
-        {f'model.backbone.{k}': v for k, v in BACKBONE.items()}
-    )
-    cfg.merge_from_dict(tiny_options)
+    cfg = _shrunk(*CONFIGS['seg'], data_root, (96, 64), 3)
     cfg.model.data_preprocessor.size = (64, 64)
-    for split, number in (('train', 2), ('val', 1), ('test', 1)):
-        loader = cfg[f'{split}_dataloader']
-        loader.update(num_workers=0, persistent_workers=False)
-        loader.dataset.data_root = str(data_root)
-        loader.dataset.pipeline[number].scale = (96, 64)
-        if split != 'train':
-            loader.dataset.indices = 3
     cfg.train_dataloader.dataset.pipeline[3].crop_size = (64, 64)
     cfg.merge_from_dict(
         {
