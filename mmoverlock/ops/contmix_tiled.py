@@ -24,9 +24,9 @@ from torch import Tensor
 from .contmix_reference import bias_starts, window_starts
 from .environment import is_compiling
 
-# Side of a tile, at most. Larger tiles multiply more zeros, smaller ones copy
-# more of what their regions share.
-TILE = 7
+# Laying kernels out takes half the time of what a product does with them.
+LAYOUT = 0.5
+CHANNELS = 16  # of a group, in most of the networks
 # Elements of the dense matrices that exist at a time, unless those of a
 # single group are more.
 CHUNK = 2**20
@@ -67,15 +67,23 @@ def _cut(length: int, kernel_size: int) -> tuple[Tensor, ...]:
         first = min(position, length - 1) - kernel_size // 2
         return min(max(first, 0), length - kernel_size)
 
-    tiles = -(-length // TILE)
-    size = -(-length // tiles)
+    def cut(tiles):  # into so many: the cost, their size and their region's
+        size = -(-length // tiles)
+        region = kernel_size + max(
+            start(i + size - 1) - start(i) for i in range(0, length, size)
+        )
+        area = size**2
+        if region > kernel_size:
+            area *= 1 + LAYOUT
+        return (tiles * region) ** 2 * (area + CHANNELS), tiles, size, region
+
+    # Larger tiles multiply more zeros, smaller ones copy more of what their
+    # regions share: elements of a square map's matrices and regions.
+    _, tiles, size, region = min(cut(i + 1) for i in range(length))
     # Padding repeats the last position.
     positions = torch.arange(tiles * size).clamp(max=length - 1)
     positions = positions.view(tiles, size)
     windows = window_starts(length, kernel_size)[positions]
-    region = kernel_size + max(
-        start(i + size - 1) - start(i) for i in range(0, tiles * size, size)
-    )
     starts = windows[:, :1].clamp(max=length - region)
     return (
         positions,
