@@ -215,9 +215,10 @@ def _bits(x: Tensor) -> Tensor:
 
 def _kernels(query, filters, windows, plan):
     """Kernels (B, G, T * P, K^2) of queries (B, G, T * P, c)."""
-    logits = query @ filters
-    logits += _take(windows, plan.bias)
-    return logits.softmax(-1)
+    bias = _take(windows, plan.bias).expand(len(query), -1, -1, -1)
+    query, filters = query.flatten(0, 1), filters.flatten(0, 1)
+    logits = bias.flatten(0, 1).baddbmm_(query, filters)
+    return logits.softmax(-1).view(bias.shape)
 
 
 class _Tiles:
