@@ -217,24 +217,24 @@ def gather_sum(height, width):
 
 
 def weight_gradient(channels, size, kernel_size):
-    """Of a depthwise convolution, ours and PyTorch's."""
-    x = torch.randn(1, channels, size, size)
-    x = x.contiguous(memory_format=torch.channels_last)
-    grad = torch.randn_like(x)
+    """Of a depthwise convolution; PyTorch's where maps are contiguous."""
+    x, grad = torch.randn(2, 1, channels, size, size)
     weight = torch.randn(
         channels, 1, kernel_size, kernel_size, requires_grad=True
     )
 
-    def backward(out):
+    def backward(out, grad):
         return seconds(
             lambda: torch.autograd.grad(out, weight, grad, retain_graph=True)
         )
 
     plain = F.conv2d(x, weight, padding=kernel_size // 2, groups=channels)
-    return {
-        **backward(depthwise_conv2d(x, weight)),
-        'plain': backward(plain)['seconds'],
-    }
+    plain = backward(plain, grad)['seconds']
+    x, grad = (
+        maps.contiguous(memory_format=torch.channels_last)
+        for maps in (x, grad)
+    )
+    return {**backward(depthwise_conv2d(x, weight), grad), 'plain': plain}
 
 
 def whole_model(config, train):

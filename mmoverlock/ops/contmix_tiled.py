@@ -151,7 +151,7 @@ def _make_plan(
     )
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)  # of up to 7 MB at 50 x 84
 def _cached_plan(*args) -> _Plan:
     # What is kept must not be inference tensors, which autograd cannot save.
     with torch.inference_mode(False):
