@@ -10,6 +10,7 @@ import torch
 
 from mmoverlock.ops import contmix
 from mmoverlock.ops.contmix import BACKENDS
+from mmoverlock.ops.contmix_tiled import _cut
 
 PLAIN = [name for name in BACKENDS if name != 'triton']
 FAST = [name for name in PLAIN if name != 'reference']
@@ -151,6 +152,16 @@ def test_float32(backend):
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize(
+    'length, kernel_size, size',
+    [(7, 5, 7), (7, 7, 7), (14, 5, 7), (14, 13, 7), (16, 7, 8)]
+    + [(32, 5, 4), (32, 13, 4), (50, 13, 5), (64, 13, 5), (84, 13, 6)],
+)
+def test_tiles(length, kernel_size, size):
+    """Their sizes are those that were fast (benchmarks/NOTES.md)."""
+    assert _cut(length, kernel_size)[0].shape[1] == size
 
 
 @pytest.mark.parametrize('backend', PLAIN)

@@ -24,9 +24,10 @@ from torch import Tensor
 from .contmix_reference import bias_starts, window_starts
 from .environment import is_compiling
 
-# Laying kernels out takes half the time of what a product does with them.
+# The cost of an element of the dense matrices is 1 in products, 0.5 more where
+# kernels are laid out; so is that of a copied element of a region.
 LAYOUT = 0.5
-CHANNELS = 16  # of a group, in most of the networks
+CHANNELS = 16  # of a group of values, in most of the networks
 # Elements of the dense matrices that exist at a time, unless those of a
 # single group are more.
 CHUNK = 2**20
@@ -67,19 +68,22 @@ def _cut(length: int, kernel_size: int) -> tuple[Tensor, ...]:
         first = min(position, length - 1) - kernel_size // 2
         return min(max(first, 0), length - kernel_size)
 
-    def cut(tiles):  # into so many: the cost, their size and their region's
+    def cut(tiles):
         size = -(-length // tiles)
-        region = kernel_size + max(
+        moves = max(
             start(i + size - 1) - start(i) for i in range(0, length, size)
         )
-        area = size**2
-        if region > kernel_size:
-            area *= 1 + LAYOUT
-        return (tiles * region) ** 2 * (area + CHANNELS), tiles, size, region
+        return size, kernel_size + moves
+
+    def cost(tiles):  # of a square map
+        size, region = cut(tiles)
+        share = 1 + LAYOUT if region > kernel_size else 1
+        return (tiles * region) ** 2 * (share * size**2 + CHANNELS)
 
     # Larger tiles multiply more zeros, smaller ones copy more of what their
-    # regions share: elements of a square map's matrices and regions.
-    _, tiles, size, region = min(cut(i + 1) for i in range(length))
+    # regions share.
+    tiles = min(range(1, length + 1), key=cost)
+    size, region = cut(tiles)
     # Padding repeats the last position.
     positions = torch.arange(tiles * size).clamp(max=length - 1)
     positions = positions.view(tiles, size)
