@@ -24,8 +24,8 @@ from torch import Tensor
 from .contmix_reference import bias_starts, window_starts
 from .environment import is_compiling
 
-# The cost of an element of the dense matrices is 1 in products, 0.5 more where
-# kernels are laid out; so is that of a copied element of a region.
+# Copying an element of a region costs 1, an element of a dense matrix 1 in the
+# product, and so much more if kernels have to be laid out in it.
 LAYOUT = 0.5
 CHANNELS = 16  # of a group of values, in most of the networks
 # Elements of the dense matrices that exist at a time, unless those of a
@@ -221,7 +221,8 @@ def _kernels(query, filters, windows, plan):
     """Kernels (B, G, T * P, K^2) of queries (B, G, T * P, c)."""
     bias = _take(windows, plan.bias).expand(len(query), -1, -1, -1)
     query, filters = query.flatten(0, 1), filters.flatten(0, 1)
-    logits = bias.flatten(0, 1).baddbmm_(query, filters)
+    logits = bias.flatten(0, 1)  # a copy, or of one image all there is
+    logits.baddbmm_(query, filters)
     return logits.softmax(-1).view(bias.shape)
 
 
