@@ -15,7 +15,7 @@ anew: what is stored is as large as the inputs.
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -55,13 +55,12 @@ class _Plan(NamedTuple):
     users: _Bags | None
 
 
-def _cut(length: int, kernel_size: int) -> tuple[Tensor, ...]:
-    """Cut an axis into tiles of equal size, the last one padded.
+@cache
+def _choose_tiles(length: int, kernel_size: int) -> tuple[int, int, int]:
+    """How many tiles an axis is cut into, their size and their regions'.
 
-    Returns:
-        tuple[Tensor]: Positions (tiles, size), regions (tiles, region), the
-        windows' starts within the regions (tiles, size) and the rows of the
-        bias table (tiles, size).
+    Larger tiles multiply more zeros, smaller ones copy more of what their
+    regions share.
     """
 
     def start(position):  # of the window; in Python, to be traceable
@@ -73,17 +72,25 @@ def _cut(length: int, kernel_size: int) -> tuple[Tensor, ...]:
         moves = max(
             start(i + size - 1) - start(i) for i in range(0, length, size)
         )
-        return size, kernel_size + moves
+        return tiles, size, kernel_size + moves
 
-    def cost(tiles):  # of a square map
-        size, region = cut(tiles)
+    def cost(tiling):  # of a square map
+        tiles, size, region = tiling
         share = 1 + LAYOUT if region > kernel_size else 1
         return (tiles * region) ** 2 * (share * size**2 + CHANNELS)
 
-    # Larger tiles multiply more zeros, smaller ones copy more of what their
-    # regions share.
-    tiles = min(range(1, length + 1), key=cost)
-    size, region = cut(tiles)
+    return min(map(cut, range(1, length + 1)), key=cost)
+
+
+def _cut(length: int, kernel_size: int) -> tuple[Tensor, ...]:
+    """Cut an axis into tiles of equal size, the last one padded.
+
+    Returns:
+        tuple[Tensor]: Positions (tiles, size), regions (tiles, region), the
+        windows' starts within the regions (tiles, size) and the rows of the
+        bias table (tiles, size).
+    """
+    tiles, size, region = _choose_tiles(length, kernel_size)
     # Padding repeats the last position.
     positions = torch.arange(tiles * size).clamp(max=length - 1)
     positions = positions.view(tiles, size)
