@@ -19,7 +19,7 @@ from mmoverlock.allocator import keep_freed_memory
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.fuse import fuse
 from mmoverlock.ops import contmix, depthwise_conv2d
-from mmoverlock.ops.contmix_tiled import _chunks, _plan, _Tiles
+from mmoverlock.ops.dynamic_conv.tiled import _chunks, _plan, _Tiles
 
 keep_freed_memory()  # as the tools do
 

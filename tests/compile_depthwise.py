@@ -1,4 +1,4 @@
-"""Compiles the kernels of depthwise_triton.py for a GPU that is not there.
+"""Compiles the kernels of depthwise/triton.py for a GPU that is not there.
 
 ``python tests/compile_depthwise.py [CAPABILITY]`` prints what kernels take
 for the kernel sizes of the network.
@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mmoverlock.models.reparam import BRANCHES
-from mmoverlock.ops import depthwise_triton as kernels
+from mmoverlock.ops.depthwise import triton as kernels
 
 CUOBJDUMP = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
 TYPES = {

@@ -11,29 +11,29 @@ PACKAGE = Path(__file__).parents[1] / 'mmoverlock'
 # standard library. A module imports only from those above it.
 ALLOWED = {
     '__init__': ([], []),
-    'ops.contmix_reference': ([], ['torch']),
     'ops.environment': ([], ['torch', 'triton']),
-    'ops.contmix_tiled': (
-        ['ops.contmix_reference', 'ops.environment'],
+    'ops.dynamic_conv.reference': ([], ['torch']),
+    'ops.dynamic_conv.tiled': (
+        ['ops.dynamic_conv.reference', 'ops.environment'],
         ['torch'],
     ),
-    'ops.contmix_triton': ([], ['torch', 'triton']),
-    'ops.contmix': (
+    'ops.dynamic_conv.triton': ([], ['torch', 'triton']),
+    'ops.dynamic_conv.__init__': (
         [
-            'ops.contmix_reference',
-            'ops.contmix_tiled',
-            'ops.contmix_triton',
+            'ops.dynamic_conv.reference',
+            'ops.dynamic_conv.tiled',
+            'ops.dynamic_conv.triton',
             'ops.environment',
         ],
         ['torch'],
     ),
-    'ops.depthwise_triton': ([], ['torch', 'triton']),
-    'ops.depthwise': (
-        ['ops.depthwise_triton', 'ops.environment'],
+    'ops.depthwise.triton': ([], ['torch', 'triton']),
+    'ops.depthwise.__init__': (
+        ['ops.depthwise.triton', 'ops.environment'],
         ['torch'],
     ),
     'ops.__init__': (
-        ['ops.contmix', 'ops.depthwise', 'ops.environment'],
+        ['ops.depthwise', 'ops.dynamic_conv', 'ops.environment'],
         [],
     ),
     'models.layers': (['ops'], ['torch']),
@@ -56,7 +56,7 @@ ALLOWED = {
             'models.layers',
             'models.reparam',
             'ops',
-            'ops.contmix',
+            'ops.dynamic_conv',
         ],
         ['mmengine', 'torch'],
     ),

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mmoverlock.ops import contmix
-from mmoverlock.ops.contmix import BACKENDS
-from mmoverlock.ops.contmix_tiled import _choose_tiles
+from mmoverlock.ops.dynamic_conv import BACKENDS
+from mmoverlock.ops.dynamic_conv.tiled import _choose_tiles
 
 PLAIN = [name for name in BACKENDS if name != 'triton']
 FAST = [name for name in PLAIN if name != 'reference']
@@ -176,7 +176,7 @@ def test_trains_after_inference_mode(backend):
 
 def test_backends(monkeypatch):
     """The one that is named runs; 'auto' is the tiled one."""
-    module = importlib.import_module('mmoverlock.ops.contmix')
+    module = importlib.import_module('mmoverlock.ops.dynamic_conv')
     monkeypatch.setattr(module, 'check_triton', lambda: None)
     ran = []
     for name in BACKENDS:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from test_contmix import call, differentiate, draw
 
-from mmoverlock.ops.contmix import resolve_backend
+from mmoverlock.ops.dynamic_conv import resolve_backend
 
 triton = pytest.importorskip('triton', '3.6')
 tl = pytest.importorskip('triton.language')
-contmix_triton = pytest.importorskip('mmoverlock.ops.contmix_triton')
+contmix_triton = pytest.importorskip('mmoverlock.ops.dynamic_conv.triton')
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 EXACT = torch.float64 if DEVICE == 'cpu' else torch.float32
@@ -193,7 +193,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from mmoverlock.ops import contmix_triton as module
+from mmoverlock.ops.dynamic_conv import triton as module
 
 arch, values, queries = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 sizes = dict(

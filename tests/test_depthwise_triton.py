@@ -20,7 +20,7 @@ from mmoverlock.models.reparam import BRANCHES, DilatedReparamConv
 from mmoverlock.ops import Branch, depthwise_conv2d, sum_of_branches
 
 kernels = pytest.importorskip(
-    'mmoverlock.ops.depthwise_triton', exc_type=ImportError
+    'mmoverlock.ops.depthwise.triton', exc_type=ImportError
 )
 gpu_depthwise = pytest.importorskip(
     'benchmarks.gpu_depthwise', exc_type=ImportError

@@ -13,7 +13,7 @@ from torch import distributed, multiprocessing, nn
 from mmoverlock.models.reparam import DilatedReparamConv
 from mmoverlock.ops import sum_of_branches
 
-pytest.importorskip('mmoverlock.ops.depthwise_triton', exc_type=ImportError)
+pytest.importorskip('mmoverlock.ops.depthwise.triton', exc_type=ImportError)
 debug = pytest.importorskip('torch.distributed.tensor.debug')
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'

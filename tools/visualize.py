@@ -31,7 +31,7 @@ from mmoverlock.inference import (
     read_image,
 )
 from mmoverlock.models import OverLoCK
-from mmoverlock.ops.contmix_reference import window_starts
+from mmoverlock.ops.dynamic_conv.reference import window_starts
 
 WIDTH = 7.0  # of figures in inches, at most: a page's text, in papers
 STYLE = {

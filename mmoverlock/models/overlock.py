@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import check_depthwise_backend
-from ..ops.contmix import resolve_backend
+from ..ops.dynamic_conv import resolve_backend
 from .blocks import FocusBlock, RepConvBlock
 from .layers import LayerNorm2d, LayerScale, build_bn
 from .reparam import DilatedReparamConv

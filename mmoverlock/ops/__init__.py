@@ -1,4 +1,4 @@
-from .contmix import contmix
+from .dynamic_conv import contmix
 from .depthwise import (
     Branch,
     check_depthwise_backend,

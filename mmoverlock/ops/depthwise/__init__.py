@@ -3,7 +3,7 @@
 There, it is fast on maps in ``torch.channels_last``, with three exceptions:
 kernels of some widths, of some dilations, and the weight gradient of kernels
 larger than 3 x 3. Other devices run PyTorch's convolution, or the kernels of
-depthwise_triton.py where these are asked for: no GPU was at hand to measure
+depthwise/triton.py where these are asked for: no GPU was at hand to measure
 them on, so 'auto' does not choose them. The figures are in
 benchmarks/NOTES.md.
 """
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .environment import check_triton, is_compiling, is_exporting
+from ..environment import check_triton, is_compiling, is_exporting
 
 BACKENDS = ('auto', 'triton')
 
@@ -70,7 +70,7 @@ def depthwise_conv2d(
     """
     if backend != 'auto':
         check_depthwise_backend(backend)
-        from .depthwise_triton import depthwise_conv2d as convolve
+        from .triton import depthwise_conv2d as convolve
 
         y = convolve(x, weight, bias, dilation)
         return x + y if residual else y
@@ -124,7 +124,7 @@ def sum_of_branches(
     """
     if backend != 'auto':
         check_depthwise_backend(backend)
-        from .depthwise_triton import sum_of_branches as sum_up
+        from .triton import sum_of_branches as sum_up
 
         return sum_up(x, branches, group)
     if group is not None:

@@ -1,6 +1,6 @@
 """ContMix as batched matrix products over tiles of positions.
 
-Two rearrangements of :mod:`mmoverlock.ops.contmix_reference`, exact up to
+Two rearrangements of :mod:`mmoverlock.ops.dynamic_conv.reference`, exact up to
 rounding:
 
 - ``(query key) weight`` is computed as ``query (key weight)``: the second
@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .contmix_reference import bias_starts, window_starts
-from .environment import is_compiling
+from .reference import bias_starts, window_starts
+from ..environment import is_compiling
 
 # Copying an element of a region costs 1, an element of a dense matrix 1 in the
 # product, and so much more if kernels have to be laid out in it.

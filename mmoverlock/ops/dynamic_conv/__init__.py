@@ -17,14 +17,14 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from .contmix_reference import contmix_reference
-from .contmix_tiled import contmix_tiled
-from .environment import check_triton
+from .reference import contmix_reference
+from .tiled import contmix_tiled
+from ..environment import check_triton
 
 
 def contmix_triton(*args) -> Tensor:
     """See :func:`contmix`; Triton is imported with the first call."""
-    from .contmix_triton import contmix_triton as run
+    from .triton import contmix_triton as run
 
     return run(*args)
 
