@@ -89,6 +89,7 @@ def draw_branches(sizes, channels, dtype=torch.float64):
             shift=draw(channels).requires_grad_(),
             running_mean=draw(channels),
             running_var=draw(channels).exp(),
+            batches=torch.ones((), dtype=torch.int64),
             dilation=dilation,
             momentum=0.1,
             eps=1e-5,

@@ -19,8 +19,8 @@ from mmoverlock.models import OverLoCK
 from mmoverlock.models.reparam import BRANCHES, DilatedReparamConv
 from mmoverlock.ops import Branch, depthwise_conv2d, sum_of_branches
 
-kernels = pytest.importorskip(
-    'mmoverlock.ops.depthwise.triton', exc_type=ImportError
+conv2d = pytest.importorskip(
+    'mmoverlock.ops.depthwise.triton.conv2d', exc_type=ImportError
 )
 gpu_depthwise = pytest.importorskip(
     'benchmarks.gpu_depthwise', exc_type=ImportError
@@ -88,7 +88,8 @@ def check_conv2d(operands, dilation=1):
     out = depthwise_conv2d(*operands, dilation, backend='triton')
     expected = plain_conv2d(*exact_operands, dilation)
     x = operands[0]
-    assert out.dtype == x.dtype and out.stride() == x.stride()
+    assert out.dtype == x.dtype
+    assert out.is_contiguous(memory_format=NHWC)
     # The gradient arrives in another format than the map has.
     grad = draw(*x.shape).to(x.dtype)
     grads = torch.autograd.grad(out, operands, grad)
@@ -116,14 +117,12 @@ def test_options_of_conv2d():
 
 def test_weight_gradient_is_deterministic_and_split(monkeypatch):
     torch.manual_seed(0)
-    x, grad = draw(2, 2, 9, 7), draw(2, 2, 9, 7)
-    weight = draw(2, 1, 3, 3)
+    x, grad = draw(2, 9, 7, 2), draw(2, 9, 7, 2)
+    x, grad = (maps.permute(0, 3, 1, 2) for maps in (x, grad))
     splits = []
     for programs in (2048, 2048, 9):
-        monkeypatch.setattr(kernels, 'PROGRAMS', programs)
-        splits.append(
-            torch.ops.mmoverlock.depthwise_weight_grad(x, grad, weight, 1)
-        )
+        monkeypatch.setattr(conv2d, 'PROGRAMS', programs)
+        splits.append(conv2d.weight_grad(x, grad, 3, 1))
     assert torch.equal(*splits[:2])
     torch.testing.assert_close(splits[0], splits[2])
 
@@ -136,6 +135,7 @@ def draw_branches(sizes, channels):
             shift=draw(channels).requires_grad_(),
             running_mean=draw(channels),
             running_var=draw(channels).exp(),
+            batches=torch.ones((), dtype=torch.int64, device=DEVICE),
             dilation=dilation,
             momentum=0.1 + 0.1 * i,
             eps=1e-5 * (1 + i),
@@ -199,7 +199,7 @@ def test_sum_of_branches(shape, sizes, layout, dtype):
         ],
         tolerance,
     )
-    assert out.stride() == x.stride()
+    assert out.is_contiguous(memory_format=NHWC)
 
 
 def module(channels=3, kernel_size=5, backend='triton'):
@@ -268,24 +268,27 @@ def test_compile():
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('layout', [NCHW, NHWC])
-def test_operators_are_registered_rightly(layout):
+def test_operators_are_registered_rightly():
     torch.manual_seed(0)
-    x = draw(1, 2, 4, 5).contiguous(memory_format=layout).requires_grad_()
+    x = draw(1, 2, 4, 5).contiguous(memory_format=NHWC).requires_grad_()
     weight = draw(2, 1, 3, 3).requires_grad_()
     torch.library.opcheck(
         torch.ops.mmoverlock.depthwise_conv2d, (x, weight, None, 1)
     )
-    torch.library.opcheck(
-        torch.ops.mmoverlock.depthwise_weight_grad,
-        (x.detach(), x.detach(), weight.detach(), 1),
-    )
-    scale, shift = draw(2, 2).requires_grad_(), draw(2, 2).requires_grad_()
-    taps = draw(2, 18).requires_grad_()
-    settings = [3, 3], [1, 2], [1e-5, 1e-5]
+    parts = [
+        [draw(*shape).requires_grad_() for _ in range(2)]
+        for shape in ((2, 1, 3, 3), (2,), (2,))
+    ]
     torch.library.opcheck(
         torch.ops.mmoverlock.sum_of_branches,
-        (x, taps, scale, shift, *settings),
+        (x, *parts, [1, 2], [1e-5, 1e-5]),
+    )
+    statistics = draw(2, 3, 2).double()
+    batches = [torch.ones((), dtype=torch.int64, device=DEVICE)] * 2
+    parts = [[draw(2), draw(2)] for _ in range(2)]
+    torch.library.opcheck(
+        torch.ops.mmoverlock.move_running_statistics,
+        (statistics, *parts, batches, [0.1, -1.0]),
     )
 
 

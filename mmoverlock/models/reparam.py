@@ -102,6 +102,7 @@ class DilatedReparamConv(nn.Module):
         groups = {_group(norm) for _, norm in self._branches()}
         if self._is_summable(x, groups):
             branches = [self._branch(*m) for m in self._branches()]
+            torch._foreach_add_([branch.batches for branch in branches], 1)
             return sum_of_branches(x, branches, self.backend, *groups)
         return sum(
             norm(self._convolve(x, conv.weight, None, conv.dilation[0]))
@@ -118,26 +119,26 @@ class DilatedReparamConv(nn.Module):
             yield getattr(self, conv), getattr(self, norm)
 
     def _is_summable(self, x, groups):
+        norms = [norm for _, norm in self._branches()]
         if self.backend == 'triton':
             possible = len(groups) == 1
         else:
             possible = x.device.type == 'cpu' and groups == {None}
+            possible &= all(norm.momentum is not None for norm in norms)
         return possible and all(
-            type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
-            and norm.training
-            and norm.momentum is not None
-            for _, norm in self._branches()
+            type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and norm.training
+            for norm in norms
         )
 
     @staticmethod
     def _branch(conv, norm):
-        norm.num_batches_tracked.add_(1)
         return Branch(
             conv.weight,
             norm.weight,
             norm.bias,
             norm.running_mean,
             norm.running_var,
+            norm.num_batches_tracked,
             conv.dilation[0],
             norm.momentum,
             norm.eps,

@@ -91,8 +91,9 @@ class Branch(NamedTuple):
     shift: Tensor
     running_mean: Tensor
     running_var: Tensor
+    batches: Tensor  # (): their number, with this one
     dilation: int
-    momentum: float
+    momentum: float | None  # None for a cumulative average
     eps: float
 
 
@@ -133,12 +134,13 @@ def sum_of_branches(
             "'triton' has"
         )
     x, *weights = _autocast(x, *(branch.weight for branch in branches))
+    settings = [(b[3], b[4], *b[6:]) for b in branches]
     tensors = [
         tensor
         for weight, branch in zip(weights, branches, strict=True)
         for tensor in (weight, branch.scale, branch.shift)
     ]
-    return _SumOfBranches.apply(x, [b[3:] for b in branches], *tensors)
+    return _SumOfBranches.apply(x, settings, *tensors)
 
 
 def _autocast(*tensors):

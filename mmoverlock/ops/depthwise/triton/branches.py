@@ -1,0 +1,903 @@
+"""A sum of batch-normalized depthwise convolutions, in training mode.
+
+``out = sum over b of norm_b(conv_b(x))``. With y = conv_b(x), mean m,
+reciprocal standard deviation r, scale s:
+
+- statistics: one launch, in which every program makes the y of its tiles in
+  registers, branch after branch, and only counts them;
+- value: one convolution, the kernels ``s r w`` added in the frame of the
+  largest one, with the bias ``sum of shift - s r m``;
+- backward: with g the gradient of out, the gradient of y is
+
+      dy = s r (g - mean(g) - z mean(g z)),   z = (y - m) r
+         = p g - q y - o,   p = s r,   q = s r^2 mean(g z),
+                            o = p mean(g) - q m
+
+  ``mean(g z) = r (mean(g y) - m mean(g))`` and ``sum of g y`` is ``w`` times
+  the gradient that a plain convolution's weight would have, so one weight
+  gradient in the largest frame has all that is needed for p, q and o. Then
+  dy of every branch is made from x and g in one pass, and the gradients of
+  x and of all weights read those. (Composing ``conv^T conv`` into one kernel
+  would be wrong near the border, where y ends, and takes more taps.)
+
+Processes that share statistics (SyncBN) exchange those of all branches once,
+and sum(g) and sum(g z) once, before p, q and o.
+
+What is kept for the backward pass is x. Every step is one launch, five
+forward, one more for the running statistics, and seven backward. Sums are
+made of partial sums in a fixed order, in double precision in the end, so
+results are deterministic.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
+from torch.library import custom_op
+
+from .common import (
+    SIZES,
+    Layout,
+    autocast,
+    check,
+    convolve,
+    load_rows,
+    sum_parts,
+    tap_sums,
+    tile_of,
+    zeros,
+)
+from .conv2d import convolve_maps, num_splits, weight_grad
+
+# Programs of kernels that end in sums, where there is enough to do.
+KNOBS = dict(statistics=528, weight_grads=1024)
+BLOCK = tl.constexpr(32)  # channels of kernels that finish sums
+
+
+@triton.jit
+def _channels(channels):
+    """A block of channels (BLOCK, ) and which of them there are."""
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    return channel, channel < channels
+
+
+@triton.jit
+def _pack_kernel(weights, p_taps, channels, BRANCHES: tl.constexpr):
+    """Taps of all branches, (C, k * k) each, to (all taps, C), float32.
+
+    Grid (blocks of channels, branches).
+    """
+    channel, m_channel = _channels(channels)
+    for b in tl.static_range(len(BRANCHES)):
+        if tl.program_id(1) == b:
+            count = BRANCHES[b][0] * BRANCHES[b][0]
+            p_weight = weights[b] + channel * count
+            p_out = p_taps + BRANCHES[b][2] * channels + channel
+            for tap in range(count):
+                b_tap = tl.load(p_weight + tap, mask=m_channel)
+                b_tap = b_tap.to(tl.float32)
+                tl.store(p_out + tap * channels, b_tap, mask=m_channel)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _statistics_kernel(
+    p_x,
+    p_taps,
+    p_parts,
+    channels,
+    height,
+    width,
+    items,
+    BRANCHES: tl.constexpr,
+    T: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Number of values, mean and sum of squared deviations from it.
+
+    Of every channel of every branch; x (B, H, W, C), taps (all taps, C),
+    parts (splits, branches, 3, C); grid (splits, blocks of channels). Every
+    lane sums differences from the first value that it saw.
+    """
+    split = tl.program_id(0)
+    channel = tl.program_id(1) * LANES[1] + tl.arange(0, LANES[1])[None]
+    m_channel = channel < channels
+    o_part = tl.cast(split, tl.int64) * len(BRANCHES) * 3 * channels
+    p_part = p_parts + o_part + channel
+    # One branch after the other, so that only one has its sums in registers,
+    # and, with nothing hoisted, its offsets.
+    for b in tl.static_range(len(BRANCHES)):
+        count = tl.zeros(LANES, tl.float32)
+        first = tl.zeros(LANES, tl.float32)
+        total = tl.zeros(LANES, tl.float32)
+        squares = tl.zeros(LANES, tl.float32)
+        for item in tl.range(
+            split, items, tl.num_programs(0), disable_licm=True
+        ):
+            row, col, _, o_tile = tile_of(
+                item, channels, height, width, T, LANES
+            )
+            acc = convolve(
+                zeros(T, LANES),
+                p_x + o_tile,
+                p_taps + BRANCHES[b][2] * channels,
+                channels,
+                height,
+                width,
+                channel,
+                row,
+                col,
+                BRANCHES[b][0],
+                BRANCHES[b][1],
+                False,
+                T,
+            )
+            first = tl.where(count == 0, acc[0], first)
+            for t in tl.static_range(T):
+                ok = (col < width) & (row + t < height)
+                difference = tl.where(ok, acc[t] - first, 0.0)
+                count += tl.where(ok, 1.0, 0.0)
+                total += difference
+                squares += difference * difference
+        share = total / tl.maximum(count, 1.0)
+        squares -= total * share
+        number = tl.sum(count, 0)[None]
+        mean = tl.sum(count * (first + share), 0)[None]
+        mean /= tl.maximum(number, 1.0)
+        deviation = first + share - mean
+        squares = tl.sum(squares + count * deviation * deviation, 0)[None]
+        tl.store(p_part, number, mask=m_channel)
+        tl.store(p_part + channels, mean, mask=m_channel)
+        tl.store(p_part + 2 * channels, squares, mask=m_channel)
+        p_part += 3 * channels
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _combine_kernel(
+    p_parts, p_out, splits, channels, SPLITS: tl.constexpr, N: tl.constexpr
+):
+    """Statistics of the whole from those of parts.
+
+    parts (splits, N, 3, C), out (N, 3, C) in float64; grid (blocks of
+    channels, N).
+    """
+    channel, m_channel = _channels(channels)
+    o_branch = tl.program_id(1) * 3 * channels + channel
+    count = tl.zeros((SPLITS, BLOCK), tl.float64)
+    total = tl.zeros((SPLITS, BLOCK), tl.float64)
+    for start in range(0, splits, SPLITS):
+        b_count, b_mean, _ = _part(
+            p_parts, start, splits, o_branch, channels, m_channel, SPLITS, N
+        )
+        count += b_count
+        total += b_count * b_mean
+    count = tl.sum(count, 0)
+    mean = tl.sum(total, 0) / tl.maximum(count, 1.0)
+    squares = tl.zeros((SPLITS, BLOCK), tl.float64)
+    for start in range(0, splits, SPLITS):
+        b_count, b_mean, b_squares = _part(
+            p_parts, start, splits, o_branch, channels, m_channel, SPLITS, N
+        )
+        deviation = b_mean - mean[None]
+        squares += b_squares + b_count * deviation * deviation
+    p_out += o_branch
+    tl.store(p_out, count, mask=m_channel)
+    tl.store(p_out + channels, mean, mask=m_channel)
+    tl.store(p_out + 2 * channels, tl.sum(squares, 0), mask=m_channel)
+
+
+@triton.jit
+def _part(
+    p_parts,
+    start,
+    splits,
+    o_branch,
+    channels,
+    m_channel,
+    SPLITS: tl.constexpr,
+    N: tl.constexpr,
+):
+    split = start + tl.arange(0, SPLITS)[:, None]
+    m_part = (split < splits) & m_channel[None]
+    p_part = p_parts + split.to(tl.int64) * (N * 3 * channels) + o_branch[None]
+    count = tl.load(p_part, mask=m_part, other=0).to(tl.float64)
+    mean = tl.load(p_part + channels, mask=m_part, other=0).to(tl.float64)
+    squares = tl.load(p_part + 2 * channels, mask=m_part, other=0)
+    return count, mean, squares.to(tl.float64)
+
+
+@triton.jit
+def _rstd(p_statistics, b: tl.constexpr, channel, channels, m_channel, EPS):
+    """Mean and reciprocal standard deviation of branch b."""
+    p_branch = p_statistics + 3 * b * channels + channel
+    count = tl.load(p_branch, mask=m_channel, other=1)
+    mean = tl.load(p_branch + channels, mask=m_channel, other=0)
+    squares = tl.load(p_branch + 2 * channels, mask=m_channel, other=0)
+    return count, mean, 1 / tl.sqrt(squares / count + EPS)
+
+
+@triton.jit
+def _merge_kernel(
+    p_taps,
+    scales,
+    shifts,
+    p_statistics,
+    p_merged,
+    p_bias,
+    channels,
+    SIZE: tl.constexpr,
+    BRANCHES: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """One kernel and one bias for all branches.
+
+    taps (all taps, C), scales and shifts (C, ) each, statistics (branches,
+    3, C), merged (SIZE * SIZE, C), bias (C, ); grid (blocks of channels,
+    SIZE), a program for a row of the merged kernel.
+    """
+    channel, m_channel = _channels(channels)
+    r = tl.program_id(1)
+    p_out = p_merged + r * SIZE * channels + channel
+    bias = tl.zeros((BLOCK,), tl.float64)
+    factors = ()
+    for b in tl.static_range(len(BRANCHES)):
+        _, mean, rstd = _rstd(
+            p_statistics, b, channel, channels, m_channel, EPS[b]
+        )
+        scale = tl.load(scales[b] + channel, mask=m_channel, other=0)
+        shift = tl.load(shifts[b] + channel, mask=m_channel, other=0)
+        factor = scale.to(tl.float64) * rstd
+        bias += shift.to(tl.float64) - mean * factor
+        factors = factors + (factor,)
+    if r == 0:
+        tl.store(p_bias + channel, bias.to(tl.float32), mask=m_channel)
+    for s in range(SIZE):
+        acc = tl.zeros((BLOCK,), tl.float64)
+        for b in tl.static_range(len(BRANCHES)):
+            k = BRANCHES[b][0]
+            d = BRANCHES[b][1]
+            y = r - (SIZE // 2 - k // 2 * d)
+            x = s - (SIZE // 2 - k // 2 * d)
+            met = (y >= 0) & (x >= 0) & (y % d == 0) & (x % d == 0)
+            met = met & (y <= (k - 1) * d) & (x <= (k - 1) * d)
+            tap = BRANCHES[b][2] + y // d * k + x // d
+            b_tap = tl.load(
+                p_taps + tap * channels + channel,
+                mask=m_channel & met,
+                other=0,
+            )
+            acc += b_tap.to(tl.float64) * factors[b]
+        tl.store(p_out + s * channels, acc.to(tl.float32), mask=m_channel)
+
+
+@triton.jit
+def _running_kernel(
+    p_statistics,
+    means,
+    variances,
+    batches,
+    channels,
+    MOMENTA: tl.constexpr,
+):
+    """Move the running statistics.
+
+    statistics (branches, 3, C), means and variances (C, ) each, batches ()
+    each, the number of batches with this one; MOMENTA has -1 for a cumulative
+    average; grid (blocks of channels, ).
+    """
+    channel, m_channel = _channels(channels)
+    for b in tl.static_range(len(MOMENTA)):
+        p_branch = p_statistics + 3 * b * channels + channel
+        count = tl.load(p_branch, mask=m_channel, other=1)
+        mean = tl.load(p_branch + channels, mask=m_channel, other=0)
+        squares = tl.load(p_branch + 2 * channels, mask=m_channel, other=0)
+        variance = squares / tl.maximum(count - 1, 1)
+        momentum = tl.full((), MOMENTA[b], tl.float64)
+        if MOMENTA[b] < 0:
+            momentum = 1 / tl.load(batches[b]).to(tl.float64)
+        _move(means[b] + channel, mean, momentum, m_channel)
+        _move(variances[b] + channel, variance, momentum, m_channel)
+
+
+@triton.jit
+def _move(p_running, b_new, momentum, m_channel):
+    b_old = tl.load(p_running, mask=m_channel, other=0)
+    b_moved = b_old.to(tl.float64)
+    b_moved += momentum * (b_new - b_moved)
+    tl.store(p_running, b_moved.to(b_old.dtype), mask=m_channel)
+
+
+@triton.jit
+def _sums_kernel(
+    p_taps,
+    p_frame,
+    p_statistics,
+    p_sums,
+    p_grads,
+    channels,
+    SIZE: tl.constexpr,
+    BRANCHES: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """``sum(g z)`` of every branch, and ``sum(g)``.
+
+    taps (all taps, C), frame (SIZE * SIZE + 1, C) in float64: the gradient of
+    a kernel that holds all others, and sum(g), sums (branches + 1, C); grads
+    (2, branches, C), of scales and shifts: the same in their dtype; grid
+    (blocks of channels, branches).
+    """
+    channel, m_channel = _channels(channels)
+    p_total = p_frame + SIZE * SIZE * channels + channel
+    total = tl.load(p_total, mask=m_channel, other=0)
+    for b in tl.static_range(len(BRANCHES)):
+        if tl.program_id(1) == b:
+            k = BRANCHES[b][0]
+            d = BRANCHES[b][1]
+            first = SIZE // 2 - k // 2 * d
+            product = tl.zeros((BLOCK,), tl.float64)  # sum(g y)
+            for tap in range(k * k):
+                place = (first + tap // k * d) * SIZE + first + tap % k * d
+                p_tap = p_taps + (BRANCHES[b][2] + tap) * channels + channel
+                b_tap = tl.load(p_tap, mask=m_channel, other=0)
+                b_grad = tl.load(
+                    p_frame + place * channels + channel,
+                    mask=m_channel,
+                    other=0,
+                )
+                product += b_tap.to(tl.float64) * b_grad
+            _, mean, rstd = _rstd(
+                p_statistics, b, channel, channels, m_channel, EPS[b]
+            )
+            product = rstd * (product - mean * total)
+            o_row = b * channels + channel
+            tl.store(p_sums + o_row, product, mask=m_channel)
+            p_out = p_grads + o_row
+            b_grad = product.to(p_grads.dtype.element_ty)
+            tl.store(p_out, b_grad, mask=m_channel)
+            p_out += len(BRANCHES) * channels
+            b_grad = total.to(p_grads.dtype.element_ty)
+            tl.store(p_out, b_grad, mask=m_channel)
+    if tl.program_id(1) == 0:
+        p_last = p_sums + len(BRANCHES) * channels + channel
+        tl.store(p_last, total, mask=m_channel)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _branch_grads_kernel(
+    p_x,
+    p_grad,
+    p_taps,
+    scales,
+    p_statistics,
+    p_sums,
+    p_out,
+    channels,
+    height,
+    width,
+    BRANCHES: tl.constexpr,
+    EPS: tl.constexpr,
+    T: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """``p g - q y - o`` for every branch.
+
+    x and grad (B, H, W, C), taps (all taps, C), scales (C, ) each, statistics
+    (branches, 3, C), sums (branches + 1, C), out (branches, B, H, W, C); grid
+    (tiles, blocks of channels).
+    """
+    row, col, channel, o_tile = tile_of(
+        tl.program_id(0), channels, height, width, T, LANES
+    )
+    m_channel = channel < channels
+    m_out = m_channel & (col < width)
+    blocks = tl.cdiv(width, LANES[0]) * tl.cdiv(height, T)
+    images = tl.num_programs(0) // blocks
+    o_branch = images.to(tl.int64) * height * width * channels
+    step = width * channels
+    b_grad = load_rows(p_grad + o_tile, row, step, height, m_out, T)
+    p_total = p_sums + len(BRANCHES) * channels + channel
+    total = tl.load(p_total, mask=m_channel, other=0)
+    p_out += o_tile
+    for b in tl.static_range(len(BRANCHES)):
+        acc = convolve(
+            zeros(T, LANES),
+            p_x + o_tile,
+            p_taps + BRANCHES[b][2] * channels,
+            channels,
+            height,
+            width,
+            channel,
+            row,
+            col,
+            BRANCHES[b][0],
+            BRANCHES[b][1],
+            False,
+            T,
+        )
+        count, mean, rstd = _rstd(
+            p_statistics, b, channel, channels, m_channel, EPS[b]
+        )
+        scale = tl.load(scales[b] + channel, mask=m_channel, other=0)
+        product = tl.load(
+            p_sums + b * channels + channel, mask=m_channel, other=0
+        )
+        p = scale.to(tl.float64) * rstd
+        q = p * rstd * product / count
+        o = (p * total / count - q * mean).to(tl.float32)
+        p = p.to(tl.float32)
+        q = q.to(tl.float32)
+        for t in tl.static_range(T):
+            b_out = (p * b_grad[t] - q * acc[t] - o).to(p_out.dtype.element_ty)
+            tl.store(
+                p_out + t * step, b_out, mask=m_out & (row + t < height)
+            )
+        p_out += o_branch
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _weight_grads_kernel(
+    p_x,
+    p_grads,
+    p_parts,
+    channels,
+    height,
+    width,
+    items,
+    images,
+    BRANCHES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TAPS: tl.constexpr,
+    T: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Parts of the gradients of the taps of all branches.
+
+    x (B, H, W, C), grads (branches, B, H, W, C), parts (splits, TAPS, C);
+    grid (splits, blocks of channels, columns of all kernels), COLUMNS the
+    first of each branch.
+    """
+    split = tl.program_id(0)
+    column = tl.program_id(2)
+    channel = tl.program_id(1) * LANES[1] + tl.arange(0, LANES[1])[None]
+    o_branch = tl.cast(images, tl.int64) * height * width * channels
+    p_part = p_parts + tl.cast(split, tl.int64) * TAPS * channels + channel
+    for b in tl.static_range(len(BRANCHES)):
+        s = column - COLUMNS[b]
+        if (s >= 0) & (s < BRANCHES[b][0]):
+            _weight_grad(
+                p_x,
+                p_grads + b * o_branch,
+                p_part + BRANCHES[b][2] * channels,
+                split,
+                channel,
+                s,
+                channels,
+                height,
+                width,
+                items,
+                BRANCHES[b][0],
+                BRANCHES[b][1],
+                T,
+                LANES,
+            )
+
+
+@triton.jit
+def _weight_grad(
+    p_x,
+    p_grad,
+    p_part,
+    split,
+    channel,
+    s,
+    channels,
+    height,
+    width,
+    items,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    T: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Column s of the kernel of a branch."""
+    m_channel = channel < channels
+    acc = zeros(K, LANES)
+    for item in range(split, items, tl.num_programs(0)):
+        row, col, _, o_tile = tile_of(
+            item, channels, height, width, T, LANES
+        )
+        b_grad = load_rows(
+            p_grad + o_tile,
+            row,
+            width * channels,
+            height,
+            m_channel & (col < width),
+            T,
+        )
+        acc = tap_sums(
+            acc,
+            p_x + o_tile,
+            b_grad,
+            channels,
+            height,
+            width,
+            channel,
+            row,
+            col,
+            s,
+            K,
+            D,
+            T,
+        )
+    for r in tl.static_range(K):
+        b_sum = tl.sum(acc[r], 0)[None]
+        tl.store(p_part + (r * K + s) * channels, b_sum, mask=m_channel)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _unpack_kernel(
+    p_parts,
+    grads,
+    splits,
+    channels,
+    BRANCHES: tl.constexpr,
+    TAPS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Gradients of the weights, (C, k * k) each, from parts.
+
+    parts (splits, TAPS, C); grid (blocks of channels, TAPS).
+    """
+    channel, m_channel = _channels(channels)
+    tap = tl.program_id(1)
+    acc = tl.zeros((SPLITS, BLOCK), tl.float64)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)[:, None]
+        o_part = (split.to(tl.int64) * TAPS + tap) * channels + channel[None]
+        b_part = tl.load(
+            p_parts + o_part, mask=(split < splits) & m_channel[None], other=0
+        )
+        acc += b_part.to(tl.float64)
+    b_grad = tl.sum(acc, 0)
+    for b in tl.static_range(len(BRANCHES)):
+        count = BRANCHES[b][0] * BRANCHES[b][0]
+        own = tap - BRANCHES[b][2]
+        if (own >= 0) & (own < count):
+            tl.store(
+                grads[b] + channel * count + own,
+                b_grad.to(grads[b].dtype.element_ty),
+                mask=m_channel,
+            )
+
+
+class _Plan:
+    """What the kernels know when they are compiled, of branches."""
+
+    def __init__(self, sizes, dilations):
+        firsts = [sum(k**2 for k in sizes[:b]) for b in range(len(sizes))]
+        self.branches = tuple(zip(sizes, dilations, firsts, strict=True))
+        self.taps = sum(k**2 for k in sizes)
+        self.columns = tuple(sum(sizes[:b]) for b in range(len(sizes)))
+        self.size = max((k - 1) * d + 1 for k, d, _ in self.branches)
+
+
+@lru_cache
+def _plan(sizes: tuple, dilations: tuple) -> _Plan:
+    """The plan of branches; its ``size`` is that of a kernel for all."""
+    return _Plan(sizes, dilations)
+
+
+def _blocks(channels):
+    return triton.cdiv(channels, BLOCK.value)
+
+
+def _pack(weights, plan):
+    channels = len(weights[0])
+    taps = weights[0].new_empty(plan.taps, channels, dtype=torch.float32)
+    _pack_kernel[_blocks(channels), len(weights)](
+        tuple(weights), taps, channels, BRANCHES=plan.branches
+    )
+    return taps
+
+
+def _statistics(x, taps, plan):
+    """Counts, means and sums of squared deviations from them, of branches.
+
+    (branches, 3, C), in double precision.
+    """
+    layout = Layout.of(x.shape, max(size for size, *_ in plan.branches))
+    tiles, blocks = layout.grid(x.shape)
+    splits = num_splits(tiles, blocks, KNOBS['statistics'])
+    parts = taps.new_empty(splits, len(plan.branches), 3, x.shape[1])
+    _statistics_kernel[splits, blocks](
+        x,
+        taps,
+        parts,
+        *x.shape[1:],
+        tiles,
+        BRANCHES=plan.branches,
+        T=layout.rows,
+        LANES=layout.lanes,
+    )
+    return _combine(parts)
+
+
+def _combine(parts):
+    """Statistics of the whole from those of parts, (parts, branches, 3, C)."""
+    splits, branches, _, channels = parts.shape
+    out = parts.new_empty(branches, 3, channels, dtype=torch.float64)
+    _combine_kernel[_blocks(channels), branches](
+        parts, out, splits, channels, SPLITS=16, N=branches
+    )
+    return out
+
+
+def _gather(statistics, group):
+    """Statistics over all processes of a group."""
+    parts = statistics.new_empty(
+        distributed.get_world_size(group), *statistics.shape
+    )
+    distributed.all_gather([*parts], statistics, group)
+    return _combine(parts)
+
+
+def _forward(x, weights, scales, shifts, dilations, eps, group=None):
+    """See :func:`sum_of_branches`.
+
+    Returns:
+        tuple[Tensor]: The sum; what :func:`_statistics` returns, over all
+        processes; the packed taps.
+    """
+    check(x)
+    sizes = tuple(weight.shape[-1] for weight in weights)
+    plan = _plan(sizes, tuple(dilations))
+    channels = x.shape[1]
+    with torch.cuda.device_of(x):
+        taps = _pack(weights, plan)
+        statistics = _statistics(x, taps, plan)
+        if group is not None:
+            statistics = _gather(statistics, group)
+        merged = taps.new_empty(plan.size**2, channels)
+        bias = taps.new_empty(channels)
+        _merge_kernel[_blocks(channels), plan.size](
+            taps,
+            tuple(scales),
+            tuple(shifts),
+            statistics,
+            merged,
+            bias,
+            channels,
+            SIZE=plan.size,
+            BRANCHES=plan.branches,
+            EPS=tuple(eps),
+        )
+        out = convolve_maps(x[None], merged, ((plan.size, 1, 0),), bias)
+    return out, statistics, taps
+
+
+def _backward(
+    grad, x, taps, statistics, weights, scales, dilations, eps, group=None
+):
+    """Gradients of x, of scales and shifts (2, branches, C), and of weights.
+
+    Those of scales and shifts are this process's share, as in
+    torch.nn.SyncBatchNorm.
+    """
+    sizes = tuple(weight.shape[-1] for weight in weights)
+    plan = _plan(sizes, tuple(dilations))
+    branches, channels = plan.branches, x.shape[1]
+    layout = Layout.of(x.shape, max(sizes))
+    tiles, blocks = layout.grid(x.shape)
+    with torch.cuda.device_of(x):
+        frame = weight_grad(x, grad, plan.size, 1)
+        sums = frame.new_empty(len(branches) + 1, channels)
+        norm_grads = scales[0].new_empty(2, len(branches), channels)
+        _sums_kernel[_blocks(channels), len(branches)](
+            taps,
+            frame,
+            statistics,
+            sums,
+            norm_grads,
+            channels,
+            SIZE=plan.size,
+            BRANCHES=branches,
+            EPS=tuple(eps),
+        )
+        if group is not None:
+            distributed.all_reduce(sums, group=group)
+        # (branches, B, C, H, W), maps in channels_last
+        grad_ys = x.new_empty(
+            len(branches), len(x), *x.shape[2:], channels
+        ).permute(0, 1, 4, 2, 3)
+        if x.numel():
+            _branch_grads_kernel[tiles, blocks](
+                x,
+                grad,
+                taps,
+                tuple(scales),
+                statistics,
+                sums,
+                grad_ys,
+                *x.shape[1:],
+                BRANCHES=branches,
+                EPS=tuple(eps),
+                T=layout.rows,
+                LANES=layout.lanes,
+            )
+        grad_x = convolve_maps(grad_ys, taps, branches, flip=True)
+        columns = sum(sizes)
+        splits = num_splits(tiles, blocks * columns, KNOBS['weight_grads'])
+        parts = taps.new_empty(splits, plan.taps, channels)
+        _weight_grads_kernel[splits, blocks, columns](
+            x,
+            grad_ys,
+            parts,
+            *x.shape[1:],
+            tiles,
+            len(x),
+            BRANCHES=branches,
+            COLUMNS=plan.columns,
+            TAPS=plan.taps,
+            T=layout.rows,
+            LANES=layout.lanes,
+        )
+        grads = [torch.empty_like(weight) for weight in weights]
+        _unpack_kernel[_blocks(channels), plan.taps](
+            parts,
+            tuple(grads),
+            splits,
+            channels,
+            BRANCHES=branches,
+            TAPS=plan.taps,
+            SPLITS=8,
+        )
+    return grad_x, norm_grads, grads
+
+
+@custom_op('mmoverlock::sum_of_branches', mutates_args=())
+def _sum_of_branches(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    dilations: Sequence[int],
+    eps: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(x, weights, scales, shifts, dilations, eps)
+
+
+@_sum_of_branches.register_fake
+def _(x, weights, scales, shifts, dilations, eps):
+    channels = x.shape[1]
+    taps = sum(weight.shape[-1] ** 2 for weight in weights)
+    return (
+        torch.empty_like(x),
+        x.new_empty(len(weights), 3, channels, dtype=torch.float64),
+        x.new_empty(taps, channels, dtype=torch.float32),
+    )
+
+
+@custom_op('mmoverlock::sum_of_branches_backward', mutates_args=())
+def _sum_of_branches_grads(
+    grad: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    statistics: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    dilations: Sequence[int],
+    eps: Sequence[float],
+) -> list[Tensor]:
+    first, second, rest = _backward(
+        grad, x, taps, statistics, weights, scales, dilations, eps
+    )
+    return [first, second, *rest]
+
+
+@_sum_of_branches_grads.register_fake
+def _(grad, x, taps, statistics, weights, scales, dilations, eps):
+    norm_grads = scales[0].new_empty(2, len(scales), x.shape[1])
+    return [torch.empty_like(grad), norm_grads, *map(torch.empty_like, weights)]
+
+
+def _setup(ctx, inputs, output):
+    x, weights, scales, _, ctx.dilations, ctx.eps = inputs
+    ctx.count = len(weights)
+    ctx.save_for_backward(x, *output[:0:-1], *weights, *scales)
+
+
+def _saved(ctx, grad):
+    x, taps, statistics, *parameters = ctx.saved_tensors
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    n = ctx.count
+    parameters = parameters[:n], parameters[n:]
+    return grad, x, taps, statistics, *parameters, ctx.dilations, ctx.eps
+
+
+def _differentiate(ctx, grad, *_):
+    grad_x, norm_grads, *grads = _sum_of_branches_grads(*_saved(ctx, grad))
+    scales, shifts = norm_grads
+    return grad_x, grads, [*scales], [*shifts], None, None
+
+
+_sum_of_branches.register_autograd(_differentiate, setup_context=_setup)
+
+
+class _SynchronizedSum(torch.autograd.Function):
+    """The same over the processes of a group, with one exchange each way."""
+
+    @staticmethod
+    def forward(ctx, x, dilations, eps, group, *parameters):
+        n = len(dilations)
+        parameters = [parameters[i * n : (i + 1) * n] for i in range(3)]
+        out = _forward(x, *parameters, dilations, eps, group)
+        _setup(ctx, (x, *parameters, dilations, eps), out)
+        ctx.group = group
+        ctx.mark_non_differentiable(*out[1:])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        grad_x, norm_grads, grads = _backward(*_saved(ctx, grad), ctx.group)
+        return grad_x, None, None, None, *grads, *norm_grads.flatten(0, 1)
+
+
+# An exchange in the middle of a graph breaks it.
+_synchronized_sum = torch.compiler.disable(_SynchronizedSum.apply)
+
+
+@custom_op(
+    'mmoverlock::move_running_statistics',
+    mutates_args=('means', 'variances'),
+)
+def _move_running_statistics(
+    statistics: Tensor,
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    batches: Sequence[Tensor],
+    momenta: Sequence[float],
+) -> None:
+    channels = statistics.shape[-1]
+    with torch.cuda.device_of(statistics):
+        _running_kernel[(_blocks(channels),)](
+            statistics,
+            tuple(means),
+            tuple(variances),
+            tuple(batches),
+            channels,
+            MOMENTA=tuple(momenta),
+        )
+
+
+@_move_running_statistics.register_fake
+def _(statistics, means, variances, batches, momenta):
+    pass
+
+
+def sum_of_branches(
+    x: Tensor,
+    branches: Sequence,
+    group: 'distributed.ProcessGroup | None' = None,
+) -> Tensor:
+    """See :func:`mmoverlock.ops.sum_of_branches`."""
+    x = autocast(x)
+    fields = [list(field) for field in zip(*branches, strict=True)]
+    weights, scales, shifts, means, variances, batches = fields[:6]
+    dilations, momenta, eps = fields[6:]
+    if group is None:
+        out, statistics, _ = _sum_of_branches(
+            x, weights, scales, shifts, dilations, eps
+        )
+    else:
+        out, statistics, _ = _synchronized_sum(
+            x, dilations, eps, group, *weights, *scales, *shifts
+        )
+    momenta = [-1.0 if momentum is None else momentum for momentum in momenta]
+    _move_running_statistics(
+        statistics.detach(), means, variances, batches, momenta
+    )
+    return out

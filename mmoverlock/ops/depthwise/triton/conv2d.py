@@ -1,0 +1,290 @@
+"""A large depthwise convolution, forward and backward."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op
+
+from .common import (
+    SIZES,
+    Layout,
+    autocast,
+    check,
+    convolve,
+    load_rows,
+    sum_parts,
+    tap_sums,
+    tile_of,
+    zeros,
+)
+
+PROGRAMS = 1024  # of the weight gradient, where there is enough to do
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _conv2d_kernel(
+    p_x,
+    p_taps,
+    p_bias,
+    p_out,
+    channels,
+    height,
+    width,
+    BRANCHES: tl.constexpr,
+    FLIP: tl.constexpr,
+    T: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Sum of the convolutions of maps, one for each branch.
+
+    ``out[n] = bias + sum over b and tap of taps[b, tap] x[b, n + tap]``
+
+    x (branches, B, H, W, C), taps (all taps, C), bias (C, ), out (B, H, W, C);
+    grid (tiles, blocks of channels).
+    """
+    row, col, channel, o_tile = tile_of(
+        tl.program_id(0), channels, height, width, T, LANES
+    )
+    blocks = tl.cdiv(width, LANES[0]) * tl.cdiv(height, T)
+    images = tl.num_programs(0) // blocks
+    o_branch = images.to(tl.int64) * height * width * channels
+    acc = zeros(T, LANES)
+    for b in tl.static_range(len(BRANCHES)):
+        acc = convolve(
+            acc,
+            p_x + b * o_branch + o_tile,
+            p_taps + BRANCHES[b][2] * channels,
+            channels,
+            height,
+            width,
+            channel,
+            row,
+            col,
+            BRANCHES[b][0],
+            BRANCHES[b][1],
+            FLIP,
+            T,
+        )
+    m_out = (channel < channels) & (col < width)
+    b_bias = 0.0
+    if p_bias is not None:
+        b_bias = tl.load(p_bias + channel, mask=channel < channels, other=0)
+        b_bias = b_bias.to(tl.float32)
+    for t in tl.static_range(T):
+        tl.store(
+            p_out + o_tile + t * width * channels,
+            (acc[t] + b_bias).to(p_out.dtype.element_ty),
+            mask=m_out & (row + t < height),
+        )
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _weight_grad_kernel(
+    p_x,
+    p_grad,
+    p_parts,
+    channels,
+    height,
+    width,
+    items,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    T: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Parts of the gradient of the taps, and of the sum of the gradient.
+
+    ``parts[tap] = sum over n of grad[n] x[n + tap]``
+
+    x and grad (B, H, W, C), parts (splits, K * K + 1, C); grid (splits,
+    blocks of channels, K), a program for a column of the kernel.
+    """
+    split = tl.program_id(0)
+    s = tl.program_id(2)
+    acc = zeros(K, LANES)
+    total = tl.zeros(LANES, tl.float32)
+    channel = tl.program_id(1) * LANES[1] + tl.arange(0, LANES[1])[None]
+    m_channel = channel < channels
+    for item in range(split, items, tl.num_programs(0)):
+        row, col, _, o_tile = tile_of(
+            item, channels, height, width, T, LANES
+        )
+        m_grad = m_channel & (col < width)
+        b_grad = load_rows(
+            p_grad + o_tile, row, width * channels, height, m_grad, T
+        )
+        if s == 0:
+            for t in tl.static_range(T):
+                total += b_grad[t]
+        acc = tap_sums(
+            acc,
+            p_x + o_tile,
+            b_grad,
+            channels,
+            height,
+            width,
+            channel,
+            row,
+            col,
+            s,
+            K,
+            D,
+            T,
+        )
+    o_part = tl.cast(split, tl.int64) * (K * K + 1) * channels
+    p_part = p_parts + o_part + channel
+    for r in tl.static_range(K):
+        b_sum = tl.sum(acc[r], 0)[None]
+        tl.store(p_part + (r * K + s) * channels, b_sum, mask=m_channel)
+    if s == 0:
+        b_sum = tl.sum(total, 0)[None]
+        tl.store(p_part + K * K * channels, b_sum, mask=m_channel)
+
+
+def convolve_maps(
+    x: Tensor,
+    taps: Tensor,
+    branches: tuple,
+    bias: Tensor | None = None,
+    flip: bool = False,
+) -> Tensor:
+    """Sum over branches of maps, each convolved with its taps.
+
+    Args:
+        x (Tensor): (branches, B, C, H, W), each map in channels_last.
+        taps (Tensor): (all taps, C), float32.
+        branches (tuple): Size, dilation and first tap of each.
+        bias (Tensor, optional): (C, ).
+        flip (bool): Whether the taps of each come in reversed order, which
+            makes it the gradient of a convolution. Defaults to False.
+
+    Returns:
+        Tensor: (B, C, H, W) in channels_last.
+    """
+    out = torch.empty_like(x[0])
+    if out.numel():
+        layout = Layout.of(out.shape, max(size for size, *_ in branches))
+        with torch.cuda.device_of(x):
+            _conv2d_kernel[layout.grid(out.shape)](
+                x,
+                taps,
+                bias,
+                out,
+                *out.shape[1:],
+                BRANCHES=branches,
+                FLIP=flip,
+                T=layout.rows,
+                LANES=layout.lanes,
+            )
+    return out
+
+
+def weight_grad(x: Tensor, grad: Tensor, size: int, dilation: int) -> Tensor:
+    """Gradient of the taps and, last, the sum of the gradient.
+
+    Returns:
+        Tensor: (size^2 + 1, C) in float64.
+    """
+    layout = Layout.of(x.shape, size)
+    tiles, blocks = layout.grid(x.shape)
+    splits = num_splits(tiles, blocks * size, PROGRAMS)
+    parts = x.new_empty(splits, size**2 + 1, x.shape[1], dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _weight_grad_kernel[splits, blocks, size](
+            x,
+            grad,
+            parts,
+            *x.shape[1:],
+            tiles,
+            K=size,
+            D=dilation,
+            T=layout.rows,
+            LANES=layout.lanes,
+        )
+        return sum_parts(parts)
+
+
+def num_splits(items: int, others: int, programs: int) -> int:
+    """Number of programs to share some items, beside so many others."""
+    return max(1, min(items, triton.cdiv(programs, others)))
+
+
+@custom_op('mmoverlock::depthwise_conv2d', mutates_args=())
+def _conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int
+) -> Tensor:
+    check(x)
+    return convolve_maps(x[None], *_taps(weight, dilation), bias)
+
+
+def _taps(weight, dilation):
+    """Taps (k^2, C), which may be how they are stored, and their branch."""
+    taps = weight.flatten(1).mT.to(torch.float32).contiguous()
+    return taps, ((weight.shape[-1], dilation, 0),)
+
+
+@_conv2d.register_fake
+def _(x, weight, bias, dilation):
+    return torch.empty_like(x)
+
+
+@custom_op('mmoverlock::depthwise_conv2d_backward', mutates_args=())
+def _conv2d_grads(
+    grad: Tensor, x: Tensor, weight: Tensor, dilation: int, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; empty unless the two are needed."""
+    grad_x, grad_weight = x.new_empty(0), weight.new_empty(0)
+    grad_bias = weight.new_empty(0)
+    if needed[0]:
+        taps, branches = _taps(weight, dilation)
+        grad_x = convolve_maps(grad[None], taps, branches, None, flip=True)
+    if needed[1]:
+        sums = weight_grad(x, grad, weight.shape[-1], dilation)
+        grad_weight = sums[:-1].mT.to(weight.dtype).contiguous()
+        grad_weight = grad_weight.view(weight.shape)
+        grad_bias = sums[-1].to(weight.dtype)
+    return grad_x, grad_weight, grad_bias
+
+
+@_conv2d_grads.register_fake
+def _(grad, x, weight, dilation, needed):
+    return (
+        torch.empty_like(x) if needed[0] else x.new_empty(0),
+        weight.new_empty(weight.shape if needed[1] else 0),
+        weight.new_empty(len(weight) if needed[1] else 0),
+    )
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, ctx.dilation = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+    grads = _conv2d_grads(
+        grad, x, weight, ctx.dilation, [of_x, of_weight or of_bias]
+    )
+    return (
+        grads[0] if of_x else None,
+        grads[1] if of_weight else None,
+        grads[2].to(ctx.bias_dtype) if of_bias else None,
+        None,
+    )
+
+
+_conv2d.register_autograd(_backward, setup_context=_setup)
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    dilation: int = 1,
+) -> Tensor:
+    """See :func:`mmoverlock.ops.depthwise_conv2d`."""
+    return _conv2d(autocast(x), weight, bias, dilation)
