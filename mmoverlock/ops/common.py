@@ -19,8 +19,7 @@ def takes_triton(backend: str, x: Tensor) -> bool:
         x (Tensor): The map.
 
     Raises:
-        ValueError: If there is no such backend, or 'triton' does not take
-            the dtype.
+        ValueError: If there is no such backend, or 'triton' cannot run.
         ImportError: If 'triton' needs what is not installed.
     """
     if backend not in BACKENDS:
@@ -33,6 +32,10 @@ def takes_triton(backend: str, x: Tensor) -> bool:
             raise ValueError(
                 "backend 'triton' takes float32, float16 and bfloat16, "
                 f'got {x.dtype}'
+            )
+        if not x.is_cuda and not _interprets():
+            raise ValueError(
+                f"backend 'triton' takes maps on a GPU, got one on {x.device}"
             )
     if backend != 'auto':
         return backend == 'triton'
@@ -53,6 +56,12 @@ def _runs_triton(device):
     except ImportError:
         return False
     return True
+
+
+def _interprets():
+    import triton
+
+    return triton.knobs.runtime.interpret
 
 
 def cast_as_convolutions(x: Tensor) -> Tensor:

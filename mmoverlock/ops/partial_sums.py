@@ -12,18 +12,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PER_MULTIPROCESSOR = 4  # programs of a kernel that ends in partial sums
-CHANNELS = 32  # of a program that adds them
-PARTS = 32
+CHANNELS = 32  # of a program that adds partial sums
+PARTS = 128  # that it loads at a time
 
 
 @lru_cache
-def programs(device: torch.device) -> int:
-    """How many programs of a kernel that ends in partial sums there are."""
+def programs(device: torch.device, resident: int) -> int:
+    """How many programs a device runs at a time.
+
+    Args:
+        device (torch.device): A GPU, or a CPU for the interpreter.
+        resident (int): Programs of a multiprocessor.
+    """
     if device.type != 'cuda':
-        return PER_MULTIPROCESSOR  # of the interpreter
+        return resident
     properties = torch.cuda.get_device_properties(device)
-    return PER_MULTIPROCESSOR * properties.multi_processor_count
+    return resident * properties.multi_processor_count
 
 
 @triton.jit(do_not_specialize=('parts',))

@@ -18,6 +18,7 @@ from ..common import channels_last
 
 VALUES = 16  # of a thread, at least
 WARPS = 4
+RESIDENT = 4  # programs that a multiprocessor has registers for
 ROWS = 32  # at least, for every program that ends in partial sums
 
 
@@ -144,7 +145,8 @@ def backward(
     count = x.numel() // channels
     rows, block = _form(channels)
     parts = min(
-        triton.cdiv(count, max(rows, ROWS)), partial_sums.programs(x.device)
+        triton.cdiv(count, max(rows, ROWS)),
+        partial_sums.programs(x.device, RESIDENT),
     )
     partial = x.new_empty(parts, 2, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -165,9 +167,7 @@ def backward(
 
 
 @custom_op('mmoverlock::layer_norm', mutates_args=())
-def _layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> Tensor:
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     x = channels_last(x)
     if not x.numel():
         return torch.empty_like(x)

@@ -44,10 +44,16 @@ class Form(NamedTuple):
     channels: int  # of a thread, next to each other
     columns: int  # of a strip
     warps: int
+    resident: int  # programs that a multiprocessor has registers for
+
+    @property
+    def registers(self):
+        """Of a thread."""
+        return 65536 // (32 * self.warps * self.resident) // 8 * 8
 
 
-FORWARD = Form(4, 4, 4)
-BACKWARD = Form(2, 4, 4)
+FORWARD = Form(channels=2, columns=7, warps=4, resident=4)
+BACKWARD = Form(channels=2, columns=4, warps=4, resident=3)
 
 
 @triton.jit
@@ -61,14 +67,33 @@ def _strip(strip, height, width, rows, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _normal(x):
+    """The cumulative distribution of the normal distribution.
+
+    It is ``1 / (1 + 2 ** -p(x))`` with an odd function p that is fitted well
+    by a polynomial: ``x * _normal(x)`` is within 2e-7 of GELU, and takes a
+    third of the instructions that ``tl.erf`` takes.
+    """
+    square = x * x
+    p = tl.fma(square, -5.1301954e-09, 3.8180465e-07)
+    p = tl.fma(square, p, -1.1404618e-05)
+    p = tl.fma(square, p, 1.5906918e-04)
+    p = tl.fma(square, p, 9.6586426e-05)
+    p = tl.fma(square, p, -1.0483987e-01)
+    p = tl.fma(square, p, -2.3022067)
+    root = tl.rsqrt(1 + tl.exp2(x * p))
+    return root * root
+
+
+@triton.jit
 def _gelu(x):
-    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    return x * _normal(x)
 
 
 @triton.jit
 def _gelu_slope(x):
-    bell = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * bell
+    bell = 0.3989422804014327 * tl.exp2(-0.7213475204444817 * x * x)
+    return tl.fma(x, bell, _normal(x))
 
 
 @triton.jit
@@ -245,9 +270,7 @@ def _backward_kernel(
         factor = None
         other = None
         if scale is not None:
-            factor = tl.load(
-                scale + image * step + channel, mask=ok, other=0
-            )
+            factor = tl.load(scale + image * step + channel, mask=ok, other=0)
         if coef is not None:
             other = tl.load(coef + image * step + channel, mask=ok, other=0)
         g_row = grad + at
@@ -259,9 +282,7 @@ def _backward_kernel(
 
         # The rows of g above, at and below the present one.
         ok_row = ok & (row > 0)
-        coming = _row(
-            g_row - line, step, ok_row, col, width, -1, COLUMNS + 1
-        )
+        coming = _row(g_row - line, step, ok_row, col, width, -1, COLUMNS + 1)
         coming_y = coming
         if coef is not None:
             coming_y = _row(
@@ -274,9 +295,7 @@ def _backward_kernel(
             coming_y = _row(y_row, step, ok, col, width, -1, COLUMNS + 1)
         here = _grads(coming, coming_y, factor, other)
         ok_row = ok & (row + 1 < height)
-        coming = _row(
-            g_row + line, step, ok_row, col, width, -1, COLUMNS + 1
-        )
+        coming = _row(g_row + line, step, ok_row, col, width, -1, COLUMNS + 1)
         coming_y = coming
         if coef is not None:
             coming_y = _row(
@@ -419,7 +438,7 @@ def forward(
         sums of its squares, (B, strips, C), in single precision.
     """
     y = torch.empty_like(x)
-    slots = partial_sums.programs(x.device)
+    slots = partial_sums.programs(x.device, FORWARD.resident)
     lanes, rows, strips, blocks = plan(tuple(x.shape), FORWARD, slots)
     batch, channels, height, width = x.shape
     sums = None
@@ -443,6 +462,7 @@ def forward(
             COLUMNS=FORWARD.columns,
             LANES=lanes,
             num_warps=FORWARD.warps,
+            maxnreg=FORWARD.registers,
         )
     return y, sums
 
@@ -476,7 +496,7 @@ def backward(
         taps, of the bias, and the sum of the gradient of x.
     """
     grad_x = torch.empty_like(x)
-    slots = partial_sums.programs(x.device)
+    slots = partial_sums.programs(x.device, BACKWARD.resident)
     lanes, rows, strips, blocks = plan(tuple(x.shape), BACKWARD, slots)
     batch, channels, height, width = x.shape
     splits = min(
@@ -506,6 +526,7 @@ def backward(
             COLUMNS=BACKWARD.columns,
             LANES=lanes,
             num_warps=BACKWARD.warps,
+            maxnreg=BACKWARD.registers,
         )
     return grad_x, partial
 
