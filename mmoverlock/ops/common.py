@@ -1,0 +1,77 @@
+"""What operators on maps have in common."""
+
+import torch
+from torch import Tensor
+
+from .environment import check_triton, is_exporting
+
+BACKENDS = ('auto', 'reference', 'triton')
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MIN_CAPABILITY = 8, 0
+
+
+def takes_triton(backend: str, x: Tensor) -> bool:
+    """Whether an operator on a map runs its kernels.
+
+    Args:
+        backend (str): 'reference', plain PyTorch; 'triton'; or 'auto', which
+            is 'triton' where it can run and 'reference' elsewhere.
+        x (Tensor): The map.
+
+    Raises:
+        ValueError: If there is no such backend, or 'triton' cannot run.
+        ImportError: If 'triton' needs what is not installed.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(
+            f'unknown backend {backend!r}, expected one of {list(BACKENDS)}'
+        )
+    if backend == 'triton':
+        check_triton()
+        if x.dtype not in DTYPES:
+            raise ValueError(
+                "backend 'triton' takes float32, float16 and bfloat16, "
+                f'got {x.dtype}'
+            )
+        if not x.is_cuda and not _interprets():
+            raise ValueError(
+                f"backend 'triton' takes maps on a GPU, got one on {x.device}"
+            )
+    if backend != 'auto':
+        return backend == 'triton'
+    return (
+        x.is_cuda
+        and x.dtype in DTYPES
+        and not is_exporting()
+        and not torch.jit.is_tracing()
+        and _runs_triton(x.device)
+    )
+
+
+def _runs_triton(device):
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return False
+    try:
+        check_triton()
+    except ImportError:
+        return False
+    return True
+
+
+def _interprets():
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+def cast_as_convolutions(x: Tensor) -> Tensor:
+    """What autocast does before a convolution, if it is on."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The map with its channels next to each other in memory."""
+    return x.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,45 @@
+"""Layer normalization over the channels of a map."""
+
+from torch import Tensor
+
+from ..common import takes_triton
+from .reference import layer_norm as reference
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-6,
+    backend: str = 'auto',
+) -> Tensor:
+    """Normalize every position of a map over its channels.
+
+    On GPUs the map is read and written once, in ``torch.channels_last``
+    (another one is copied), in the dtype that it has, under autocast too;
+    what is between is in single precision, and the weights are read as they
+    are.
+
+    Args:
+        x (Tensor): (B, C, H, W).
+        weight (Tensor): (C, ).
+        bias (Tensor): (C, ).
+        eps (float): Added to the variance. Defaults to 1e-6.
+        backend (str): See :func:`mmoverlock.ops.common.takes_triton`.
+            Defaults to 'auto'.
+
+    Returns:
+        Tensor: (B, C, H, W).
+
+    Raises:
+        ValueError: If the backend is unknown or cannot run.
+        ImportError: If the backend needs what is not installed.
+    """
+    if not takes_triton(backend, x):
+        return reference(x, weight, bias, eps)
+    from .triton import layer_norm as run
+
+    return run(x, weight, bias, eps)
+
+
+__all__ = ['layer_norm']
