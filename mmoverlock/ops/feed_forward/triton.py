@@ -1,0 +1,269 @@
+"""The feed-forward network of a block, for GPUs.
+
+With H positions, D hidden channels, g the gradient of the result::
+
+    h = W1 x + b1
+    y = f + conv(f) + b,  f = gelu(h)
+    n = |y| over an image,  r = n / (mean of n over channels + eps)
+    out = W2 (y s + beta) + b2,  s = gamma r + 1
+
+Forward, the hidden map is written twice and read twice: ``h`` by the first
+product, ``y`` and its sums of squares by the convolution, and the second
+product scales what it loads. Backward it is kept as ``h`` and ``y``; the
+gradient of ``y s + beta`` is written once by a product that also sums it and
+its product with ``y``, which is all that the norm needs, and the convolution's
+gradient turns it into that of ``y`` while loading.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op
+
+from .. import partial_sums
+from ..common import channels_last
+from ..pointwise.triton import product, weight_grad
+from ..residual_conv import triton as conv
+
+EPS = tl.constexpr(1e-6)
+SIZES = ('parts', 'channels')
+
+
+@triton.jit
+def _sum_parts(p_parts, parts, step, o_channel, m_channel):
+    """Sum of parts (parts, C) that are ``step`` apart."""
+    total = tl.zeros(o_channel.shape, tl.float32)
+    for part in range(parts):
+        p_part = p_parts + part * step + o_channel
+        total += tl.load(p_part, mask=m_channel, other=0)
+    return total
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _scale_kernel(
+    p_squares,
+    p_gamma,
+    p_norm,
+    p_scale,
+    parts,
+    channels,
+    CHANNELS: tl.constexpr,
+):
+    """Norms and scales (B, D) from squares (B, parts, D); grid (B, )."""
+    image = tl.program_id(0).to(tl.int64)
+    o_channel = tl.arange(0, CHANNELS)
+    m_channel = o_channel < channels
+    p_image = p_squares + image * parts * channels
+    b_norm = tl.sqrt(
+        _sum_parts(p_image, parts, channels, o_channel, m_channel)
+    )
+    mean = tl.sum(b_norm, 0) / channels + EPS
+    b_gamma = tl.load(p_gamma + o_channel, mask=m_channel, other=0)
+    b_scale = b_gamma.to(tl.float32) * b_norm / mean + 1
+    o_out = image * channels + o_channel
+    tl.store(p_norm + o_out, b_norm, mask=m_channel)
+    tl.store(p_scale + o_out, b_scale, mask=m_channel)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _scale_grad_kernel(
+    p_sums,
+    p_gamma,
+    p_norm,
+    p_coef,
+    p_parts,
+    parts,
+    channels,
+    CHANNELS: tl.constexpr,
+):
+    """What the norm adds to the gradient of y: ``y * coef``.
+
+    sums (B, parts, 2, D): of the gradient ``ds`` of the scale and ``dt`` of
+    the shift; norm and coef (B, D); parts (B, 2, D) of the gradients of gamma
+    and beta; grid (B, ).
+    """
+    image = tl.program_id(0).to(tl.int64)
+    o_channel = tl.arange(0, CHANNELS)
+    m_channel = o_channel < channels
+    p_image = p_sums + image * parts * 2 * channels
+    ds = _sum_parts(p_image, parts, 2 * channels, o_channel, m_channel)
+    dt = _sum_parts(
+        p_image + channels, parts, 2 * channels, o_channel, m_channel
+    )
+    o_out = image * channels + o_channel
+    b_norm = tl.load(p_norm + o_out, mask=m_channel, other=0)
+    b_gamma = tl.load(p_gamma + o_channel, mask=m_channel, other=0)
+    mean = tl.sum(b_norm, 0) / channels + EPS
+    dr = ds * b_gamma.to(tl.float32)
+    dn = (dr - tl.sum(dr * b_norm, 0) / (mean * channels)) / mean
+    # No infinite gradient where a map is zero.
+    b_coef = tl.where(b_norm > 0, dn / b_norm, 0.0)
+    tl.store(p_coef + o_out, b_coef, mask=m_channel)
+    p_part = p_parts + image * 2 * channels + o_channel
+    tl.store(p_part, ds * b_norm / mean, mask=m_channel)
+    tl.store(p_part + channels, dt, mask=m_channel)
+
+
+@custom_op('mmoverlock::feed_forward', mutates_args=())
+def _feed_forward(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The result, and h, y, the norms and the scales for the gradient."""
+    x = channels_last(x)
+    if not x.numel():
+        return _empty_outputs(x, weight1, weight2)
+    h, _ = product(x, weight1, bias1)
+    y, squares = conv.forward(
+        h, conv_weight, conv_bias, gelu=True, residual=residual, squares=True
+    )
+    norm = squares.new_empty(y.shape[:2])
+    scale = torch.empty_like(norm)
+    channels = y.shape[1]
+    with torch.cuda.device_of(x):
+        _scale_kernel[(len(x),)](
+            squares,
+            gamma,
+            norm,
+            scale,
+            squares.shape[1],
+            channels,
+            CHANNELS=triton.next_power_of_2(channels),
+            num_warps=8,
+        )
+    out, _ = product(y, weight2, bias2, scale, beta)
+    return out, h, y, norm, scale
+
+
+def _empty_outputs(x, weight1, weight2):
+    batch, _, height, width = x.shape
+    out, h, y = (
+        x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
+        for channels in (len(weight2), len(weight1), len(weight1))
+    )
+    norm, scale = (
+        x.new_empty(batch, len(weight1), dtype=torch.float32) for _ in range(2)
+    )
+    return out, h, y, norm, scale
+
+
+@_feed_forward.register_fake
+def _(
+    x,
+    weight1,
+    bias1,
+    conv_weight,
+    conv_bias,
+    gamma,
+    beta,
+    weight2,
+    bias2,
+    residual,
+):
+    return _empty_outputs(x, weight1, weight2)
+
+
+@custom_op('mmoverlock::feed_forward_backward', mutates_args=())
+def _feed_forward_backward(
+    grad: Tensor,
+    x: Tensor,
+    h: Tensor,
+    y: Tensor,
+    norm: Tensor,
+    scale: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    residual: bool,
+) -> list[Tensor]:
+    """Gradients of the first nine arguments of :func:`_feed_forward`."""
+    parameters = (
+        weight1,
+        bias1,
+        conv_weight,
+        conv_bias,
+        gamma,
+        beta,
+        weight2,
+        bias2,
+    )
+    if not x.numel():
+        return [torch.zeros_like(t) for t in (x, *parameters)]
+    x, grad = channels_last(x), channels_last(grad)
+    grad_scaled, sums = product(grad, weight2, transposed=True, factor=y)
+    coef = torch.empty_like(norm)
+    batch, channels = norm.shape
+    parts = norm.new_empty(batch, 2, channels)
+    grads = [torch.empty_like(t) for t in parameters[1:6]]
+    grad_bias1, grad_conv_weight, grad_conv_bias, grad_gamma, grad_beta = grads
+    with torch.cuda.device_of(x):
+        _scale_grad_kernel[(batch,)](
+            sums,
+            gamma,
+            norm,
+            coef,
+            parts,
+            sums.shape[1],
+            channels,
+            CHANNELS=triton.next_power_of_2(channels),
+            num_warps=8,
+        )
+    partial_sums.add(parts, grad_gamma.view(channels, 1), grad_beta)
+    grad_weight2, grad_bias2 = weight_grad(
+        grad, y, weight2, bias2, scale, beta
+    )
+    grad_h, parts = conv.backward(
+        grad_scaled,
+        h,
+        conv_weight,
+        y,
+        scale,
+        coef,
+        gelu=True,
+        residual=residual,
+        sum_grad_x=True,
+    )
+    partial_sums.add(parts, grad_conv_weight, grad_conv_bias, grad_bias1)
+    grad_x, _ = product(grad_h, weight1, transposed=True)
+    grad_weight1, _ = weight_grad(grad_h, x, weight1)
+    return [grad_x, grad_weight1, *grads, grad_weight2, grad_bias2]
+
+
+@_feed_forward_backward.register_fake
+def _(grad, x, h, y, norm, scale, *parameters_and_residual):
+    return [
+        torch.empty_like(channels_last(x)),
+        *map(torch.empty_like, parameters_and_residual[:-1]),
+    ]
+
+
+def _save(ctx, inputs, output):
+    x, *parameters, ctx.residual = inputs
+    ctx.save_for_backward(x, *output[1:], *parameters)
+
+
+def _differentiate(ctx, grad, *_):
+    grads = _feed_forward_backward(grad, *ctx.saved_tensors, ctx.residual)
+    return *grads, None
+
+
+_feed_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def feed_forward(x: Tensor, *parameters: Tensor, residual: bool) -> Tensor:
+    """See :func:`mmoverlock.ops.feed_forward`."""
+    return _feed_forward(x, *parameters, residual)[0]
