@@ -26,7 +26,7 @@ TYPES = {
 }
 
 
-def compile_kernel(kernel, capability, args, constants):
+def compile_kernel(kernel, capability, args, constants, options=None):
     """Compile as a launch with such arguments would.
 
     Args:
@@ -35,6 +35,7 @@ def compile_kernel(kernel, capability, args, constants):
         args (Sequence): A dtype for a pointer, None, numbers, and tuples of
             numbers.
         constants (dict): Arguments by name that are constant.
+        options (dict, optional): Such as the number of warps.
 
     Returns:
         dict: Numbers of registers, and bytes spilled and shared.
@@ -47,6 +48,8 @@ def compile_kernel(kernel, capability, args, constants):
         if value is None or value == 1:
             constants[path] = value
             return 'constexpr'
+        if isinstance(value, float):
+            return 'fp32'
         if isinstance(value, torch.dtype) or value % 16 == 0:
             attributes[path] = [['tt.divisibility', 16]]
         return TYPES.get(value, 'i32')
@@ -54,10 +57,13 @@ def compile_kernel(kernel, capability, args, constants):
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = 'constexpr'
+        elif kernel.params[i].do_not_specialize:
+            signature[name] = 'i32'
         else:
             signature[name] = describe(args[i], (i,))
     source = ASTSource(kernel, signature, constants, attributes)
-    binary = triton.compile(source, target=GPUTarget('cuda', capability, 32))
+    target = GPUTarget('cuda', capability, 32)
+    binary = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
         file.write(binary.asm['cubin'])
         file.flush()

@@ -33,10 +33,6 @@ def takes_triton(backend: str, x: Tensor) -> bool:
                 "backend 'triton' takes float32, float16 and bfloat16, "
                 f'got {x.dtype}'
             )
-        if not x.is_cuda and not _interprets():
-            raise ValueError(
-                f"backend 'triton' takes maps on a GPU, got one on {x.device}"
-            )
     if backend != 'auto':
         return backend == 'triton'
     return (
@@ -56,12 +52,6 @@ def _runs_triton(device):
     except ImportError:
         return False
     return True
-
-
-def _interprets():
-    import triton
-
-    return triton.knobs.runtime.interpret
 
 
 def cast_as_convolutions(x: Tensor) -> Tensor:

@@ -66,6 +66,18 @@ def _add_kernel(
         tl.store(out, total.to(third.dtype.element_ty), mask=inside)
 
 
+def check_device(x: Tensor) -> None:
+    """Check that kernels can run on a map.
+
+    Raises:
+        ValueError: If it is not on a GPU, and Triton does not interpret.
+    """
+    if not x.is_cuda and isinstance(_add_kernel, triton.JITFunction):
+        raise ValueError(
+            f"backend 'triton' takes maps on a GPU, got one on {x.device}"
+        )
+
+
 def add(
     partial: Tensor,
     first: Tensor,

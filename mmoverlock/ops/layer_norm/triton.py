@@ -168,6 +168,7 @@ def backward(
 
 @custom_op('mmoverlock::layer_norm', mutates_args=())
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    partial_sums.check_device(x)
     x = channels_last(x)
     if not x.numel():
         return torch.empty_like(x)
