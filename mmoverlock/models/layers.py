@@ -220,9 +220,7 @@ class DWConv(nn.Conv2d):
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
-        return residual_conv(
-            x, self.weight, self.bias, residual=self.residual
-        )
+        return residual_conv(x, self.weight, self.bias, residual=self.residual)
 
 
 class ResDWConv(DWConv):

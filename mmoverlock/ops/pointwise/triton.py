@@ -180,9 +180,7 @@ def _weight_grad_kernel(
             inputs,
             FACTOR,
         )
-        acc = tl.dot(
-            tl.trans(b_grad), b_x, acc=acc, input_precision=PRECISION
-        )
+        acc = tl.dot(tl.trans(b_grad), b_x, acc=acc, input_precision=PRECISION)
         if tl.program_id(2) == 0:
             total += tl.sum(b_grad.to(tl.float32), 0)
     width = inputs + 1
