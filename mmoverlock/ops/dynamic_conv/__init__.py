@@ -17,9 +17,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from ..environment import check_triton
 from .reference import contmix_reference
 from .tiled import contmix_tiled
-from ..environment import check_triton
 
 
 def contmix_triton(*args) -> Tensor:

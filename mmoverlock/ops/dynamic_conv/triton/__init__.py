@@ -78,22 +78,33 @@ class _Problem:
         self.rows = self.batch * query.shape[1]
 
     def constants(self):
-        """For each kernel size (G, H, W, K, NC, M, MT, TP)."""
+        """For each kernel size (G, H, W, K, NC, M, MT, TP, PT)."""
         return tuple(
-            (self.groups, *(form[name] for name in 'H W K NC M MT TP'.split()))
+            (
+                self.groups,
+                *(form[name] for name in 'H W K NC M MT TP PT'.split()),
+            )
             if form
-            else (self.groups, self.height, self.width, size, 0, 0, 0, 0)
+            else (self.groups, self.height, self.width, size, 0, 0, 0, 0, 0)
             for form, size in zip(self.forms, self.sizes, strict=True)
         )
 
     def by_classes(self):
-        """Settings of those sizes that run by classes, by index."""
+        """(index, tiling, settings) of the sizes that run by classes."""
         first = 0
         for half, form in enumerate(self.forms):
             if form:
-                settings = dict(form, **self.mixing, HALF=half, FIRST=first)
-                settings['rows'] = settings.pop('T')
-                yield half, settings
+                settings = {
+                    name: form[name] for name in 'H W K NC M MT'.split()
+                }
+                settings |= dict(
+                    self.mixing,
+                    batch=self.batch,
+                    HALF=half,
+                    FIRST=first,
+                    num_stages=classes.KNOBS['STAGES'],
+                )
+                yield half, form, settings
             first += self.sizes[half] ** 2
 
     def by_windows(self):
@@ -122,7 +133,9 @@ class _Problem:
     def regions(self):
         """What kernels by positions take in addition."""
         return {
-            f'REGION{half}': _power(size + windows.KNOBS['COLS'] - 1)
+            f'REGION{half}': _power(
+                min(size + windows.KNOBS['COLS'] - 1, self.width)
+            )
             for half, size in enumerate(self.sizes)
         }
 
@@ -136,11 +149,13 @@ class _Problem:
 
 
 def _dense_sizes(forms, groups):
+    """Elements of the dense biases of each size, by taps and by pixels."""
+    tiles = [
+        form and groups * form['NC'] * form['MT'] * form['M'] for form in forms
+    ]
     return [
-        groups * form['NC'] * form['MT'] * form['M'] * form['TP']
-        if form
-        else 0
-        for form in forms
+        (count * form['TP'], count * form['PT']) if form else (0, 0)
+        for count, form in zip(tiles, forms, strict=True)
     ]
 
 
@@ -183,12 +198,15 @@ def _mix(
     out, lse, b_filters, dense = outputs
     problem = _Problem(query, key, small, large, value, scale)
     sizes = _dense_sizes(problem.forms, problem.groups)
-    denses = dense.split(sizes)
+    denses = dense.split([*map(sum, sizes)])
     knobs = filters.KNOBS
     programs = (
         triton.cdiv(problem.rows, knobs['ROWS'])
         * triton.cdiv(problem.taps, knobs['TAPS']),
-        *(triton.cdiv(size, knobs['ELEMENTS']) for size in sizes),
+        *(
+            sum(triton.cdiv(n, knobs['ELEMENTS']) for n in pair)
+            for pair in sizes
+        ),
     )
     tables = dict(p_table0=small, p_table1=large)
     maps = dict(
@@ -233,17 +251,15 @@ def _mix(
                 **settings,
                 **problem.regions(),
             )
-        for half, settings in problem.by_classes():
-            settings.pop('rows')
-            grid = problem.units * settings['NC'] * settings['MT']
+        for half, form, settings in problem.by_classes():
+            grid = problem.units * form['NC'] * form['MT']
             classes.forward[(grid,)](
                 p_dense=denses[half],
                 **maps,
-                batch=problem.batch,
-                N=min(classes.KNOBS['TAPS'], settings['TP']),
-                num_warps=settings['M'] // 16,
-                num_stages=classes.KNOBS['STAGES'],
                 **settings,
+                TP=form['TP'],
+                N=min(classes.KNOBS['TAPS'], form['TP']),
+                num_warps=form['M'] // 16,
             )
     return outputs
 
@@ -263,7 +279,9 @@ def _empty_outputs(query, key, weight, bias, small, large, value, scale):
         classes.MOST_CLASSES
     ):
         forms = _forms(int(height), int(width), *sizes)
-    dense = query.new_empty(sum(_dense_sizes(forms, groups)), dtype=dtype)
+    dense = query.new_empty(
+        sum(map(sum, _dense_sizes(forms, groups))), dtype=dtype
+    )
     return torch.empty_like(value), lse, b_filters, dense
 
 
@@ -292,7 +310,8 @@ def _mix_backward(
     problem = _Problem(query, key, small, large, value, scale)
     batch, groups, units = problem.batch, problem.groups, problem.units
     channels = problem.mixing['CQ']
-    denses = dense.split(_dense_sizes(problem.forms, groups))
+    sizes = _dense_sizes(problem.forms, groups)
+    denses = dense.split([*map(sum, sizes)])
 
     def scratch(*shape):
         return lse.new_empty(shape)
@@ -367,17 +386,11 @@ def _mix_backward(
                 PIXELS=windows.KNOBS['PIXELS'],
             )
         delta = torch.empty_like(lse) if by_classes else None
-        for n, (half, settings) in enumerate(by_classes):
-            rows = settings.pop('rows')
-            tiles = settings['NC'] * settings['MT']
-            m, tp, size = (settings[name] for name in ('M', 'TP', 'K'))
-            common = dict(
-                maps,
-                **settings,
-                p_dense=denses[half],
-                batch=batch,
-                num_stages=classes.KNOBS['STAGES'],
-            )
+        for n, (half, form, settings) in enumerate(by_classes):
+            tiles = form['NC'] * form['MT']
+            m, t, tp, size = (form[name] for name in ('M', 'T', 'TP', 'K'))
+            common = dict(maps, **settings)
+            dense = denses[half]
             last = n == len(by_classes) - 1
             result = (
                 dq if last else torch.empty_like(query, dtype=problem.dtype)
@@ -386,16 +399,18 @@ def _mix_backward(
                 **common,
                 **values,
                 **outs,
+                p_dense=dense,
                 p_delta=delta,
                 p_dq=result,
                 p_sum=total,
                 dq_strides=result.stride(),
                 sum_strides=None if total is None else total.stride(),
+                TP=tp,
                 N=min(classes.KNOBS['TAPS'], tp),
                 num_warps=m // 16,
             )
             total = result
-            each = groups * tiles * (tp // rows)
+            each = groups * tiles * (tp // t)
             images = triton.cdiv(
                 batch, triton.cdiv(classes.KNOBS['PROGRAMS'], each)
             )
@@ -408,18 +423,24 @@ def _mix_backward(
             classes.backward_filters[(each * chunk,)](
                 **common,
                 **values,
+                p_dense=dense,
                 p_delta=delta,
                 p_df=dfs[half],
                 p_ddense=dtables[half],
                 p_db=dbs[half],
                 images=images,
-                T=rows,
-                num_warps=rows // 16,
+                TP=tp,
+                T=t,
+                num_warps=t // 16,
             )
-            pixels = problem.height * problem.width
-            t = min(_power(pixels), classes.KNOBS['ROWS'])
-            classes.backward_value[(units * triton.cdiv(pixels, t),)](
-                **common, **dvs, T=t, num_warps=t // 16
+            t, pt = form['PIXELS'], form['PT']
+            classes.backward_value[(units * (pt // t),)](
+                **common,
+                **dvs,
+                p_pixels=dense[sizes[half][0] :],
+                PT=pt,
+                T=t,
+                num_warps=t // 16,
             )
 
         knobs = filters.KNOBS

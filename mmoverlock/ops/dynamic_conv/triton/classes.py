@@ -11,12 +11,13 @@ all images (``dense``, see filters.py)::
     p = 2^(s - lse)
     out[m] = sum over n of p[m, n] v[n]
 
-Classes are cut into tiles of M positions, of which all real ones come first.
+Classes are cut into tiles of M positions, row by row.
 Images are the fastest index of a grid, so that ``dense`` stays in the cache.
 
 Shapes: q (B, G * CQ, H, W), v and out (B, 2 * G * CV, H, W) by strides;
 filters f (B, G, PLANES, TAPS, CQ); dense (G, classes, tiles * M, TP), TP the
-taps of this size in whole tiles; lse and delta (2, B, G, H, W).
+taps of this size in whole tiles, and the same by pixels, (G, classes * tiles,
+PT, M); lse and delta (2, B, G, H, W).
 """
 
 import triton
@@ -24,12 +25,12 @@ import triton.language as tl
 
 from .common import LN2, dot, exp2, pixel_offsets
 
-# Most positions and taps of a tile; a warp has 16 of the first or, where taps
-# are the rows of the products, of the second.
+# Sizes of tiles, at most; a warp has 16 rows.
 KNOBS = dict(
     POSITIONS=64,
-    TAPS=32,  # a step of the forward pass and of the gradient of the query
-    ROWS=64,  # taps or pixels that are rows
+    TAPS=64,  # a step of the forward pass and of the gradient of the query
+    ROWS=64,  # taps that are rows
+    PIXELS=32,  # that are rows
     PROGRAMS=800,  # at least, for the gradient of the filters
     STAGES=1,
 )
@@ -51,6 +52,8 @@ def tile_classes(height: int, width: int, size: int) -> dict:
     m = min(max(16, triton.next_power_of_2(positions)), KNOBS['POSITIONS'])
     rows = min(triton.next_power_of_2(size**2), KNOBS['ROWS'])
     rows = max(rows, 16)
+    pixels = max(16, triton.next_power_of_2(height * width))
+    pixels = min(pixels, KNOBS['PIXELS'])
     return dict(
         H=height,
         W=width,
@@ -60,6 +63,8 @@ def tile_classes(height: int, width: int, size: int) -> dict:
         MT=triton.cdiv(positions, m),
         T=rows,
         TP=triton.cdiv(size**2, rows) * rows,
+        PT=triton.cdiv(height * width, pixels) * pixels,
+        PIXELS=pixels,
     )
 
 
@@ -73,15 +78,17 @@ def class_positions(
         tuple: y, x, which of them are real, top, left.
     """
     NX: tl.constexpr = W - K + 1
+    SIDE: tl.constexpr = K // 2 + 1 if NX > 1 else W
     top = cls // NX
     left = cls % NX
     y0 = tl.where(top == 0, 0, top + K // 2)
     y1 = tl.where(top == H - K, H, top + K // 2 + 1)
     x0 = tl.where(left == 0, 0, left + K // 2)
     x1 = tl.where(left == W - K, W, left + K // 2 + 1)
-    y = y0 + o_m // (x1 - x0)
-    x = x0 + o_m % (x1 - x0)
-    return tl.minimum(y, H - 1), x, y < y1, top, left
+    y = y0 + o_m // SIDE
+    x = x0 + o_m % SIDE
+    real = (y < y1) & (x < x1)
+    return tl.minimum(y, H - 1), tl.minimum(x, W - 1), real, top, left
 
 
 @triton.jit
@@ -427,7 +434,7 @@ def backward_filters(
 def backward_value(
     p_q,
     p_f,
-    p_dense,
+    p_pixels,
     p_lse,
     p_do,
     p_dv,
@@ -450,7 +457,7 @@ def backward_value(
     NC: tl.constexpr,
     M: tl.constexpr,
     MT: tl.constexpr,
-    TP: tl.constexpr,
+    PT: tl.constexpr,
     T: tl.constexpr,
 ):
     """dv = sum over classes of p^T do, for a tile of T pixels.
@@ -459,7 +466,7 @@ def backward_value(
     """
     VT: tl.constexpr = p_do.dtype.element_ty
     ACC: tl.constexpr = p_lse.dtype.element_ty
-    TILES: tl.constexpr = (H * W + T - 1) // T
+    TILES: tl.constexpr = PT // T
     pid = tl.program_id(0)
     image = (pid % batch).to(tl.int64)
     tile = pid // batch % TILES
@@ -478,14 +485,16 @@ def backward_value(
     p_do += image * do_strides[0] + channel * do_strides[1]
     p_lse += ((HALF * batch + image) * G + group) * H * W
     p_f += ((image * G + group) * PLANES * TAPS + FIRST) * CQ
+    p_pixels += group * NC * MT * PT * M
+    o_pixels = (pixel * M)[:, None] + tl.arange(0, M)[None, :]
     b_dv = tl.zeros((T, VC), ACC)
     for at in range(NC * MT):
         o_m = at % MT * M + tl.arange(0, M)
         y, x, m_m, top, left = class_positions(at // MT, o_m, H, W, K)
         i = row - top
         j = col - left
-        m_n = m_pixel & (i >= 0) & (i < K) & (j >= 0) & (j < K)
-        n = tl.where(m_n, i * K + j, 0)
+        # Pixels outside of the window have the weight 0.
+        n = tl.minimum(tl.maximum(i * K + j, 0), K * K - 1)
         b_q = _load(
             p_q, pixel_offsets(y, x, o_q, q_strides), m_q[None, :], CQ < QC
         )
@@ -495,13 +504,7 @@ def backward_value(
             other=0.0,
         )
         b_lse = tl.load(p_lse + y * W + x, mask=m_m, other=float('inf'))
-        b_s = tl.load(
-            p_dense
-            + ((group * NC * MT + at) * M + tl.arange(0, M))[None, :] * TP
-            + n[:, None],
-            mask=m_n[:, None],
-            other=float('-inf'),
-        )  # (T, M)
+        b_s = tl.load(p_pixels + at * PT * M + o_pixels)  # (T, M)
         o_f = (n * CQ)[:, None] + o_q[None, :]
         for plane in tl.static_range(PLANES):
             b_f = _load(

@@ -101,34 +101,55 @@ def _make_dense(
     p_bias,
     p_table,
     p_dense,
-    G: tl.constexpr,
     ACC: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    K: tl.constexpr,
-    NC: tl.constexpr,
-    M: tl.constexpr,
-    MT: tl.constexpr,
-    TP: tl.constexpr,
+    FORMS: tl.constexpr,
+    HALF: tl.constexpr,
     E: tl.constexpr,
 ):
-    """Biases (G, classes, tiles * M, TP) of taps, as logarithms to base 2."""
+    """Biases as logarithms to the base 2, by taps and then by pixels."""
+    G: tl.constexpr = FORMS[HALF][0]
+    H: tl.constexpr = FORMS[HALF][1]
+    W: tl.constexpr = FORMS[HALF][2]
+    K: tl.constexpr = FORMS[HALF][3]
+    NC: tl.constexpr = FORMS[HALF][4]
+    M: tl.constexpr = FORMS[HALF][5]
+    MT: tl.constexpr = FORMS[HALF][6]
+    TP: tl.constexpr = FORMS[HALF][7]
+    PT: tl.constexpr = FORMS[HALF][8]
+    TILES: tl.constexpr = NC * MT
+    BLOCKS: tl.constexpr = (G * TILES * M * TP + E - 1) // E
     at = pid * E + tl.arange(0, E)
-    n = at % TP
-    m = at // TP % (MT * M)
-    cls = at // (TP * MT * M) % NC
-    group = at // (TP * MT * M * NC)
-    y, x, m_m, top, left = class_positions(cls, m, H, W, K)
-    real = m_m & (n < K * K) & (group < G)
-    row = top + n // K - y + K - 1
-    col = left + n % K - x + K - 1
-    bias = tl.load(p_bias + n, mask=real, other=0.0).to(ACC)
+    if pid < BLOCKS:
+        n = at % TP
+        m = at // TP % M
+        tile = at // (TP * M) % TILES
+        group = at // (TP * M * TILES)
+    else:
+        at -= BLOCKS * E
+        n = at // M % PT
+        m = at % M
+        tile = at // (M * PT) % TILES
+        group = at // (M * PT * TILES)
+    m += tile % MT * M
+    y, x, m_m, top, left = class_positions(tile // MT, m, H, W, K)
+    if pid < BLOCKS:
+        i = n // K
+        j = n % K
+    else:
+        i = n // W - top
+        j = n % W - left
+        p_dense += G * TILES * M * TP
+    inside = (i >= 0) & (i < K) & (j >= 0) & (j < K)
+    real = m_m & inside & (group < G)
+    row = top + i - y + K - 1
+    col = left + j - x + K - 1
+    bias = tl.load(p_bias + i * K + j, mask=real, other=0.0).to(ACC)
     table = tl.load(
         p_table + (group * (2 * K - 1) + row) * (2 * K - 1) + col,
         mask=real,
         other=0.0,
     ).to(ACC)
-    dense = tl.where(n < K * K, (bias + table) * LOG2E, float('-inf'))
+    dense = tl.where(inside, (bias + table) * LOG2E, float('-inf'))
     tl.store(p_dense + at, dense, mask=group < G)
 
 
@@ -162,7 +183,7 @@ def prepare(
 ):
     """Filters; and dense biases for each kernel size that runs by classes.
 
-    ``FORMS`` are (G, H, W, K, NC, M, MT, TP) of the two sizes, see
+    ``FORMS`` are (G, H, W, K, NC, M, MT, TP, PT) of the two sizes, see
     classes.py, NC = 0 for one that does not run by classes. Grid: (tiles of
     filters + blocks of E of the first dense biases + of the second, ).
     """
@@ -194,15 +215,9 @@ def prepare(
                 p_bias,
                 p_table0,
                 p_dense0,
-                FORMS[0][0],
                 ACC,
-                FORMS[0][1],
-                FORMS[0][2],
-                FORMS[0][3],
-                FORMS[0][4],
-                FORMS[0][5],
-                FORMS[0][6],
-                FORMS[0][7],
+                FORMS,
+                0,
                 E,
             )
     else:
@@ -212,15 +227,9 @@ def prepare(
                 p_bias + FORMS[0][3] * FORMS[0][3],
                 p_table1,
                 p_dense1,
-                FORMS[1][0],
                 ACC,
-                FORMS[1][1],
-                FORMS[1][2],
-                FORMS[1][3],
-                FORMS[1][4],
-                FORMS[1][5],
-                FORMS[1][6],
-                FORMS[1][7],
+                FORMS,
+                1,
                 E,
             )
 
