@@ -270,11 +270,12 @@ class FocusBlock(nn.Module):
             Tensor: Of the shape of ``value``.
         """
         return contmix(
-            query * self.scale,
+            query,
             key,
             value,
             self.weight_proj.weight.flatten(1),
             self.weight_proj.bias,
             (self.rpb1, self.rpb2),
             self.backend,
+            self.scale,
         )
