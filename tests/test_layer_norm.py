@@ -209,10 +209,17 @@ def test_maps_on_a_cpu_are_refused():
 import torch
 from mmoverlock.ops.layer_norm import layer_norm
 from mmoverlock.ops.residual_conv import residual_conv
+from mmoverlock.ops.scaled_residual import scaled_residual
+from mmoverlock.ops.squeeze_excite import squeeze_excite
+from mmoverlock.ops.update_prior import update_prior
 x, c = torch.ones(1, 1, 3, 3), torch.ones(1)
+one = torch.ones(1, 1, 1, 1)
 for run in (
     lambda: residual_conv(x, x, backend='triton'),
     lambda: layer_norm(x, c, c, backend='triton'),
+    lambda: scaled_residual(x, x, backend='triton'),
+    lambda: squeeze_excite(x, one, c, one, c, backend='triton'),
+    lambda: update_prior(x, x, one, c, one, c, backend='triton'),
 ):
     try:
         run()
@@ -227,16 +234,17 @@ for run in (
     'capability, dtype', [(80, 'float32'), (90, 'bfloat16')]
 )
 def test_kernels_compile_without_spills(capability, dtype, tmp_path):
-    """Those of residual_conv, too. See the module for more of them."""
+    """Those of the other passes, too. See the module for more of them."""
     out = python(
         'import json, torch\n'
-        'from compile_launches import compile_passes\n'
+        'from compile_launches import compile_fused_passes, compile_passes\n'
         f'uses = compile_passes({capability}, torch.{dtype}, 384)\n'
+        f'uses += compile_fused_passes({capability}, torch.{dtype}, 640)\n'
         'print(json.dumps(uses))',
         TRITON_CACHE_DIR=str(tmp_path),
     )
     uses = json.loads(out.splitlines()[-1])
-    assert len(uses) == 5
+    assert len(uses) == 19
     for name, use in uses:
         assert use['spills'] == 0, (name, use)
         assert use['registers'] <= 168, (name, use)
