@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import contmix, feed_forward, takes_triton
+from ..ops import contmix, feed_forward, takes_triton, update_prior
 from .layers import (
     GRN,
     DropPath,
@@ -14,6 +14,7 @@ from .layers import (
     PointwiseConv,
     ResDWConv,
     SEModule,
+    add_residual,
     build_bn,
 )
 from .reparam import DilatedReparamConv
@@ -101,8 +102,8 @@ class RepConvBlock(nn.Module):
         norm, conv, bn, excite, *layers, drop_path = self.proj
         x = self.dwconv(x)
         y = bn(conv(norm(x)))
-        y = drop_path(_feed_forward(layers, y, excite))
-        return x + y if self.ls is None else self.ls(x, y)
+        y = _feed_forward(layers, y, excite)
+        return add_residual(x, y, drop_path, self.ls)
 
 
 class FocusBlock(nn.Module):
@@ -212,19 +213,24 @@ class FocusBlock(nn.Module):
             Tensor: Of the shape of ``z``.
         """
         if not self.first:
-            x, prior = z.split(self.splits, dim=1)
-            prior = self.x_scale(prior, self.h_scale(initial_prior))
-            z = torch.cat([x, prior], dim=1)
+            z = update_prior(
+                z,
+                initial_prior,
+                self.x_scale.weight,
+                self.x_scale.bias,
+                self.h_scale.weight,
+                self.h_scale.bias,
+            )
         z = self.dwconv1(z)
         identity = z
         z = self.norm1(z)
         fused = self.fusion(z)
         y = self.dyconv_proj(self.dynamic_conv(z, fused)) + self.lepe(fused)
-        y = self.gate(fused) * self.se_layer(y)
-        z = self.ls1(identity, self.drop_path(self.proj(y)))
+        y = self.se_layer(y, self.gate(fused))
+        z = add_residual(identity, self.proj(y), self.drop_path, self.ls1)
         z = self.dwconv2(z)
         y = _feed_forward(self.mlp, self.norm2(z))
-        return self.ls2(z, self.drop_path(y))
+        return add_residual(z, y, self.drop_path, self.ls2)
 
     def dynamic_conv(self, z: Tensor, value: Tensor) -> Tensor:
         """Mix ``value`` with kernels made from ``z``.

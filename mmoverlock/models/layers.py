@@ -4,7 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import is_compiling, layer_norm, residual_conv
+from ..ops import (
+    is_compiling,
+    layer_norm,
+    residual_conv,
+    scaled_residual,
+    squeeze_excite,
+    takes_triton,
+)
 
 SQUARES = 2**18  # elements of a map that are squared at a time
 
@@ -192,8 +199,23 @@ class SEModule(nn.Module):
             nn.Sigmoid(),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.proj(x)
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Scale ``x``, and multiply it by a gate if there is one.
+
+        Args:
+            x (Tensor): (B, C, H, W).
+            gate (Tensor, optional): Of the same shape.
+
+        Returns:
+            Tensor: Of the same shape.
+        """
+        if takes_triton('auto', x):
+            _, first, _, second, _ = self.proj
+            return squeeze_excite(
+                x, first.weight, first.bias, second.weight, second.bias, gate
+            )
+        x = x * self.proj(x)
+        return x if gate is None else gate * x
 
     def scale_and_shift(self, x: Tensor) -> tuple[Tensor, None]:
         """What the module scales its input by.
@@ -257,8 +279,27 @@ class DropPath(nn.Module):
         keep = torch.ones_like(x[:, :1, :1, :1])
         return x * F.dropout(keep, self.drop_prob)
 
+    def draw(self, x: Tensor) -> Tensor | None:
+        """The factor (B, ) of every sample of ``x``; None if it is 1."""
+        if not self.training or self.drop_prob == 0:
+            return None
+        keep = torch.ones(len(x), device=x.device)
+        return F.dropout(keep, self.drop_prob)
+
     def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob}'
+
+
+def add_residual(
+    x: Tensor, y: Tensor, drop_path: DropPath, scale: LayerScale | None
+) -> Tensor:
+    """``scale(x) + drop_path(y)``, both maps (B, C, H, W)."""
+    if takes_triton('auto', x):
+        weight = None if scale is None else scale.weight
+        bias = None if scale is None else scale.bias
+        return scaled_residual(x, y, weight, bias, drop_path.draw(y))
+    y = drop_path(y)
+    return x + y if scale is None else scale(x, y)
 
 
 def build_bn(

@@ -10,6 +10,9 @@ from .environment import is_compiling
 from .feed_forward import feed_forward
 from .layer_norm import layer_norm
 from .residual_conv import residual_conv
+from .scaled_residual import scaled_residual
+from .squeeze_excite import squeeze_excite
+from .update_prior import update_prior
 
 __all__ = [
     'Branch',
@@ -20,6 +23,9 @@ __all__ = [
     'is_compiling',
     'layer_norm',
     'residual_conv',
+    'scaled_residual',
+    'squeeze_excite',
     'sum_of_branches',
     'takes_triton',
+    'update_prior',
 ]

@@ -47,7 +47,6 @@ from .common import (
     check,
     convolve,
     load_rows,
-    sum_parts,
     tap_sums,
     tile_of,
     zeros,
