@@ -98,9 +98,8 @@ def test_other_layouts_and_half_weights():
         halves = [p.requires_grad_() for p in halves]
         y = layer_norm(part, *halves, backend='triton')
         assert y.is_contiguous(memory_format=NHWC)
-        torch.testing.assert_close(
-            y.double(), define(part.double(), *exact(*halves), 1e-6)
-        )
+        expected = define(part.double(), *exact(*halves), 1e-6)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
         y.square().sum().backward()
         assert [p.grad.dtype for p in halves] == [torch.float16] * 2
 

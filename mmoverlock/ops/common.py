@@ -44,6 +44,7 @@ def takes_triton(backend: str, x: Tensor) -> bool:
     )
 
 
+@torch.compiler.assume_constant_result
 def _runs_triton(device):
     if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return False
