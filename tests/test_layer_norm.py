@@ -105,18 +105,17 @@ def test_other_layouts_and_half_weights():
 
 
 def test_deterministic(monkeypatch):
-    """Equal bits twice; close ones with other numbers of programs."""
+    """Equal bits twice; close ones with another number of programs."""
     results = []
-    for slots in (3, 3, 1, 17):
+    for slots in (3, 3, 1):
         monkeypatch.setattr(partial_sums, 'programs', lambda *_, n=slots: n)
         operands = draw_operands((5, 16, 17, 13))
         y = layer_norm(*operands, backend='triton')
         y.sin().sum().backward()
         results.append([y, *(t.grad for t in operands)])
-    for first, second, *others in zip(*results, strict=True):
+    for first, second, other in zip(*results, strict=True):
         assert torch.equal(first, second)
-        for other in others:
-            torch.testing.assert_close(first, other, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(first, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
