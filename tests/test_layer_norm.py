@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from mmoverlock.models.layers import LayerNorm2d
-from mmoverlock.ops import partial_sums
 from mmoverlock.ops.layer_norm import layer_norm
 
 kernels = pytest.importorskip(
     'mmoverlock.ops.layer_norm.triton', exc_type=ImportError
 )
+partial_sums = kernels.partial_sums
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 NHWC = torch.channels_last
