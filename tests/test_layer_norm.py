@@ -63,7 +63,7 @@ def poison(monkeypatch):
         ((1, 2, 1, 1), torch.float32, 1e-2),
         ((2, 5, 1, 7), torch.float32, 1e-6),
         ((1, 64, 9, 5), torch.float32, 1e-6),  # several rows of a program
-        ((5, 16, 17, 13), torch.float32, 1e-6),  # several turns
+        ((2, 16, 17, 13), torch.float32, 1e-6),  # several turns
         ((1, 300, 5, 1), torch.float32, 1e-6),
         ((1, 1024, 1, 3), torch.float32, 1e-6),
         ((2, 24, 3, 5), torch.float16, 1e-6),
@@ -109,7 +109,7 @@ def test_deterministic(monkeypatch):
     results = []
     for slots in (3, 3, 1):
         monkeypatch.setattr(partial_sums, 'programs', lambda *_, n=slots: n)
-        operands = draw_operands((5, 16, 17, 13))
+        operands = draw_operands((2, 16, 17, 13))
         y = layer_norm(*operands, backend='triton')
         y.sin().sum().backward()
         results.append([y, *(t.grad for t in operands)])
