@@ -17,7 +17,31 @@ ALLOWED = {
         ['ops.dynamic_conv.reference', 'ops.environment'],
         ['torch'],
     ),
-    'ops.dynamic_conv.triton': ([], ['torch', 'triton']),
+    'ops.dynamic_conv.triton.common': ([], ['triton']),
+    'ops.dynamic_conv.triton.classes': (
+        ['ops.dynamic_conv.triton.common'],
+        ['triton'],
+    ),
+    'ops.dynamic_conv.triton.windows': (
+        ['ops.dynamic_conv.triton.common'],
+        ['triton'],
+    ),
+    'ops.dynamic_conv.triton.filters': (
+        [
+            'ops.dynamic_conv.triton.classes',
+            'ops.dynamic_conv.triton.common',
+        ],
+        ['triton'],
+    ),
+    'ops.dynamic_conv.triton.__init__': (
+        [
+            'ops.dynamic_conv.triton.classes',
+            'ops.dynamic_conv.triton.common',
+            'ops.dynamic_conv.triton.filters',
+            'ops.dynamic_conv.triton.windows',
+        ],
+        ['torch', 'triton'],
+    ),
     'ops.dynamic_conv.__init__': (
         [
             'ops.dynamic_conv.reference',
@@ -94,7 +118,10 @@ def imports(module):
             others |= {alias.name.split('.')[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level:
             parts = module.split('.')[: -node.level]
-            own.add('.'.join([*parts, *filter(None, [node.module])]))
+            if node.module:
+                own.add('.'.join([*parts, node.module]))
+            else:
+                own |= {'.'.join([*parts, a.name]) for a in node.names}
         elif isinstance(node, ast.ImportFrom):
             others.add(node.module.split('.')[0])
     return own, others - sys.stdlib_module_names

@@ -2,17 +2,23 @@
 
 import inspect
 import json
-import re
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
 
 import pytest
+import stub_rows as stub
 import torch
 
 from benchmarks import gpu
 
-triton = pytest.importorskip('triton', '3.6')
-
+ROOT = Path(__file__).parents[1]
 CPU = torch.device('cpu')
-SMALL = dict(batch=1, height=5, width=6, groups=1, channels=2, kernel_size=5)
+SIZE = 2, 64, 64
 ARCH = dict(
     depths=[1, 1, 1, 1],
     channels=[8, 16, 24, 32],
@@ -20,15 +26,137 @@ ARCH = dict(
     focus_heads=[2, 2],
 )
 
-pytestmark = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret, reason='the kernels are compiled'
+
+def rows(**runs):
+    return {name: (run, 60) for name, run in runs.items()}
+
+
+def measure(seconds=60, **runs):
+    return [*gpu.measure(rows(**runs), seconds)]
+
+
+def is_running(pid):
+    """Whether it is there and no zombie."""
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().split()[2] != 'Z'
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_rows_share_a_process():
+    one, two = measure(one=partial(stub.value, 1), two=partial(stub.value, 2))
+    assert (one['row'], one['ms']) == ('one', 1)
+    assert (two['row'], two['ms']) == ('two', 2)
+    assert one['process'] == two['process'] != os.getpid()
+    assert one['took'] < 60
+    assert not is_running(one['process'])
+
+
+@pytest.mark.parametrize(
+    'run, message',
+    [
+        (stub.fail, 'ValueError: it fails'),
+        (stub.crash, 'ended with exit code 3'),
+    ],
 )
+def test_failing_row(run, message):
+    """The rest goes on, in a process of its own."""
+    one, bad, two = measure(
+        one=partial(stub.value, 1), bad=run, two=partial(stub.value, 2)
+    )
+    assert (bad['row'], bad['failed']) == ('bad', message)
+    assert two['ms'] == 2
+    assert two['process'] != one['process']
 
 
-@pytest.fixture(autouse=True)
-def once(monkeypatch):
-    monkeypatch.setattr(gpu, 'WARM_UPS', 0)
-    monkeypatch.setattr(gpu, 'REPEATS', 1)
+def test_missing_package():
+    """That is no failure: the process goes on."""
+    one, bad, two = measure(
+        one=partial(stub.value, 1), bad=stub.need, two=partial(stub.value, 2)
+    )
+    assert bad['missing'] == 'a_package_that_is_not_there'
+    assert one['process'] == two['process']
+
+
+def test_hanging_row(tmp_path):
+    """It costs its limit; what it has started ends with it."""
+    file = tmp_path / 'pid'
+    table = rows(bad=None, one=partial(stub.value, 1))
+    table['bad'] = partial(stub.hang, file), 4
+    bad, one = gpu.measure(table, 60)
+    assert bad['failed'] == 'cut off after 4 s'
+    assert 4 <= bad['took'] < 30
+    assert one['ms'] == 1
+    wait_until(lambda: not is_running(file.read_text()))
+
+
+@pytest.mark.parametrize('seconds', [0, 4])
+def test_out_of_time(seconds):
+    *lines, last = measure(
+        seconds, hang=stub.hang, one=stub.fail, two=stub.fail
+    )
+    if seconds:
+        assert lines[0]['failed'] == 'cut off after 4 s'
+    assert last == dict(left=['hang', 'one', 'two'][len(lines) :])
+    assert len(lines) == bool(seconds)
+
+
+@pytest.mark.parametrize('after', [1, 2])
+def test_ended_by_a_signal(tmp_path, after):
+    """What is measured is printed by then; no process is left."""
+    file = tmp_path / 'pid'
+    code = f"""
+import sys
+from functools import partial
+from unittest import mock
+import torch, stub_rows as stub
+from benchmarks import gpu, gpu_rows
+table = {{
+    'one': (partial(stub.value, 1), 60),
+    'two': (partial(stub.value, 2), 60),
+}}
+items = [*table.items()]
+items.insert({after}, ('hang', (partial(stub.hang, {str(file)!r}), 60)))
+with (
+    mock.patch.object(gpu_rows, 'rows', lambda device: dict(items)),
+    mock.patch.object(torch.cuda, 'is_available', lambda: True),
+):
+    sys.exit(gpu.main([]))
+"""
+    path = [str(ROOT), str(ROOT / 'tests'), os.environ.get('PYTHONPATH', '')]
+    process = subprocess.Popen(
+        [sys.executable, '-c', code],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(path)},
+    )
+    wait_until(lambda: file.exists() and file.read_text(), 120)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    lines = [json.loads(line) for line in output.splitlines()]
+    assert [line['ms'] for line in lines] == [1, 2][:after]
+    for pid in (lines[0]['process'], file.read_text()):
+        wait_until(lambda pid=pid: not is_running(pid))
+
+
+def test_functions_beside_each_other(monkeypatch):
+    monkeypatch.setattr(os, 'cpu_count', lambda: 2)
+    jobs = dict(one=partial(stub.value, 1), bad=stub.fail, crash=stub.crash)
+    (line,) = measure(jobs=jobs)
+    assert line['jobs'] == 3
+    # The first process has the first and the third.
+    assert line['errors'] == {
+        'process 0': 'ended with exit code 3',
+        'bad': 'ValueError: it fails',
+    }
 
 
 def test_without_a_gpu(capsys, monkeypatch):
@@ -37,67 +165,116 @@ def test_without_a_gpu(capsys, monkeypatch):
     assert 'needs a GPU' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('rows', ['CONTMIX_ROWS', 'NETWORK_ROWS'])
-def test_rows_fit_their_functions(rows):
-    for run in getattr(gpu, rows).values():
-        inspect.signature(run.func).bind(CPU, **run.keywords)
+def test_chosen_rows(capsys, monkeypatch):
+    gpu_rows = pytest.importorskip('benchmarks.gpu_rows')
+    table = rows(small=partial(stub.value, 1), large=stub.fail)
+    monkeypatch.setattr(gpu_rows, 'rows', lambda device: table)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(signal, 'signal', lambda *args: None)
+    assert gpu.main(['--rows', 'mall', 'other']) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)['row'] == 'small'
 
 
-def test_measures(monkeypatch, tmp_path):
-    """All kinds of rows, at sizes for an interpreter."""
-    results = {
-        'copy': gpu.copy(CPU, size=2**20),
-        'matrix product, fp32': gpu.matmul(CPU, torch.float32, size=64),
-    }
-    for backend in gpu.BACKENDS:
-        for backward in (False, True):
-            name = f'ContMix, fp32, {backend}, {backward}'
-            results[name] = gpu.contmix_row(
-                CPU, torch.float32, backend, backward, **SMALL
-            )
-    for train in (False, True):
-        results[f'network, {train}'] = gpu.network_row(
-            CPU, torch.bfloat16, 'tiled', train, 2, (64, 64), arch=ARCH
-        )
-    for name, figures in results.items():
-        assert figures['seconds'] > 0
-        assert name in gpu.describe(name, results)
-    assert 'of the bound' in gpu.describe(
-        'ContMix, fp32, triton, True', results
+@pytest.fixture
+def measured(monkeypatch):
+    pytest.importorskip('triton', '3.6')
+    from benchmarks import gpu_rows
+
+    monkeypatch.setattr(gpu_rows, 'BUDGET', 0)
+    monkeypatch.setattr(gpu_rows, 'WARM_UPS', 0)
+    monkeypatch.setattr(gpu_rows, 'LEAST', 1)
+    return gpu_rows
+
+
+def test_rows_fit_their_functions(measured):
+    names = [*measured.rows(CPU)]
+    assert names[0] == 'machine'
+    assert names.index('kernels compiled') < names.index(
+        't, 128 x 224 x 224, bf16, training'
     )
-    json.dumps(results)
+    for run, limit in measured.rows(CPU).values():
+        assert limit > 0
+        for function in run.values() if isinstance(run, dict) else [run]:
+            inspect.signature(function.func).bind(
+                *function.args, **function.keywords
+            )
 
 
-def test_depthwise_rows():
-    """They are among the others, and in their table."""
-    from benchmarks import gpu_depthwise
-
-    shape = (1, 2, 5, 6), 5, 'NCHW', 'fp32'
-    rows = {
-        'forward': gpu_depthwise.convolution(*shape, 'forward', CPU),
-        'branches': dict(
-            gpu_depthwise.branches(*shape, CPU),
-            torch_bytes=2**21,
-            triton_bytes=2**20,
-        ),
-    }
-    names = [*gpu.rows(CPU)]
-    for name, words in (('forward', 'bound'), ('branches', '1 MB, .* 2 MB')):
-        assert any(name in row and '17 x 17' in row for row in names)
-        assert re.search(f'PyTorch.*{words}', gpu.describe(name, rows))
+def test_rates(measured):
+    for figures in (
+        measured.copy(CPU, size=2**20),
+        measured.matmul('fp32', CPU, size=64),
+    ):
+        assert figures['ms'] > 0 and figures['rate'] > 0
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
-def test_out_of_memory():
-    def run(device):
-        raise torch.OutOfMemoryError
+@pytest.mark.parametrize('train', [False, True])
+def test_networks(measured, train):
+    figures = measured.network(ARCH, SIZE, 'bf16', train, CPU)
+    assert 0 < figures['least'] <= figures['ms'] <= figures['most']
+    assert figures['images_per_second'] == pytest.approx(
+        2e3 / figures['ms'], abs=0.1
+    )
+    figures = measured.kernels(ARCH, SIZE, 'bf16', train, CPU, most=3)
+    assert figures['busy_ms'] > 0
+    longest = [ms for _, ms, _ in figures['kernels']]
+    assert len(longest) == 3 and longest == sorted(longest, reverse=True)
+    assert figures['launches'] > 100
+    json.dumps(figures)
 
-    figures = gpu.measure(run, CPU)
-    assert 'out of memory' in gpu.describe('row', {'row': figures})
+
+def test_compiled(measured):
+    """It would be, with the first call."""
+    for compiled in (False, True):
+        model = measured.build(ARCH, SIZE, True, CPU, compiled)
+        assert bool(model._compiled_call_impl) is compiled
 
 
-@pytest.mark.parametrize('tolerance, right', [(1e-4, True), (-1, False)])
-def test_checks_first(monkeypatch, capsys, tolerance, right):
-    monkeypatch.setattr(gpu, 'CHECKS', {'small': (torch.float32, SMALL)})
-    monkeypatch.setitem(gpu.TOLERANCES, torch.float32, tolerance)
-    assert gpu.check(CPU) is right
-    assert ('WRONG' in capsys.readouterr().out) is not right
+def test_peers(measured):
+    pytest.importorskip('timm')
+    for name in measured.PEERS:
+        figures = measured.network(name, (1, 224, 224), 'fp32', False, CPU)
+        assert figures['ms'] > 0
+
+
+def test_halves(measured):
+    figures = measured.halves(ARCH, 2, CPU, side=64)
+    for what in ('forward', 'backward'):
+        assert figures[f'{what}_ms'] >= figures[f'{what}_host_ms'] > 0
+
+
+def test_operators(measured, dtype='bf16'):
+    """With the kernels interpreted, where there is no GPU."""
+    shape = 1, 2, 5, 6
+    for size, backend in ((3, None), (3, 'auto'), (7, 'triton')):
+        figures = measured.depthwise(
+            shape, size, 'channels_last', dtype, CPU, backend
+        )
+        assert {'forward', 'input_gradient', 'weight_gradient'} <= {*figures}
+    for backend in measured.DEPTHWISE_BACKENDS:
+        figures = measured.branches(shape, 7, dtype, CPU, backend)
+        assert figures['forward'] > 0 and figures['backward'] > 0
+    for backend in measured.CONTMIX_BACKENDS:
+        figures = measured.contmix_row((1, 5, 6, 1, 5), dtype, backend, CPU)
+        assert figures['forward'] > 0 and figures['backward'] > 0
+
+
+@pytest.mark.parametrize(
+    'dtype, least, most', [('fp32', 0, 1e-5), ('bf16', 1e-4, 2e-2)]
+)
+def test_errors(measured, dtype, least, most):
+    for figures in (
+        measured.branches_error((1, 2, 5, 6), 7, dtype, CPU),
+        measured.contmix_error((1, 5, 6, 1, 5), dtype, CPU),
+    ):
+        assert least < figures['output'] < most
+        assert figures['output'] <= figures['largest'] < most
+
+
+def test_compiles_every_stage(measured):
+    stages = {name.split(',')[0] for name in measured.compile_jobs(CPU)}
+    assert stages == {*measured.STRIDES} == {*measured.OverLoCK.block_groups}
+    for stage in stages:
+        measured.compile_block(stage, SIZE, 'bf16', CPU, ARCH)

@@ -4,9 +4,11 @@ Without a GPU they run in Triton's interpreter (see conftest.py), where they
 take double precision too.
 """
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from mmoverlock.ops.dynamic_conv import resolve_backend
 triton = pytest.importorskip('triton', '3.6')
 tl = pytest.importorskip('triton.language')
 contmix_triton = pytest.importorskip('mmoverlock.ops.dynamic_conv.triton')
+common, windows = contmix_triton.common, contmix_triton.windows
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 EXACT = torch.float64 if DEVICE == 'cpu' else torch.float32
@@ -74,7 +77,7 @@ def test_agrees_with_reference(
 ):
     """Outputs and all gradients; taller tiles take the interpreter less."""
     if DEVICE == 'cpu':
-        monkeypatch.setattr(contmix_triton, 'ROWS', rows)
+        monkeypatch.setitem(windows.KNOBS, 'ROWS', rows)
     operands = draw(batch, height, width, kernel_size, groups, channels)
     actual = differentiate(here(operands), 'triton', layout)
     check(actual, operands, TOLERANCES[EXACT])
@@ -160,19 +163,18 @@ def test_compiles_without_graph_breaks():
 
 def test_custom_operator_is_well_formed():
     operands = here(draw(1, 3, 4, 3))
-    query, key, value, weight, bias, small, large = operands.values()
-    filters = (key.flatten(2).unflatten(1, (2, -1)) @ weight.T).detach()
+    query, key, value, *weights = operands.values()
     torch.library.opcheck(
         torch.ops.mmoverlock.contmix.default,
-        (query, filters.requires_grad_(), bias, small, large, value),
+        (query, key, *weights, value, 0.5),
     )
 
 
 @triton.jit
 def _write_offsets(out, strides):
     at = tl.arange(0, 4)
-    to = contmix_triton._at(at, at, at, (0, 1, 16, 4))
-    tl.store(out + to, contmix_triton._at(at, at, at, strides))
+    to = common.offsets(at, at, at, (0, 1, 16, 4))
+    tl.store(out + to, common.offsets(at, at, at, strides))
 
 
 def test_offsets_have_64_bits():
@@ -188,52 +190,13 @@ def test_offsets_have_64_bits():
     ]
 
 
-COMPILE = """
-import sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from mmoverlock.ops.dynamic_conv import triton as module
-
-arch, values, queries = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-sizes = dict(
-    FIRST=25, K=13, ROWS=module.ROWS, COLS=module.COLS, PIXELS=module.PIXELS,
-    TAPS=16, REGION=32, SPAN=32, QC=16, VC=16, UPCAST=False,
-)
-dtypes = dict.fromkeys(['value', 'out', 'grad', 'grad_value'], '*' + values)
-dtypes['query'] = '*' + queries
-for name in ('filters', 'bias', 'table', 'lse'):
-    dtypes[name] = dtypes['grad_' + name] = '*fp32'
-dtypes['grad_query'] = '*fp32'
-for kernel in sys.argv[4:]:
-    kernel = getattr(module, kernel)
-    signature, constants, divisible = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in sizes:
-            constants[name] = sizes[name]
-            signature[name] = 'constexpr'
-        elif name.endswith('strides'):  # channels_last
-            signature[name] = 'i32', 'constexpr', 'i32', 'i32'
-            constants[i, 1] = 1
-            divisible |= {(i, j): [['tt.divisibility', 16]] for j in (0, 2, 3)}
-        else:
-            signature[name] = dtypes.get(name, 'i32')
-            if name in dtypes or name.endswith('channels'):
-                divisible[i,] = [['tt.divisibility', 16]]
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, divisible),
-        target=GPUTarget('cuda', arch, 32),
-        options=dict(num_warps=module.ROWS),
-    )
-    print(len(compiled.asm['cubin']), compiled.metadata.shared)
-"""
-KERNELS = '_forward', '_backward_positions', '_backward_pixels'
+COMPILER = Path(__file__).with_name('compile_contmix.py')
 
 
-def compile_for(tmp_path, arch, values, queries):
-    """Shared memory of the kernels, compiled with no GPU there."""
+def compile_for(tmp_path, arch, dtype, *sizes):
+    """What the kernels take, compiled with no GPU there."""
     run = subprocess.run(
-        [sys.executable, '-c', COMPILE, str(arch), values, queries, *KERNELS],
+        [sys.executable, COMPILER, str(arch), dtype, *map(str, sizes)],
         env={
             **os.environ,
             'TRITON_INTERPRET': '0',
@@ -243,27 +206,46 @@ def compile_for(tmp_path, arch, values, queries):
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    sizes = [line.split() for line in run.stdout.splitlines()]
-    assert len(sizes) == len(KERNELS)
-    return [int(shared) for _, shared in sizes]
+    return [json.loads(line) for line in run.stdout.splitlines()]
 
 
+KERNELS = {'prepare', 'forward', 'contract', 'finish'}
+BY_WINDOWS = {'backward_positions', 'backward_pixels'}
+BY_CLASSES = {'backward_query', 'backward_filters', 'backward_value'}
+
+
+@pytest.mark.parametrize('sizes', [(14, 14, 13), (7, 7, 7), (50, 84, 13)])
 @pytest.mark.parametrize(
-    'arch, values, queries',
+    'arch, dtype',
     [
-        (90, 'bf16', 'bf16'),
+        (90, 'bfloat16'),
         *(
-            pytest.param(arch, *formats, marks=pytest.mark.slow)
-            for arch in (80, 90)
-            for formats in (('fp32', 'fp32'), ('fp16', 'fp16'))
+            pytest.param(arch, dtype, marks=pytest.mark.slow)
+            for arch, dtype in [
+                (80, 'bfloat16'),
+                (80, 'float32'),
+                (80, 'float16'),
+                (90, 'float32'),
+                (90, 'float16'),
+            ]
         ),
-        pytest.param(80, 'bf16', 'bf16', marks=pytest.mark.slow),
     ],
 )
-def test_compiles_for_gpus(tmp_path, arch, values, queries):
+def test_compiles_for_gpus(tmp_path, arch, dtype, sizes):
     """The interpreter takes what the compiler does not."""
-    shared = compile_for(tmp_path, arch, values, queries)
-    assert max(shared) <= 99 * 1024  # what the smallest of these GPUs has
+    kernels = compile_for(tmp_path, arch, dtype, *sizes)
+    expected = set(KERNELS)
+    if sizes != (7, 7, 7):
+        expected |= BY_WINDOWS
+    if sizes != (50, 84, 13):
+        expected |= BY_CLASSES
+    assert {kernel['name'] for kernel in kernels} == expected
+    for kernel in kernels:
+        assert kernel['spills'] == 0, kernel
+        # What the smallest of these GPUs has
+        assert kernel['shared'] <= 99 * 1024, kernel
+        if dtype != 'float32':
+            assert kernel['registers'] <= 168, kernel
 
 
 def test_ops_do_not_need_triton():

@@ -22,9 +22,6 @@ from mmoverlock.ops import Branch, depthwise_conv2d, sum_of_branches
 conv2d = pytest.importorskip(
     'mmoverlock.ops.depthwise.triton.conv2d', exc_type=ImportError
 )
-gpu_depthwise = pytest.importorskip(
-    'benchmarks.gpu_depthwise', exc_type=ImportError
-)
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
@@ -344,26 +341,6 @@ except ImportError as error:
 else:
     raise AssertionError
 """)
-
-
-def test_benchmark():
-    """Its rows, on maps that the interpreter has time for."""
-    for step in gpu_depthwise.STEPS:
-        figures = gpu_depthwise.convolution(
-            (1, 2, 3, 4), 5, 'NCHW', 'fp32', step, DEVICE
-        )
-        assert set(figures) == {'torch', 'triton', 'share'}
-        assert min(figures.values()) > 0
-    figures = gpu_depthwise.branches(
-        (1, 2, 3, 4), 5, 'channels_last', 'bf16', DEVICE
-    )
-    assert min(figures['torch'], figures['triton']) > 0
-    if DEVICE == 'cuda':
-        assert min(figures['torch_bytes'], figures['triton_bytes']) > 0
-    names = [*gpu_depthwise.rows(DEVICE)]
-    title = '17 x 17, (2, 64, 200, 336), channels_last, bf16'
-    for what in (*gpu_depthwise.STEPS, 'branches'):
-        assert f'{title}, {what}' in names
 
 
 @pytest.mark.parametrize('capability, layout', [(80, 'NCHW'), (90, 'NHWC')])

@@ -10,7 +10,6 @@ from mmoverlock.models.layers import (
     PointwiseConv,
     ResDWConv,
     SEModule,
-    Sequential,
 )
 
 
@@ -55,15 +54,14 @@ def test_pointwise_conv(batch, out_channels, bias, operands):
 
 
 @pytest.mark.parametrize('kind', [GRN, SEModule])
-def test_sequential_folds(kind):
-    module = Sequential(
-        randomized(kind(6)), randomized(PointwiseConv(6, 4)), nn.GELU()
-    )
+def test_scale_and_shift(kind):
+    """A 1x1 convolution takes them in place of what the layer returns."""
+    layer, conv = randomized(kind(6)), randomized(PointwiseConv(6, 4))
     x = maps(2, 6, 3, 5)
     assert_equal_with_gradients(
-        module(x),
-        F.gelu(module[1](module[0](x))),
-        [x, *module.parameters()],
+        conv(x, *layer.scale_and_shift(x)),
+        conv(layer(x)),
+        [x, *layer.parameters(), *conv.parameters()],
     )
 
 

@@ -4,16 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import contmix
+from ..ops import contmix, feed_forward, takes_triton
 from .layers import (
     GRN,
     DropPath,
+    DWConv,
     LayerNorm2d,
     LayerScale,
     PointwiseConv,
     ResDWConv,
     SEModule,
-    Sequential,
     build_bn,
 )
 from .reparam import DilatedReparamConv
@@ -22,7 +22,7 @@ SMALL_KERNEL_SIZE = 5  # of the dynamic kernels
 NUM_REGIONS = 7  # region centres per axis that dynamic kernels are made from
 
 
-def _feed_forward(in_channels, hidden_channels, out_channels):
+def _feed_forward_layers(in_channels, hidden_channels, out_channels):
     return (
         PointwiseConv(in_channels, hidden_channels),
         nn.GELU(),
@@ -30,6 +30,30 @@ def _feed_forward(in_channels, hidden_channels, out_channels):
         GRN(hidden_channels),
         PointwiseConv(hidden_channels, out_channels),
     )
+
+
+def _feed_forward(layers, x, excite=None):
+    """Run such layers, behind a squeeze and excitation if there is one.
+
+    What these and GRN scale and shift is the input of a 1x1 convolution.
+    """
+    expand, gelu, dwconv, grn, reduce = layers
+    if takes_triton('auto', x):
+        return feed_forward(
+            x if excite is None else excite(x),
+            expand.weight,
+            expand.bias,
+            dwconv.weight,
+            dwconv.bias,
+            grn.gamma,
+            grn.beta,
+            reduce.weight,
+            reduce.bias,
+            dwconv.residual,
+        )
+    scale = () if excite is None else excite.scale_and_shift(x)
+    x = dwconv(gelu(expand(x, *scale)))
+    return reduce(x, *grn.scale_and_shift(x))
 
 
 class RepConvBlock(nn.Module):
@@ -60,22 +84,24 @@ class RepConvBlock(nn.Module):
     ):
         super().__init__()
         self.dwconv = ResDWConv(channels)
-        self.proj = Sequential(
+        self.proj = nn.Sequential(
             LayerNorm2d(channels),
             DilatedReparamConv(
                 channels, kernel_size, norm_cfg, deploy, depthwise_backend
             ),
             build_bn(channels, **norm_cfg),
             SEModule(channels),
-            *_feed_forward(channels, 4 * channels, channels),
+            *_feed_forward_layers(channels, 4 * channels, channels),
             DropPath(drop_path),
         )
         self.ls = LayerScale(channels) if layer_scale else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
+        norm, conv, bn, excite, *layers, drop_path = self.proj
         x = self.dwconv(x)
-        y = self.proj(x)
+        y = bn(conv(norm(x)))
+        y = drop_path(_feed_forward(layers, y, excite))
         return x + y if self.ls is None else self.ls(x, y)
 
 
@@ -135,7 +161,7 @@ class FocusBlock(nn.Module):
         self.dwconv1 = ResDWConv(total)
         self.norm1 = LayerNorm2d(total)
         self.fusion = nn.Sequential(
-            nn.Conv2d(total, total, 3, padding=1, groups=total),
+            DWConv(total),
             build_bn(total, **norm_cfg),
             nn.GELU(),
             PointwiseConv(total, channels),
@@ -169,7 +195,9 @@ class FocusBlock(nn.Module):
         self.ls1 = LayerScale(total)
         self.dwconv2 = ResDWConv(total)
         self.norm2 = LayerNorm2d(total)
-        self.mlp = Sequential(*_feed_forward(total, 3 * channels, total))
+        self.mlp = nn.Sequential(
+            *_feed_forward_layers(total, 3 * channels, total)
+        )
         self.ls2 = LayerScale(total)
         self.drop_path = DropPath(drop_path)
 
@@ -195,7 +223,8 @@ class FocusBlock(nn.Module):
         y = self.gate(fused) * self.se_layer(y)
         z = self.ls1(identity, self.drop_path(self.proj(y)))
         z = self.dwconv2(z)
-        return self.ls2(z, self.drop_path(self.mlp(self.norm2(z))))
+        y = _feed_forward(self.mlp, self.norm2(z))
+        return self.ls2(z, self.drop_path(y))
 
     def dynamic_conv(self, z: Tensor, value: Tensor) -> Tensor:
         """Mix ``value`` with kernels made from ``z``.
@@ -241,11 +270,12 @@ class FocusBlock(nn.Module):
             Tensor: Of the shape of ``value``.
         """
         return contmix(
-            query * self.scale,
+            query,
             key,
             value,
             self.weight_proj.weight.flatten(1),
             self.weight_proj.bias,
             (self.rpb1, self.rpb2),
             self.backend,
+            self.scale,
         )

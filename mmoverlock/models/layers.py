@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import depthwise_conv2d, is_compiling
+from ..ops import is_compiling, layer_norm, residual_conv
 
 SQUARES = 2**18  # elements of a map that are squared at a time
 
@@ -20,7 +20,7 @@ class LayerNorm2d(nn.LayerNorm):
         super().__init__(channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class PointwiseConv(nn.Conv2d):
@@ -51,9 +51,7 @@ class PointwiseConv(nn.Conv2d):
         Returns:
             Tensor: (B, out_channels, H, W).
         """
-        if x.device.type != 'cpu':
-            return super().forward(scale_shift(x, scale, shift))
-        # On CPUs a matrix product is faster.
+        # Of maps in channels_last a matrix product is faster.
         weight, bias = self.weight.flatten(1), self.bias
         size = x.shape[2:]
         if scale is None or size.numel() <= len(weight):
@@ -141,31 +139,30 @@ class GRN(nn.Module):
         Returns:
             tuple[Tensor, Tensor]: (B, C, 1, 1) and (1, C, 1, 1).
         """
-        response = _l2_norm(x)
+        response = _L2Norm.apply(x)
         response = response / (response.mean(1, keepdim=True) + 1e-6)
         return self.gamma * response + 1, self.beta
 
 
-def _l2_norm(x: Tensor) -> Tensor:
-    """Norm over H and W, in single precision at least."""
-    if x.device.type == 'cpu':
-        return _L2Norm.apply(x)
+def _l2_norm(x):
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, 2, (2, 3), True, dtype=dtype)
+    if x.device.type != 'cpu':
+        return torch.linalg.vector_norm(x, 2, (2, 3), True, dtype=dtype)
+    # There, norms over strided dimensions are slow.
+    parts = [x]
+    if not is_compiling():  # whose maps may be of any size
+        rows = SQUARES // max(1, x[:, :, 0].numel())
+        parts = x.split(max(1, rows), dim=2)
+    squares = (p.to(dtype).square().sum((2, 3), True) for p in parts)
+    return sum(squares).sqrt()
 
 
 class _L2Norm(torch.autograd.Function):
-    """Norms over strided dimensions are slow on CPUs."""
+    """Norm over H and W, in single precision at least."""
 
     @staticmethod
     def forward(ctx, x):
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        parts = [x]
-        if not is_compiling():  # whose maps may be of any size
-            rows = SQUARES // max(1, x[:, :, 0].numel())
-            parts = x.split(max(1, rows), dim=2)
-        squares = (p.to(dtype).square().sum((2, 3), True) for p in parts)
-        norm = sum(squares).sqrt()
+        norm = _l2_norm(x)
         ctx.save_for_backward(x, norm)
         return norm
 
@@ -210,20 +207,23 @@ class SEModule(nn.Module):
         return self.proj(x), None
 
 
-class Sequential(nn.Sequential):
-    """Runs GRN and SE as part of the 1x1 convolution behind them."""
+class DWConv(nn.Conv2d):
+    """A 3x3 depthwise convolution.
+
+    Args:
+        channels (int): Channels of the map.
+        residual (bool): Whether to add the input. Defaults to False.
+    """
+
+    def __init__(self, channels: int, residual: bool = False):
+        super().__init__(channels, channels, 3, padding=1, groups=channels)
+        self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
-        modules = iter(self)
-        for module in modules:
-            if isinstance(module, GRN | SEModule):
-                x = next(modules)(x, *module.scale_and_shift(x))
-            else:
-                x = module(x)
-        return x
+        return residual_conv(x, self.weight, self.bias, residual=self.residual)
 
 
-class ResDWConv(nn.Conv2d):
+class ResDWConv(DWConv):
     """A 3x3 depthwise convolution added to its input.
 
     Args:
@@ -231,13 +231,7 @@ class ResDWConv(nn.Conv2d):
     """
 
     def __init__(self, channels: int):
-        super().__init__(channels, channels, 3, padding=1, groups=channels)
-        self.residual = True  # until it is a part of the kernel
-
-    def forward(self, x: Tensor) -> Tensor:
-        return depthwise_conv2d(
-            x, self.weight, self.bias, residual=self.residual
-        )
+        super().__init__(channels, residual=True)
 
     @torch.no_grad()
     def absorb_residual(self) -> None:

@@ -436,9 +436,8 @@ class OverLoCK(BaseModule):
                 numbers, or too small for batch norms to be trained on.
         """
         self._check_input(x)
-        if x.device.type == 'cpu':
-            # Depthwise convolutions are far faster so on a CPU.
-            x = x.contiguous(memory_format=torch.channels_last)
+        # The layout in which depthwise convolutions and norms are fast.
+        x = x.contiguous(memory_format=torch.channels_last)
         maps = self.base_net(x)
         if self.out_indices[-1] >= 2:
             overview = self.overview_net(maps[2])

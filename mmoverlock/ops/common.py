@@ -1,5 +1,7 @@
 """What operators on maps have in common."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -36,17 +38,24 @@ def takes_triton(backend: str, x: Tensor) -> bool:
     if backend != 'auto':
         return backend == 'triton'
     return (
-        x.is_cuda
+        runs_triton(x.device)
         and x.dtype in DTYPES
         and not is_exporting()
         and not torch.jit.is_tracing()
-        and _runs_triton(x.device)
     )
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # tracing cannot ask a device
+def runs_triton(device: torch.device) -> bool:
+    """Whether 'auto' is 'triton' on a device."""
+    return _runs_triton(device)
+
+
+@lru_cache
 def _runs_triton(device):
-    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+    if device.type != 'cuda' or (
+        torch.cuda.get_device_capability(device) < MIN_CAPABILITY
+    ):
         return False
     try:
         check_triton()

@@ -17,9 +17,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from ..environment import check_triton
 from .reference import contmix_reference
 from .tiled import contmix_tiled
-from ..environment import check_triton
 
 
 def contmix_triton(*args) -> Tensor:
@@ -69,6 +69,7 @@ def contmix(
     bias: Tensor,
     rpb: tuple[Tensor, Tensor],
     backend: str = 'auto',
+    scale: float = 1.0,
 ) -> Tensor:
     """Context-mixing dynamic convolution (section 3.3 of the paper).
 
@@ -77,7 +78,7 @@ def contmix(
     its neighbourhood with them: the first half of the channels with the small
     kernel, the second half with the large one::
 
-        A = query^T key                        (H * W) x S^2, per group
+        A = scale query^T key                  (H * W) x S^2, per group
         D = A weight^T + bias                  (H * W) x (k^2 + K^2)
         kernel = softmax(D + relative position bias), over k^2 and over K^2
         out[n] = sum over the window of n of kernel[n, tap] * value[tap]
@@ -87,7 +88,7 @@ def contmix(
     mixing is done in the dtype of ``value``.
 
     Args:
-        query (Tensor): (B, G * c, H, W), already scaled.
+        query (Tensor): (B, G * c, H, W).
         key (Tensor): (B, G * c, S, S), the region centres.
         value (Tensor): (B, C, H, W), C a multiple of 2 * G.
         weight (Tensor): (k^2 + K^2, S^2), shared by the groups.
@@ -97,6 +98,7 @@ def contmix(
             count and the (odd) kernel sizes are read from them.
         backend (str): 'reference', 'tiled', 'triton' or 'auto'; see the top
             of this module. Defaults to 'auto'.
+        scale (float): Of the affinities. Defaults to 1.
 
     Returns:
         Tensor: (B, C, H, W), of the dtype of ``value``.
@@ -107,14 +109,16 @@ def contmix(
         ImportError: If the backend needs what is not installed.
     """
     backend = resolve_backend(backend)
-    run = BACKENDS[backend]
     _check_shapes(query, key, value, weight, bias, rpb)
+    if backend == 'triton':  # which converts on the fly
+        return BACKENDS[backend](
+            query, key, value, weight, bias, tuple(rpb), scale
+        )
     dtype = torch.promote_types(query.dtype, torch.float32)
-    key, weight, bias, *rpb = (
-        tensor.to(dtype) for tensor in (key, weight, bias, *rpb)
+    query, key, weight, bias, *rpb = (
+        tensor.to(dtype) for tensor in (query, key, weight, bias, *rpb)
     )
-    if backend != 'triton':  # which reads it as it is
-        query = query.to(dtype)
+    key = key * scale  # the smallest of what could be scaled
     device = value.device.type
     exact = (
         nullcontext()
@@ -122,7 +126,7 @@ def contmix(
         else torch.autocast(device, enabled=False)
     )
     with exact:
-        return run(query, key, value, weight, bias, tuple(rpb))
+        return BACKENDS[backend](query, key, value, weight, bias, tuple(rpb))
 
 
 def _check_shapes(query, key, value, weight, bias, rpb):

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import bias_starts, window_starts
 from ..environment import is_compiling
+from .reference import bias_starts, window_starts
 
 # Copying an element of a region costs 1, an element of a dense matrix 1 in the
 # product, and so much more if kernels have to be laid out in it.

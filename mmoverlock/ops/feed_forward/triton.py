@@ -12,7 +12,8 @@ product, ``y`` and its sums of squares by the convolution, and the second
 product scales what it loads. Backward it is kept as ``h`` and ``y``; the
 gradient of ``y s + beta`` is written once by a product that also sums it and
 its product with ``y``, which is all that the norm needs, and the convolution's
-gradient turns it into that of ``y`` while loading.
+gradient turns it into that of ``y`` while loading. Products without a scale are those
+of PyTorch.
 """
 
 import torch
@@ -105,15 +106,44 @@ def _scale_grad_kernel(
     tl.store(p_part + channels, dt, mask=m_channel)
 
 
+def _rows(x):
+    """(B, C, H, W) in channels_last as (B * H * W, C)."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _map(rows, like):
+    batch, _, height, width = like.shape
+    return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _rounded(dtype, *parameters):
+    """Parameters in the dtype of a map, in one launch."""
+    if all(parameter.dtype == dtype for parameter in parameters):
+        return parameters
+    rounded = [torch.empty_like(p, dtype=dtype) for p in parameters]
+    torch._foreach_copy_(rounded, parameters)
+    return rounded
+
+
+def _weight_grad(grad, x, weight):
+    """Gradient of a weight (O, I, 1, 1) of a product without a scale."""
+    grad, x = _rows(grad).mT, _rows(x)
+    if grad.is_cuda and weight.dtype == torch.float32 != grad.dtype:
+        out = torch.mm(grad, x, out_dtype=torch.float32)
+    else:
+        out = torch.mm(grad.to(weight.dtype), x.to(weight.dtype))
+    return out.view(weight.shape)
+
+
 @custom_op('mmoverlock::feed_forward', mutates_args=())
-def _feed_forward(
+def feed_forward(
     x: Tensor,
     weight1: Tensor,
     bias1: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor,
     gamma: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     weight2: Tensor,
     bias2: Tensor,
     residual: bool,
@@ -122,7 +152,9 @@ def _feed_forward(
     x = channels_last(x)
     if not x.numel():
         return _empty_outputs(x, weight1, weight2)
-    h, _ = product(x, weight1, bias1)
+    weight1, bias1, weight2 = _rounded(x.dtype, weight1, bias1, weight2)
+    h = torch.addmm(bias1, _rows(x), weight1.flatten(1).mT)
+    h = _map(h, x)
     y, squares = conv.forward(
         h, conv_weight, conv_bias, gelu=True, residual=residual, squares=True
     )
@@ -156,7 +188,7 @@ def _empty_outputs(x, weight1, weight2):
     return out, h, y, norm, scale
 
 
-@_feed_forward.register_fake
+@feed_forward.register_fake
 def _(
     x,
     weight1,
@@ -185,12 +217,14 @@ def _feed_forward_backward(
     conv_weight: Tensor,
     conv_bias: Tensor,
     gamma: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     weight2: Tensor,
     bias2: Tensor,
     residual: bool,
 ) -> list[Tensor]:
-    """Gradients of the first nine arguments of :func:`_feed_forward`."""
+    """Gradients of the first nine arguments of :func:`feed_forward`."""
+    if beta is None:
+        raise NotImplementedError('a fused model has no gradients')
     parameters = (
         weight1,
         bias1,
@@ -204,7 +238,8 @@ def _feed_forward_backward(
     if not x.numel():
         return [torch.zeros_like(t) for t in (x, *parameters)]
     x, grad = channels_last(x), channels_last(grad)
-    grad_scaled, sums = product(grad, weight2, transposed=True, factor=y)
+    rounded1, rounded2 = _rounded(x.dtype, weight1, weight2)
+    grad_scaled, sums = product(grad, rounded2, transposed=True, factor=y)
     coef = torch.empty_like(norm)
     batch, channels = norm.shape
     parts = norm.new_empty(batch, 2, channels)
@@ -238,8 +273,8 @@ def _feed_forward_backward(
         sum_grad_x=True,
     )
     partial_sums.add(parts, grad_conv_weight, grad_conv_bias, grad_bias1)
-    grad_x, _ = product(grad_h, weight1, transposed=True)
-    grad_weight1, _ = weight_grad(grad_h, x, weight1)
+    grad_x = _map(_rows(grad_h) @ rounded1.flatten(1), x)
+    grad_weight1 = _weight_grad(grad_h, x, weight1)
     return [grad_x, grad_weight1, *grads, grad_weight2, grad_bias2]
 
 
@@ -261,9 +296,4 @@ def _differentiate(ctx, grad, *_):
     return *grads, None
 
 
-_feed_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def feed_forward(x: Tensor, *parameters: Tensor, residual: bool) -> Tensor:
-    """See :func:`mmoverlock.ops.feed_forward`."""
-    return _feed_forward(x, *parameters, residual)[0]
+feed_forward.register_autograd(_differentiate, setup_context=_save)

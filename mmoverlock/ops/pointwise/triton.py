@@ -2,9 +2,7 @@
 
 Maps are (B, H * W, C) in memory (channels_last). What comes before or behind
 a product and would be a pass over a map by itself is done where values are
-loaded or stored: a scale per image and channel, sums over an image. Weights
-are read in single precision and rounded to the dtype of the map, as autocast
-does, without a copy. Tiles of pixels do not cross images.
+loaded or stored: a scale per image and channel, sums over an image. Tiles of pixels do not cross images.
 
 These products are bound by memory in the network's first two stages: every
 map is read or written once.
@@ -49,10 +47,12 @@ def _load_map(
         b_scale = tl.load(
             p_scale + image * channels + o_channel, mask=m_channel, other=0
         )
-        b_shift = tl.load(p_shift + o_channel, mask=m_channel, other=0)
-        b_wide = b_map.to(tl.float32) * b_scale[None] + b_shift[None]
-        # Pixels behind the last one are zero, whatever the shift.
-        b_wide = tl.where((o_pixel < pixels)[:, None], b_wide, 0.0)
+        b_wide = b_map.to(tl.float32) * b_scale[None]
+        if p_shift is not None:
+            b_shift = tl.load(p_shift + o_channel, mask=m_channel, other=0)
+            b_wide += b_shift[None]
+            # Pixels behind the last one are zero, whatever the shift.
+            b_wide = tl.where((o_pixel < pixels)[:, None], b_wide, 0.0)
         b_map = b_wide.to(p_map.dtype.element_ty)
     return b_map.to(FACTOR)
 
@@ -180,9 +180,7 @@ def _weight_grad_kernel(
             inputs,
             FACTOR,
         )
-        acc = tl.dot(
-            tl.trans(b_grad), b_x, acc=acc, input_precision=PRECISION
-        )
+        acc = tl.dot(tl.trans(b_grad), b_x, acc=acc, input_precision=PRECISION)
         if tl.program_id(2) == 0:
             total += tl.sum(b_grad.to(tl.float32), 0)
     width = inputs + 1
@@ -262,7 +260,8 @@ def product(
         x (Tensor): (B, I, H, W) in channels_last.
         weight (Tensor): (O, I, 1, 1), or (I, O, 1, 1) if it is transposed.
         bias (Tensor, optional): (O, ).
-        scale (Tensor, optional): (B, I), float32, with a ``shift`` (I, ).
+        scale (Tensor, optional): (B, I), float32.
+        shift (Tensor, optional): (I, ), where there is a scale.
         transposed (bool): Whether the weight is that of the product whose
             gradient this is. Defaults to False.
         factor (Tensor, optional): (B, O, H, W) in channels_last.

@@ -23,7 +23,8 @@ reciprocal standard deviation r, scale s:
 Processes that share statistics (SyncBN) exchange those of all branches once,
 and sum(g) and sum(g z) once, before p, q and o.
 
-What is kept for the backward pass is x. Every step is one launch, five
+What is kept for the backward pass is x and the output of the first branch,
+whose kernel is the largest. Every step is one launch, five
 forward, one more for the running statistics, and seven backward. Sums are
 made of partial sums in a fixed order, in double precision in the end, so
 results are deterministic.
@@ -56,6 +57,7 @@ from .conv2d import convolve_maps, num_splits, weight_grad
 # Programs of kernels that end in sums, where there is enough to do.
 KNOBS = dict(statistics=528, weight_grads=1024)
 BLOCK = tl.constexpr(32)  # channels of kernels that finish sums
+TAPS = tl.constexpr(16)  # and how many taps these take at a time
 
 
 @triton.jit
@@ -69,24 +71,27 @@ def _channels(channels):
 def _pack_kernel(weights, p_taps, channels, BRANCHES: tl.constexpr):
     """Taps of all branches, (C, k * k) each, to (all taps, C), float32.
 
-    Grid (blocks of channels, branches).
+    Grid (blocks of channels, all taps).
     """
     channel, m_channel = _channels(channels)
+    tap = tl.program_id(1)
     for b in tl.static_range(len(BRANCHES)):
-        if tl.program_id(1) == b:
-            count = BRANCHES[b][0] * BRANCHES[b][0]
-            p_weight = weights[b] + channel * count
-            p_out = p_taps + BRANCHES[b][2] * channels + channel
-            for tap in range(count):
-                b_tap = tl.load(p_weight + tap, mask=m_channel)
-                b_tap = b_tap.to(tl.float32)
-                tl.store(p_out + tap * channels, b_tap, mask=m_channel)
+        count = BRANCHES[b][0] * BRANCHES[b][0]
+        own = tap - BRANCHES[b][2]
+        if (own >= 0) & (own < count):
+            b_tap = tl.load(weights[b] + channel * count + own, mask=m_channel)
+            tl.store(
+                p_taps + tap * channels + channel,
+                b_tap.to(tl.float32),
+                mask=m_channel,
+            )
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _statistics_kernel(
     p_x,
     p_taps,
+    p_y,
     p_parts,
     channels,
     height,
@@ -98,9 +103,9 @@ def _statistics_kernel(
 ):
     """Number of values, mean and sum of squared deviations from it.
 
-    Of every channel of every branch; x (B, H, W, C), taps (all taps, C),
-    parts (splits, branches, 3, C); grid (splits, blocks of channels). Every
-    lane sums differences from the first value that it saw.
+    Of every channel of every branch; x (B, H, W, C), taps (all taps, C), y
+    (B, H, W, C), the output of the first branch, parts (splits, branches, 3, C); grid (splits, blocks of channels). Every lane
+    sums differences from the first value that it saw.
     """
     split = tl.program_id(0)
     channel = tl.program_id(1) * LANES[1] + tl.arange(0, LANES[1])[None]
@@ -142,6 +147,12 @@ def _statistics_kernel(
                 count += tl.where(ok, 1.0, 0.0)
                 total += difference
                 squares += difference * difference
+                if b == 0:
+                    tl.store(
+                        p_y + o_tile + t * width * channels,
+                        acc[t].to(p_y.dtype.element_ty),
+                        mask=m_channel & ok,
+                    )
         share = total / tl.maximum(count, 1.0)
         squares -= total * share
         number = tl.sum(count, 0)[None]
@@ -337,17 +348,20 @@ def _sums_kernel(
             k = BRANCHES[b][0]
             d = BRANCHES[b][1]
             first = SIZE // 2 - k // 2 * d
-            product = tl.zeros((BLOCK,), tl.float64)  # sum(g y)
-            for tap in range(k * k):
+            products = tl.zeros((TAPS, BLOCK), tl.float64)
+            for start in range(0, k * k, TAPS):
+                tap = start + tl.arange(0, TAPS)[:, None]
+                m_tap = (tap < k * k) & m_channel[None]
                 place = (first + tap // k * d) * SIZE + first + tap % k * d
-                p_tap = p_taps + (BRANCHES[b][2] + tap) * channels + channel
-                b_tap = tl.load(p_tap, mask=m_channel, other=0)
+                o_tap = (BRANCHES[b][2] + tap) * channels + channel[None]
+                b_tap = tl.load(p_taps + o_tap, mask=m_tap, other=0)
                 b_grad = tl.load(
-                    p_frame + place * channels + channel,
-                    mask=m_channel,
+                    p_frame + place * channels + channel[None],
+                    mask=m_tap,
                     other=0,
                 )
-                product += b_tap.to(tl.float64) * b_grad
+                products += b_tap.to(tl.float64) * b_grad
+            product = tl.sum(products, 0)  # sum(g y)
             _, mean, rstd = _rstd(
                 p_statistics, b, channel, channels, m_channel, EPS[b]
             )
@@ -368,6 +382,7 @@ def _sums_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def _branch_grads_kernel(
     p_x,
+    p_y,
     p_grad,
     p_taps,
     scales,
@@ -384,8 +399,8 @@ def _branch_grads_kernel(
 ):
     """``p g - q y - o`` for every branch.
 
-    x and grad (B, H, W, C), taps (all taps, C), scales (C, ) each, statistics
-    (branches, 3, C), sums (branches + 1, C), out (branches, B, H, W, C); grid
+    x, y (of the first branch) and grad (B, H, W, C), taps (all taps, C),
+    scales (C, ) each, statistics (branches, 3, C), sums (branches + 1, C), out (branches, B, H, W, C); grid
     (tiles, blocks of channels).
     """
     row, col, channel, o_tile = tile_of(
@@ -402,21 +417,24 @@ def _branch_grads_kernel(
     total = tl.load(p_total, mask=m_channel, other=0)
     p_out += o_tile
     for b in tl.static_range(len(BRANCHES)):
-        acc = convolve(
-            zeros(T, LANES),
-            p_x + o_tile,
-            p_taps + BRANCHES[b][2] * channels,
-            channels,
-            height,
-            width,
-            channel,
-            row,
-            col,
-            BRANCHES[b][0],
-            BRANCHES[b][1],
-            False,
-            T,
-        )
+        if b == 0:
+            acc = load_rows(p_y + o_tile, row, step, height, m_out, T)
+        else:
+            acc = convolve(
+                zeros(T, LANES),
+                p_x + o_tile,
+                p_taps + BRANCHES[b][2] * channels,
+                channels,
+                height,
+                width,
+                channel,
+                row,
+                col,
+                BRANCHES[b][0],
+                BRANCHES[b][1],
+                False,
+                T,
+            )
         count, mean, rstd = _rstd(
             p_statistics, b, channel, channels, m_channel, EPS[b]
         )
@@ -431,9 +449,7 @@ def _branch_grads_kernel(
         q = q.to(tl.float32)
         for t in tl.static_range(T):
             b_out = (p * b_grad[t] - q * acc[t] - o).to(p_out.dtype.element_ty)
-            tl.store(
-                p_out + t * step, b_out, mask=m_out & (row + t < height)
-            )
+            tl.store(p_out + t * step, b_out, mask=m_out & (row + t < height))
         p_out += o_branch
 
 
@@ -449,13 +465,13 @@ def _weight_grads_kernel(
     images,
     BRANCHES: tl.constexpr,
     COLUMNS: tl.constexpr,
-    TAPS: tl.constexpr,
+    ALL_TAPS: tl.constexpr,
     T: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Parts of the gradients of the taps of all branches.
 
-    x (B, H, W, C), grads (branches, B, H, W, C), parts (splits, TAPS, C);
+    x (B, H, W, C), grads (branches, B, H, W, C), parts (splits, ALL_TAPS, C);
     grid (splits, blocks of channels, columns of all kernels), COLUMNS the
     first of each branch.
     """
@@ -463,7 +479,7 @@ def _weight_grads_kernel(
     column = tl.program_id(2)
     channel = tl.program_id(1) * LANES[1] + tl.arange(0, LANES[1])[None]
     o_branch = tl.cast(images, tl.int64) * height * width * channels
-    p_part = p_parts + tl.cast(split, tl.int64) * TAPS * channels + channel
+    p_part = p_parts + tl.cast(split, tl.int64) * ALL_TAPS * channels + channel
     for b in tl.static_range(len(BRANCHES)):
         s = column - COLUMNS[b]
         if (s >= 0) & (s < BRANCHES[b][0]):
@@ -506,9 +522,7 @@ def _weight_grad(
     m_channel = channel < channels
     acc = zeros(K, LANES)
     for item in range(split, items, tl.num_programs(0)):
-        row, col, _, o_tile = tile_of(
-            item, channels, height, width, T, LANES
-        )
+        row, col, _, o_tile = tile_of(item, channels, height, width, T, LANES)
         b_grad = load_rows(
             p_grad + o_tile,
             row,
@@ -544,19 +558,21 @@ def _unpack_kernel(
     splits,
     channels,
     BRANCHES: tl.constexpr,
-    TAPS: tl.constexpr,
+    ALL_TAPS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """Gradients of the weights, (C, k * k) each, from parts.
 
-    parts (splits, TAPS, C); grid (blocks of channels, TAPS).
+    parts (splits, ALL_TAPS, C); grid (blocks of channels, ALL_TAPS).
     """
     channel, m_channel = _channels(channels)
     tap = tl.program_id(1)
     acc = tl.zeros((SPLITS, BLOCK), tl.float64)
     for start in range(0, splits, SPLITS):
         split = start + tl.arange(0, SPLITS)[:, None]
-        o_part = (split.to(tl.int64) * TAPS + tap) * channels + channel[None]
+        o_part = (split.to(tl.int64) * ALL_TAPS + tap) * channels + channel[
+            None
+        ]
         b_part = tl.load(
             p_parts + o_part, mask=(split < splits) & m_channel[None], other=0
         )
@@ -597,7 +613,7 @@ def _blocks(channels):
 def _pack(weights, plan):
     channels = len(weights[0])
     taps = weights[0].new_empty(plan.taps, channels, dtype=torch.float32)
-    _pack_kernel[_blocks(channels), len(weights)](
+    _pack_kernel[_blocks(channels), plan.taps](
         tuple(weights), taps, channels, BRANCHES=plan.branches
     )
     return taps
@@ -606,15 +622,19 @@ def _pack(weights, plan):
 def _statistics(x, taps, plan):
     """Counts, means and sums of squared deviations from them, of branches.
 
-    (branches, 3, C), in double precision.
+    Returns:
+        tuple[Tensor]: (branches, 3, C) in float64; the output of the first
+        branch.
     """
     layout = Layout.of(x.shape, max(size for size, *_ in plan.branches))
     tiles, blocks = layout.grid(x.shape)
     splits = num_splits(tiles, blocks, KNOBS['statistics'])
     parts = taps.new_empty(splits, len(plan.branches), 3, x.shape[1])
+    first = torch.empty_like(x)
     _statistics_kernel[splits, blocks](
         x,
         taps,
+        first,
         parts,
         *x.shape[1:],
         tiles,
@@ -622,7 +642,7 @@ def _statistics(x, taps, plan):
         T=layout.rows,
         LANES=layout.lanes,
     )
-    return _combine(parts)
+    return _combine(parts), first
 
 
 def _combine(parts):
@@ -648,8 +668,8 @@ def _forward(x, weights, scales, shifts, dilations, eps, group=None):
     """See :func:`sum_of_branches`.
 
     Returns:
-        tuple[Tensor]: The sum; what :func:`_statistics` returns, over all
-        processes; the packed taps.
+        tuple[Tensor]: The sum; the statistics over all processes; the packed
+        taps; the output of the first branch.
     """
     check(x)
     sizes = tuple(weight.shape[-1] for weight in weights)
@@ -657,7 +677,7 @@ def _forward(x, weights, scales, shifts, dilations, eps, group=None):
     channels = x.shape[1]
     with torch.cuda.device_of(x):
         taps = _pack(weights, plan)
-        statistics = _statistics(x, taps, plan)
+        statistics, first = _statistics(x, taps, plan)
         if group is not None:
             statistics = _gather(statistics, group)
         merged = taps.new_empty(plan.size**2, channels)
@@ -675,11 +695,20 @@ def _forward(x, weights, scales, shifts, dilations, eps, group=None):
             EPS=tuple(eps),
         )
         out = convolve_maps(x[None], merged, ((plan.size, 1, 0),), bias)
-    return out, statistics, taps
+    return out, statistics, taps, first
 
 
 def _backward(
-    grad, x, taps, statistics, weights, scales, dilations, eps, group=None
+    grad,
+    x,
+    first,
+    taps,
+    statistics,
+    weights,
+    scales,
+    dilations,
+    eps,
+    group=None,
 ):
     """Gradients of x, of scales and shifts (2, branches, C), and of weights.
 
@@ -715,6 +744,7 @@ def _backward(
         if x.numel():
             _branch_grads_kernel[tiles, blocks](
                 x,
+                first,
                 grad,
                 taps,
                 tuple(scales),
@@ -740,7 +770,7 @@ def _backward(
             len(x),
             BRANCHES=branches,
             COLUMNS=plan.columns,
-            TAPS=plan.taps,
+            ALL_TAPS=plan.taps,
             T=layout.rows,
             LANES=layout.lanes,
         )
@@ -751,7 +781,7 @@ def _backward(
             splits,
             channels,
             BRANCHES=branches,
-            TAPS=plan.taps,
+            ALL_TAPS=plan.taps,
             SPLITS=8,
         )
     return grad_x, norm_grads, grads
@@ -765,7 +795,7 @@ def _sum_of_branches(
     shifts: Sequence[Tensor],
     dilations: Sequence[int],
     eps: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _forward(x, weights, scales, shifts, dilations, eps)
 
 
@@ -777,6 +807,7 @@ def _(x, weights, scales, shifts, dilations, eps):
         torch.empty_like(x),
         x.new_empty(len(weights), 3, channels, dtype=torch.float64),
         x.new_empty(taps, channels, dtype=torch.float32),
+        torch.empty_like(x),
     )
 
 
@@ -784,6 +815,7 @@ def _(x, weights, scales, shifts, dilations, eps):
 def _sum_of_branches_grads(
     grad: Tensor,
     x: Tensor,
+    first: Tensor,
     taps: Tensor,
     statistics: Tensor,
     weights: Sequence[Tensor],
@@ -791,16 +823,20 @@ def _sum_of_branches_grads(
     dilations: Sequence[int],
     eps: Sequence[float],
 ) -> list[Tensor]:
-    first, second, rest = _backward(
-        grad, x, taps, statistics, weights, scales, dilations, eps
+    grad_x, norm_grads, grads = _backward(
+        grad, x, first, taps, statistics, weights, scales, dilations, eps
     )
-    return [first, second, *rest]
+    return [grad_x, norm_grads, *grads]
 
 
 @_sum_of_branches_grads.register_fake
-def _(grad, x, taps, statistics, weights, scales, dilations, eps):
+def _(grad, x, first, taps, statistics, weights, scales, dilations, eps):
     norm_grads = scales[0].new_empty(2, len(scales), x.shape[1])
-    return [torch.empty_like(grad), norm_grads, *map(torch.empty_like, weights)]
+    return [
+        torch.empty_like(grad),
+        norm_grads,
+        *map(torch.empty_like, weights),
+    ]
 
 
 def _setup(ctx, inputs, output):
@@ -810,11 +846,12 @@ def _setup(ctx, inputs, output):
 
 
 def _saved(ctx, grad):
-    x, taps, statistics, *parameters = ctx.saved_tensors
+    x, first, taps, statistics, *parameters = ctx.saved_tensors
     grad = grad.contiguous(memory_format=torch.channels_last)
     n = ctx.count
     parameters = parameters[:n], parameters[n:]
-    return grad, x, taps, statistics, *parameters, ctx.dilations, ctx.eps
+    operands = grad, x, first, taps, statistics
+    return *operands, *parameters, ctx.dilations, ctx.eps
 
 
 def _differentiate(ctx, grad, *_):
@@ -889,11 +926,11 @@ def sum_of_branches(
     weights, scales, shifts, means, variances, batches = fields[:6]
     dilations, momenta, eps = fields[6:]
     if group is None:
-        out, statistics, _ = _sum_of_branches(
+        out, statistics, *_ = _sum_of_branches(
             x, weights, scales, shifts, dilations, eps
         )
     else:
-        out, statistics, _ = _synchronized_sum(
+        out, statistics, *_ = _synchronized_sum(
             x, dilations, eps, group, *weights, *scales, *shifts
         )
     momenta = [-1.0 if momentum is None else momentum for momentum in momenta]

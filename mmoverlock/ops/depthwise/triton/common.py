@@ -243,9 +243,7 @@ def _layout(channels, height, size):
         KNOBS['rows'],
         key=lambda t: triton.cdiv(height, t) * (t * size + 4 * (t + size)),
     )
-    block = min(
-        KNOBS['channels'], key=lambda n: triton.cdiv(channels, n) * n
-    )
+    block = min(KNOBS['channels'], key=lambda n: triton.cdiv(channels, n) * n)
     return Layout(rows, (KNOBS['lanes'] // block, block))
 
 

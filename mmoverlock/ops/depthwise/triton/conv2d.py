@@ -107,9 +107,7 @@ def _weight_grad_kernel(
     channel = tl.program_id(1) * LANES[1] + tl.arange(0, LANES[1])[None]
     m_channel = channel < channels
     for item in range(split, items, tl.num_programs(0)):
-        row, col, _, o_tile = tile_of(
-            item, channels, height, width, T, LANES
-        )
+        row, col, _, o_tile = tile_of(item, channels, height, width, T, LANES)
         m_grad = m_channel & (col < width)
         b_grad = load_rows(
             p_grad + o_tile, row, width * channels, height, m_grad, T

@@ -1,0 +1,522 @@
+"""ContMix where a map has few windows, by classes of positions.
+
+The window of a position starts at ``clamp(y - K // 2, 0, H - K)``, so a map
+has (H - K + 1)(W - K + 1) windows: 14 x 14 with K = 13 has four, each of 49
+positions, and 7 x 7 with K = 7 has one. The positions that share a window are
+a *class*. Inside of it ContMix is attention: taps are keys, no window has to
+be gathered, and the biases of taps are a dense matrix, which is the same for
+all images (``dense``, see filters.py)::
+
+    s[m, n] = q[m] . f[n] + dense[m, n]        m: position, n: tap
+    p = 2^(s - lse)
+    out[m] = sum over n of p[m, n] v[n]
+
+Classes are cut into tiles of M positions, row by row.
+Images are the fastest index of a grid, so that ``dense`` stays in the cache.
+
+Shapes: q (B, G * CQ, H, W), v and out (B, 2 * G * CV, H, W) by strides;
+filters f (B, G, PLANES, TAPS, CQ); dense (G, classes, tiles * M, TP), TP the
+taps of this size in whole tiles, and the same by pixels, (G, classes * tiles,
+PT, M); lse and delta (2, B, G, H, W).
+"""
+
+import triton
+import triton.language as tl
+
+from .common import LN2, dot, exp2, pixel_offsets
+
+# Sizes of tiles, at most; a warp has 16 rows.
+KNOBS = dict(
+    POSITIONS=64,
+    TAPS=64,  # a step of the forward pass and of the gradient of the query
+    ROWS=64,  # taps that are rows
+    PIXELS=32,  # that are rows
+    PROGRAMS=800,  # at least, for the gradient of the filters
+    STAGES=1,
+)
+MOST_CLASSES = 9
+
+
+def count_classes(height: int, width: int, size: int) -> int:
+    """How many windows of a size there are."""
+    return (height - size + 1) * (width - size + 1)
+
+
+def tile_classes(height: int, width: int, size: int) -> dict:
+    """Constants of the tiling of a map."""
+
+    def most(length):  # positions along an axis that share a window
+        return size if length == size else size // 2 + 1
+
+    positions = most(height) * most(width)
+    m = min(max(16, triton.next_power_of_2(positions)), KNOBS['POSITIONS'])
+    rows = min(triton.next_power_of_2(size**2), KNOBS['ROWS'])
+    rows = max(rows, 16)
+    pixels = max(16, triton.next_power_of_2(height * width))
+    pixels = min(pixels, KNOBS['PIXELS'])
+    return dict(
+        H=height,
+        W=width,
+        K=size,
+        NC=count_classes(height, width, size),
+        M=m,
+        MT=triton.cdiv(positions, m),
+        T=rows,
+        TP=triton.cdiv(size**2, rows) * rows,
+        PT=triton.cdiv(height * width, pixels) * pixels,
+        PIXELS=pixels,
+    )
+
+
+@triton.jit
+def class_positions(
+    cls, o_m, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr
+):
+    """Positions of a class, and the corner of its window.
+
+    Returns:
+        tuple: y, x, which of them are real, top, left.
+    """
+    NX: tl.constexpr = W - K + 1
+    SIDE: tl.constexpr = K // 2 + 1 if NX > 1 else W
+    top = cls // NX
+    left = cls % NX
+    y0 = tl.where(top == 0, 0, top + K // 2)
+    y1 = tl.where(top == H - K, H, top + K // 2 + 1)
+    x0 = tl.where(left == 0, 0, left + K // 2)
+    x1 = tl.where(left == W - K, W, left + K // 2 + 1)
+    y = y0 + o_m // SIDE
+    x = x0 + o_m % SIDE
+    real = (y < y1) & (x < x1)
+    return tl.minimum(y, H - 1), tl.minimum(x, W - 1), real, top, left
+
+
+@triton.jit
+def _load(p, offset, m_c, MASKED: tl.constexpr):
+    """Load channels, which are fewer than those of a block if MASKED."""
+    if MASKED:
+        return tl.load(p + offset, mask=m_c, other=0.0)
+    else:
+        return tl.load(p + offset)
+
+
+@triton.jit
+def _class_program(batch, NC: tl.constexpr, MT: tl.constexpr):
+    """(image, tile of the class, class, group) of a program."""
+    pid = tl.program_id(0)
+    image = (pid % batch).to(tl.int64)
+    rest = pid // batch
+    return image, rest % MT, rest // MT % NC, rest // (MT * NC)
+
+
+@triton.jit
+def forward(
+    p_q,
+    p_f,
+    p_dense,
+    p_v,
+    p_out,
+    p_lse,
+    q_strides,
+    v_strides,
+    out_strides,
+    batch,
+    G: tl.constexpr,
+    CQ: tl.constexpr,
+    CV: tl.constexpr,
+    QC: tl.constexpr,
+    VC: tl.constexpr,
+    TAPS: tl.constexpr,
+    PLANES: tl.constexpr,
+    HALF: tl.constexpr,
+    FIRST: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    K: tl.constexpr,
+    NC: tl.constexpr,
+    M: tl.constexpr,
+    MT: tl.constexpr,
+    TP: tl.constexpr,
+    N: tl.constexpr,
+):
+    """out = softmax(q f + dense) v, and lse to the base 2.
+
+    Grid: (groups * classes * tiles * images, ).
+    """
+    VT: tl.constexpr = p_v.dtype.element_ty
+    ACC: tl.constexpr = p_lse.dtype.element_ty
+    image, mt, cls, group = _class_program(batch, NC, MT)
+    o_m = mt * M + tl.arange(0, M)
+    y, x, m_m, top, left = class_positions(cls, o_m, H, W, K)
+    o_n = tl.arange(0, N)
+    o_q = tl.arange(0, QC)
+    o_v = tl.arange(0, VC)
+    m_q = o_q < CQ
+    m_v = o_v < CV
+
+    p_q += image * q_strides[0] + group * CQ * q_strides[1]
+    b_q = _load(
+        p_q, pixel_offsets(y, x, o_q, q_strides), m_q[None, :], CQ < QC
+    )
+    p_f += ((image * G + group) * PLANES * TAPS + FIRST) * CQ
+    p_dense += ((group * NC + cls) * MT * M + o_m)[:, None] * TP
+    channel = (HALF * G + group) * CV
+    p_v += image * v_strides[0] + channel * v_strides[1]
+    b_m = tl.full((M,), float('-inf'), ACC)
+    b_l = tl.zeros((M,), ACC)
+    b_acc = tl.zeros((M, VC), ACC)
+    for n0 in range(0, K * K, N):
+        # Taps beyond the last one have the weight 0.
+        n = tl.minimum(n0 + o_n, K * K - 1)
+        b_s = tl.load(p_dense + (n0 + o_n)[None, :])  # (M, N)
+        o_f = o_q[:, None] + (n * CQ)[None, :]
+        for plane in tl.static_range(PLANES):
+            b_f = _load(
+                p_f + plane * TAPS * CQ, o_f, m_q[:, None], CQ < QC
+            )  # (QC, N)
+            b_s = dot(b_q, b_f, b_s)
+        b_v = _load(
+            p_v,
+            pixel_offsets(top + n // K, left + n % K, o_v, v_strides),
+            m_v[None, :],
+            CV < VC,
+        )  # (N, VC)
+        m_i = tl.maximum(b_m, tl.max(b_s, 1))
+        alpha = exp2(b_m - m_i)
+        b_p = exp2(b_s - m_i[:, None])
+        b_l = b_l * alpha + tl.sum(b_p, 1)
+        b_m = m_i
+        b_acc = dot(b_p.to(VT), b_v, b_acc * alpha[:, None])
+
+    p_out += image * out_strides[0] + channel * out_strides[1]
+    tl.store(
+        p_out + pixel_offsets(y, x, o_v, out_strides),
+        (b_acc / b_l[:, None]).to(VT),
+        mask=m_m[:, None] & m_v[None, :],
+    )
+    p_lse += ((HALF * batch + image) * G + group) * H * W
+    tl.store(p_lse + y * W + x, b_m + tl.log2(b_l), mask=m_m)
+
+
+@triton.jit
+def backward_query(
+    p_q,
+    p_f,
+    p_dense,
+    p_v,
+    p_out,
+    p_lse,
+    p_do,
+    p_delta,
+    p_dq,
+    p_sum,
+    q_strides,
+    v_strides,
+    out_strides,
+    do_strides,
+    dq_strides,
+    sum_strides,
+    batch,
+    G: tl.constexpr,
+    CQ: tl.constexpr,
+    CV: tl.constexpr,
+    QC: tl.constexpr,
+    VC: tl.constexpr,
+    TAPS: tl.constexpr,
+    PLANES: tl.constexpr,
+    HALF: tl.constexpr,
+    FIRST: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    K: tl.constexpr,
+    NC: tl.constexpr,
+    M: tl.constexpr,
+    MT: tl.constexpr,
+    TP: tl.constexpr,
+    N: tl.constexpr,
+):
+    """delta = do . out, and dq = sum + (p (do v^T - delta)) f^T.
+
+    ``p_sum`` is what the other kernel size makes of dq, or None. Grid:
+    (groups * classes * tiles * images, ).
+    """
+    FT: tl.constexpr = p_f.dtype.element_ty
+    ACC: tl.constexpr = p_lse.dtype.element_ty
+    image, mt, cls, group = _class_program(batch, NC, MT)
+    o_m = mt * M + tl.arange(0, M)
+    y, x, m_m, top, left = class_positions(cls, o_m, H, W, K)
+    o_n = tl.arange(0, N)
+    o_q = tl.arange(0, QC)
+    o_v = tl.arange(0, VC)
+    m_q = o_q < CQ
+    m_v = o_v < CV
+
+    p_q += image * q_strides[0] + group * CQ * q_strides[1]
+    b_q = _load(
+        p_q, pixel_offsets(y, x, o_q, q_strides), m_q[None, :], CQ < QC
+    )
+    channel = (HALF * G + group) * CV
+    m_do = m_m[:, None] & m_v[None, :]
+    p_do += image * do_strides[0] + channel * do_strides[1]
+    b_do = tl.load(
+        p_do + pixel_offsets(y, x, o_v, do_strides), mask=m_do, other=0.0
+    )
+    p_out += image * out_strides[0] + channel * out_strides[1]
+    b_out = tl.load(
+        p_out + pixel_offsets(y, x, o_v, out_strides), mask=m_do, other=0.0
+    )
+    b_delta = tl.sum(b_do.to(ACC) * b_out.to(ACC), 1)
+    o_lse = ((HALF * batch + image) * G + group) * H * W + y * W + x
+    tl.store(p_delta + o_lse, b_delta, mask=m_m)
+    b_lse = tl.load(p_lse + o_lse, mask=m_m, other=float('inf'))
+
+    p_f += ((image * G + group) * PLANES * TAPS + FIRST) * CQ
+    p_dense += ((group * NC + cls) * MT * M + o_m)[:, None] * TP
+    p_v += image * v_strides[0] + channel * v_strides[1]
+    b_dq = tl.zeros((M, QC), ACC)
+    for n0 in range(0, K * K, N):
+        n = tl.minimum(n0 + o_n, K * K - 1)
+        b_s = tl.load(p_dense + (n0 + o_n)[None, :])  # (M, N)
+        o_f = o_q[:, None] + (n * CQ)[None, :]
+        b_f = _load(p_f, o_f, m_q[:, None], CQ < QC)  # (QC, N)
+        b_s = dot(b_q, b_f, b_s)
+        if PLANES == 2:
+            b_s = dot(
+                b_q,
+                _load(p_f + TAPS * CQ, o_f, m_q[:, None], CQ < QC),
+                b_s,
+            )
+        b_v = _load(
+            p_v,
+            pixel_offsets(top + n // K, left + n % K, o_v, v_strides),
+            m_v[None, :],
+            CV < VC,
+        )  # (N, VC)
+        b_p = exp2(b_s - b_lse[:, None])
+        b_dp = dot(b_do, tl.trans(b_v), tl.zeros((M, N), ACC))
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        b_dq = dot(b_ds.to(FT), tl.trans(b_f), b_dq)
+
+    b_dq *= LN2  # that is in the filters
+    m_dq = m_m[:, None] & m_q[None, :]
+    if p_sum is not None:
+        p_sum += image * sum_strides[0] + group * CQ * sum_strides[1]
+        b_dq += tl.load(
+            p_sum + pixel_offsets(y, x, o_q, sum_strides),
+            mask=m_dq,
+            other=0.0,
+        )
+    p_dq += image * dq_strides[0] + group * CQ * dq_strides[1]
+    tl.store(
+        p_dq + pixel_offsets(y, x, o_q, dq_strides),
+        b_dq.to(p_dq.dtype.element_ty),
+        mask=m_dq,
+    )
+
+
+@triton.jit
+def backward_filters(
+    p_q,
+    p_f,
+    p_dense,
+    p_v,
+    p_lse,
+    p_do,
+    p_delta,
+    p_df,
+    p_ddense,
+    p_db,
+    q_strides,
+    v_strides,
+    do_strides,
+    batch,
+    images,
+    G: tl.constexpr,
+    CQ: tl.constexpr,
+    CV: tl.constexpr,
+    QC: tl.constexpr,
+    VC: tl.constexpr,
+    TAPS: tl.constexpr,
+    PLANES: tl.constexpr,
+    HALF: tl.constexpr,
+    FIRST: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    K: tl.constexpr,
+    NC: tl.constexpr,
+    M: tl.constexpr,
+    MT: tl.constexpr,
+    TP: tl.constexpr,
+    T: tl.constexpr,
+):
+    """df = ds^T q, and sums of ds: one over images, one over positions too.
+
+    A program goes through ``images`` images. Writes df (classes * tiles, B,
+    G, K^2, CQ), ddense (chunks of images, G, classes * tiles, M, TP) and
+    db (chunks, G, classes * tiles, TP). Grid: (chunks * tiles of taps *
+    classes * tiles * groups, ).
+    """
+    FT: tl.constexpr = p_f.dtype.element_ty
+    ACC: tl.constexpr = p_lse.dtype.element_ty
+    pid = tl.program_id(0)
+    chunks = tl.cdiv(batch, images)
+    chunk = pid % chunks
+    n0 = pid // chunks % (TP // T) * T
+    rest = pid // chunks // (TP // T)
+    tile = rest % (NC * MT)
+    group = rest // (NC * MT)
+    o_m = tile % MT * M + tl.arange(0, M)
+    y, x, m_m, top, left = class_positions(tile // MT, o_m, H, W, K)
+    o_n = n0 + tl.arange(0, T)
+    n = tl.minimum(o_n, K * K - 1)
+    o_q = tl.arange(0, QC)
+    o_v = tl.arange(0, VC)
+    m_q = o_q < CQ
+    m_v = o_v < CV
+
+    o_lse = y * W + x
+    channel = (HALF * G + group) * CV
+    p_dense += (group * NC * MT + tile) * M * TP
+    o_dense = (tl.arange(0, M) * TP)[None, :] + o_n[:, None]  # (T, M)
+    b_dd = tl.zeros((T, M), ACC)
+    for b in range(chunk * images, tl.minimum((chunk + 1) * images, batch)):
+        image = tl.cast(b, tl.int64)
+        b_q = _load(
+            p_q + image * q_strides[0] + group * CQ * q_strides[1],
+            pixel_offsets(y, x, o_q, q_strides),
+            m_q[None, :],
+            CQ < QC,
+        )
+        b_do = tl.load(
+            p_do
+            + image * do_strides[0]
+            + channel * do_strides[1]
+            + pixel_offsets(y, x, o_v, do_strides),
+            mask=m_m[:, None] & m_v[None, :],
+            other=0.0,
+        )
+        unit = image * G + group
+        at = (HALF * batch * G + unit) * H * W + o_lse
+        b_lse = tl.load(p_lse + at, mask=m_m, other=float('inf'))
+        b_delta = tl.load(p_delta + at, mask=m_m, other=0.0)
+        b_s = tl.load(p_dense + o_dense)  # (T, M)
+        p_unit = p_f + (unit * PLANES * TAPS + FIRST) * CQ
+        o_f = (n * CQ)[:, None] + o_q[None, :]
+        for plane in tl.static_range(PLANES):
+            b_f = _load(
+                p_unit + plane * TAPS * CQ, o_f, m_q[None, :], CQ < QC
+            )  # (T, QC)
+            b_s = dot(b_f, tl.trans(b_q), b_s)
+        b_v = _load(
+            p_v + image * v_strides[0] + channel * v_strides[1],
+            pixel_offsets(top + n // K, left + n % K, o_v, v_strides),
+            m_v[None, :],
+            CV < VC,
+        )  # (T, VC)
+        b_p = exp2(b_s - b_lse[None, :])
+        b_dp = dot(b_v, tl.trans(b_do), tl.zeros((T, M), ACC))
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        b_dd += b_ds
+        b_df = dot(b_ds.to(FT), b_q, tl.zeros((T, QC), ACC))
+        tl.store(
+            p_df
+            + ((tile * batch * G + unit) * K * K + o_n)[:, None] * CQ
+            + o_q[None, :],
+            b_df,
+            mask=(o_n < K * K)[:, None] & m_q[None, :],
+        )
+    at = (chunk * G + group) * NC * MT + tile
+    tl.store(p_ddense + at * M * TP + o_dense, b_dd)
+    tl.store(p_db + at * TP + o_n, tl.sum(b_dd, 1))
+
+
+@triton.jit
+def backward_value(
+    p_q,
+    p_f,
+    p_pixels,
+    p_lse,
+    p_do,
+    p_dv,
+    q_strides,
+    do_strides,
+    dv_strides,
+    batch,
+    G: tl.constexpr,
+    CQ: tl.constexpr,
+    CV: tl.constexpr,
+    QC: tl.constexpr,
+    VC: tl.constexpr,
+    TAPS: tl.constexpr,
+    PLANES: tl.constexpr,
+    HALF: tl.constexpr,
+    FIRST: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    K: tl.constexpr,
+    NC: tl.constexpr,
+    M: tl.constexpr,
+    MT: tl.constexpr,
+    PT: tl.constexpr,
+    T: tl.constexpr,
+):
+    """dv = sum over classes of p^T do, for a tile of T pixels.
+
+    Grid: (groups * tiles of pixels * images, ).
+    """
+    VT: tl.constexpr = p_do.dtype.element_ty
+    ACC: tl.constexpr = p_lse.dtype.element_ty
+    TILES: tl.constexpr = PT // T
+    pid = tl.program_id(0)
+    image = (pid % batch).to(tl.int64)
+    tile = pid // batch % TILES
+    group = pid // batch // TILES
+    pixel = tile * T + tl.arange(0, T)
+    m_pixel = pixel < H * W
+    row = pixel // W
+    col = pixel % W
+    o_q = tl.arange(0, QC)
+    o_v = tl.arange(0, VC)
+    m_q = o_q < CQ
+    m_v = o_v < CV
+
+    p_q += image * q_strides[0] + group * CQ * q_strides[1]
+    channel = (HALF * G + group) * CV
+    p_do += image * do_strides[0] + channel * do_strides[1]
+    p_lse += ((HALF * batch + image) * G + group) * H * W
+    p_f += ((image * G + group) * PLANES * TAPS + FIRST) * CQ
+    p_pixels += group * NC * MT * PT * M
+    o_pixels = (pixel * M)[:, None] + tl.arange(0, M)[None, :]
+    b_dv = tl.zeros((T, VC), ACC)
+    for at in range(NC * MT):
+        o_m = at % MT * M + tl.arange(0, M)
+        y, x, m_m, top, left = class_positions(at // MT, o_m, H, W, K)
+        i = row - top
+        j = col - left
+        # Pixels outside of the window have the weight 0.
+        n = tl.minimum(tl.maximum(i * K + j, 0), K * K - 1)
+        b_q = _load(
+            p_q, pixel_offsets(y, x, o_q, q_strides), m_q[None, :], CQ < QC
+        )
+        b_do = tl.load(
+            p_do + pixel_offsets(y, x, o_v, do_strides),
+            mask=m_m[:, None] & m_v[None, :],
+            other=0.0,
+        )
+        b_lse = tl.load(p_lse + y * W + x, mask=m_m, other=float('inf'))
+        b_s = tl.load(p_pixels + at * PT * M + o_pixels)  # (T, M)
+        o_f = (n * CQ)[:, None] + o_q[None, :]
+        for plane in tl.static_range(PLANES):
+            b_f = _load(
+                p_f + plane * TAPS * CQ, o_f, m_q[None, :], CQ < QC
+            )  # (T, QC)
+            b_s = dot(b_f, tl.trans(b_q), b_s)
+        b_p = exp2(b_s - b_lse[None, :])
+        b_dv = dot(b_p.to(VT), b_do, b_dv)
+
+    p_dv += image * dv_strides[0] + channel * dv_strides[1]
+    tl.store(
+        p_dv + pixel_offsets(row, col, o_v, dv_strides),
+        b_dv.to(VT),
+        mask=m_pixel[:, None] & m_v[None, :],
+    )
