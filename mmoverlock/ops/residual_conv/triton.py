@@ -358,7 +358,7 @@ def _backward_kernel(
                 more = ()
                 for k in tl.static_range(9):
                     more = more + (tl.fma(value, near[k], sums[k]),)
-                more = more + (sums[9] + near[4],)
+                more = more + (sums[9] + tl.where(inside, near[4], 0),)
                 if SUMS == 11:
                     more = more + (sums[10] + tl.where(inside, result, 0),)
                 sums = more
