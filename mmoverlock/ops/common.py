@@ -45,9 +45,14 @@ def takes_triton(backend: str, x: Tensor) -> bool:
     )
 
 
-@lru_cache
+@torch.compiler.assume_constant_result  # tracing cannot ask a device
 def runs_triton(device: torch.device) -> bool:
     """Whether 'auto' is 'triton' on a device."""
+    return _runs_triton(device)
+
+
+@lru_cache
+def _runs_triton(device):
     if device.type != 'cuda' or (
         torch.cuda.get_device_capability(device) < MIN_CAPABILITY
     ):

@@ -34,7 +34,7 @@ from ..common import channels_last
 
 # Arguments that come in too many values to compile for kinds of them.
 SIZES = ('height', 'width', 'rows', 'strips')
-MIN_ROWS = 4  # of a strip, where the map has them
+MIN_ROWS = 3  # of a strip, where the map has them
 BLOCKS = 16, 64  # fewest and most channels of a program
 
 
@@ -382,6 +382,7 @@ class Plan(NamedTuple):
     rows: int  # of a strip
     strips: int  # of an image
     blocks: int  # of channels
+    splits: int  # programs for a block that run at a time
 
 
 @lru_cache(1024)
@@ -399,6 +400,7 @@ def plan(shape: tuple, form: Form, slots: int) -> Plan:
     lanes = 32 * form.warps * form.channels // block, block
     blocks = triton.cdiv(channels, block)
     across = triton.cdiv(width, form.columns)
+    splits = max(1, slots // blocks)  # no program waits for another one
 
     def cut(down):
         rows = triton.cdiv(height, down)
@@ -406,11 +408,11 @@ def plan(shape: tuple, form: Form, slots: int) -> Plan:
 
     def cost(down):  # rows that are loaded, in the longest program
         rows, strips = cut(down)
-        programs = triton.cdiv(batch * strips, lanes[0]) * blocks
-        return triton.cdiv(programs, slots) * (rows + 2)
+        tiles = triton.cdiv(batch * strips, lanes[0])
+        return triton.cdiv(tiles, splits) * (rows + 2)
 
     downs = range(1, max(1, height // MIN_ROWS) + 1)
-    return Plan(lanes, *cut(min(downs, key=cost)), blocks)
+    return Plan(lanes, *cut(min(downs, key=cost)), blocks, splits)
 
 
 def forward(
@@ -436,7 +438,7 @@ def forward(
     """
     y = torch.empty_like(x)
     slots = partial_sums.programs(x.device, FORWARD.resident)
-    lanes, rows, strips, blocks = plan(tuple(x.shape), FORWARD, slots)
+    lanes, rows, strips, blocks, _ = plan(tuple(x.shape), FORWARD, slots)
     batch, channels, height, width = x.shape
     sums = None
     if squares:
@@ -494,11 +496,10 @@ def backward(
     """
     grad_x = torch.empty_like(x)
     slots = partial_sums.programs(x.device, BACKWARD.resident)
-    lanes, rows, strips, blocks = plan(tuple(x.shape), BACKWARD, slots)
+    cut = plan(tuple(x.shape), BACKWARD, slots)
+    lanes, rows, strips, blocks, splits = cut
     batch, channels, height, width = x.shape
-    splits = min(
-        triton.cdiv(batch * strips, lanes[0]), triton.cdiv(slots, blocks)
-    )
+    splits = min(triton.cdiv(batch * strips, lanes[0]), splits)
     sums = 10 + sum_grad_x
     partial = x.new_empty(splits, sums, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
