@@ -9,13 +9,10 @@ calls reparam, are those of ``OverLoCK(deploy=True)``.
 
 import logging
 from collections import OrderedDict
-from pathlib import Path
 from typing import NamedTuple
 
-from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -296,45 +293,3 @@ def load_pretrained(
     optional = *OUTPUT_LAYERS, *({STEM} & state.keys())
     fitting = fit(state, backbone, checkpoint, optional)
     backbone.load_state_dict(fitting, strict=False)
-
-
-class LoadingCheck(Hook):
-    """Has a runner load what fits its model, or else end with an error.
-
-    mmengine logs what does not fit, and goes on.
-
-    Args:
-        complete (bool): Whether all weights of the model must be in the
-            checkpoint, as for a test; else any will do.
-    """
-
-    priority = 'VERY_HIGH'  # before EMAHook, which loads the weights too
-
-    def __init__(self, complete: bool):
-        self.complete = complete
-
-    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        _forget_foreign_files(checkpoint, runner.work_dir)
-        if not isinstance(runner, Runner):  # the model may be sharded
-            return
-        model = runner.model
-        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-            model = model.module
-        checkpoint['state_dict'] = fit(
-            checkpoint['state_dict'],
-            model,
-            str(runner._load_from or 'the last checkpoint'),
-            optional=() if self.complete else ('',),
-        )
-
-
-def _forget_foreign_files(checkpoint, work_dir):
-    """CheckpointHook deletes the last best one, which a checkpoint names."""
-    hub = checkpoint.get('message_hub', {})
-    for key, path in list(hub.get('runtime_info', {}).items()):
-        if key.startswith('best_ckpt'):
-            path = Path(str(path)).resolve()
-            here = path.parent == Path(work_dir).resolve()
-            if not here or path.suffix != '.pth':
-                del hub['runtime_info'][key]
-                hub['resumed_keys'].pop(key, None)

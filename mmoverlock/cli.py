@@ -21,9 +21,9 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from .allocator import keep_freed_memory
-from .checkpoint import CheckpointError, LoadingCheck, load_safely
+from .checkpoint import CheckpointError, load_safely
 from .data import DataError, checked
-from .distributed import AverageStatistics
+from .engine import AverageStatistics, LoadingCheck
 from .models import OverLoCK
 
 keep_freed_memory()

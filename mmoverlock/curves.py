@@ -10,8 +10,6 @@ import matplotlib
 matplotlib.use('Agg')
 
 import matplotlib.pyplot as plt
-from mmengine.dist import master_only
-from mmengine.hooks import Hook
 
 NO_METRICS = ('data_time', 'time', 'step', 'epoch', 'iter')
 DETAILS = re.compile(r'_(75|s|m|l)$')  # of COCO's average precision
@@ -116,19 +114,3 @@ def _names(records, start):
 def _plot(axes, records, name, **options):
     points = [(r['step'], r[name]) for r in records if name in r]
     axes.plot(*zip(*points, strict=True), label=name, **options)
-
-
-class CurvesHook(Hook):
-    """Draws the curves when a training is over."""
-
-    priority = 'LOWEST'  # when all else is logged
-
-    @master_only
-    def after_train(self, runner) -> None:
-        batch_size = runner.cfg.train_dataloader.batch_size
-        last = draw_curves(Path(runner.work_dir), batch_size)
-        if last:
-            runner.logger.info(
-                f'{Path(runner.work_dir, "curves.png")}: '
-                + ', '.join(f'{name} {last[name]:.4g}' for name in last)
-            )

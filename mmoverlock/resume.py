@@ -2,17 +2,13 @@
 
 mmengine writes a checkpoint in place, and removes an old one before it writes
 the next: what is killed meanwhile, or finds the disk full, may leave nothing
-to go on from. Nor does it keep the states of random number generators.
+to go on from.
 """
 
 import os
-import random
 from pathlib import Path
 
-import numpy as np
-import torch
 from mmengine.fileio import LocalBackend, register_backend
-from mmengine.hooks import Hook
 from mmengine.logging import print_log
 
 from .checkpoint_file import CheckpointError, read
@@ -66,37 +62,6 @@ def save_safely(work_dir: str) -> None:
     for part in Path(work_dir).glob('*.pth.part'):
         part.unlink(missing_ok=True)
     register_backend('local', SafeBackend, force=True, prefixes='')
-
-
-class Reseed(Hook):
-    """Makes what is random in an iteration depend on its number only.
-
-    So a resumed run draws what an undisturbed one would have drawn. Worker
-    processes that load data draw on their own: theirs is the same where they
-    start anew with every epoch (``persistent_workers=False``).
-    """
-
-    priority = 'LOWEST'
-
-    def before_train_epoch(self, runner) -> None:
-        self._seed(runner.seed, runner.iter)
-
-    def before_train_iter(self, runner, *args, **kwargs) -> None:
-        # Starting to load data has drawn numbers.
-        self._seed(runner.seed, runner.iter)
-
-    def after_train_iter(self, runner, *args, **kwargs) -> None:
-        self._seed(runner.seed, runner.iter + 1)
-
-    def after_val_epoch(self, runner, metrics=None) -> None:
-        self._seed(runner.seed, runner.iter)
-
-    @staticmethod
-    def _seed(*numbers):
-        seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
 
 
 def latest_checkpoint(work_dir: str) -> str | None:

@@ -62,18 +62,25 @@ ALLOWED = {
     ),
     'models.__init__': (['models.overlock'], []),
     'models.classification': ([], ['mmpretrain', 'torch']),
-    'layer_decay': (['models.overlock'], ['mmengine', 'torch']),
-    'distributed': (['models.blocks'], ['mmengine', 'torch']),
-    'amp': ([], ['mmcv', 'mmengine', 'torch']),
     'inference': (
         ['checkpoint', 'checkpoint_file'],
         ['cv2', 'mmcv', 'mmengine', 'numpy', 'torch'],
     ),
-    'curves': ([], ['matplotlib', 'mmengine']),
-    'resume': (['checkpoint_file'], ['mmengine', 'numpy', 'torch']),
+    'curves': ([], ['matplotlib']),
+    'engine.hooks': (
+        ['checkpoint', 'curves'],
+        ['mmengine', 'numpy', 'torch'],
+    ),
+    'engine.optimizers': (['models.overlock'], ['mmcv', 'mmengine', 'torch']),
+    'engine.strategy': (['models.blocks'], ['mmengine', 'torch']),
+    'engine.__init__': (
+        ['engine.hooks', 'engine.optimizers', 'engine.strategy'],
+        [],
+    ),
+    'resume': (['checkpoint_file'], ['mmengine']),
     'data': ([], ['PIL', 'mmengine']),
     'cli': (
-        ['allocator', 'checkpoint', 'data', 'distributed', 'models'],
+        ['allocator', 'checkpoint', 'data', 'engine', 'models'],
         ['mmengine', 'torch'],
     ),
 }

@@ -18,13 +18,13 @@ from torch import nn
 from mmoverlock import checkpoint
 from mmoverlock.checkpoint import (
     CheckpointError,
-    LoadingCheck,
     add_prefixes,
     arch_of,
     load_pretrained,
     merge,
     remove_prefixes,
 )
+from mmoverlock.engine import LoadingCheck
 from mmoverlock.models import OverLoCK
 
 TINY = dict(

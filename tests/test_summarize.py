@@ -12,7 +12,8 @@ from mmengine.config import Config
 from mmengine.structures import InstanceData
 from PIL import Image
 
-from mmoverlock.curves import CurvesHook, draw_curves, read_scalars
+from mmoverlock.curves import draw_curves, read_scalars
+from mmoverlock.engine import CurvesHook
 from mmoverlock.inference import colour_of
 
 pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')

@@ -8,9 +8,8 @@ import torch
 from mmengine.device import get_device
 
 from mmoverlock import cli, data
-from mmoverlock.amp import CPUAmpOptimWrapper
-from mmoverlock.curves import CurvesHook
-from mmoverlock.resume import Reseed, latest_checkpoint, save_safely
+from mmoverlock.engine import CPUAmpOptimWrapper, CurvesHook, Reseed
+from mmoverlock.resume import latest_checkpoint, save_safely
 
 LATEST = 'latest'
 
