@@ -8,8 +8,8 @@ import torch
 from mmengine.device import get_device
 
 from mmoverlock import cli, data
+from mmoverlock.checkpoint import latest_checkpoint, save_safely
 from mmoverlock.engine import CPUAmpOptimWrapper, CurvesHook, Reseed
-from mmoverlock.resume import latest_checkpoint, save_safely
 
 LATEST = 'latest'
 

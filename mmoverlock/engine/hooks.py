@@ -14,8 +14,8 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 
-from ..checkpoint import fit
 from ..curves import draw_curves
+from ..models.weights import fit
 
 
 @HOOKS.register_module()

@@ -20,8 +20,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
-from mmoverlock import checkpoint_file
-from mmoverlock.checkpoint_file import CheckpointError, read
+from mmoverlock.checkpoint import CheckpointError, read, reading
 
 
 def training_state():
@@ -118,7 +117,7 @@ def test_arrays(tmp_path, array):
 
 
 @pytest.mark.parametrize(
-    'dtype', [dtype for name, dtype in checkpoint_file._DTYPES.items()]
+    'dtype', [dtype for name, dtype in reading._DTYPES.items()]
 )
 def test_tensors(tmp_path, dtype):
     base = torch.arange(24).reshape(4, 6).to(dtype)
@@ -161,7 +160,7 @@ def safetensors(path, tensors, header=None, data=None):
     entries, body = {'__metadata__': {'format': 'pt'}}, b''
     for name, tensor in tensors.items():
         raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-        names = {v: k for k, v in checkpoint_file._DTYPES.items()}
+        names = {v: k for k, v in reading._DTYPES.items()}
         entries[name] = {
             'dtype': names[tensor.dtype],
             'shape': list(tensor.shape),
@@ -399,7 +398,7 @@ def test_one_process_of_a_machine_downloads(
         if not first:
             saved(kept, {'weight': torch.ones(1)})
 
-    monkeypatch.setattr(checkpoint_file, 'barrier', barrier)
+    monkeypatch.setattr(reading, 'barrier', barrier)
     monkeypatch.setenv('LOCAL_RANK', '0' if first else '3')
     read('https://example.com/a.pth')
     assert there == [first]
@@ -645,10 +644,7 @@ LITERALS = [
     *(b'\x8a\x09\xff\xff\xff\xff\xff\xff\xff\xff\x00', b'K\x08\x85'),
     *(b'cnumpy\ndtype\nVf8\n\x85R', b'ccollections\nOrderedDict\n)R'),
     b'cmmengine.logging.history_buffer\nHistoryBuffer\n)\x81',
-    *(
-        f'c{module}\n{name}\n'.encode()
-        for module, name in checkpoint_file._ALLOWED
-    ),
+    *(f'c{module}\n{name}\n'.encode() for module, name in reading._ALLOWED),
 ]
 
 

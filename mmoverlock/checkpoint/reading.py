@@ -24,7 +24,8 @@ from urllib.parse import urlparse
 import numpy as np
 import torch
 from mmengine.dist import barrier
-from mmengine.logging import HistoryBuffer
+from mmengine.logging import HistoryBuffer, print_log
+from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
 
@@ -62,6 +63,59 @@ def read(source: str) -> dict:
             f'({type(error).__name__}: {error}){hint}'
         ) from error
     return checkpoint
+
+
+def load_safely() -> None:
+    """Have mmengine load all checkpoints of this process with :func:`read`.
+
+    Its own loaders run what a pickle asks for. Those of zoos and object
+    stores, such as ``torchvision://``, are closed.
+    """
+
+    def load_from_file_or_url(filename, map_location=None, logger=None):
+        return read(filename)
+
+    for prefix in [*CheckpointLoader._schemes]:
+        CheckpointLoader.register_scheme(
+            prefix, load_from_file_or_url, force=True
+        )
+
+
+def latest_checkpoint(work_dir: str) -> str | None:
+    """Find what to resume from.
+
+    Args:
+        work_dir (str): Folder of a run.
+
+    Returns:
+        str | None: The newest whole checkpoint; None if there is none at all.
+
+    Raises:
+        CheckpointError: If there were checkpoints, but none is left whole.
+    """
+    folder = Path(work_dir)
+    files = {*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')}
+    last = folder / 'last_checkpoint'  # may name a file elsewhere
+    if last.exists() and last.read_text().strip():
+        files.add(Path(last.read_text().strip()))
+    problems = [
+        f'{file} does not exist' for file in files if not file.exists()
+    ]
+    files = [file for file in files if file.exists()]
+    for file in sorted(files, key=os.path.getmtime, reverse=True):
+        try:
+            read(str(file))
+        except CheckpointError as error:
+            problems.append(str(error))
+            print_log(f'not resumed from: {error}')
+        else:
+            return str(file)
+    if problems:
+        raise CheckpointError(
+            f'{folder} has no whole checkpoint to resume from: '
+            + '; '.join(problems)
+        )
+    return None
 
 
 def _fetch(source):

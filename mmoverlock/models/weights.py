@@ -12,12 +12,11 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 from mmengine.logging import print_log
-from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .checkpoint_file import CheckpointError, read
-from .models.reparam import DilatedReparamConv
+from ..checkpoint import CheckpointError, read
+from .reparam import DilatedReparamConv
 
 State = dict[str, Tensor]
 
@@ -27,22 +26,6 @@ OUTPUT_LAYERS = ('extra_norm.', 'h_proj.')
 HEADS = ('head.', 'aux_head.')  # of classifiers
 STEM = 'patch_embed1.0.weight'
 _UNMERGED = 'origin_bn.weight'
-
-
-def load_safely() -> None:
-    """Have mmengine load all checkpoints of this process with :func:`read`.
-
-    Its own loaders run what a pickle asks for. Those of zoos and object
-    stores, such as ``torchvision://``, are closed.
-    """
-
-    def load_from_file_or_url(filename, map_location=None, logger=None):
-        return read(filename)
-
-    for prefix in [*CheckpointLoader._schemes]:
-        CheckpointLoader.register_scheme(
-            prefix, load_from_file_or_url, force=True
-        )
 
 
 def is_release(state: State) -> bool:
@@ -243,7 +226,6 @@ def fit(
     result = Comparison.of(adapted, model)
     names = [*result.missing, *result.reshaped]
     if not result.loaded or not all(n.startswith(optional) for n in names):
-        # Of the OverLoCK in it, whose module imports this one.
         zoos = [m.arch_zoo for m in model.modules() if hasattr(m, 'arch_zoo')]
         zoo = zoos[0] if zoos else {}
         found, arch = arch_of(state, zoo), arch_of(model.state_dict(), zoo)

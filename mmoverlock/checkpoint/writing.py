@@ -1,4 +1,4 @@
-"""Training that is killed goes on from a whole checkpoint, as if it had not.
+"""A training that is killed leaves whole checkpoints to go on from.
 
 mmengine writes a checkpoint in place, and removes an old one before it writes
 the next: what is killed meanwhile, or finds the disk full, may leave nothing
@@ -9,9 +9,6 @@ import os
 from pathlib import Path
 
 from mmengine.fileio import LocalBackend, register_backend
-from mmengine.logging import print_log
-
-from .checkpoint_file import CheckpointError, read
 
 
 class SafeBackend(LocalBackend):
@@ -62,40 +59,3 @@ def save_safely(work_dir: str) -> None:
     for part in Path(work_dir).glob('*.pth.part'):
         part.unlink(missing_ok=True)
     register_backend('local', SafeBackend, force=True, prefixes='')
-
-
-def latest_checkpoint(work_dir: str) -> str | None:
-    """Find what to resume from.
-
-    Args:
-        work_dir (str): Folder of a run.
-
-    Returns:
-        str | None: The newest whole checkpoint; None if there is none at all.
-
-    Raises:
-        CheckpointError: If there were checkpoints, but none is left whole.
-    """
-    folder = Path(work_dir)
-    files = {*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')}
-    last = folder / 'last_checkpoint'  # may name a file elsewhere
-    if last.exists() and last.read_text().strip():
-        files.add(Path(last.read_text().strip()))
-    problems = [
-        f'{file} does not exist' for file in files if not file.exists()
-    ]
-    files = [file for file in files if file.exists()]
-    for file in sorted(files, key=os.path.getmtime, reverse=True):
-        try:
-            read(str(file))
-        except CheckpointError as error:
-            problems.append(str(error))
-            print_log(f'not resumed from: {error}')
-        else:
-            return str(file)
-    if problems:
-        raise CheckpointError(
-            f'{folder} has no whole checkpoint to resume from: '
-            + '; '.join(problems)
-        )
-    return None
