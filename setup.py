@@ -38,6 +38,7 @@ EXTRAS = {
     ],
     'tests': [
         'hypothesis==6.170.15',
+        'import-linter==2.17',
         'onnx==1.23.2',
         'onnxruntime==1.23.2',
         'onnxscript==0.7.2',
