@@ -21,13 +21,10 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from .allocator import keep_freed_memory
-from .checkpoint import CheckpointError, load_safely
+from .checkpoint import CheckpointError, load_safely, save_safely
 from .data import DataError, checked
-from .engine import AverageStatistics, LoadingCheck
+from .engine import AverageStatistics, CurvesHook, LoadingCheck, Reseed
 from .models import OverLoCK
-
-keep_freed_memory()
-load_safely()
 
 # Runner's arguments, and what else mm* packages read from the top level.
 TOP_LEVEL_KEYS = {
@@ -79,6 +76,13 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 class UserError(Exception):
     """A mistake of the user; its message is all that is shown."""
+
+
+def set_up():
+    """Set up the process of a tool: its memory, and how it treats files."""
+    keep_freed_memory()
+    load_safely()
+    save_safely()
 
 
 @contextlib.contextmanager
@@ -367,6 +371,8 @@ def start_checkpoints(cfg):
 def build_runner(cfg, complete):
     """Build the runner; a distributed one works without a GPU too.
 
+    It has the hooks of :mod:`mmoverlock.engine`.
+
     Args:
         cfg (Config): The config.
         complete (bool): Whether the checkpoint that it loads, if any, must
@@ -379,9 +385,10 @@ def build_runner(cfg, complete):
         _prepare_cpu_launch(cfg)
     runner_type = RUNNERS.get(cfg.get('runner_type', 'Runner'))
     runner = checked(runner_type).from_cfg(cfg)
-    runner.register_hook(LoadingCheck(complete))
-    if cfg.launcher != 'none':
-        runner.register_hook(AverageStatistics())
+    hooks = LoadingCheck(complete), AverageStatistics(), CurvesHook(), Reseed()
+    for hook in hooks:
+        if type(hook) not in map(type, runner.hooks):
+            runner.register_hook(hook)
     return runner
 
 

@@ -5,11 +5,7 @@ import re
 from pathlib import Path
 from statistics import median
 
-import matplotlib
-
-matplotlib.use('Agg')
-
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 NO_METRICS = ('data_time', 'time', 'step', 'epoch', 'iter')
 DETAILS = re.compile(r'_(75|s|m|l)$')  # of COCO's average precision
@@ -56,9 +52,8 @@ def draw_curves(work_dir: Path, batch_size: int) -> dict:
     training, evaluations = read_scalars(work_dir)
     if not training:
         return {}
-    figure, grid = plt.subplots(
-        2, 2, figsize=(12, 7.5), layout='constrained', squeeze=False
-    )
+    figure = Figure(figsize=(12, 7.5), layout='constrained')
+    grid = figure.subplots(2, 2)
     (losses, metrics), (rates, speed) = grid
 
     for name in _names(training, 'loss'):
@@ -102,7 +97,6 @@ def draw_curves(work_dir: Path, batch_size: int) -> dict:
             # Beside the curves, of which it would hide some.
             axes.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1.02))
     figure.savefig(work_dir / 'curves.png', dpi=120)
-    plt.close(figure)
     return last
 
 

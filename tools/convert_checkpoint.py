@@ -85,6 +85,7 @@ def save(contents, path):
 
 
 def main(argv=None):
+    cli.set_up()
     args = build_parser().parse_args(argv)
     with cli.user_errors('convert_checkpoint.py'):
         dst = Path(args.dst)

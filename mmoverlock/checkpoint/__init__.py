@@ -1,5 +1,5 @@
 from .reading import CheckpointError, latest_checkpoint, load_safely, read
-from .writing import SafeBackend, save_safely
+from .writing import SafeBackend, remove_unfinished, save_safely
 
 __all__ = [
     'CheckpointError',
@@ -7,5 +7,6 @@ __all__ = [
     'latest_checkpoint',
     'load_safely',
     'read',
+    'remove_unfinished',
     'save_safely',
 ]

@@ -49,13 +49,12 @@ class SafeBackend(LocalBackend):
             super().remove(filepath)
 
 
-def save_safely(work_dir: str) -> None:
-    """Have mmengine write all local files of this process that way.
+def save_safely() -> None:
+    """Have mmengine write all local files of this process that way."""
+    register_backend('local', SafeBackend, force=True, prefixes='')
 
-    Args:
-        work_dir (str): Folder of the run. What an earlier one that was killed
-            had not written to the end is removed.
-    """
+
+def remove_unfinished(work_dir: str) -> None:
+    """Remove what a run that was killed had not written to the end."""
     for part in Path(work_dir).glob('*.pth.part'):
         part.unlink(missing_ok=True)
-    register_backend('local', SafeBackend, force=True, prefixes='')

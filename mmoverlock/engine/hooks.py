@@ -68,6 +68,7 @@ class AverageStatistics(Hook):
     Without SyncBN, every process has those of the images it has seen itself.
     They become equal at the end of epochs, and where training by iterations
     stops for a validation. So do those of the averaged weights of `EMAHook`.
+    Of both, mmengine's `SyncBuffersHook` leaves out what checkpoints hold.
     """
 
     priority = 'NORMAL'  # after EMAHook, before CheckpointHook
