@@ -1,24 +1,19 @@
 """Checkpoint files are data: nothing in them runs.
 
-Reads what ``torch.save`` (1.6 or later) and safetensors write, without
-``torch.load``. Its safe mode differs by version: some cannot read the training
-state of mmengine, some run TorchScript archives, all build numpy types from
-unchecked bytes where mmengine allows them to, and none looks at checksums.
-mmengine itself loads unsafely where the safe mode fails.
+Reads what ``torch.save`` (1.6 or later) and safetensors write, with
+``torch.load(weights_only=True)`` and no fallback; mmengine itself loads
+unsafely where that fails. What mmengine's checkpoints have beside weights is
+allowed here, and nothing of it can call or import.
 """
 
-import io
-import json
-import math
 import os
-import pickle
-import pickletools
 import re
 import sys
 import zipfile
 from argparse import Namespace
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict
 from pathlib import Path
+from textwrap import shorten
 from urllib.parse import urlparse
 
 import numpy as np
@@ -27,6 +22,7 @@ from mmengine.dist import barrier
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 
 class CheckpointError(ValueError):
@@ -58,9 +54,9 @@ def read(source: str) -> dict:
     except OSError as error:
         raise CheckpointError(f'{source}: {error}') from error
     except Exception as error:  # damaged bytes can fail in any way
+        reason = shorten(f'{type(error).__name__}: {error}', 200)
         raise CheckpointError(
-            f'{source} is truncated or damaged '
-            f'({type(error).__name__}: {error}){hint}'
+            f'{source} is truncated or damaged ({reason}){hint}'
         ) from error
     return checkpoint
 
@@ -143,17 +139,38 @@ def _fetch(source):
 def _read_file(path):
     with open(path, 'rb') as file:
         head = file.read(4)
-        file.seek(0)
-        if head == b'PK\3\4':
-            return _read_zip(file)
-        if path.endswith('.safetensors'):
-            return _read_safetensors(file)
+    if head == b'PK\3\4':
+        return _read_zip(path)
+    if path.endswith('.safetensors'):
+        from safetensors.torch import load_file
+
+        return load_file(path)
     raise CheckpointError(
         f'is no checkpoint: it starts with {head}, unlike what torch.save '
         'has written since torch 1.6'
         if head
         else 'is empty'
     )
+
+
+def _read_zip(path):
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if any(name.endswith('/constants.pkl') for name in names):
+            raise CheckpointError('is a TorchScript program, no checkpoint')
+        if not any(name.endswith('/data.pkl') for name in names):
+            raise CheckpointError('is a zip file, but no checkpoint')
+        damaged = archive.testzip()  # torch.load looks at no checksums
+        if damaged:
+            raise ValueError(f'wrong checksum of {damaged}')
+    with safe_globals(_SAFE_GLOBALS):
+        foreign = get_unsafe_globals_in_checkpoint(path)
+        if foreign:
+            raise CheckpointError(
+                f'is refused: it asks for {", ".join(sorted(foreign))}, which '
+                'is no data and could run code'
+            )
+        return torch.load(path, 'cpu', weights_only=True)
 
 
 def _normalize(checkpoint):
@@ -187,153 +204,26 @@ def _normalize(checkpoint):
     return checkpoint
 
 
-def _read_safetensors(file):
-    length = int.from_bytes(file.read(8), 'little')
-    entries = json.loads(file.read(length).decode())
-    entries.pop('__metadata__', None)
-    data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
-    weights, end = {}, 0
-    for name, entry in sorted(
-        entries.items(), key=lambda item: item[1]['data_offsets']
-    ):
-        start, stop = entry['data_offsets']
-        if start != end:
-            raise ValueError(f'{name} does not follow the tensor before it')
-        # A copy, because views need alignment.
-        flat = data[start:stop].clone().view(_DTYPES[entry['dtype']])
-        weights[name] = flat.reshape(entry['shape'])
-        end = stop
-    if end != len(data):
-        raise ValueError('the sizes of tensors and file differ')
-    return weights
+# --------------------------------------------- what checkpoints may ask for
 
 
-def _read_zip(file):
-    with zipfile.ZipFile(file) as archive:
-        sizes = {info.filename: info.file_size for info in archive.infolist()}
-        pickles = [name for name in sizes if name.endswith('/data.pkl')]
-        if any(name.endswith('/constants.pkl') for name in sizes):
-            raise CheckpointError('is a TorchScript program, no checkpoint')
-        if len(pickles) != 1:
-            raise CheckpointError('is a zip file, but no checkpoint')
-        if sum(sizes.values()) > os.fstat(file.fileno()).st_size:
-            raise ValueError('what is in it is larger than the file')
-        folder = pickles[0].removesuffix('data.pkl')
-        order = f'{folder}byteorder'
-        if order in sizes and archive.read(order) != b'little':
-            raise CheckpointError('is not in little-endian byte order')
-        return _Unpickler(archive, folder).load()
+class _History(HistoryBuffer):
+    """Made with its own methods, not with those that a pickle asks for."""
 
-
-class _Unpickler(pickle._Unpickler):
-    """Makes plain data, tensors and the objects in mmengine's checkpoints.
-
-    A pickle is a program. What it may call is in ``_ALLOWED``: harmless
-    classes, and functions of this module in place of the real ones; what it
-    may fill after making it, in :meth:`load_build`.
-
-    Args:
-        archive (ZipFile): The checkpoint.
-        folder (str): What its names start with.
-    """
-
-    # Of protocol 2, torch.save's. The others take more memory, or names that
-    # are paths.
-    dispatch = {
-        ord(opcode.code): pickle._Unpickler.dispatch[ord(opcode.code)]
-        for opcode in pickletools.opcodes
-        if opcode.proto <= 2
-    }
-
-    def __init__(self, archive, folder):
-        # Reading all of it checks its checksum.
-        super().__init__(io.BytesIO(archive.read(f'{folder}data.pkl')))
-        self.archive = archive
-        self.folder = folder
-        self.storages = {}
-
-    def load_proto(self):
-        (protocol,) = self.read(1)
-        if protocol != 2:
-            raise CheckpointError(
-                f'is of pickle protocol {protocol}, not of 2 as torch.save '
-                'has it unless told otherwise'
-            )
-
-    dispatch[pickle.PROTO[0]] = load_proto
-
-    def find_class(self, module, name):
-        if (module, name) not in _ALLOWED:
-            raise CheckpointError(
-                f'is refused: it asks for {module}.{name}, which is no data '
-                'and could run code'
-            )
-        return _ALLOWED[module, name]
-
-    def persistent_load(self, pid):
-        _, dtype, key, _, size = pid
-        if not isinstance(key, str):
-            raise TypeError(f'{type(key).__name__} as a name')
-        if key not in self.storages:
-            data = bytearray(self.archive.read(f'{self.folder}data/{key}'))
-            self.storages[key] = (
-                torch.frombuffer(data, dtype=torch.uint8)
-                if data
-                else torch.empty(0, dtype=torch.uint8)
-            )
-        storage = self.storages[key].view(dtype)
-        if len(storage) != size:
-            raise ValueError(f'{key} has another size')
-        return storage
-
-    def load_build(self):
-        state = self.stack.pop()
-        made = self.stack[-1]
-        if isinstance(made, OrderedDict):
-            made._metadata = state['_metadata']
-        elif isinstance(made, Namespace):
-            vars(made).update(state)
-        elif isinstance(made, HistoryBuffer):
-            made.__init__(
-                state['_log_history'],
-                state['_count_history'],
-                state['max_length'],
-            )
-        elif isinstance(made, np.ndarray):
-            _, shape, dtype, fortran, data = state
-            shape = _values(dtype, data).reshape(shape).shape
-            made.__setstate__((1, shape, dtype, bool(fortran), data))
-        elif not isinstance(made, np.dtype) or state[1] not in ('<', '|'):
-            raise ValueError(f'cannot fill a {type(made).__name__}')
-
-    dispatch[pickle.BUILD[0]] = load_build
-
-
-def _encode(text, encoding):
-    """How bytes are pickled."""
-    return text.encode('latin1')
-
-
-def _no_bytes():
-    return b''
+    def __setstate__(self, state):
+        self.__class__ = HistoryBuffer
+        self.__init__(
+            state['_log_history'], state['_count_history'], state['max_length']
+        )
 
 
 def _getattr(owner, name):
-    """Asked for by HistoryBuffer's methods, which are not restored."""
-
-
-def _tensor(storage, offset, size, stride, *_):
-    if math.prod(size) > len(storage):
-        raise ValueError('a tensor is larger than its storage')
-    return storage.as_strided(size, stride, offset)
-
-
-def _parameter(tensor, *_):
-    return tensor
+    """Asked for by the methods of a HistoryBuffer."""
 
 
 def _dtype(code, *_):
-    # Others have fields, or objects in place of bytes.
+    # Others have fields, or objects in place of bytes. A copy could be given
+    # such.
     if not re.fullmatch('b1|[iu][1248]|f[248]', code):
         raise ValueError(f'dtype {code}')
     return np.dtype(code)
@@ -344,46 +234,26 @@ def _array(*_):
 
 
 def _scalar(dtype, data):
-    return _values(dtype, data)[0]
+    return np.frombuffer(data, dtype)[0]
 
 
-def _values(dtype, data):
-    if not isinstance(dtype, np.dtype):  # a text, which numpy would parse
-        raise TypeError(f'{type(dtype).__name__} in place of a dtype')
-    return np.frombuffer(data, dtype)
-
-
-_ALLOWED = {
-    ('collections', 'OrderedDict'): OrderedDict,
-    ('collections', 'Counter'): Counter,
-    ('collections', 'deque'): deque,
-    ('__builtin__', 'set'): set,
-    ('__builtin__', 'bytes'): _no_bytes,
-    ('__builtin__', 'getattr'): _getattr,
-    ('_codecs', 'encode'): _encode,
-    ('argparse', 'Namespace'): Namespace,
-    ('mmengine.logging.history_buffer', 'HistoryBuffer'): HistoryBuffer,
-    ('numpy', 'dtype'): _dtype,
-    ('numpy', 'ndarray'): None,  # only ever an argument of _reconstruct
-    ('torch._utils', '_rebuild_tensor_v2'): _tensor,
-    ('torch._utils', '_rebuild_parameter'): _parameter,
-}
+# With the names that pickles have for them. Without a dot, a name is out of
+# reach: instances may be filled, but not made by calling the type.
+_SAFE_GLOBALS = [
+    (_History, 'mmengine.logging.history_buffer.HistoryBuffer'),
+    (_getattr, 'builtins.getattr'),
+    (_dtype, 'numpy.dtype'),
+    (_array, 'numpy.ndarray'),
+    (np.ndarray, 'ndarray'),
+    Namespace,
+    bytes,
+]
 for _module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-    _ALLOWED[_module, '_reconstruct'] = _array
-    _ALLOWED[_module, 'scalar'] = _scalar
-
-_DTYPES = {}  # by their names in safetensors
-for _name, _storage, _value in (
-    ('F64', 'Double', torch.float64),
-    ('F32', 'Float', torch.float32),
-    ('F16', 'Half', torch.float16),
-    ('BF16', 'BFloat16', torch.bfloat16),
-    ('I64', 'Long', torch.int64),
-    ('I32', 'Int', torch.int32),
-    ('I16', 'Short', torch.int16),
-    ('I8', 'Char', torch.int8),
-    ('U8', 'Byte', torch.uint8),
-    ('BOOL', 'Bool', torch.bool),
-):
-    _DTYPES[_name] = _value
-    _ALLOWED['torch', f'{_storage}Storage'] = _value
+    _SAFE_GLOBALS += [
+        (_array, f'{_module}._reconstruct'),
+        (_scalar, f'{_module}.scalar'),
+    ]
+for _code in ('b1', *(f'{kind}{n}' for kind in 'iu' for n in (1, 2, 4, 8))):
+    _SAFE_GLOBALS.append((type(np.dtype(_code)), _code))
+for _code in ('f2', 'f4', 'f8'):
+    _SAFE_GLOBALS.append((type(np.dtype(_code)), _code))

@@ -68,7 +68,8 @@ class AverageStatistics(Hook):
     Without SyncBN, every process has those of the images it has seen itself.
     They become equal at the end of epochs, and where training by iterations
     stops for a validation. So do those of the averaged weights of `EMAHook`.
-    Of both, mmengine's `SyncBuffersHook` leaves out what checkpoints hold.
+    mmengine's `SyncBuffersHook` is too late for checkpoints of iterations, and
+    leaves out the averaged weights.
     """
 
     priority = 'NORMAL'  # after EMAHook, before CheckpointHook
