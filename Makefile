@@ -18,6 +18,7 @@ env:
 lint: env
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
+	$(VENV)/bin/lint-imports --no-cache
 
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile

@@ -19,6 +19,7 @@ EXTRAS = {
         'onedl-mmdetection==3.5.1',
         'onedl-mmsegmentation==1.4.2',
         'onedl-mmpretrain==1.3.6',
+        'safetensors==0.8.0',
         'ftfy',
         'regex',
     ],
@@ -33,11 +34,13 @@ EXTRAS = {
         'mmsegmentation==1.2.2',
         'mmpretrain==1.2.0',
         'triton==2.1.0',  # of torch, before that of the tests
+        'safetensors==0.8.0',
         'ftfy',
         'regex',
     ],
     'tests': [
         'hypothesis==6.170.15',
+        'import-linter==2.17',
         'onnx==1.23.2',
         'onnxruntime==1.23.2',
         'onnxscript==0.7.2',
@@ -74,5 +77,6 @@ setup(
             '.mim/model-index.yml',
         ]
     },
+    install_requires=['safetensors'],
     extras_require=EXTRAS,
 )

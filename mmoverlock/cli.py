@@ -21,13 +21,10 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from .allocator import keep_freed_memory
-from .checkpoint import CheckpointError, LoadingCheck, load_safely
+from .checkpoint import CheckpointError, load_safely, save_safely
 from .data import DataError, checked
-from .distributed import AverageStatistics
+from .engine import AverageStatistics, CurvesHook, LoadingCheck, Reseed
 from .models import OverLoCK
-
-keep_freed_memory()
-load_safely()
 
 # Runner's arguments, and what else mm* packages read from the top level.
 TOP_LEVEL_KEYS = {
@@ -44,8 +41,8 @@ TOP_LEVEL_KEYS = {
     'tta_pipeline',
 } - {'cfg'}
 
-# Datasets, metrics and losses read these with loaders that run what a file
-# asks for: pickles, by names of mmdet too, and YAML.
+# Datasets and metrics read these with loaders that run what a file asks for:
+# pickles, by names of mmdet too, and YAML.
 UNSAFE_FILES = ('.pkl', '.pickle', '.p', '.np', '.yml', '.yaml')
 RESULTS = ('out_file_path', 'proposals_file')  # of metrics, which write them
 
@@ -79,6 +76,13 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 class UserError(Exception):
     """A mistake of the user; its message is all that is shown."""
+
+
+def set_up():
+    """Set up the process of a tool: its memory, and how it treats files."""
+    keep_freed_memory()
+    load_safely()
+    save_safely()
 
 
 @contextlib.contextmanager
@@ -238,17 +242,16 @@ def check_launcher(launcher):
 
 
 def check_files(cfg):
-    """Check that no file that the config names could run code.
+    """Check that no file of the data that the config names could run code.
 
     Raises:
         UserError: If one could.
     """
-    for top in TOP_LEVEL_KEYS & {*cfg}:
+    for top in cfg:
+        if not top.endswith(('_dataloader', '_evaluator')):
+            continue
         for key, leaf in _leaves(cfg[top], top):
-            unsafe = str(leaf).endswith(UNSAFE_FILES)
-            if (unsafe and not key.endswith(RESULTS)) or (
-                key.endswith('.decode_backend') and leaf == 'pickle'
-            ):
+            if str(leaf).endswith(UNSAFE_FILES) and not key.endswith(RESULTS):
                 raise UserError(
                     f'{key}={leaf} is not read, because it could run code; '
                     'save what it holds as .json'
@@ -266,10 +269,8 @@ def check_options(cfg, options):
         options (dict): Values by dotted key.
 
     Raises:
-        UserError: If a key leads nowhere, or a value could be code.
+        UserError: If a key leads nowhere.
     """
-    for key, value in options.items():
-        _refuse_code(key, value)
     replaced = tuple(
         key.removesuffix('_delete_')
         for key in options
@@ -285,31 +286,6 @@ def check_options(cfg, options):
                 raise UserError(
                     f'--cfg-options sets both {key} and {other} below it'
                 )
-
-
-def _refuse_code(key, value):
-    # mmcv evaluates the types of NMS, registries import dotted types, and a
-    # dumped config holds keys as they are.
-    for _, leaf in _leaves(value, key):
-        if not isinstance(leaf, str):
-            continue
-        if '(' in leaf:
-            raise UserError(
-                f'--cfg-options {key}={leaf}: text with a ( could be code; '
-                'set it in a config file'
-            )
-        if re.search(r'(^|[._])type$', key) and not re.fullmatch(
-            r'\w+|mm\w+\.[A-Z]\w*', leaf
-        ):
-            raise UserError(
-                f'--cfg-options {key}={leaf}: a type is a name, as ResNet or '
-                'mmdet.ResNet; others could be code, and go into a config '
-                'file'
-            )
-    if not re.fullmatch(r'[\w.]+', key):
-        raise UserError(
-            f'--cfg-options {key}: keys are names with dots between'
-        )
 
 
 def _key_problem(cfg, key):
@@ -367,6 +343,8 @@ def start_checkpoints(cfg):
 def build_runner(cfg, complete):
     """Build the runner; a distributed one works without a GPU too.
 
+    It has the hooks of :mod:`mmoverlock.engine`.
+
     Args:
         cfg (Config): The config.
         complete (bool): Whether the checkpoint that it loads, if any, must
@@ -379,9 +357,10 @@ def build_runner(cfg, complete):
         _prepare_cpu_launch(cfg)
     runner_type = RUNNERS.get(cfg.get('runner_type', 'Runner'))
     runner = checked(runner_type).from_cfg(cfg)
-    runner.register_hook(LoadingCheck(complete))
-    if cfg.launcher != 'none':
-        runner.register_hook(AverageStatistics())
+    hooks = LoadingCheck(complete), AverageStatistics(), CurvesHook(), Reseed()
+    for hook in hooks:
+        if type(hook) not in map(type, runner.hooks):
+            runner.register_hook(hook)
     return runner
 
 

@@ -5,13 +5,7 @@ import re
 from pathlib import Path
 from statistics import median
 
-import matplotlib
-
-matplotlib.use('Agg')
-
-import matplotlib.pyplot as plt
-from mmengine.dist import master_only
-from mmengine.hooks import Hook
+from matplotlib.figure import Figure
 
 NO_METRICS = ('data_time', 'time', 'step', 'epoch', 'iter')
 DETAILS = re.compile(r'_(75|s|m|l)$')  # of COCO's average precision
@@ -58,9 +52,8 @@ def draw_curves(work_dir: Path, batch_size: int) -> dict:
     training, evaluations = read_scalars(work_dir)
     if not training:
         return {}
-    figure, grid = plt.subplots(
-        2, 2, figsize=(12, 7.5), layout='constrained', squeeze=False
-    )
+    figure = Figure(figsize=(12, 7.5), layout='constrained')
+    grid = figure.subplots(2, 2)
     (losses, metrics), (rates, speed) = grid
 
     for name in _names(training, 'loss'):
@@ -104,7 +97,6 @@ def draw_curves(work_dir: Path, batch_size: int) -> dict:
             # Beside the curves, of which it would hide some.
             axes.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1.02))
     figure.savefig(work_dir / 'curves.png', dpi=120)
-    plt.close(figure)
     return last
 
 
@@ -116,19 +108,3 @@ def _names(records, start):
 def _plot(axes, records, name, **options):
     points = [(r['step'], r[name]) for r in records if name in r]
     axes.plot(*zip(*points, strict=True), label=name, **options)
-
-
-class CurvesHook(Hook):
-    """Draws the curves when a training is over."""
-
-    priority = 'LOWEST'  # when all else is logged
-
-    @master_only
-    def after_train(self, runner) -> None:
-        batch_size = runner.cfg.train_dataloader.batch_size
-        last = draw_curves(Path(runner.work_dir), batch_size)
-        if last:
-            runner.logger.info(
-                f'{Path(runner.work_dir, "curves.png")}: '
-                + ', '.join(f'{name} {last[name]:.4g}' for name in last)
-            )

@@ -19,8 +19,8 @@ from mmengine.registry import (
 )
 from torch import Tensor, nn
 
-from .checkpoint import fit
-from .checkpoint_file import read
+from .checkpoint import read
+from .models.weights import fit
 
 IMAGES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 VIDEOS = ('.avi', '.mkv', '.mov', '.mp4', '.webm')

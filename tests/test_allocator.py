@@ -36,8 +36,8 @@ PAGES = 10 * COUNT * SIZE // os.sysconf('SC_PAGE_SIZE')
     ('setting', 'variable', 'kept'),
     [
         (CALL, None, True),
-        ('import mmoverlock.cli', None, True),
-        ('', None, False),
+        ('from mmoverlock import cli; cli.set_up()', None, True),
+        ('import mmoverlock.cli', None, False),
         (CALL, 'MALLOC_ARENA_MAX', False),
     ],
 )

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from mmoverlock.checkpoint import add_prefixes, merge
 from mmoverlock.models import OverLoCK
+from mmoverlock.models.weights import add_prefixes, merge
 
 PATH = Path(__file__).parents[1] / 'tools' / 'convert_checkpoint.py'
 spec = importlib.util.spec_from_file_location('convert_checkpoint', PATH)

@@ -1,4 +1,4 @@
-"""No file or option that a tool is given runs code; configs are code."""
+"""No file that a tool is given runs code; configs and options are code."""
 
 import os
 import pickle
@@ -10,17 +10,13 @@ import pytest
 import tiny
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS
 from PIL import Image
 
-mmcv_ops = pytest.importorskip(
-    'mmcv.ops', reason='needs mmcv with its compiled ops'
-)
+pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)
 
 MASK_RCNN = tiny.ROOT / 'configs/mask_rcnn/overlock_xt_1x.py'
-UPERNET = tiny.ROOT / 'configs/upernet/overlock_xt_160k.py'
 
 
 class Attack:
@@ -61,16 +57,6 @@ def refuse(capsys, monkeypatch, tmp_path):
 # ------------------------------------------------------------ checkpoints
 
 
-def write_attack(path, marker, form):
-    contents = {'state_dict': {'weight': torch.ones(1)}, 'a': Attack(marker)}
-    if form == 'pickle':
-        path.write_bytes(pickle.dumps(contents))
-    elif form == 'zip':
-        torch.save(contents, path)
-    else:  # of before torch 1.6
-        torch.save(contents, path, _use_new_zipfile_serialization=False)
-
-
 @pytest.fixture(scope='module')
 def models(tmp_path_factory):
     """A folder with a config, an image, and a config with data to train."""
@@ -99,21 +85,19 @@ COMMANDS = [
     ),
     'test {folder}/pretrained.py {file} --work-dir {work}',
     'predict {folder}/cls.py {file} {folder}/image.png --out {work}/out',
-    'visualize prior {folder}/cls.py {file} {folder}/image.png --out {work}/o',
-    'export {folder}/cls.py {file} --out {work}/model.onnx',
     'convert_checkpoint {file} {work}/converted.pth',
     'summarize {work}',
 ]
 
 
-@pytest.mark.parametrize('form', ['zip', 'pickle', 'legacy'])
 @pytest.mark.parametrize('command', COMMANDS)
-def test_checkpoints(models, refuse, marker, tmp_path, command, form):
+def test_checkpoints(models, refuse, marker, tmp_path, command):
     """Wherever a tool takes one."""
     work = tmp_path / 'work'
     work.mkdir()
     file = work / 'epoch_1.pth'
-    write_attack(file, marker, form)
+    weights = {'weight': torch.ones(1)}
+    torch.save({'state_dict': weights, 'a': Attack(marker)}, file)
     if command.startswith('summarize'):
         Config.fromfile(models / 'classifier.py').dump(work / 'config.py')
         log = work / 'run/vis_data/scalars.json'
@@ -121,49 +105,24 @@ def test_checkpoints(models, refuse, marker, tmp_path, command, form):
         log.write_text('{"step": 1, "loss": 1.0, "lr": 0.1, "time": 1.0}')
     argv = command.format(folder=models, file=file, work=work).split()
     message = refuse(*argv)
-    if command.startswith('export') and torch.__version__ < '2.6':
-        assert 'needs torch 2.6' in message
-        return
-    assert str(file) in message
-    assert 'refused' in message or 'is no checkpoint' in message
-
-
-@pytest.mark.parametrize('form', ['zip', 'pickle', 'legacy'])
-def test_checkpoint_attacks_are_real(tmp_path, form):
-    file, folder = tmp_path / 'a.pth', tmp_path / 'made'
-    write_attack(file, folder, form)
-    if form == 'pickle':
-        pickle.loads(file.read_bytes())
-    else:
-        torch.load(file, weights_only=False)
-    assert folder.exists()
+    assert str(file) in message and 'refused: it asks for posix.mk' in message
 
 
 # ------------------------------------------------------------------- data
 
-CLASS_WEIGHT = 'model.decode_head.loss_decode.class_weight'
 NAMED_FILES = [
-    ('train', MASK_RCNN, 'train_dataloader.dataset.ann_file', 'pkl'),
-    ('train', MASK_RCNN, 'train_dataloader.dataset.proposal_file', 'pickle'),
-    ('train', MASK_RCNN, 'val_dataloader.dataset.split_file', 'p'),
-    ('train', MASK_RCNN, 'val_dataloader.dataset.hierarchy_file', 'np'),
-    ('test', MASK_RCNN, 'test_evaluator.ann_file', 'yml'),
-    (
-        'get_flops',
-        UPERNET,
-        'model.decode_head.loss_decode.class_weight',
-        'pkl',
-    ),
-    ('export', UPERNET, CLASS_WEIGHT, 'yaml'),
+    ('train', 'train_dataloader.dataset.ann_file', 'pkl'),
+    ('train', 'val_dataloader.dataset.hierarchy_file', 'np'),
+    ('test', 'test_evaluator.ann_file', 'yml'),
 ]
 
 
-@pytest.mark.parametrize(('tool', 'config', 'key', 'suffix'), NAMED_FILES)
-def test_unsafe_files(refuse, marker, tmp_path, tool, config, key, suffix):
+@pytest.mark.parametrize(('tool', 'key', 'suffix'), NAMED_FILES)
+def test_unsafe_files(refuse, marker, tmp_path, tool, key, suffix):
     file = tmp_path / f'file.{suffix}'
     file.write_bytes(pickle.dumps(Attack(marker)))
-    rest = {'test': ['a.pth'], 'export': ['--out', 'model.onnx']}
-    argv = [config, *rest.get(tool, []), '--cfg-options', f'{key}={file}']
+    checkpoint = ['a.pth'] * (tool == 'test')
+    argv = [MASK_RCNN, *checkpoint, '--cfg-options', f'{key}={file}']
     message = refuse(tool, *argv)
     assert f'{key}={file} is not read, because it could run' in message
 
@@ -178,12 +137,6 @@ def test_unsafe_files_are_real(tmp_path):
     (tmp_path / 'c.np').write_bytes(pickle.dumps(Attack(tmp_path / 'c')))
     np.load(tmp_path / 'c.np', allow_pickle=True)
     assert all((tmp_path / name).is_dir() for name in 'abc')
-
-
-def test_unsafe_decoder(refuse):
-    key = 'train_dataloader.dataset.pipeline.0.decode_backend'
-    message = refuse('train', UPERNET, '--cfg-options', f'{key}=pickle')
-    assert f'{key}=pickle is not read' in message
 
 
 def test_files_in_a_list_and_results(tmp_path):
@@ -208,61 +161,3 @@ def test_summarize_reads_no_unsafe_data(models, refuse, marker, tmp_path):
     cfg.val_dataloader.dataset.ann_file = str(file)
     cfg.dump(work / 'config.py')
     assert 'file.pkl is not read' in refuse('summarize', work)
-
-
-# ---------------------------------------------------------------- options
-
-CALL = '__import__("os").mkdir("{marker}")'
-OPTIONS = [
-    f'work_dir={CALL}',
-    f'model.test_cfg.rcnn.nms.type={CALL}',
-    f'model.data_preprocessor.mean=[{CALL},1,2]',
-    f'model.data_preprocessor.mean=[[1,({CALL},2)],3]',
-    f"model.backbone.a': {CALL}, 'b=1",
-    f'work_dir={{{{$NOTHING:\'+{CALL}+\'}}}}',
-    "model.backbone.a':b=1",
-    'model.type=os.mkdir model.path={marker}',
-    'model.backbone.type=subprocess.Popen model.backbone.args=[mkdir,a]',
-    'model.backbone.type=mmengine.load model.backbone.file=a.json',
-    'model.backbone.norm_cfg.type=torch.load',
-    'runner_type=os.mkdir',
-]  # fmt: skip
-
-
-@pytest.mark.parametrize('options', OPTIONS)
-def test_options(refuse, marker, options):
-    options = options.format(marker=marker)
-    options = options.split() if 'type=' in options else [options]
-    message = refuse('train', MASK_RCNN, '--cfg-options', *options)
-    assert '--cfg-options' in message
-    assert 'could be code' in message or 'keys are names' in message
-
-
-def test_option_attacks_are_real(tmp_path):
-    """What the packages would evaluate, import, or write as it is."""
-    boxes, scores = torch.rand(2, 4), torch.rand(2)
-    call = CALL.format(marker=tmp_path / 'a')
-    with pytest.raises(TypeError):  # its result is no function
-        mmcv_ops.batched_nms(boxes, scores, scores, {'type': call})
-    MODELS.build(dict(type='os.mkdir', path=str(tmp_path / 'b')))
-    call = CALL.format(marker=tmp_path / 'c').replace('"', "'")
-    cfg = Config(dict(model={f"a': {call}, 'b": 1}))
-    cfg.dump(tmp_path / 'config.py')
-    Config.fromfile(tmp_path / 'config.py')
-    assert all((tmp_path / name).is_dir() for name in 'abc')
-
-
-def test_usual_options(monkeypatch):
-    """Types by name, of a package too, and tuples."""
-    train = tiny.load_tool('train')
-    options = [
-        'model.test_cfg.rcnn.nms.type=soft_nms',
-        'test_evaluator.type=mmdet.CocoMetric',
-        'optim_wrapper.optimizer.type=SGD',
-        'train_dataloader.dataset.pipeline.2.scale=(96,96)',
-        'load_from=runs/a-1,x/epoch_1.pth',
-    ]
-    argv = [str(MASK_RCNN), '--cfg-options', *options]
-    cfg = train.cli.load_config(train.build_parser().parse_args(argv))
-    assert cfg.model.test_cfg.rcnn.nms.type == 'soft_nms'
-    assert cfg.train_dataloader.dataset.pipeline[2].scale == (96, 96)

@@ -9,7 +9,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from mmoverlock.layer_decay import LayerDecayOptimWrapperConstructor
+from mmoverlock.engine import LayerDecayOptimWrapperConstructor
 from mmoverlock.models import OverLoCK
 
 CONFIGS = Path(__file__).parents[1] / 'configs'

@@ -162,3 +162,31 @@ def test_import_is_light(tmp_path):
         [sys.executable, '-c', code], cwd=tmp_path, text=True
     )
     assert output.strip() == 'set()'
+
+
+def test_imports_change_nothing():
+    """How mmengine treats files, and what draws, is for the process to say."""
+    code = """
+import pkgutil, random, matplotlib, torch
+from mmengine.fileio.backends import registry_utils as backends
+from mmengine.runner import CheckpointLoader
+def state():
+    return (
+        {**CheckpointLoader._schemes},
+        {**backends.backends},
+        matplotlib.get_backend(auto_select=False),
+        random.getstate(),
+        torch.get_rng_state().tolist(),
+    )
+before = state()
+import mmoverlock
+for module in pkgutil.walk_packages(mmoverlock.__path__, 'mmoverlock.'):
+    if not module.name.endswith('.triton'):
+        __import__(module.name)
+print(state() == before)
+from mmoverlock import cli
+cli.set_up()
+print(*(one == other for one, other in zip(state(), before)))
+"""
+    output = subprocess.check_output([sys.executable, '-c', code], text=True)
+    assert output.splitlines()[-2:] == ['True', 'False False True True True']

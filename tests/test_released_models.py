@@ -14,7 +14,7 @@ from mmengine.registry import MODELS, init_default_scope
 from test_tools import MASK_RCNN, TINY, TOOLS, data_options, run
 from test_tools import load as load_tool
 
-from mmoverlock.checkpoint import fit
+from mmoverlock.models.weights import fit
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 BN = 'weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'

@@ -16,8 +16,12 @@ from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
 from tiny import load_tool
 
-from mmoverlock.checkpoint_file import CheckpointError, read
-from mmoverlock.resume import SafeBackend, latest_checkpoint
+from mmoverlock.checkpoint import (
+    CheckpointError,
+    SafeBackend,
+    latest_checkpoint,
+    read,
+)
 
 pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
 for package in ('mmdet', 'mmseg', 'mmpretrain'):

@@ -3,16 +3,17 @@
 import json
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import tiny
 import torch
+from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 from PIL import Image
 
-from mmoverlock.curves import CurvesHook, draw_curves, read_scalars
+from mmoverlock.curves import draw_curves, read_scalars
+from mmoverlock.engine import CurvesHook
 from mmoverlock.inference import colour_of
 
 pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
@@ -37,12 +38,16 @@ def training(step, **values):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are closed, which stay open."""
-    closed = []
-    monkeypatch.setattr(plt, 'close', closed.append)
-    yield closed
-    monkeypatch.undo()
-    plt.close('all')
+    """The figures that are saved."""
+    saved = []
+    save = Figure.savefig
+
+    def savefig(figure, *args, **kwargs):
+        saved.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, 'savefig', savefig)
+    return saved
 
 
 def lines(axes):
@@ -139,9 +144,9 @@ def test_colours_do_not_collide():
     assert min(near) > 0.2
 
 
-def test_draw_instances(figures):
+def test_draw_instances():
     """Each in the colour of its class, masks or not; none at all."""
-    _, axes = plt.subplots()
+    axes = Figure().subplots()
     found = InstanceData(
         labels=torch.tensor([0, 10]),
         bboxes=torch.tensor([[1.0, 1, 5, 5], [2, 3, 9, 8]]),

@@ -15,6 +15,8 @@ from mmengine.config import Config
 from PIL import Image
 from torch import nn
 
+from mmoverlock import cli
+
 pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)
@@ -55,6 +57,18 @@ def run(*command, status=0):
     )
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    'name', sorted({p.stem for p in TOOLS.glob('*.py')} - {'make_sample_data'})
+)
+def test_main_sets_up_the_process(name, monkeypatch, capsys):
+    """Before it looks at anything."""
+    called = []
+    monkeypatch.setattr(cli, 'set_up', lambda: called.append(name))
+    with pytest.raises(SystemExit):
+        load(name).main(['--help'])
+    assert called == [name]
 
 
 # ------------------------------------------------------------------- runs

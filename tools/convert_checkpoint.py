@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from mmoverlock import checkpoint, cli
-from mmoverlock.models import OverLoCK
+from mmoverlock import cli
+from mmoverlock.checkpoint import read
+from mmoverlock.models import OverLoCK, weights
 
 
 def build_parser():
@@ -50,24 +51,24 @@ def convert(state, backbone_only):
         tuple[dict, bool]: Weights by name, and whether those are the names of
         the release.
     """
-    released = checkpoint.is_release(state)
+    released = weights.is_release(state)
     if backbone_only and released:
-        heads = checkpoint.HEADS
+        heads = weights.HEADS
         return {
             k: v for k, v in state.items() if not k.startswith(heads)
         }, True
     if backbone_only:
-        return checkpoint.take(state, 'backbone.'), True
+        return weights.take(state, 'backbone.'), True
     if released:
-        return checkpoint.add_prefixes(state), False
+        return weights.add_prefixes(state), False
     other = [k for k in state if not k.startswith(('backbone.', 'head.'))]
     if other:
         raise cli.UserError(
             f'there is no other form of SRC, which has '
-            f'{checkpoint.outline(other)}: released detectors and segmenters '
+            f'{weights.outline(other)}: released detectors and segmenters '
             "have OpenMMLab's names; --backbone-only writes their backbone"
         )
-    return checkpoint.remove_prefixes(state), True
+    return weights.remove_prefixes(state), True
 
 
 def save(contents, path):
@@ -84,6 +85,7 @@ def save(contents, path):
 
 
 def main(argv=None):
+    cli.set_up()
     args = build_parser().parse_args(argv)
     with cli.user_errors('convert_checkpoint.py'):
         dst = Path(args.dst)
@@ -91,19 +93,18 @@ def main(argv=None):
             raise cli.UserError(f'DST must end in .pth, not {dst}')
         if dst.exists() and not args.overwrite:
             raise cli.UserError(f'{dst} exists; --overwrite replaces it')
-        contents = checkpoint.read(args.src)
+        contents = read(args.src)
         state = contents.pop('state_dict')
-        arch = checkpoint.arch_of(state, OverLoCK.arch_zoo)
+        arch = weights.arch_of(state, OverLoCK.arch_zoo)
         if arch is None:
             raise cli.UserError(
-                f'{args.src} has no OverLoCK, but '
-                f'{checkpoint.outline([*state])}'
+                f'{args.src} has no OverLoCK, but {weights.outline([*state])}'
             )
         converted, released = convert(state, args.backbone_only)
         if args.reparam:
-            converted = checkpoint.merge(converted)
+            converted = weights.merge(converted)
         save(converted if released else {'state_dict': converted}, dst)
-    heads = any(name.startswith(checkpoint.HEADS) for name in converted)
+    heads = any(name.startswith(weights.HEADS) for name in converted)
     print(
         f'{dst}: OverLoCK {arch}, {"classifier" if heads else "backbone"}, '
         f'{len(converted)} tensors, with the names of '

@@ -333,6 +333,7 @@ def check(args, cfg):
 
 
 def main(argv=None):
+    cli.set_up()
     logging.getLogger('onnx_ir').setLevel(logging.ERROR)
     logging.getLogger('onnxscript').setLevel(logging.ERROR)
     with cli.user_errors('export.py'):

@@ -142,6 +142,7 @@ def infer(model, scope, image):
 
 
 def main(argv=None):
+    cli.set_up()
     with cli.user_errors('get_flops.py'):
         args = build_parser().parse_args(argv)
         cfg = cli.load_config(args)

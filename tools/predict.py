@@ -287,6 +287,7 @@ def run(args, cfg):
 
 
 def main(argv=None):
+    cli.set_up()
     with cli.user_errors('predict.py'):
         args = build_parser().parse_args(argv)
         cfg = cli.load_config(args)

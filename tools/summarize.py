@@ -144,6 +144,7 @@ def draw_predictions(cfg, checkpoint, path, count, score_thr):
 
 
 def main(argv=None):
+    cli.set_up()
     parser = argparse.ArgumentParser(
         description='Draw the curves and predictions of a trained model.'
     )

@@ -106,6 +106,7 @@ def augment_test_time(cfg):
 
 
 def main(argv=None):
+    cli.set_up()
     with cli.user_errors('test.py'):
         args = build_parser().parse_args(argv)
         cfg = cli.load_config(args)

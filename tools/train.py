@@ -8,9 +8,8 @@ import torch
 from mmengine.device import get_device
 
 from mmoverlock import cli, data
-from mmoverlock.amp import CPUAmpOptimWrapper
-from mmoverlock.curves import CurvesHook
-from mmoverlock.resume import Reseed, latest_checkpoint, save_safely
+from mmoverlock.checkpoint import latest_checkpoint, remove_unfinished
+from mmoverlock.engine import CPUAmpOptimWrapper
 
 LATEST = 'latest'
 
@@ -117,6 +116,7 @@ def mix_precision(cfg):
 
 
 def main(argv=None):
+    cli.set_up()
     with cli.user_errors('train.py'):
         args = build_parser().parse_args(argv)
         cfg = cli.load_config(args)
@@ -124,11 +124,9 @@ def main(argv=None):
         for key, path in cli.start_checkpoints(cfg).items():
             cli.check_file(path, f'{key}: checkpoint')
         data.check_data(cfg, 'train', 'val')
-        save_safely(cfg.work_dir)
+        remove_unfinished(cfg.work_dir)
         with cli.explain_failures(cfg, args.cfg_options):
             runner = cli.build_runner(cfg, cfg.get('resume', False))
-            runner.register_hook(CurvesHook())
-            runner.register_hook(Reseed())
             if args.deterministic:
                 # mmengine stops at operators that cannot be.
                 torch.use_deterministic_algorithms(True, warn_only=True)

@@ -559,6 +559,7 @@ def load_images(model, cfg, args):
 
 
 def main(argv=None):
+    cli.set_up()
     with cli.user_errors('visualize.py'):
         args = build_parser().parse_args(argv)
         cfg = cli.load_config(args)

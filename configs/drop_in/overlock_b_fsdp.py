@@ -1,6 +1,6 @@
 _base_ = '../mask_rcnn/overlock_b_1x.py'
 
-custom_imports = dict(imports=['mmoverlock.models', 'mmoverlock.distributed'])
+custom_imports = dict(imports=['mmoverlock.engine'])
 
 runner_type = 'FlexibleRunner'
 strategy = dict(

@@ -22,6 +22,7 @@ from ..ops.dynamic_conv import resolve_backend
 from .blocks import FocusBlock, RepConvBlock
 from .layers import LayerNorm2d, LayerScale, build_bn
 from .reparam import DilatedReparamConv
+from .weights import load_pretrained
 
 
 @MODELS.register_module()
@@ -379,11 +380,8 @@ class OverLoCK(BaseModule):
         """Initialize as ``init_cfg`` says.
 
         What it names as ``Pretrained`` is loaded by
-        :func:`mmoverlock.checkpoint.load_pretrained`.
+        :func:`mmoverlock.models.weights.load_pretrained`.
         """
-        # That module imports from this package.
-        from ..checkpoint import load_pretrained
-
         init_cfg, done = self.init_cfg, self.is_init
         cfgs = [init_cfg] if isinstance(init_cfg, dict) else init_cfg or []
         files = [cfg for cfg in cfgs if 'Pretrained' in str(cfg['type'])]

@@ -1,6 +1,6 @@
 """Loading weights: what fits, what is said about it, and the released files.
 
-That files are read safely is in test_checkpoint_file.py.
+That files are read safely is in test_reading.py.
 """
 
 import itertools
@@ -15,17 +15,16 @@ from mmengine.model import BaseModel, BaseTTAModel
 from mmengine.runner import CheckpointLoader, Runner
 from torch import nn
 
-from mmoverlock import checkpoint
-from mmoverlock.checkpoint import (
-    CheckpointError,
-    LoadingCheck,
+from mmoverlock.checkpoint import CheckpointError, load_safely
+from mmoverlock.engine import LoadingCheck
+from mmoverlock.models import OverLoCK, weights
+from mmoverlock.models.weights import (
     add_prefixes,
     arch_of,
     load_pretrained,
     merge,
     remove_prefixes,
 )
-from mmoverlock.models import OverLoCK
 
 TINY = dict(
     depths=(1, 1, 1, 1),
@@ -60,10 +59,10 @@ def released(tmp_path_factory):
 
 @pytest.fixture
 def messages(monkeypatch):
-    """What checkpoint.py logs: (level, text)."""
+    """What weights.py logs: (level, text)."""
     logged = []
     monkeypatch.setattr(
-        checkpoint,
+        weights,
         'print_log',
         lambda text, logger, level: logged.append((level, text)),
     )
@@ -135,7 +134,7 @@ def test_classifiers_fit_every_arch(arch, keys, kwargs):
             if not name.startswith('extra_norm.')
         }
         model = OverLoCK(arch, **kwargs)
-    result = checkpoint.Comparison.of(state, model)
+    result = weights.Comparison.of(state, model)
     assert all(name.startswith(OUTPUTS) for name in result.missing)
     assert all(name.startswith(HEADS) for name in result.unexpected)
     assert not result.reshaped
@@ -403,7 +402,7 @@ def safe(monkeypatch):
     monkeypatch.setattr(
         CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes)
     )
-    checkpoint.load_safely()
+    load_safely()
 
 
 NUMBERS = itertools.count()

@@ -9,18 +9,14 @@ calls reparam, are those of ``OverLoCK(deploy=True)``.
 
 import logging
 from collections import OrderedDict
-from pathlib import Path
 from typing import NamedTuple
 
-from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.runner import CheckpointLoader, Runner
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .checkpoint_file import CheckpointError, read
-from .models.reparam import DilatedReparamConv
+from ..checkpoint import CheckpointError, read
+from .reparam import DilatedReparamConv
 
 State = dict[str, Tensor]
 
@@ -30,22 +26,6 @@ OUTPUT_LAYERS = ('extra_norm.', 'h_proj.')
 HEADS = ('head.', 'aux_head.')  # of classifiers
 STEM = 'patch_embed1.0.weight'
 _UNMERGED = 'origin_bn.weight'
-
-
-def load_safely() -> None:
-    """Have mmengine load all checkpoints of this process with :func:`read`.
-
-    Its own loaders run what a pickle asks for. Those of zoos and object
-    stores, such as ``torchvision://``, are closed.
-    """
-
-    def load_from_file_or_url(filename, map_location=None, logger=None):
-        return read(filename)
-
-    for prefix in [*CheckpointLoader._schemes]:
-        CheckpointLoader.register_scheme(
-            prefix, load_from_file_or_url, force=True
-        )
 
 
 def is_release(state: State) -> bool:
@@ -246,7 +226,6 @@ def fit(
     result = Comparison.of(adapted, model)
     names = [*result.missing, *result.reshaped]
     if not result.loaded or not all(n.startswith(optional) for n in names):
-        # Of the OverLoCK in it, whose module imports this one.
         zoos = [m.arch_zoo for m in model.modules() if hasattr(m, 'arch_zoo')]
         zoo = zoos[0] if zoos else {}
         found, arch = arch_of(state, zoo), arch_of(model.state_dict(), zoo)
@@ -296,45 +275,3 @@ def load_pretrained(
     optional = *OUTPUT_LAYERS, *({STEM} & state.keys())
     fitting = fit(state, backbone, checkpoint, optional)
     backbone.load_state_dict(fitting, strict=False)
-
-
-class LoadingCheck(Hook):
-    """Has a runner load what fits its model, or else end with an error.
-
-    mmengine logs what does not fit, and goes on.
-
-    Args:
-        complete (bool): Whether all weights of the model must be in the
-            checkpoint, as for a test; else any will do.
-    """
-
-    priority = 'VERY_HIGH'  # before EMAHook, which loads the weights too
-
-    def __init__(self, complete: bool):
-        self.complete = complete
-
-    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        _forget_foreign_files(checkpoint, runner.work_dir)
-        if not isinstance(runner, Runner):  # the model may be sharded
-            return
-        model = runner.model
-        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-            model = model.module
-        checkpoint['state_dict'] = fit(
-            checkpoint['state_dict'],
-            model,
-            str(runner._load_from or 'the last checkpoint'),
-            optional=() if self.complete else ('',),
-        )
-
-
-def _forget_foreign_files(checkpoint, work_dir):
-    """CheckpointHook deletes the last best one, which a checkpoint names."""
-    hub = checkpoint.get('message_hub', {})
-    for key, path in list(hub.get('runtime_info', {}).items()):
-        if key.startswith('best_ckpt'):
-            path = Path(str(path)).resolve()
-            here = path.parent == Path(work_dir).resolve()
-            if not here or path.suffix != '.pth':
-                del hub['runtime_info'][key]
-                hub['resumed_keys'].pop(key, None)

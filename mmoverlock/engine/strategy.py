@@ -1,43 +1,12 @@
-"""What training in several processes needs beside mmengine's own."""
+"""Training in several processes that share the weights (FSDP)."""
 
 from mmengine._strategy import FSDPStrategy
-from mmengine.dist import all_reduce_params
-from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import FUNCTIONS, STRATEGIES
-from mmengine.runner import IterBasedTrainLoop
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-from .models.blocks import FocusBlock, RepConvBlock
-
-
-class AverageStatistics(Hook):
-    """Averages the running statistics of batch norms over all processes.
-
-    Without SyncBN, every process has those of the images it has seen itself.
-    They become equal at the end of epochs, and where training by iterations
-    stops for a validation. So do those of the averaged weights of `EMAHook`.
-    """
-
-    priority = 'NORMAL'  # after EMAHook, before CheckpointHook
-
-    def after_train_epoch(self, runner) -> None:
-        models = [runner.model]
-        models += [h.ema_model for h in runner.hooks if isinstance(h, EMAHook)]
-        statistics = [
-            buffer
-            for model in models
-            for name, buffer in model.named_buffers()
-            if name.endswith(('running_mean', 'running_var'))
-        ]
-        all_reduce_params(statistics, op='mean')
-
-    def after_train_iter(self, runner, *args, **kwargs) -> None:
-        loop = runner.train_loop
-        if isinstance(loop, IterBasedTrainLoop):
-            if self.every_n_train_iters(runner, loop.val_interval):
-                self.after_train_epoch(runner)
+from ..models.blocks import FocusBlock, RepConvBlock
 
 
 @STRATEGIES.register_module()

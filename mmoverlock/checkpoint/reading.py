@@ -1,0 +1,259 @@
+"""Checkpoint files are data: nothing in them runs.
+
+Reads what ``torch.save`` (1.6 or later) and safetensors write, with
+``torch.load(weights_only=True)`` and no fallback; mmengine itself loads
+unsafely where that fails. What mmengine's checkpoints have beside weights is
+allowed here, and nothing of it can call or import.
+"""
+
+import os
+import re
+import sys
+import zipfile
+from argparse import Namespace
+from collections import OrderedDict
+from pathlib import Path
+from textwrap import shorten
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+from mmengine.dist import barrier
+from mmengine.logging import HistoryBuffer, print_log
+from mmengine.runner import CheckpointLoader
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says why."""
+
+
+def read(source: str) -> dict:
+    """Read a checkpoint from a file or URL, to the CPU.
+
+    Args:
+        source (str): A file or an http(s) URL. Downloads are kept where torch
+            and mmengine keep theirs, in ``torch.hub.get_dir()``.
+
+    Returns:
+        dict: The weights by name under the key ``'state_dict'``, and what
+        else the file has beside them.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged or no checkpoint, if
+            it asks for more than data, or has no weights or not finite ones.
+        URLError: If the download fails.
+    """
+    path = _fetch(source)
+    hint = f'. Delete {path} to download it again' if '://' in source else ''
+    try:
+        checkpoint = _normalize(_read_file(path))
+    except CheckpointError as error:
+        raise CheckpointError(f'{source} {error}{hint}') from error
+    except OSError as error:
+        raise CheckpointError(f'{source}: {error}') from error
+    except Exception as error:  # damaged bytes can fail in any way
+        reason = shorten(f'{type(error).__name__}: {error}', 200)
+        raise CheckpointError(
+            f'{source} is truncated or damaged ({reason}){hint}'
+        ) from error
+    return checkpoint
+
+
+def load_safely() -> None:
+    """Have mmengine load all checkpoints of this process with :func:`read`.
+
+    Its own loaders run what a pickle asks for. Those of zoos and object
+    stores, such as ``torchvision://``, are closed.
+    """
+
+    def load_from_file_or_url(filename, map_location=None, logger=None):
+        return read(filename)
+
+    for prefix in [*CheckpointLoader._schemes]:
+        CheckpointLoader.register_scheme(
+            prefix, load_from_file_or_url, force=True
+        )
+
+
+def latest_checkpoint(work_dir: str) -> str | None:
+    """Find what to resume from.
+
+    Args:
+        work_dir (str): Folder of a run.
+
+    Returns:
+        str | None: The newest whole checkpoint; None if there is none at all.
+
+    Raises:
+        CheckpointError: If there were checkpoints, but none is left whole.
+    """
+    folder = Path(work_dir)
+    files = {*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')}
+    last = folder / 'last_checkpoint'  # may name a file elsewhere
+    if last.exists() and last.read_text().strip():
+        files.add(Path(last.read_text().strip()))
+    problems = [
+        f'{file} does not exist' for file in files if not file.exists()
+    ]
+    files = [file for file in files if file.exists()]
+    for file in sorted(files, key=os.path.getmtime, reverse=True):
+        try:
+            read(str(file))
+        except CheckpointError as error:
+            problems.append(str(error))
+            print_log(f'not resumed from: {error}')
+        else:
+            return str(file)
+    if problems:
+        raise CheckpointError(
+            f'{folder} has no whole checkpoint to resume from: '
+            + '; '.join(problems)
+        )
+    return None
+
+
+def _fetch(source):
+    source = os.path.expanduser(source)
+    if '://' not in source:
+        return source
+    if not source.startswith(('http://', 'https://')):
+        raise CheckpointError(
+            f'{source} is not loaded: give a file or an http(s) URL'
+        )
+    name = os.path.basename(urlparse(source).path)
+    path = Path(torch.hub.get_dir(), 'checkpoints', name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first = os.environ.get('LOCAL_RANK', '0') == '0'  # of this machine
+    if not first:
+        barrier()
+    if not path.exists():
+        progress = sys.stderr.isatty()
+        torch.hub.download_url_to_file(source, str(path), progress=progress)
+    if first:
+        barrier()
+    return str(path)
+
+
+def _read_file(path):
+    with open(path, 'rb') as file:
+        head = file.read(4)
+    if head == b'PK\3\4':
+        return _read_zip(path)
+    if path.endswith('.safetensors'):
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    raise CheckpointError(
+        f'is no checkpoint: it starts with {head}, unlike what torch.save '
+        'has written since torch 1.6'
+        if head
+        else 'is empty'
+    )
+
+
+def _read_zip(path):
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if any(name.endswith('/constants.pkl') for name in names):
+            raise CheckpointError('is a TorchScript program, no checkpoint')
+        if not any(name.endswith('/data.pkl') for name in names):
+            raise CheckpointError('is a zip file, but no checkpoint')
+        damaged = archive.testzip()  # torch.load looks at no checksums
+        if damaged:
+            raise ValueError(f'wrong checksum of {damaged}')
+    with safe_globals(_SAFE_GLOBALS):
+        foreign = get_unsafe_globals_in_checkpoint(path)
+        if foreign:
+            raise CheckpointError(
+                f'is refused: it asks for {", ".join(sorted(foreign))}, which '
+                'is no data and could run code'
+            )
+        return torch.load(path, 'cpu', weights_only=True)
+
+
+def _normalize(checkpoint):
+    """Bring what a file holds into mmengine's form, and check the weights."""
+    checkpoint = dict(checkpoint)
+    if 'state_dict' not in checkpoint:
+        weights = checkpoint.pop('model', checkpoint)
+        rest = {} if weights is checkpoint else checkpoint
+        checkpoint = {**rest, 'state_dict': weights}
+    if 'meta' in checkpoint:
+        # Runner.resume runs the config that mmcv put there.
+        meta = {k: v for k, v in checkpoint['meta'].items() if k != 'config'}
+        checkpoint['meta'] = meta
+    state = checkpoint['state_dict']
+    weights = OrderedDict(
+        (name.removeprefix('module.'), value)
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    )
+    if not weights:
+        keys = ', '.join([*state][:5]) or 'nothing'
+        raise CheckpointError(f'has no weights, but {keys}')
+    for name, weight in weights.items():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise CheckpointError(
+                f'has NaN or infinite values in {name}; an earlier checkpoint '
+                'of the training may not'
+            )
+    weights._metadata = getattr(state, '_metadata', OrderedDict())
+    checkpoint['state_dict'] = weights
+    return checkpoint
+
+
+# --------------------------------------------- what checkpoints may ask for
+
+
+class _History(HistoryBuffer):
+    """Made with its own methods, not with those that a pickle asks for."""
+
+    def __setstate__(self, state):
+        self.__class__ = HistoryBuffer
+        self.__init__(
+            state['_log_history'], state['_count_history'], state['max_length']
+        )
+
+
+def _getattr(owner, name):
+    """Asked for by the methods of a HistoryBuffer."""
+
+
+def _dtype(code, *_):
+    # Others have fields, or objects in place of bytes. A copy could be given
+    # such.
+    if not re.fullmatch('b1|[iu][1248]|f[248]', code):
+        raise ValueError(f'dtype {code}')
+    return np.dtype(code)
+
+
+def _array(*_):
+    return np.empty(0)
+
+
+def _scalar(dtype, data):
+    return np.frombuffer(data, dtype)[0]
+
+
+# With the names that pickles have for them. Without a dot, a name is out of
+# reach: instances may be filled, but not made by calling the type.
+_SAFE_GLOBALS = [
+    (_History, 'mmengine.logging.history_buffer.HistoryBuffer'),
+    (_getattr, 'builtins.getattr'),
+    (_dtype, 'numpy.dtype'),
+    (_array, 'numpy.ndarray'),
+    (np.ndarray, 'ndarray'),
+    Namespace,
+    bytes,
+]
+for _module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
+    _SAFE_GLOBALS += [
+        (_array, f'{_module}._reconstruct'),
+        (_scalar, f'{_module}.scalar'),
+    ]
+for _code in ('b1', *(f'{kind}{n}' for kind in 'iu' for n in (1, 2, 4, 8))):
+    _SAFE_GLOBALS.append((type(np.dtype(_code)), _code))
+for _code in ('f2', 'f4', 'f8'):
+    _SAFE_GLOBALS.append((type(np.dtype(_code)), _code))
