@@ -12,8 +12,8 @@ product, ``y`` and its sums of squares by the convolution, and the second
 product scales what it loads. Backward it is kept as ``h`` and ``y``; the
 gradient of ``y s + beta`` is written once by a product that also sums it and
 its product with ``y``, which is all that the norm needs, and the convolution's
-gradient turns it into that of ``y`` while loading. Products without a scale are those
-of PyTorch.
+gradient turns it into that of ``y`` while loading. Products without a scale
+are those of PyTorch.
 """
 
 import torch

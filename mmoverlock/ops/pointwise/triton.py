@@ -2,7 +2,8 @@
 
 Maps are (B, H * W, C) in memory (channels_last). What comes before or behind
 a product and would be a pass over a map by itself is done where values are
-loaded or stored: a scale per image and channel, sums over an image. Tiles of pixels do not cross images.
+loaded or stored: a scale per image and channel, sums over an image. Tiles of
+pixels do not cross images.
 
 These products are bound by memory in the network's first two stages: every
 map is read or written once.
@@ -326,7 +327,7 @@ def weight_grad(
     grad_weight = torch.empty_like(weight)
     grad_bias = None if bias is None else torch.empty_like(bias)
     with torch.cuda.device_of(x):
-        _weight_grad_kernel[splits, *blocks](
+        _weight_grad_kernel[(splits, *blocks)](
             grad,
             x,
             scale,

@@ -103,8 +103,9 @@ def _statistics_kernel(
     """Number of values, mean and sum of squared deviations from it.
 
     Of every channel of every branch; x (B, H, W, C), taps (all taps, C), y
-    (B, H, W, C), the output of the first branch, parts (splits, branches, 3, C); grid (splits, blocks of channels). Every lane
-    sums differences from the first value that it saw.
+    (B, H, W, C), the output of the first branch, parts (splits, branches, 3,
+    C); grid (splits, blocks of channels). Every lane sums differences from the
+    first value that it saw.
     """
     split = tl.program_id(0)
     channel = tl.program_id(1) * LANES[1] + tl.arange(0, LANES[1])[None]
@@ -399,8 +400,8 @@ def _branch_grads_kernel(
     """``p g - q y - o`` for every branch.
 
     x, y (of the first branch) and grad (B, H, W, C), taps (all taps, C),
-    scales (C, ) each, statistics (branches, 3, C), sums (branches + 1, C), out (branches, B, H, W, C); grid
-    (tiles, blocks of channels).
+    scales (C, ) each, statistics (branches, 3, C), sums (branches + 1, C), out
+    (branches, B, H, W, C); grid (tiles, blocks of channels).
     """
     row, col, channel, o_tile = tile_of(
         tl.program_id(0), channels, height, width, T, LANES
