@@ -44,7 +44,7 @@ def scaled_residual(
         ('y', y, x.shape),
         ('weight', weight, (x.shape[1], 1, 1, 1)),
         ('bias', bias, (x.shape[1],)),
-        ('keep', keep, (len(x),)),
+        ('keep', keep, (x.shape[0],)),
     ):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(

@@ -491,10 +491,12 @@ def backward(
 
 
 def _empty_outputs(x, weight1):
-    size = 2 * x.shape[1] + len(weight1)
+    # Not len(x), which would make a graph for every batch size.
+    batch, channels = x.shape[:2]
+    size = 2 * channels + weight1.shape[0]
     return (
         torch.empty_like(x),
-        x.new_empty(len(x), size, dtype=torch.float32),
+        x.new_empty(batch, size, dtype=torch.float32),
     )
 
 
