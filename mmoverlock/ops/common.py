@@ -1,6 +1,6 @@
 """What operators on maps have in common."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -75,3 +75,58 @@ def cast_as_convolutions(x: Tensor) -> Tensor:
 def channels_last(x: Tensor) -> Tensor:
     """The map with its channels next to each other in memory."""
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def custom_op(name: str, mutates_args=(), differentiable: bool = True):
+    """Make an operator of PyTorch of a function, as torch.library.custom_op.
+
+    That checks at every call whether results share memory with arguments,
+    which takes longer than launching a kernel does; this does not check.
+
+    Args:
+        name (str): With its namespace.
+        mutates_args (Iterable[str]): Arguments that are written to. Defaults
+            to none.
+        differentiable (bool): Whether a gradient will be registered. Defaults
+            to True; a gradient through the others is an error.
+    """
+
+    def register(function):
+        schema = torch.library.infer_schema(
+            function, mutates_args=mutates_args
+        )
+        torch.library.define(name, schema)
+        torch.library.impl(name, 'default', function)
+        operator = Operator(name)
+        if not differentiable:
+            operator.register_autograd(partial(_refuse, name))
+        return operator
+
+    return register
+
+
+def _refuse(name, *_):
+    raise NotImplementedError(
+        f"{name} has no gradient: take the backend 'reference' (of ContMix: "
+        "'tiled') where gradients of gradients are needed"
+    )
+
+
+class Operator:
+    """An operator, and what else is registered for it."""
+
+    def __init__(self, name: str):
+        self.name = name
+        namespace, name = name.split('::')
+        self.run = getattr(getattr(torch.ops, namespace), name).default
+
+    def __call__(self, *args):
+        return self.run(*args)
+
+    def register_fake(self, function):
+        return torch.library.register_fake(self.name, function)
+
+    def register_autograd(self, backward, setup_context=None):
+        torch.library.register_autograd(
+            self.name, backward, setup_context=setup_context
+        )

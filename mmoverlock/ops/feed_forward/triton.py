@@ -20,10 +20,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
 from .. import partial_sums
-from ..common import channels_last
+from ..common import channels_last, custom_op
 from ..pointwise.triton import product, weight_grad
 from ..residual_conv import triton as conv
 
@@ -135,7 +134,7 @@ def _weight_grad(grad, x, weight):
     return out.view(weight.shape)
 
 
-@custom_op('mmoverlock::feed_forward', mutates_args=())
+@custom_op('mmoverlock::feed_forward')
 def feed_forward(
     x: Tensor,
     weight1: Tensor,
@@ -204,7 +203,7 @@ def _(
     return _empty_outputs(x, weight1, weight2)
 
 
-@custom_op('mmoverlock::feed_forward_backward', mutates_args=())
+@custom_op('mmoverlock::feed_forward_backward', differentiable=False)
 def _feed_forward_backward(
     grad: Tensor,
     x: Tensor,
@@ -288,10 +287,13 @@ def _(grad, x, h, y, norm, scale, *parameters_and_residual):
 
 def _save(ctx, inputs, output):
     x, *parameters, ctx.residual = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, *output[1:], *parameters)
 
 
 def _differentiate(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 10
     grads = _feed_forward_backward(grad, *ctx.saved_tensors, ctx.residual)
     return *grads, None
 

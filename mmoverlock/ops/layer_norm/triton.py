@@ -11,10 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
 from .. import partial_sums
-from ..common import channels_last
+from ..common import channels_last, custom_op
 
 VALUES = 16  # of a thread, at least
 WARPS = 4
@@ -166,7 +165,7 @@ def backward(
     return grad_x, partial
 
 
-@custom_op('mmoverlock::layer_norm', mutates_args=())
+@custom_op('mmoverlock::layer_norm')
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     partial_sums.check_device(x)
     x = channels_last(x)
@@ -180,7 +179,7 @@ def _(x, weight, bias, eps):
     return torch.empty_like(channels_last(x))
 
 
-@custom_op('mmoverlock::layer_norm_backward', mutates_args=())
+@custom_op('mmoverlock::layer_norm_backward', differentiable=False)
 def _layer_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

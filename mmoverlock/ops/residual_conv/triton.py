@@ -27,10 +27,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
 from .. import partial_sums
-from ..common import channels_last
+from ..common import channels_last, custom_op
 
 # Arguments that come in too many values to compile for kinds of them.
 SIZES = ('height', 'width', 'rows', 'strips')
@@ -529,7 +528,7 @@ def backward(
     return grad_x, partial
 
 
-@custom_op('mmoverlock::residual_conv', mutates_args=())
+@custom_op('mmoverlock::residual_conv')
 def _residual_conv(
     x: Tensor,
     weight: Tensor,
@@ -561,7 +560,7 @@ def _empty_outputs(x, weight, bias, gelu, residual, squares):
     return torch.empty_like(x), x.new_zeros(shape, dtype=torch.float32)
 
 
-@custom_op('mmoverlock::residual_conv_backward', mutates_args=())
+@custom_op('mmoverlock::residual_conv_backward', differentiable=False)
 def _residual_conv_backward(
     grad: Tensor,
     x: Tensor,

@@ -8,10 +8,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
 from .. import partial_sums, tiles
-from ..common import channels_last
+from ..common import channels_last, custom_op
 
 SIZES = ('count', 'positions', 'splits')
 
@@ -189,7 +188,7 @@ def _contiguous(*tensors):
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-@custom_op('mmoverlock::scaled_residual', mutates_args=())
+@custom_op('mmoverlock::scaled_residual')
 def _scaled_residual(
     x: Tensor,
     y: Tensor,
@@ -209,7 +208,7 @@ def _(x, y, weight, bias, keep):
     return torch.empty_like(channels_last(x))
 
 
-@custom_op('mmoverlock::scaled_residual_backward', mutates_args=())
+@custom_op('mmoverlock::scaled_residual_backward', differentiable=False)
 def _scaled_residual_backward(
     grad: Tensor,
     x: Tensor,

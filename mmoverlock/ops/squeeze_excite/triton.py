@@ -19,10 +19,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
 from .. import partial_sums, tiles
-from ..common import channels_last
+from ..common import channels_last, custom_op
 from ..pointwise.triton import PRECISION
 from ..residual_conv.triton import _gelu, _gelu_slope
 
@@ -500,7 +499,7 @@ def _empty_outputs(x, weight1):
     )
 
 
-@custom_op('mmoverlock::squeeze_excite', mutates_args=())
+@custom_op('mmoverlock::squeeze_excite')
 def _squeeze_excite(
     x: Tensor,
     weight1: Tensor,
@@ -525,7 +524,7 @@ def _(x, weight1, bias1, weight2, bias2, gate):
     return _empty_outputs(channels_last(x), weight1)
 
 
-@custom_op('mmoverlock::squeeze_excite_backward', mutates_args=())
+@custom_op('mmoverlock::squeeze_excite_backward', differentiable=False)
 def _squeeze_excite_backward(
     grad: Tensor,
     x: Tensor,

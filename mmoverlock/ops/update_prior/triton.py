@@ -7,10 +7,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
 from .. import partial_sums, tiles
-from ..common import channels_last
+from ..common import channels_last, custom_op
 
 SIZES = ('count', 'splits')
 
@@ -186,7 +185,7 @@ def backward(
     return grad_z, grad_initial, partial
 
 
-@custom_op('mmoverlock::update_prior', mutates_args=())
+@custom_op('mmoverlock::update_prior')
 def _update_prior(
     z: Tensor,
     initial: Tensor,
@@ -214,7 +213,7 @@ def _(z, initial, weight, bias, initial_weight, initial_bias):
     return torch.empty_like(channels_last(z))
 
 
-@custom_op('mmoverlock::update_prior_backward', mutates_args=())
+@custom_op('mmoverlock::update_prior_backward', differentiable=False)
 def _update_prior_backward(
     grad: Tensor,
     z: Tensor,

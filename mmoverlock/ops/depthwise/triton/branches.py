@@ -38,8 +38,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
-from torch.library import custom_op
 
+from ...common import custom_op
 from .common import (
     SIZES,
     Layout,
@@ -787,7 +787,7 @@ def _backward(
     return grad_x, norm_grads, grads
 
 
-@custom_op('mmoverlock::sum_of_branches', mutates_args=())
+@custom_op('mmoverlock::sum_of_branches')
 def _sum_of_branches(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -811,7 +811,7 @@ def _(x, weights, scales, shifts, dilations, eps):
     )
 
 
-@custom_op('mmoverlock::sum_of_branches_backward', mutates_args=())
+@custom_op('mmoverlock::sum_of_branches_backward', differentiable=False)
 def _sum_of_branches_grads(
     grad: Tensor,
     x: Tensor,
@@ -842,6 +842,7 @@ def _(grad, x, first, taps, statistics, weights, scales, dilations, eps):
 def _setup(ctx, inputs, output):
     x, weights, scales, _, ctx.dilations, ctx.eps = inputs
     ctx.count = len(weights)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, *output[:0:-1], *weights, *scales)
 
 
@@ -855,6 +856,8 @@ def _saved(ctx, grad):
 
 
 def _differentiate(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 6
     grad_x, norm_grads, *grads = _sum_of_branches_grads(*_saved(ctx, grad))
     scales, shifts = norm_grads
     return grad_x, grads, [*scales], [*shifts], None, None

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
+from ...common import custom_op
 from .common import (
     SIZES,
     Layout,
@@ -208,7 +208,7 @@ def num_splits(items: int, others: int, programs: int) -> int:
     return max(1, min(items, triton.cdiv(programs, others)))
 
 
-@custom_op('mmoverlock::depthwise_conv2d', mutates_args=())
+@custom_op('mmoverlock::depthwise_conv2d')
 def _conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int
 ) -> Tensor:
@@ -227,7 +227,7 @@ def _(x, weight, bias, dilation):
     return torch.empty_like(x)
 
 
-@custom_op('mmoverlock::depthwise_conv2d_backward', mutates_args=())
+@custom_op('mmoverlock::depthwise_conv2d_backward', differentiable=False)
 def _conv2d_grads(
     grad: Tensor, x: Tensor, weight: Tensor, dilation: int, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...common import custom_op
 from . import classes, filters, windows
 from .common import INTERPRET
 
@@ -163,7 +164,7 @@ def _ctype(dtype):
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-@torch.library.custom_op('mmoverlock::contmix', mutates_args=())
+@custom_op('mmoverlock::contmix')
 def _mix(
     query: Tensor,
     key: Tensor,
@@ -285,7 +286,7 @@ def _empty_outputs(query, key, weight, bias, small, large, value, scale):
     return torch.empty_like(value), lse, b_filters, dense
 
 
-@torch.library.custom_op('mmoverlock::contmix_backward', mutates_args=())
+@custom_op('mmoverlock::contmix_backward', differentiable=False)
 def _mix_backward(
     grad: Tensor,
     query: Tensor,
