@@ -1,22 +1,101 @@
 """Compiles what code launches for a GPU that is not there.
 
 ``python tests/compile_launches.py [CAPABILITY]`` prints what the kernels of
-passes over maps take. The interpreter must be off.
+operators take. The interpreter must be off.
 """
 
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import triton
-from compile_depthwise import compile_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
+from mmoverlock.models.reparam import BRANCHES
 from mmoverlock.ops import partial_sums
+from mmoverlock.ops.depthwise.triton import branches as sums
+from mmoverlock.ops.feed_forward import triton as feed_forward
 from mmoverlock.ops.layer_norm import triton as layer_norm
 from mmoverlock.ops.residual_conv import triton as residual_conv
 from mmoverlock.ops.scaled_residual import triton as scaled_residual
 from mmoverlock.ops.squeeze_excite import triton as squeeze_excite
 from mmoverlock.ops.update_prior import triton as update_prior
+
+CUOBJDUMP = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
+TYPES = {
+    torch.float32: '*fp32',
+    torch.float16: '*fp16',
+    torch.bfloat16: '*bf16',
+    torch.float64: '*fp64',
+    torch.int64: '*i64',
+}
+
+
+def compile_kernel(kernel, capability, args, constants, options=None):
+    """Compile as a launch with such arguments would.
+
+    Args:
+        kernel (JITFunction): Of Triton.
+        capability (int): Such as 90.
+        args (Sequence): A dtype for a pointer, None, numbers, and tuples of
+            numbers.
+        constants (dict): Arguments by name that are constant.
+        options (dict, optional): Such as the number of warps.
+
+    Returns:
+        dict: Numbers of registers, and bytes spilled and shared.
+    """
+    signature, attributes, constants = {}, {}, dict(constants)
+
+    def describe(value, path):
+        if isinstance(value, tuple):
+            return tuple(describe(v, (*path, i)) for i, v in enumerate(value))
+        if value is None or value == 1:
+            constants[path] = value
+            return 'constexpr'
+        if isinstance(value, float):
+            return 'fp32'
+        if isinstance(value, torch.dtype) or value % 16 == 0:
+            attributes[path] = [['tt.divisibility', 16]]
+        return TYPES.get(value, 'i32')
+
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = 'constexpr'
+        elif kernel.params[i].do_not_specialize:
+            signature[name] = 'i32'
+        else:
+            signature[name] = describe(args[i], (i,))
+    source = ASTSource(kernel, signature, constants, attributes)
+    target = GPUTarget('cuda', capability, 32)
+    binary = triton.compile(source, target=target, options=options)
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(binary.asm['cubin'])
+        file.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, '-res-usage', file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    registers, stack = re.search(r'REG:(\d+) STACK:(\d+)', usage).groups()
+    return dict(
+        registers=int(registers),
+        spills=int(stack),
+        shared=binary.metadata.shared,
+    )
+
+
+def _types(argument):
+    """Dtypes in place of tensors."""
+    if isinstance(argument, tuple):
+        return tuple(map(_types, argument))
+    return argument.dtype if isinstance(argument, torch.Tensor) else argument
 
 
 def compile_launches(run, capability):
@@ -33,7 +112,7 @@ def compile_launches(run, capability):
 
     def compile_launch(kernel, *args, grid, warmup, **kwargs):
         constants = {n: kwargs.pop(n) for n in kernel.arg_names if n in kwargs}
-        args = [a.dtype if isinstance(a, torch.Tensor) else a for a in args]
+        args = [_types(argument) for argument in args]
         use = compile_kernel(kernel, capability, args, constants, kwargs)
         uses.append((kernel.__name__, use))
 
@@ -95,11 +174,81 @@ def compile_fused_passes(capability, dtype, channels):
     return compile_launches(run, capability)
 
 
+def compile_branches(capability, dtype, branches, channels, height=56):
+    """Compile what a convolution with its companions takes.
+
+    Args:
+        capability, dtype, channels: As above.
+        branches (Sequence[tuple]): Size and dilation of each.
+        height (int): Of the map, by which tiles are chosen. Defaults to 56.
+    """
+
+    def run():
+        x = _empty_map(2, channels, height, height, dtype=dtype)
+        weights = [torch.empty(channels, 1, k, k) for k, _ in branches]
+        norms = [torch.empty(channels) for _ in branches]
+        dilations = [dilation for _, dilation in branches]
+        eps = [1e-5] * len(branches)
+        _, statistics, taps, first = sums._forward(
+            x, weights, norms, norms, dilations, eps
+        )
+        sums._backward(
+            x, x, first, taps, statistics, weights, norms, dilations, eps
+        )
+        batches = [torch.empty((), dtype=torch.int64) for _ in branches]
+        momenta = [0.1] * len(branches)
+        sums._move_running_statistics(
+            statistics, norms, norms, batches, momenta
+        )
+
+    return compile_launches(run, capability)
+
+
+def compile_feed_forward(capability, dtype, channels):
+    """Compile what the network behind a 1x1 convolution takes."""
+
+    def run():
+        x = _empty_map(2, channels, 8, 9, dtype=dtype)
+        hidden = 4 * channels
+        vector = torch.empty(hidden)
+        parameters = (
+            torch.empty(hidden, channels, 1, 1),
+            vector,
+            torch.empty(hidden, 1, 3, 3),
+            vector,
+            torch.empty(1, hidden, 1, 1),
+            torch.empty(1, hidden, 1, 1),
+            torch.empty(channels, hidden, 1, 1),
+            torch.empty(channels),
+            True,
+        )
+        out, *saved = feed_forward.feed_forward(x, *parameters)
+        feed_forward._feed_forward_backward(out, x, *saved, *parameters)
+
+    return compile_launches(run, capability)
+
+
 if __name__ == '__main__':
     capability = int(sys.argv[1]) if len(sys.argv) > 1 else 90
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for channels in (64, 384, 1024):
             print(capability, dtype, channels, flush=True)
-            for compile_all in (compile_passes, compile_fused_passes):
+            for compile_all in (
+                compile_passes,
+                compile_fused_passes,
+                compile_feed_forward,
+            ):
                 for name, use in compile_all(capability, dtype, channels):
                     print(f'    {name:22}', use, flush=True)
+        for size, channels, height in (
+            (17, 64, 56),
+            (15, 128, 28),
+            (13, 256, 14),
+            (7, 512, 7),
+        ):
+            branches = ((size, 1), *BRANCHES[size])
+            print(capability, dtype, size, flush=True)
+            for name, use in compile_branches(
+                capability, dtype, branches, channels, height
+            ):
+                print(f'    {name:22}', use, flush=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_contmix import call, differentiate, draw
 
-from mmoverlock.ops.dynamic_conv import resolve_backend
+from mmoverlock.ops import check_backend
 
 triton = pytest.importorskip('triton', '3.6')
 tl = pytest.importorskip('triton.language')
@@ -256,14 +256,13 @@ def test_ops_do_not_need_triton():
 def test_missing_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, 'triton', None)
     with pytest.raises(ImportError, match='needs triton 3.6 or later.*cannot'):
-        resolve_backend('triton')
-    assert resolve_backend('auto') == 'tiled'
+        check_backend('triton')
 
 
 def test_old_triton(monkeypatch):
     monkeypatch.setattr(triton, '__version__', '3.5.1')
     with pytest.raises(ImportError, match='this is triton 3.5.1 with torch'):
-        resolve_backend('triton')
+        check_backend('triton')
 
 
 def test_cpu(monkeypatch):

@@ -343,18 +343,19 @@ else:
 """)
 
 
-@pytest.mark.parametrize('capability, layout', [(80, 'NCHW'), (90, 'NHWC')])
-def test_kernels_compile_without_spills(capability, layout, tmp_path):
+@pytest.mark.parametrize('capability', [80, 90])
+def test_kernels_compile_without_spills(capability, tmp_path):
     """A small convolution: the others take minutes. See the module."""
     out = python(
         'import json, torch\n'
-        'from compile_depthwise import compile_all\n'
-        f'uses = compile_all({capability}, ((5, 1), (3, 2)), 7, {layout!r}, '
-        'torch.bfloat16)\n'
+        'from compile_launches import compile_branches, compile_feed_forward\n'
+        f'where = {capability}, torch.bfloat16\n'
+        'uses = compile_branches(*where, ((5, 1), (3, 2)), 64)\n'
+        'uses += compile_feed_forward(*where, 64)\n'
         'print(json.dumps(uses))',
         TRITON_CACHE_DIR=str(tmp_path),
     )
     uses = json.loads(out.splitlines()[-1])
-    assert len(uses) == 4
-    for name, use in uses.items():
+    assert len({name for name, _ in uses}) == 19
+    for name, use in uses:
         assert use['spills'] == 0, (name, use)

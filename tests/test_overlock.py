@@ -314,7 +314,7 @@ def test_contmix_backend():
     for backend in ('reference', 'tiled', 'auto'):
         model = tiny(contmix_backend=backend)
         blocks = [m for m in model.modules() if isinstance(m, FocusBlock)]
-        assert [block.backend for block in blocks] == [backend] * 3
+        assert [block.contmix_backend for block in blocks] == [backend] * 3
 
 
 def test_layer_depths():

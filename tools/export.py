@@ -80,7 +80,7 @@ def make_exportable(model, dynamic):
     """Replace modules of a fused model by equal ones for exporters."""
     for module in [*model.modules()]:
         if dynamic and isinstance(module, FocusBlock):
-            module.backend = 'reference'  # for maps of any size
+            module.contmix_backend = 'reference'  # for maps of any size
         for name, child in module.named_children():
             if isinstance(child, PointwiseConv):
                 setattr(module, name, PlainConv(child))

@@ -68,7 +68,7 @@ class RepConvBlock(nn.Module):
         norm_cfg (dict): See :func:`mmoverlock.models.layers.build_bn`.
         deploy (bool): Whether to build the merged form.
         depthwise_backend (str): See
-            :func:`mmoverlock.ops.check_depthwise_backend`. Defaults to
+            :func:`mmoverlock.ops.backends.check_backend`. Defaults to
             'auto'.
     """
 
@@ -122,9 +122,10 @@ class FocusBlock(nn.Module):
         norm_cfg (dict): See :func:`mmoverlock.models.layers.build_bn`.
         deploy (bool): Whether to build the merged form.
         depthwise_backend (str): See
-            :func:`mmoverlock.ops.check_depthwise_backend`. Defaults to
+            :func:`mmoverlock.ops.backends.check_backend`. Defaults to
             'auto'.
-        backend (str): See :func:`mmoverlock.ops.contmix`.
+        contmix_backend (str): See :func:`mmoverlock.ops.contmix`. Defaults to
+            'auto'.
     """
 
     def __init__(
@@ -139,13 +140,13 @@ class FocusBlock(nn.Module):
         norm_cfg: dict,
         deploy: bool,
         depthwise_backend: str = 'auto',
-        backend: str,
+        contmix_backend: str = 'auto',
     ):
         super().__init__()
         self.splits = (channels, prior_channels)
         self.first = first
         self.kernel_size = kernel_size
-        self.backend = backend
+        self.contmix_backend = contmix_backend
         total = channels + prior_channels
         groups = 2 * heads
         self.scale = (channels / groups) ** -0.5
@@ -282,6 +283,6 @@ class FocusBlock(nn.Module):
             self.weight_proj.weight.flatten(1),
             self.weight_proj.bias,
             (self.rpb1, self.rpb2),
-            self.backend,
+            self.contmix_backend,
             self.scale,
         )

@@ -7,18 +7,19 @@ are those of the released weights; names in prose are the paper's.
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import check_depthwise_backend
-from ..ops.dynamic_conv import resolve_backend
+from ..ops import check_backend, is_compiling, why_not_triton
+from ..ops.dynamic_conv import BACKENDS
 from .blocks import FocusBlock, RepConvBlock
 from .layers import LayerNorm2d, LayerScale, build_bn
 from .reparam import DilatedReparamConv
@@ -90,8 +91,7 @@ class OverLoCK(BaseModule):
         contmix_backend (str): See :func:`mmoverlock.ops.contmix`. Defaults to
             'auto'.
         depthwise_backend (str): Of the large depthwise convolutions, see
-            :func:`mmoverlock.ops.check_depthwise_backend`. Defaults to
-            'auto'.
+            :func:`mmoverlock.ops.backends.check_backend`. Defaults to 'auto'.
         init_cfg (dict, optional): See :class:`mmengine.model.BaseModule`.
 
     Raises:
@@ -222,8 +222,8 @@ class OverLoCK(BaseModule):
                 'drop_path_rate must be a number in [0, 1), '
                 f'got {drop_path_rate!r}'
             )
-        resolve_backend(contmix_backend)
-        check_depthwise_backend(depthwise_backend)
+        check_backend(contmix_backend, ('auto', *BACKENDS))
+        check_backend(depthwise_backend)
         norm_cfg = norm_cfg or dict(type='BN')
         if not isinstance(norm_cfg, dict):
             raise ValueError(
@@ -274,7 +274,7 @@ class OverLoCK(BaseModule):
                     drop_path=next(drop_path),
                     norm_cfg=norm_cfg,
                     deploy=deploy,
-                    backend=contmix_backend,
+                    contmix_backend=contmix_backend,
                     depthwise_backend=depthwise_backend,
                 )
                 for i in range(self.depths[stage + 2])
@@ -434,6 +434,8 @@ class OverLoCK(BaseModule):
                 numbers, or too small for batch norms to be trained on.
         """
         self._check_input(x)
+        if not is_compiling():
+            _say_backend(x.device)
         # The layout in which depthwise convolutions and norms are fast.
         x = x.contiguous(memory_format=torch.channels_last)
         maps = self.base_net(x)
@@ -602,6 +604,14 @@ class StridedConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.pad(x, (0, 1)) if x.shape[3] == 1 else x)
+
+
+@lru_cache
+def _say_backend(device):
+    reason = why_not_triton(device)
+    form = 'kernels of Triton' if reason is None else 'plain PyTorch'
+    why = '' if reason is None else f': {reason}'
+    print_log(f'OverLoCK on {device} runs {form}{why}', logger='current')
 
 
 def _are_ints(values, lengths, low, high=math.inf):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, distributed, nn
 
-from ..ops import Branch, depthwise_conv2d, sum_of_branches
+from ..ops import Branch, depthwise_conv2d, sum_of_branches, takes_triton
 from .layers import build_bn
 
 # Kernel size: (size, dilation) of the branches beside the large kernel.
@@ -41,7 +41,7 @@ class DilatedReparamConv(nn.Module):
         kernel_size (int): A key of ``BRANCHES``.
         norm_cfg (dict): Batch norm of the branches.
         deploy (bool): Build the merged form. Defaults to False.
-        backend (str): See :func:`mmoverlock.ops.check_depthwise_backend`.
+        backend (str): See :func:`mmoverlock.ops.backends.check_backend`.
             Defaults to 'auto'.
 
     Raises:
@@ -120,7 +120,7 @@ class DilatedReparamConv(nn.Module):
 
     def _is_summable(self, x, groups):
         norms = [norm for _, norm in self._branches()]
-        if self.backend == 'triton':
+        if takes_triton(self.backend, x):
             possible = len(groups) == 1
         else:
             possible = x.device.type == 'cpu' and groups == {None}

@@ -1,7 +1,6 @@
-from .common import takes_triton
+from .backends import check_backend, takes_triton, why_not_triton
 from .depthwise import (
     Branch,
-    check_depthwise_backend,
     depthwise_conv2d,
     sum_of_branches,
 )
@@ -16,7 +15,7 @@ from .update_prior import update_prior
 
 __all__ = [
     'Branch',
-    'check_depthwise_backend',
+    'check_backend',
     'contmix',
     'depthwise_conv2d',
     'feed_forward',
@@ -28,4 +27,5 @@ __all__ = [
     'sum_of_branches',
     'takes_triton',
     'update_prior',
+    'why_not_triton',
 ]

@@ -1,67 +1,10 @@
 """What operators on maps have in common."""
 
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
-
-from .environment import check_triton, is_exporting
-
-BACKENDS = ('auto', 'reference', 'triton')
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MIN_CAPABILITY = 8, 0
-
-
-def takes_triton(backend: str, x: Tensor) -> bool:
-    """Whether an operator on a map runs its kernels.
-
-    Args:
-        backend (str): 'reference', plain PyTorch; 'triton'; or 'auto', which
-            is 'triton' where it can run and 'reference' elsewhere.
-        x (Tensor): The map.
-
-    Raises:
-        ValueError: If there is no such backend, or 'triton' cannot run.
-        ImportError: If 'triton' needs what is not installed.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(
-            f'unknown backend {backend!r}, expected one of {list(BACKENDS)}'
-        )
-    if backend == 'triton':
-        check_triton()
-        if x.dtype not in DTYPES:
-            raise ValueError(
-                "backend 'triton' takes float32, float16 and bfloat16, "
-                f'got {x.dtype}'
-            )
-    if backend != 'auto':
-        return backend == 'triton'
-    return (
-        runs_triton(x.device)
-        and x.dtype in DTYPES
-        and not is_exporting()
-        and not torch.jit.is_tracing()
-    )
-
-
-@torch.compiler.assume_constant_result  # tracing cannot ask a device
-def runs_triton(device: torch.device) -> bool:
-    """Whether 'auto' is 'triton' on a device."""
-    return _runs_triton(device)
-
-
-@lru_cache
-def _runs_triton(device):
-    if device.type != 'cuda' or (
-        torch.cuda.get_device_capability(device) < MIN_CAPABILITY
-    ):
-        return False
-    try:
-        check_triton()
-    except ImportError:
-        return False
-    return True
 
 
 def cast_as_convolutions(x: Tensor) -> Tensor:
@@ -77,7 +20,9 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def custom_op(name: str, mutates_args=(), differentiable: bool = True):
+def custom_op(
+    name: str, mutates_args: Iterable[str] = (), differentiable: bool = True
+) -> 'Callable[[Callable], Operator]':
     """Make an operator of PyTorch of a function, as torch.library.custom_op.
 
     That checks at every call whether results share memory with arguments,

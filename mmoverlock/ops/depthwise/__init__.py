@@ -2,10 +2,8 @@
 
 There, it is fast on maps in ``torch.channels_last``, with three exceptions:
 kernels of some widths, of some dilations, and the weight gradient of kernels
-larger than 3 x 3. Other devices run PyTorch's convolution, or the kernels of
-depthwise/triton.py where these are asked for: no GPU was at hand to measure
-them on, so 'auto' does not choose them. The figures are in
-benchmarks/NOTES.md.
+larger than 3 x 3. GPUs run the kernels of the folder triton, where these can
+run, or PyTorch's convolution. The figures are in benchmarks/NOTES.md.
 """
 
 from collections.abc import Sequence
@@ -15,35 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..environment import check_triton, is_compiling, is_exporting
-
-BACKENDS = ('auto', 'triton')
+from ..backends import check_backend, takes_triton
+from ..environment import is_compiling, is_exporting
 
 SLOW_WIDTHS = range(11, 15)  # slower than the width behind them
 MAX_DILATED_SPAN = 12  # between the outer taps of a dilated kernel
 MAX_PADDING, MAX_STRIDE = 6, 3  # of a convolution with a large kernel
 BAND = 16  # rows that a weight gradient takes at a time from ...
 LARGE = 64  # ... maps of at least so many rows
-
-
-def check_depthwise_backend(backend: str) -> None:
-    """Raise an error if a backend cannot run here.
-
-    Args:
-        backend (str): 'auto', which is PyTorch and what this module adds to
-            it on CPUs, or 'triton', kernels for GPUs.
-
-    Raises:
-        ValueError: If there is no such backend.
-        ImportError: If what it needs is not installed.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(
-            f'unknown depthwise backend {backend!r}, '
-            f'expected one of {list(BACKENDS)}'
-        )
-    if backend == 'triton':
-        check_triton()
 
 
 def depthwise_conv2d(
@@ -62,21 +39,23 @@ def depthwise_conv2d(
         bias (Tensor, optional): (C, ).
         dilation (int): Distance between the taps. Defaults to 1.
         residual (bool): Whether to add ``x``. Defaults to False.
-        backend (str): See :func:`check_depthwise_backend`. Defaults to
-            'auto'.
+        backend (str): See
+            :func:`mmoverlock.ops.backends.check_backend`. Defaults to 'auto'.
 
     Returns:
         Tensor: (B, C, H, W).
     """
-    if backend != 'auto':
-        check_depthwise_backend(backend)
+    check_backend(backend)
+    if takes_triton(backend, x):
         from .triton import depthwise_conv2d as convolve
 
         y = convolve(x, weight, bias, dilation)
         return x + y if residual else y
     if residual:
         if x.device.type != 'cpu' or _autocast_dtype():
-            return x + depthwise_conv2d(x, weight, bias, dilation)
+            return x + depthwise_conv2d(
+                x, weight, bias, dilation, backend='reference'
+            )
         weight = weight + _identity(weight)  # one pass less
     if x.device.type != 'cpu' or (weight.shape[-1] == 3 and dilation == 1):
         return _conv2d(x, weight, bias, dilation)
@@ -111,8 +90,8 @@ def sum_of_branches(
     Args:
         x (Tensor): (B, C, H, W).
         branches (Sequence[Branch]): The convolutions.
-        backend (str): See :func:`check_depthwise_backend`; 'auto' is for
-            CPUs. Defaults to 'auto'.
+        backend (str): See :func:`mmoverlock.ops.backends.check_backend`; plain
+            PyTorch is for CPUs. Defaults to 'auto'.
         group (ProcessGroup, optional): Processes whose maps have statistics
             in common, as in :class:`torch.nn.SyncBatchNorm`; 'triton' only.
             Defaults to None, this process alone.
@@ -123,15 +102,14 @@ def sum_of_branches(
     Raises:
         ValueError: If there is a group and the backend is 'auto'.
     """
-    if backend != 'auto':
-        check_depthwise_backend(backend)
+    check_backend(backend)
+    if takes_triton(backend, x):
         from .triton import sum_of_branches as sum_up
 
         return sum_up(x, branches, group)
     if group is not None:
         raise ValueError(
-            "backend 'auto' has no statistics over several processes, "
-            "'triton' has"
+            'there are no statistics over several processes in plain PyTorch'
         )
     x, *weights = _autocast(x, *(branch.weight for branch in branches))
     settings = [(b[3], b[4], *b[6:]) for b in branches]

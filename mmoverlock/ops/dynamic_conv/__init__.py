@@ -6,10 +6,8 @@ tiled     matrix products in plain PyTorch, on any device; exportable
 triton    kernels for NVIDIA GPUs
 ========= ===================================================================
 
-'auto' is 'tiled' on every device: on CPUs it is the fastest by measurement
-(benchmarks/NOTES.md), and the kernels of 'triton' have not been measured on a
-GPU yet (``python -m benchmarks.gpu`` does), so they run where they are asked
-for by name.
+'auto' is 'triton' where it can run and 'tiled' elsewhere, by measurement
+(benchmarks/NOTES.md).
 """
 
 from contextlib import nullcontext
@@ -17,7 +15,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ..environment import check_triton
+from ..backends import check_backend, takes_triton
 from .reference import contmix_reference
 from .tiled import contmix_tiled
 
@@ -34,31 +32,6 @@ BACKENDS = {
     'tiled': contmix_tiled,
     'triton': contmix_triton,
 }
-
-
-def resolve_backend(backend: str) -> str:
-    """The backend that ``backend`` runs.
-
-    Args:
-        backend (str): A key of ``BACKENDS``, or 'auto' for the fastest one.
-
-    Returns:
-        str: A key of ``BACKENDS``.
-
-    Raises:
-        ValueError: If there is no such backend.
-        ImportError: If it needs what is not installed.
-    """
-    if backend == 'auto':
-        return 'tiled'
-    if backend not in [*BACKENDS]:
-        raise ValueError(
-            f'unknown ContMix backend {backend!r}, '
-            f'expected one of {["auto", *BACKENDS]}'
-        )
-    if backend == 'triton':
-        check_triton()
-    return backend
 
 
 def contmix(
@@ -108,7 +81,9 @@ def contmix(
             the shapes disagree, or the map is smaller than a kernel.
         ImportError: If the backend needs what is not installed.
     """
-    backend = resolve_backend(backend)
+    check_backend(backend, ('auto', *BACKENDS))
+    if backend == 'auto':
+        backend = 'triton' if takes_triton(backend, value) else 'tiled'
     _check_shapes(query, key, value, weight, bias, rpb)
     if backend == 'triton':  # which converts on the fly
         return BACKENDS[backend](

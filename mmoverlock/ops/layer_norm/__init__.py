@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..common import takes_triton
+from ..backends import check_backend, takes_triton
 from .reference import layer_norm as reference
 
 
@@ -25,7 +25,7 @@ def layer_norm(
         weight (Tensor): (C, ).
         bias (Tensor): (C, ).
         eps (float): Added to the variance. Defaults to 1e-6.
-        backend (str): See :func:`mmoverlock.ops.common.takes_triton`.
+        backend (str): See :func:`mmoverlock.ops.backends.check_backend`.
             Defaults to 'auto'.
 
     Returns:
@@ -35,6 +35,7 @@ def layer_norm(
         ValueError: If the backend is unknown or cannot run.
         ImportError: If the backend needs what is not installed.
     """
+    check_backend(backend)
     if not takes_triton(backend, x):
         return reference(x, weight, bias, eps)
     from .triton import layer_norm as run

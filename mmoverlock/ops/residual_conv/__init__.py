@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from ..common import cast_as_convolutions, takes_triton
+from ..backends import check_backend, takes_triton
+from ..common import cast_as_convolutions
 from .reference import residual_conv as reference
 
 
@@ -30,7 +31,7 @@ def residual_conv(
         residual (bool): Whether f(x) is added. Defaults to True.
         squares (bool): Whether to return the sums of squares, too. Defaults
             to False.
-        backend (str): See :func:`mmoverlock.ops.common.takes_triton`.
+        backend (str): See :func:`mmoverlock.ops.backends.check_backend`.
             Defaults to 'auto'.
 
     Returns:
@@ -47,6 +48,7 @@ def residual_conv(
             f'weight has shape {tuple(weight.shape)}, '
             f'expected {(x.shape[1], 1, 3, 3)}'
         )
+    check_backend(backend)
     if not takes_triton(backend, x):
         return reference(x, weight, bias, gelu, residual, squares)
     from .triton import residual_conv as run

@@ -18,7 +18,9 @@ def residual_conv(
     """See :func:`mmoverlock.ops.residual_conv`."""
     if gelu:
         x = F.gelu(x)
-    y = depthwise_conv2d(x, weight, bias, residual=residual)
+    y = depthwise_conv2d(
+        x, weight, bias, residual=residual, backend='reference'
+    )
     if not squares:
         return y
     dtype = torch.promote_types(y.dtype, torch.float32)

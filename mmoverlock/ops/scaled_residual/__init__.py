@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..common import takes_triton
+from ..backends import check_backend, takes_triton
 from .reference import scaled_residual as reference
 
 
@@ -27,7 +27,7 @@ def scaled_residual(
         bias (Tensor, optional): (C, ), beside a weight.
         keep (Tensor, optional): (B, ), what drop path scales every sample
             by. It has no gradient.
-        backend (str): See :func:`mmoverlock.ops.common.takes_triton`.
+        backend (str): See :func:`mmoverlock.ops.backends.check_backend`.
             Defaults to 'auto'.
 
     Returns:
@@ -51,6 +51,7 @@ def scaled_residual(
                 f'{name} has shape {tuple(tensor.shape)}, '
                 f'expected {tuple(shape)}'
             )
+    check_backend(backend)
     if not takes_triton(backend, x):
         return reference(x, y, weight, bias, keep)
     from .triton import scaled_residual as run

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..common import takes_triton
+from ..backends import check_backend, takes_triton
 from .reference import squeeze_excite as reference
 
 
@@ -29,7 +29,7 @@ def squeeze_excite(
         weight2 (Tensor): (C, D, 1, 1).
         bias2 (Tensor): (C, ).
         gate (Tensor, optional): (B, C, H, W).
-        backend (str): See :func:`mmoverlock.ops.common.takes_triton`.
+        backend (str): See :func:`mmoverlock.ops.backends.check_backend`.
             Defaults to 'auto'.
 
     Returns:
@@ -51,6 +51,7 @@ def squeeze_excite(
                 f'{name} has shape {tuple(tensor.shape)}, '
                 f'expected {tuple(shape)}'
             )
+    check_backend(backend)
     if not takes_triton(backend, x):
         return reference(x, weight1, bias1, weight2, bias2, gate)
     from .triton import squeeze_excite as run

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..common import takes_triton
+from ..backends import check_backend, takes_triton
 from .reference import update_prior as reference
 
 
@@ -29,7 +29,7 @@ def update_prior(
         bias (Tensor, optional): (P, ).
         initial_weight (Tensor): (P, 1, 1, 1), of the initial prior.
         initial_bias (Tensor): (P, ).
-        backend (str): See :func:`mmoverlock.ops.common.takes_triton`.
+        backend (str): See :func:`mmoverlock.ops.backends.check_backend`.
             Defaults to 'auto'.
 
     Returns:
@@ -58,6 +58,7 @@ def update_prior(
                 f'{name} has shape {tuple(tensor.shape)}, expected {shape}'
             )
     operands = z, initial, weight, bias, initial_weight, initial_bias
+    check_backend(backend)
     if not takes_triton(backend, z):
         return reference(*operands)
     from .triton import update_prior as run

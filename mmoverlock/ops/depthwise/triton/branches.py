@@ -44,7 +44,6 @@ from .common import (
     SIZES,
     Layout,
     autocast,
-    check,
     convolve,
     load_rows,
     tap_sums,
@@ -326,19 +325,23 @@ def _sums_kernel(
     p_taps,
     p_frame,
     p_statistics,
+    scales,
     p_sums,
     p_grads,
+    p_factors,
     channels,
     SIZE: tl.constexpr,
     BRANCHES: tl.constexpr,
     EPS: tl.constexpr,
+    LOCAL: tl.constexpr,
 ):
     """``sum(g z)`` of every branch, and ``sum(g)``.
 
     taps (all taps, C), frame (SIZE * SIZE + 1, C) in float64: the gradient of
     a kernel that holds all others, and sum(g), sums (branches + 1, C); grads
-    (2, branches, C), of scales and shifts: the same in their dtype; grid
-    (blocks of channels, branches).
+    (2, branches, C), of scales and shifts: the same in their dtype; and, if
+    the sums are LOCAL to this process, factors; grid (blocks of channels,
+    branches).
     """
     channel, m_channel = _channels(channels)
     p_total = p_frame + SIZE * SIZE * channels + channel
@@ -374,9 +377,83 @@ def _sums_kernel(
             p_out += len(BRANCHES) * channels
             b_grad = total.to(p_grads.dtype.element_ty)
             tl.store(p_out, b_grad, mask=m_channel)
+            if LOCAL:
+                _store_factors(
+                    p_factors,
+                    scales[b],
+                    p_statistics,
+                    product,
+                    total,
+                    channels,
+                    b,
+                    len(BRANCHES),
+                    EPS[b],
+                )
     if tl.program_id(1) == 0:
         p_last = p_sums + len(BRANCHES) * channels + channel
         tl.store(p_last, total, mask=m_channel)
+
+
+@triton.jit
+def _store_factors(
+    p_factors,
+    p_scale,
+    p_statistics,
+    product,
+    total,
+    channels,
+    b: tl.constexpr,
+    N: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """p, q and o of branch b, from its sum(g z) and sum(g)."""
+    channel, m_channel = _channels(channels)
+    count, mean, rstd = _rstd(
+        p_statistics, b, channel, channels, m_channel, EPS
+    )
+    b_scale = tl.load(p_scale + channel, mask=m_channel, other=0)
+    p = b_scale.to(tl.float64) * rstd
+    q = p * rstd * product / count
+    o = p * total / count - q * mean
+    p_out = p_factors + b * channels + channel
+    step = N * channels
+    tl.store(p_out, p.to(tl.float32), mask=m_channel)
+    tl.store(p_out + step, q.to(tl.float32), mask=m_channel)
+    tl.store(p_out + 2 * step, o.to(tl.float32), mask=m_channel)
+
+
+@triton.jit
+def _factors_kernel(
+    scales,
+    p_statistics,
+    p_sums,
+    p_factors,
+    channels,
+    N: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """Factors p, q and o, (3, branches, C), from sums over all processes.
+
+    Grid (blocks of channels, branches).
+    """
+    channel, m_channel = _channels(channels)
+    p_last = p_sums + N * channels + channel
+    total = tl.load(p_last, mask=m_channel, other=0)
+    for b in tl.static_range(N):
+        if tl.program_id(1) == b:
+            p_sum = p_sums + b * channels + channel
+            product = tl.load(p_sum, mask=m_channel, other=0)
+            _store_factors(
+                p_factors,
+                scales[b],
+                p_statistics,
+                product,
+                total,
+                channels,
+                b,
+                N,
+                EPS[b],
+            )
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -385,23 +462,20 @@ def _branch_grads_kernel(
     p_y,
     p_grad,
     p_taps,
-    scales,
-    p_statistics,
-    p_sums,
+    p_factors,
     p_out,
     channels,
     height,
     width,
     BRANCHES: tl.constexpr,
-    EPS: tl.constexpr,
     T: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """``p g - q y - o`` for every branch.
 
     x, y (of the first branch) and grad (B, H, W, C), taps (all taps, C),
-    scales (C, ) each, statistics (branches, 3, C), sums (branches + 1, C), out
-    (branches, B, H, W, C); grid (tiles, blocks of channels).
+    factors (3, branches, C), out (branches, B, H, W, C); grid (tiles, blocks
+    of channels).
     """
     row, col, channel, o_tile = tile_of(
         tl.program_id(0), channels, height, width, T, LANES
@@ -413,8 +487,6 @@ def _branch_grads_kernel(
     o_branch = images.to(tl.int64) * height * width * channels
     step = width * channels
     b_grad = load_rows(p_grad + o_tile, row, step, height, m_out, T)
-    p_total = p_sums + len(BRANCHES) * channels + channel
-    total = tl.load(p_total, mask=m_channel, other=0)
     p_out += o_tile
     for b in tl.static_range(len(BRANCHES)):
         if b == 0:
@@ -435,18 +507,11 @@ def _branch_grads_kernel(
                 False,
                 T,
             )
-        count, mean, rstd = _rstd(
-            p_statistics, b, channel, channels, m_channel, EPS[b]
-        )
-        scale = tl.load(scales[b] + channel, mask=m_channel, other=0)
-        product = tl.load(
-            p_sums + b * channels + channel, mask=m_channel, other=0
-        )
-        p = scale.to(tl.float64) * rstd
-        q = p * rstd * product / count
-        o = (p * total / count - q * mean).to(tl.float32)
-        p = p.to(tl.float32)
-        q = q.to(tl.float32)
+        p_factor = p_factors + b * channels + channel
+        factor_step = len(BRANCHES) * channels
+        p = tl.load(p_factor, mask=m_channel, other=0)
+        q = tl.load(p_factor + factor_step, mask=m_channel, other=0)
+        o = tl.load(p_factor + 2 * factor_step, mask=m_channel, other=0)
         for t in tl.static_range(T):
             b_out = (p * b_grad[t] - q * acc[t] - o).to(p_out.dtype.element_ty)
             tl.store(p_out + t * step, b_out, mask=m_out & (row + t < height))
@@ -671,7 +736,6 @@ def _forward(x, weights, scales, shifts, dilations, eps, group=None):
         tuple[Tensor]: The sum; the statistics over all processes; the packed
         taps; the output of the first branch.
     """
-    check(x)
     sizes = tuple(weight.shape[-1] for weight in weights)
     plan = _plan(sizes, tuple(dilations))
     channels = x.shape[1]
@@ -724,19 +788,32 @@ def _backward(
         frame = weight_grad(x, grad, plan.size, 1)
         sums = frame.new_empty(len(branches) + 1, channels)
         norm_grads = scales[0].new_empty(2, len(branches), channels)
+        factors = taps.new_empty(3, len(branches), channels)
         _sums_kernel[_blocks(channels), len(branches)](
             taps,
             frame,
             statistics,
+            tuple(scales),
             sums,
             norm_grads,
+            factors,
             channels,
             SIZE=plan.size,
             BRANCHES=branches,
             EPS=tuple(eps),
+            LOCAL=group is None,
         )
         if group is not None:
             distributed.all_reduce(sums, group=group)
+            _factors_kernel[_blocks(channels), len(branches)](
+                tuple(scales),
+                statistics,
+                sums,
+                factors,
+                channels,
+                N=len(branches),
+                EPS=tuple(eps),
+            )
         # (branches, B, C, H, W), maps in channels_last
         grad_ys = x.new_empty(
             len(branches), len(x), *x.shape[2:], channels
@@ -747,13 +824,10 @@ def _backward(
                 first,
                 grad,
                 taps,
-                tuple(scales),
-                statistics,
-                sums,
+                factors,
                 grad_ys,
                 *x.shape[1:],
                 BRANCHES=branches,
-                EPS=tuple(eps),
                 T=layout.rows,
                 LANES=layout.lanes,
             )

@@ -261,7 +261,8 @@ def check(x: Tensor) -> None:
 
 
 def autocast(x: Tensor) -> Tensor:
-    """What autocast does to the input of a convolution."""
+    """What autocast does to the input of a convolution, checked."""
+    check(x)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
