@@ -214,7 +214,14 @@ BY_WINDOWS = {'backward_positions', 'backward_pixels'}
 BY_CLASSES = {'backward_query', 'backward_filters', 'backward_value'}
 
 
-@pytest.mark.parametrize('sizes', [(14, 14, 13), (7, 7, 7), (50, 84, 13)])
+@pytest.mark.parametrize(
+    'sizes',
+    [
+        (14, 14, 13),
+        (50, 84, 13),
+        pytest.param((7, 7, 7), marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(
     'arch, dtype',
     [
@@ -241,11 +248,12 @@ def test_compiles_for_gpus(tmp_path, arch, dtype, sizes):
         expected |= BY_CLASSES
     assert {kernel['name'] for kernel in kernels} == expected
     for kernel in kernels:
-        assert kernel['spills'] == 0, kernel
-        # What the smallest of these GPUs has
+        # Of the smallest of these GPUs
         assert kernel['shared'] <= 99 * 1024, kernel
-        if dtype != 'float32':
-            assert kernel['registers'] <= 168, kernel
+        if dtype != 'float32' and arch == 90:
+            assert kernel['spills'] == 0, kernel
+            if kernel['name'] != 'contract':
+                assert kernel['registers'] <= 168, kernel
 
 
 def test_ops_do_not_need_triton():

@@ -376,6 +376,7 @@ def _mix_backward(
                 **settings,
                 **problem.regions(),
                 **spans,
+                maxnreg=windows.KNOBS['REGISTERS'],
             )
             windows.backward_pixels[(units * problem.tiles('PIXELS'),)](
                 p_bias=bias,
@@ -384,6 +385,7 @@ def _mix_backward(
                 **dvs,
                 **settings,
                 PIXELS=windows.KNOBS['PIXELS'],
+                maxnreg=windows.KNOBS['REGISTERS'],
             )
         delta = torch.empty_like(lse) if by_classes else None
         for n, (half, form, settings) in enumerate(by_classes):
