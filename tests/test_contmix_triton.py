@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_contmix import call, differentiate, draw
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmoverlock.ops.dynamic_conv import resolve_backend
 
@@ -61,6 +62,8 @@ def check(actual, operands, tolerance):
         (1, 3, 37, 3, 1, (20, 9), 'contiguous', 4),  # two tiles of pixels
         (1, 14, 19, 13, 1, (8, 8), 'channels_last', 16),
         (1, 17, 17, 17, 1, (1, 1), 'contiguous', 16),  # wider rows of taps
+        (2, 5, 6, 5, 2, (3, 2), 'strided', 4),  # the large one by 2 classes
+        (3, 5, 5, 5, 1, (3, 2), 'channels_last', 4),  # the small one by 9
         (0, 9, 9, 7, 2, (3, 2), 'contiguous', 4),
     ],
 )
@@ -168,6 +171,49 @@ def test_custom_operator_is_well_formed():
         torch.ops.mmoverlock.contmix.default,
         (query, key, *weights, value, 0.5),
     )
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run something."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        idle = 'empty' in str(function) or function.is_view
+        if isinstance(out, torch.Tensor) and not idle:
+            self.names.append(str(function))
+        return out
+
+
+@pytest.mark.parametrize(
+    'sizes, forward, backward',
+    [
+        ((5, 5, 5), 3, 8),  # both by classes
+        ((7, 7, 7), 3, 7),
+        ((6, 9, 5), 2, 4),  # both by windows
+    ],
+)
+def test_launches(sizes, forward, backward, monkeypatch):
+    """Kernels and nothing else, as under autocast, in both directions."""
+    launches = []
+    monkeypatch.setattr(
+        triton.runtime.interpreter.GridExecutor,
+        '__call__',
+        lambda executor, *args, **kwargs: launches.append(executor.fn),
+    )
+    operands = here(draw(1, *sizes), torch.float32, torch.bfloat16)
+    operands['key'] = operands['key'].detach().bfloat16()
+    query, key, value, *weights = operands.values()
+    inputs = query, key, *weights, value, 0.5
+    with Operators() as operators, torch.no_grad():
+        out, *saved = contmix_triton._mix._init_fn(*inputs)
+        assert len(launches) == forward
+        contmix_triton._mix_backward._init_fn(out, *inputs, out, *saved)
+    assert len(launches) == forward + backward
+    assert operators.names == []
 
 
 @triton.jit
