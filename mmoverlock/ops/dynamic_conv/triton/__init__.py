@@ -139,13 +139,17 @@ class _Problem:
             for half, size in enumerate(self.sizes)
         }
 
-    def tiles(self, columns):
-        return triton.cdiv(self.height, windows.KNOBS['ROWS']) * self.across(
-            columns
-        )
+    @property
+    def pixels(self):
+        """Columns of a tile of pixels."""
+        return min(windows.KNOBS['PIXELS'], _power(self.width))
 
     def across(self, columns):
-        return triton.cdiv(self.width, windows.KNOBS[columns])
+        return triton.cdiv(self.width, columns)
+
+    def tiles(self, columns):
+        rows = triton.cdiv(self.height, windows.KNOBS['ROWS'])
+        return rows * self.across(columns)
 
 
 def _dense_sizes(forms, groups):
@@ -244,7 +248,9 @@ def _mix(
         )
         settings = problem.by_windows()
         if settings:
-            windows.forward[(problem.units * problem.tiles('COLS'),)](
+            windows.forward[
+                (problem.units * problem.tiles(windows.KNOBS['COLS']),)
+            ](
                 p_bias=bias,
                 **tables,
                 **maps,
@@ -337,14 +343,14 @@ def _mix_backward(
     with torch.cuda.device_of(value):
         settings = problem.by_windows()
         if settings:
-            tiles = problem.tiles('COLS')
+            tiles = problem.tiles(windows.KNOBS['COLS'])
             for half, size in enumerate(problem.sizes):
                 if problem.forms[half] is None:
                     dfs[half] = scratch(tiles, units, size**2, channels)
                     dbs[half] = scratch(tiles, units, size**2)
                     dtables[half] = scratch(
                         problem.height,
-                        problem.across('COLS'),
+                        problem.across(windows.KNOBS['COLS']),
                         size,
                         units,
                         2 * size - 1,
@@ -378,13 +384,13 @@ def _mix_backward(
                 **spans,
                 maxnreg=windows.KNOBS['REGISTERS'],
             )
-            windows.backward_pixels[(units * problem.tiles('PIXELS'),)](
+            windows.backward_pixels[(units * problem.tiles(problem.pixels),)](
                 p_bias=bias,
                 **tables,
                 **maps,
                 **dvs,
                 **settings,
-                PIXELS=windows.KNOBS['PIXELS'],
+                PIXELS=problem.pixels,
                 maxnreg=windows.KNOBS['REGISTERS'],
             )
         delta = torch.empty_like(lse) if by_classes else None
@@ -493,7 +499,7 @@ def _mix_backward(
             blocks=blocks,
             batch=batch,
             height=problem.height,
-            across=problem.across('COLS'),
+            across=problem.across(windows.KNOBS['COLS']),
             chunks0=chunks[0],
             chunks1=chunks[1],
             terms0=terms[0],
