@@ -152,14 +152,19 @@ class _Problem:
         return rows * self.across(columns)
 
 
+def _positions(forms, groups):
+    """Positions of an image in whole tiles, for each size by classes."""
+    return [
+        groups * form['NC'] * form['MT'] * form['M'] if form else 0
+        for form in forms
+    ]
+
+
 def _dense_sizes(forms, groups):
     """Elements of the dense biases of each size, by taps and by pixels."""
-    tiles = [
-        form and groups * form['NC'] * form['MT'] * form['M'] for form in forms
-    ]
     return [
         (count * form['TP'], count * form['PT']) if form else (0, 0)
-        for count, form in zip(tiles, forms, strict=True)
+        for count, form in zip(_positions(forms, groups), forms, strict=True)
     ]
 
 
@@ -177,7 +182,7 @@ def _mix(
     large: Tensor,
     value: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Mix with both kernel sizes.
 
     Args:
@@ -191,15 +196,16 @@ def _mix(
 
     Returns:
         tuple[Tensor]: (B, C, H, W); for each kernel size, the logarithms to
-        the base 2 of the sums of exponentials, (2, B, G, H, W); and, for the
-        backward pass, filters and dense biases, see filters.py.
+        the base 2 of the sums of exponentials, (2, B, G, H, W) for those that
+        run by windows and in the order of classes.py for the others; and, for
+        the backward pass, filters and dense biases, see filters.py.
     """
     outputs = _empty_outputs(
         query, key, weight, bias, small, large, value, scale
     )
     if not value.numel():
         return outputs
-    out, lse, b_filters, dense = outputs
+    out, lse, norms, b_filters, dense = outputs
     problem = _Problem(query, key, small, large, value, scale)
     sizes = _dense_sizes(problem.forms, problem.groups)
     denses = dense.split([*map(sum, sizes)])
@@ -212,13 +218,14 @@ def _mix(
             for pair in sizes
         ),
     )
+    positions = _positions(problem.forms, problem.groups)
+    norms = norms.split([n * problem.batch for n in positions])
     tables = dict(p_table0=small, p_table1=large)
     maps = dict(
         p_q=query,
         p_f=b_filters,
         p_v=value,
         p_out=out,
-        p_lse=lse,
         q_strides=query.stride(),
         v_strides=value.stride(),
         out_strides=out.stride(),
@@ -252,6 +259,7 @@ def _mix(
                 (problem.units * problem.tiles(windows.KNOBS['COLS']),)
             ](
                 p_bias=bias,
+                p_lse=lse,
                 **tables,
                 **maps,
                 **settings,
@@ -261,6 +269,7 @@ def _mix(
             grid = problem.units * form['NC'] * form['MT']
             classes.forward[(grid,)](
                 p_dense=denses[half],
+                p_lse=norms[half],
                 **maps,
                 **settings,
                 TP=form['TP'],
@@ -288,7 +297,10 @@ def _empty_outputs(query, key, weight, bias, small, large, value, scale):
     dense = query.new_empty(
         sum(map(sum, _dense_sizes(forms, groups))), dtype=dtype
     )
-    return torch.empty_like(value), lse, b_filters, dense
+    norms = query.new_empty(
+        batch * sum(_positions(forms, groups)), dtype=dtype
+    )
+    return torch.empty_like(value), lse, norms, b_filters, dense
 
 
 @torch.library.custom_op('mmoverlock::contmix_backward', mutates_args=())
@@ -304,6 +316,7 @@ def _mix_backward(
     scale: float,
     out: Tensor,
     lse: Tensor,
+    norms: Tensor,
     b_filters: Tensor,
     dense: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -322,11 +335,12 @@ def _mix_backward(
     def scratch(*shape):
         return lse.new_empty(shape)
 
+    positions = _positions(problem.forms, problem.groups)
+    norms = norms.split([n * problem.batch for n in positions])
     tables = dict(p_table0=small, p_table1=large)
     maps = dict(
         p_q=query,
         p_f=b_filters,
-        p_lse=lse,
         p_do=grad,
         q_strides=query.stride(),
         do_strides=grad.stride(),
@@ -367,6 +381,7 @@ def _mix_backward(
             }
             windows.backward_positions[(units * tiles,)](
                 p_bias=bias,
+                p_lse=lse,
                 **tables,
                 **maps,
                 **values,
@@ -386,6 +401,7 @@ def _mix_backward(
             )
             windows.backward_pixels[(units * problem.tiles(problem.pixels),)](
                 p_bias=bias,
+                p_lse=lse,
                 **tables,
                 **maps,
                 **dvs,
@@ -393,11 +409,11 @@ def _mix_backward(
                 PIXELS=problem.pixels,
                 maxnreg=windows.KNOBS['REGISTERS'],
             )
-        delta = torch.empty_like(lse) if by_classes else None
         for n, (half, form, settings) in enumerate(by_classes):
             tiles = form['NC'] * form['MT']
             m, t, tp, size = (form[name] for name in ('M', 'T', 'TP', 'K'))
-            common = dict(maps, **settings)
+            common = dict(maps, **settings, p_lse=norms[half])
+            delta = torch.empty_like(norms[half])
             dense = denses[half]
             last = n == len(by_classes) - 1
             result = (
@@ -440,6 +456,7 @@ def _mix_backward(
                 TP=tp,
                 T=t,
                 num_warps=t // 16,
+                maxnreg=classes.KNOBS['REGISTERS'],
             )
             t, pt = form['PIXELS'], form['PT']
             classes.backward_value[(units * (pt // t),)](
