@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from mmoverlock.ops.dynamic_conv import triton as contmix_triton
 
 CUOBJDUMP = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
-GROUPS, CHANNELS = 2, 16
+BATCH, GROUPS, CHANNELS = 128, 2, 16
 
 
 class Utils:
@@ -73,7 +73,7 @@ def operands(dtype, height, width, size):
     """Operands of the custom operator, in channels_last."""
 
     def maps(channels, *sides):
-        shape = 2, GROUPS * channels, *sides
+        shape = BATCH, GROUPS * channels, *sides
         return torch.zeros(shape, dtype=dtype).contiguous(
             memory_format=torch.channels_last
         )

@@ -140,23 +140,32 @@ class _Problem:
             for half, size in enumerate(self.sizes)
         }
 
-    def tiles(self, columns):
-        return triton.cdiv(self.height, windows.KNOBS['ROWS']) * self.across(
-            columns
-        )
+    @property
+    def pixels(self):
+        """Columns of a tile of pixels."""
+        return min(windows.KNOBS['PIXELS'], _power(self.width))
 
     def across(self, columns):
-        return triton.cdiv(self.width, windows.KNOBS[columns])
+        return triton.cdiv(self.width, columns)
+
+    def tiles(self, columns):
+        rows = triton.cdiv(self.height, windows.KNOBS['ROWS'])
+        return rows * self.across(columns)
+
+
+def _positions(forms, groups):
+    """Positions of an image in whole tiles, for each size by classes."""
+    return [
+        groups * form['NC'] * form['MT'] * form['M'] if form else 0
+        for form in forms
+    ]
 
 
 def _dense_sizes(forms, groups):
     """Elements of the dense biases of each size, by taps and by pixels."""
-    tiles = [
-        form and groups * form['NC'] * form['MT'] * form['M'] for form in forms
-    ]
     return [
         (count * form['TP'], count * form['PT']) if form else (0, 0)
-        for count, form in zip(tiles, forms, strict=True)
+        for count, form in zip(_positions(forms, groups), forms, strict=True)
     ]
 
 
@@ -174,7 +183,7 @@ def _mix(
     large: Tensor,
     value: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Mix with both kernel sizes.
 
     Args:
@@ -188,15 +197,16 @@ def _mix(
 
     Returns:
         tuple[Tensor]: (B, C, H, W); for each kernel size, the logarithms to
-        the base 2 of the sums of exponentials, (2, B, G, H, W); and, for the
-        backward pass, filters and dense biases, see filters.py.
+        the base 2 of the sums of exponentials, (2, B, G, H, W) for those that
+        run by windows and in the order of classes.py for the others; and, for
+        the backward pass, filters and dense biases, see filters.py.
     """
     outputs = _empty_outputs(
         query, key, weight, bias, small, large, value, scale
     )
     if not value.numel():
         return outputs
-    out, lse, b_filters, dense = outputs
+    out, lse, norms, b_filters, dense = outputs
     problem = _Problem(query, key, small, large, value, scale)
     sizes = _dense_sizes(problem.forms, problem.groups)
     denses = dense.split([*map(sum, sizes)])
@@ -209,13 +219,14 @@ def _mix(
             for pair in sizes
         ),
     )
+    positions = _positions(problem.forms, problem.groups)
+    norms = norms.split([n * problem.batch for n in positions])
     tables = dict(p_table0=small, p_table1=large)
     maps = dict(
         p_q=query,
         p_f=b_filters,
         p_v=value,
         p_out=out,
-        p_lse=lse,
         q_strides=query.stride(),
         v_strides=value.stride(),
         out_strides=out.stride(),
@@ -245,8 +256,11 @@ def _mix(
         )
         settings = problem.by_windows()
         if settings:
-            windows.forward[(problem.units * problem.tiles('COLS'),)](
+            windows.forward[
+                (problem.units * problem.tiles(windows.KNOBS['COLS']),)
+            ](
                 p_bias=bias,
+                p_lse=lse,
                 **tables,
                 **maps,
                 **settings,
@@ -256,6 +270,7 @@ def _mix(
             grid = problem.units * form['NC'] * form['MT']
             classes.forward[(grid,)](
                 p_dense=denses[half],
+                p_lse=norms[half],
                 **maps,
                 **settings,
                 TP=form['TP'],
@@ -283,7 +298,10 @@ def _empty_outputs(query, key, weight, bias, small, large, value, scale):
     dense = query.new_empty(
         sum(map(sum, _dense_sizes(forms, groups))), dtype=dtype
     )
-    return torch.empty_like(value), lse, b_filters, dense
+    norms = query.new_empty(
+        batch * sum(_positions(forms, groups)), dtype=dtype
+    )
+    return torch.empty_like(value), lse, norms, b_filters, dense
 
 
 @custom_op('mmoverlock::contmix_backward', differentiable=False)
@@ -299,6 +317,7 @@ def _mix_backward(
     scale: float,
     out: Tensor,
     lse: Tensor,
+    norms: Tensor,
     b_filters: Tensor,
     dense: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -317,11 +336,12 @@ def _mix_backward(
     def scratch(*shape):
         return lse.new_empty(shape)
 
+    positions = _positions(problem.forms, problem.groups)
+    norms = norms.split([n * problem.batch for n in positions])
     tables = dict(p_table0=small, p_table1=large)
     maps = dict(
         p_q=query,
         p_f=b_filters,
-        p_lse=lse,
         p_do=grad,
         q_strides=query.stride(),
         do_strides=grad.stride(),
@@ -338,14 +358,14 @@ def _mix_backward(
     with torch.cuda.device_of(value):
         settings = problem.by_windows()
         if settings:
-            tiles = problem.tiles('COLS')
+            tiles = problem.tiles(windows.KNOBS['COLS'])
             for half, size in enumerate(problem.sizes):
                 if problem.forms[half] is None:
                     dfs[half] = scratch(tiles, units, size**2, channels)
                     dbs[half] = scratch(tiles, units, size**2)
                     dtables[half] = scratch(
                         problem.height,
-                        problem.across('COLS'),
+                        problem.across(windows.KNOBS['COLS']),
                         size,
                         units,
                         2 * size - 1,
@@ -362,6 +382,7 @@ def _mix_backward(
             }
             windows.backward_positions[(units * tiles,)](
                 p_bias=bias,
+                p_lse=lse,
                 **tables,
                 **maps,
                 **values,
@@ -377,20 +398,23 @@ def _mix_backward(
                 **settings,
                 **problem.regions(),
                 **spans,
+                maxnreg=windows.KNOBS['REGISTERS'],
             )
-            windows.backward_pixels[(units * problem.tiles('PIXELS'),)](
+            windows.backward_pixels[(units * problem.tiles(problem.pixels),)](
                 p_bias=bias,
+                p_lse=lse,
                 **tables,
                 **maps,
                 **dvs,
                 **settings,
-                PIXELS=windows.KNOBS['PIXELS'],
+                PIXELS=problem.pixels,
+                maxnreg=windows.KNOBS['REGISTERS'],
             )
-        delta = torch.empty_like(lse) if by_classes else None
         for n, (half, form, settings) in enumerate(by_classes):
             tiles = form['NC'] * form['MT']
             m, t, tp, size = (form[name] for name in ('M', 'T', 'TP', 'K'))
-            common = dict(maps, **settings)
+            common = dict(maps, **settings, p_lse=norms[half])
+            delta = torch.empty_like(norms[half])
             dense = denses[half]
             last = n == len(by_classes) - 1
             result = (
@@ -433,6 +457,7 @@ def _mix_backward(
                 TP=tp,
                 T=t,
                 num_warps=t // 16,
+                maxnreg=classes.KNOBS['REGISTERS'],
             )
             t, pt = form['PIXELS'], form['PT']
             classes.backward_value[(units * (pt // t),)](
@@ -492,7 +517,7 @@ def _mix_backward(
             blocks=blocks,
             batch=batch,
             height=problem.height,
-            across=problem.across('COLS'),
+            across=problem.across(windows.KNOBS['COLS']),
             chunks0=chunks[0],
             chunks1=chunks[1],
             terms0=terms[0],

@@ -17,7 +17,8 @@ Images are the fastest index of a grid, so that ``dense`` stays in the cache.
 Shapes: q (B, G * CQ, H, W), v and out (B, 2 * G * CV, H, W) by strides;
 filters f (B, G, PLANES, TAPS, CQ); dense (G, classes, tiles * M, TP), TP the
 taps of this size in whole tiles, and the same by pixels, (G, classes * tiles,
-PT, M); lse and delta (2, B, G, H, W).
+PT, M); lse and delta (B, G, classes * tiles * M), inf and 0 where no position
+is.
 """
 
 import triton
@@ -33,6 +34,7 @@ KNOBS = dict(
     PIXELS=32,  # that are rows
     PROGRAMS=800,  # at least, for the gradient of the filters
     STAGES=1,
+    REGISTERS=168,  # at most, for the gradient of the filters
 )
 MOST_CLASSES = 9
 
@@ -194,8 +196,8 @@ def forward(
         (b_acc / b_l[:, None]).to(VT),
         mask=m_m[:, None] & m_v[None, :],
     )
-    p_lse += ((HALF * batch + image) * G + group) * H * W
-    tl.store(p_lse + y * W + x, b_m + tl.log2(b_l), mask=m_m)
+    b_lse = tl.where(m_m, b_m + tl.log2(b_l), float('inf'))
+    tl.store(p_lse + ((image * G + group) * NC + cls) * MT * M + o_m, b_lse)
 
 
 @triton.jit
@@ -266,9 +268,9 @@ def backward_query(
         p_out + pixel_offsets(y, x, o_v, out_strides), mask=m_do, other=0.0
     )
     b_delta = tl.sum(b_do.to(ACC) * b_out.to(ACC), 1)
-    o_lse = ((HALF * batch + image) * G + group) * H * W + y * W + x
-    tl.store(p_delta + o_lse, b_delta, mask=m_m)
-    b_lse = tl.load(p_lse + o_lse, mask=m_m, other=float('inf'))
+    o_lse = ((image * G + group) * NC + cls) * MT * M + o_m
+    tl.store(p_delta + o_lse, b_delta)
+    b_lse = tl.load(p_lse + o_lse)
 
     p_f += ((image * G + group) * PLANES * TAPS + FIRST) * CQ
     p_dense += ((group * NC + cls) * MT * M + o_m)[:, None] * TP
@@ -374,7 +376,7 @@ def backward_filters(
     m_q = o_q < CQ
     m_v = o_v < CV
 
-    o_lse = y * W + x
+    o_lse = tile * M + tl.arange(0, M)
     channel = (HALF * G + group) * CV
     p_dense += (group * NC * MT + tile) * M * TP
     o_dense = (tl.arange(0, M) * TP)[None, :] + o_n[:, None]  # (T, M)
@@ -396,9 +398,8 @@ def backward_filters(
             other=0.0,
         )
         unit = image * G + group
-        at = (HALF * batch * G + unit) * H * W + o_lse
-        b_lse = tl.load(p_lse + at, mask=m_m, other=float('inf'))
-        b_delta = tl.load(p_delta + at, mask=m_m, other=0.0)
+        b_lse = tl.load(p_lse + unit * NC * MT * M + o_lse)
+        b_delta = tl.load(p_delta + unit * NC * MT * M + o_lse)
         b_s = tl.load(p_dense + o_dense)  # (T, M)
         p_unit = p_f + (unit * PLANES * TAPS + FIRST) * CQ
         o_f = (n * CQ)[:, None] + o_q[None, :]
@@ -483,7 +484,7 @@ def backward_value(
     p_q += image * q_strides[0] + group * CQ * q_strides[1]
     channel = (HALF * G + group) * CV
     p_do += image * do_strides[0] + channel * do_strides[1]
-    p_lse += ((HALF * batch + image) * G + group) * H * W
+    p_lse += (image * G + group) * NC * MT * M
     p_f += ((image * G + group) * PLANES * TAPS + FIRST) * CQ
     p_pixels += group * NC * MT * PT * M
     o_pixels = (pixel * M)[:, None] + tl.arange(0, M)[None, :]
@@ -503,7 +504,7 @@ def backward_value(
             mask=m_m[:, None] & m_v[None, :],
             other=0.0,
         )
-        b_lse = tl.load(p_lse + y * W + x, mask=m_m, other=float('inf'))
+        b_lse = tl.load(p_lse + at * M + tl.arange(0, M))
         b_s = tl.load(p_pixels + at * PT * M + o_pixels)  # (T, M)
         o_f = (n * CQ)[:, None] + o_q[None, :]
         for plane in tl.static_range(PLANES):

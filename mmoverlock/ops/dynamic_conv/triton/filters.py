@@ -18,11 +18,11 @@ from .common import LOG2E, dot, window_start
 KNOBS = dict(
     ROWS=64,  # channels of a tile
     TAPS=32,  # of a tile
-    PARTS=4,  # added at a time
+    PARTS=4,  # loaded at a time
     ELEMENTS=1024,  # of maps and tables, made by a program
     SUMS=16,  # columns of a tile of what is added up
     TERMS=128,  # rows of it
-    WARPS=4,
+    WARPS=8,
 )
 
 
@@ -261,7 +261,6 @@ def _contract_size(
     ACC: tl.constexpr = p_df.dtype.element_ty
     n = tile * T + tl.arange(0, T)
     o_s = tl.arange(0, SP)
-    o_part = tl.arange(0, PARTS)
     m_n = n < COUNT
     m_row = o_row < rows
     m_s = o_s < S
@@ -270,15 +269,13 @@ def _contract_size(
     m_df = m_n[:, None] & m_row[None, :]
     b_df = tl.zeros((T, R), ACC)
     for part in range(0, parts, PARTS):
-        at = (part + o_part).to(tl.int64)
-        b_df += tl.sum(
-            tl.load(
-                p_df + (at * rows * COUNT)[:, None, None] + o_df[None],
-                mask=(at < parts)[:, None, None] & m_df[None],
+        for i in tl.static_range(PARTS):
+            at = tl.cast(part + i, tl.int64)
+            b_df += tl.load(
+                p_df + at * rows * COUNT + o_df,
+                mask=m_df & (at < parts),
                 other=0.0,
-            ),
-            0,
-        )
+            )
     b_df *= SCALE
     b_w = tl.load(
         p_weight + ((FIRST + n) * S)[:, None] + o_s[None, :],

@@ -39,7 +39,8 @@ KNOBS = dict(
     ROWS=4,  # of positions or pixels of a tile, and warps
     COLS=16,  # of positions
     PIXELS=32,  # columns of pixels
-    STAGES=3,
+    STAGES=2,
+    REGISTERS=168,  # at most, backward, for three blocks a multiprocessor
 )
 
 
