@@ -1,0 +1,349 @@
+"""What a step runs on a GPU, counted without one; see benchmarks/count.py."""
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import count as counting
+from benchmarks.count import build, build_peer, count
+from mmoverlock.models import OverLoCK
+
+triton = pytest.importorskip('triton', '3.6')
+import triton.language as tl  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+BACKEND = 'triton'
+# Of t in bf16 on 128 images of 224 x 224: operators of PyTorch and launches
+# of Triton, GB, and GB of mixed layouts, at most.
+BOUNDS = {
+    ('t', True): (2226, 1478, 118.7, 10.7),
+    ('t', False): (538, 393, 27.8, 0.5),
+    ('RepConv block', True): (23, 38, 7.1, 0.6),
+    ('RepConv block', False): (3, 10, 1.7, 0.0),
+    ('Focus block', True): (129, 62, 4.8, 0.5),
+    ('Focus block', False): (34, 17, 1.2, 0.1),
+}
+TINY = dict(
+    depths=[1, 1, 1, 1],
+    channels=[8, 16, 24, 32],
+    focus_depths=[2, 1],
+    focus_heads=[2, 2],
+)
+
+
+@pytest.mark.parametrize('train', [True, False])
+def test_bounds(train):
+    model = build(train, BACKEND)
+    images = torch.empty(128, 3, 224, 224, device='meta')
+    counted = {'t': (model, images), **counting.blocks(model)}
+    for name, (module, inputs) in counted.items():
+        result = count(module, inputs, train)
+        figures = (
+            result.operators,
+            result.launches,
+            result.bytes / 1e9,
+            result.mixed / 1e9,
+        )
+        for figure, bound in zip(figures, BOUNDS[name, train], strict=True):
+            assert figure <= bound, (name, figures)
+
+
+class Operators(TorchDispatchMode):
+    """Counts what runs on a CPU, inside the project's operators too."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if f.namespace == 'mmoverlock':
+            with self:
+                return f._op_dk(counting.OPERATORS[1], *args, **kwargs)
+        if counting.does_something(f):
+            self.calls[str(f)] += 1
+        return f(*args, **kwargs)
+
+
+@pytest.mark.parametrize('train', [True, False])
+def test_what_a_cpu_runs(train):
+    """With data on a CPU, the code for GPUs runs the same operators."""
+    model = OverLoCK(
+        TINY,
+        drop_path_rate=0.1,
+        contmix_backend=BACKEND,
+        depthwise_backend=BACKEND,
+    ).train(train)
+    images = torch.randn(2, 3, 64, 64)
+    result = count(model, images, train, torch.float32)
+    actual = Counter({name: row[0] for name, row in result.rows.items()})
+    assert actual.total() == result.operators + result.launches
+    assert result.operators > 200 and result.launches > 10
+    expected = Operators()
+
+    def launch(kernel, *args, **kwargs):
+        name = f'{kernel.fn.__module__}.{kernel.fn.__name__}'
+        expected.calls[name.removeprefix('mmoverlock.ops.')] += 1
+
+    launches = [
+        mock.patch.object(kind, 'run', launch) for kind in counting._kernels()
+    ]
+    with counting._on_gpu('cpu', launches), expected:
+        for _ in range(2):
+            expected.calls.clear()
+            model.zero_grad()
+            counting._step(
+                model, [images], train, torch.float32, nullcontext()
+            )
+    # Some maps and gradients have other layouts, so that they are copied.
+    for name in ('aten.copy_.default', 'aten.clone.default'):
+        assert abs(expected.calls.pop(name, 0) - actual.pop(name, 0)) < 4
+    assert actual == expected.calls
+
+
+class Function(nn.Module):
+    """A module of a function."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+        self.weight = nn.Parameter(torch.ones(16, 16, 1, 1))
+
+    def forward(self, *inputs):
+        return self.run(self, *inputs)
+
+
+def count_function(run, *inputs, train=False, dtype=torch.float32):
+    return count(Function(run), inputs, train, dtype)
+
+
+def draw(channels_last=False, dtype=torch.float32):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.empty(4, 16, 128, 64, dtype=dtype, device='meta')
+    return x.contiguous(memory_format=layout)
+
+
+SIZE = 2**21  # bytes of the map above in fp32
+
+
+def convolve(module, x):
+    return F.conv2d(x, module.weight)
+
+
+@pytest.mark.parametrize(
+    'run, inputs, size, mixed',
+    [
+        (lambda _, x: x + 1, [draw()], 2 * SIZE, 0),
+        (lambda _, x: x.mul_(2), [draw()], 2 * SIZE, 0),
+        (lambda _, x: x.half(), [draw()], 1.5 * SIZE, 0),
+        # An expanded operand is small, a view costs nothing.
+        (
+            lambda _, x: x * x[:1, :1, :1, :1].expand_as(x),
+            [draw()],
+            2 * SIZE + 4,
+            0,
+        ),
+        (lambda _, x: x.view(-1), [draw()], 0, 0),
+        (lambda _, x: torch.empty_like(x), [draw()], 0, 0),
+        (lambda _, x, y: x + y, [draw(), draw()], 3 * SIZE, 0),
+        (lambda _, x, y: x + y, [draw(True), draw()], 3 * SIZE, 3 * SIZE),
+        (lambda _, x: x[:, :8] + 1, [draw(True)], SIZE, SIZE),
+        (lambda _, x: x + x.sum(), [draw(True)], 3 * SIZE + 8, 0),
+        # As in cuDNN, results are in the layout of the map.
+        (convolve, [draw()], 2 * SIZE + 1024, 0),
+        (convolve, [draw(True)], 2 * SIZE + 1024, 0),
+        (lambda m, x: convolve(m, x) + x, [draw(True)], 5 * SIZE + 1024, 0),
+    ],
+)
+def test_bytes(run, inputs, size, mixed):
+    result = count_function(run, *inputs)
+    assert (result.bytes, result.mixed) == (size, mixed)
+    assert result.launches == 0
+    assert result.operators == sum(row[0] for row in result.rows.values())
+
+
+def test_gradients_of_convolutions_keep_the_layout():
+    def run(module, x):
+        return convolve(module, x * 2)
+
+    x = draw(True).requires_grad_()
+    result = count_function(run, x, train=True)
+    # The gradient of the output comes in the layout of the output.
+    assert result.mixed == 0
+    assert result.rows['aten.convolution_backward.default'][0] == 1
+    assert result.rows['aten.mul.Tensor'][:2] == [2, 4 * SIZE]
+
+
+LOW, HIGH = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    'run, dtype, copies, result',
+    [
+        (convolve, HIGH, 2, LOW),
+        (convolve, LOW, 1, LOW),
+        (lambda m, x: convolve(m, convolve(m, x)), LOW, 1, LOW),  # once
+        (lambda m, x: x @ x.mT, HIGH, 2, LOW),
+        (lambda m, x: F.linear(x, x[0, 0]), LOW, 0, LOW),
+        (lambda m, x: F.layer_norm(x, (64,)), LOW, 1, HIGH),
+        (lambda m, x: F.layer_norm(x, (64,)), HIGH, 0, HIGH),
+        (lambda m, x: x.sum((2, 3)), LOW, 0, HIGH),
+        (lambda m, x: torch.addcmul(x, x, m.weight[0, 0, 0]), LOW, 2, HIGH),
+        (lambda m, x: torch.addcmul(x, x, x), LOW, 0, LOW),
+        (lambda m, x: x + 1, LOW, 0, LOW),
+        (lambda m, x: F.gelu(x), LOW, 0, LOW),
+        (lambda m, x: convolve(m.double(), x.double()), HIGH, 1, torch.double),
+    ],
+)
+def test_autocast(run, dtype, copies, result):
+    seen = []
+
+    def watch(module, x):
+        out = run(module, x)
+        seen.append(out.dtype)
+        return out
+
+    x = draw(dtype=dtype)
+    figures = count_function(watch, x, dtype=LOW)
+    assert seen[-1] == result
+    assert figures.rows.get('aten._to_copy.default', [0])[0] == copies
+    # Without autocast, nothing is cast.
+    if dtype == HIGH and result != torch.double:
+        assert 'aten._to_copy.default' not in count_function(watch, x).rows
+
+
+@triton.jit
+def _double(x, y, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(y + at, 2 * tl.load(x + at))
+
+
+@torch.library.custom_op('test_count::double', mutates_args=())
+def _doubled(x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    _double[(1,)](x.neg(), y=out, SIZE=8)
+    return out
+
+
+@_doubled.register_fake
+def _(x):
+    raise AssertionError('the operator itself is what counts')
+
+
+def test_inside_of_operators():
+    """What an operator of the project runs is counted, itself not."""
+    result = count_function(lambda _, x: _doubled(x), draw())
+    assert (result.operators, result.launches) == (1, 1)
+    assert result.rows == {
+        'aten.neg.default': [1, 2 * SIZE, 0],
+        'test_count._double': [1, 2 * SIZE, 0],
+    }
+
+
+def test_looks_like_a_gpu():
+    """To Python code, and only while it counts."""
+
+    def run(module, x):
+        assert module.weight.device.type == 'cuda' and x.is_cuda
+        assert torch.cuda.is_available()
+        assert torch.cuda.get_device_capability(x.device) == (9, 0)
+        assert torch.is_autocast_enabled('cuda')
+        return x + torch.ones(1, device=x.device)
+
+    before = torch.cuda.is_available()
+    module = Function(run)
+    x = torch.ones(2, requires_grad=True)
+    assert count(module, x, True).operators == 3  # of the sum's gradient too
+    for tensor in (x, module.weight):
+        assert tensor.device == torch.device('cpu')
+        assert tensor.grad is None
+    assert torch.cuda.is_available() is before
+    with pytest.raises(ZeroDivisionError):
+        count(Function(lambda *_: 1 / 0), x, True)
+    assert x.device == torch.device('cpu')
+    assert not torch.is_autocast_enabled('cuda')
+
+
+def test_host_time(tmp_path):
+    """Kernels are launched, by Triton's own code, and nothing is compiled."""
+    code = """
+import torch
+from torch import nn
+from unittest import mock
+from benchmarks import count
+import test_count
+
+class Double(nn.Module):
+    def forward(self, x):
+        assert x.device.type == 'cuda'
+        return test_count._doubled(x) + test_count._doubled(x)
+
+ones = torch.ones(8)
+calls = []
+run = count._do_not_compile
+def compile(kernel, *args):
+    calls.append(kernel.fn.__name__)
+    return run(kernel, *args)
+with mock.patch.object(count, '_do_not_compile', compile):
+    assert 0 < count.host_seconds(Double(), ones, False, 3) < 60
+assert calls == ['_double'], calls
+print('fine')
+"""
+    path = [str(ROOT), str(ROOT / 'tests'), os.environ.get('PYTHONPATH', '')]
+    output = subprocess.run(
+        [sys.executable, '-c', code],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={
+            **os.environ,
+            'PYTHONPATH': os.pathsep.join(path),
+            'TRITON_CACHE_DIR': str(tmp_path),
+            'TRITON_INTERPRET': '0',
+        },
+    ).stdout
+    assert output == 'fine\n'
+    assert not [*tmp_path.iterdir()]
+
+
+def test_table(monkeypatch, capsys):
+    """Rows of all networks and blocks; a missing package has a row."""
+
+    def missing(train, channels=None):
+        raise ModuleNotFoundError("No module named 'mmpretrain'")
+
+    def build(*args, channels=None):
+        with torch.device('meta'):
+            return OverLoCK(TINY)
+
+    monkeypatch.setattr(counting, 'build', build)
+    monkeypatch.setattr(counting, 'build_peer', missing)
+    monkeypatch.setattr(counting, 'host_seconds', lambda *_: 0.125)
+    assert counting.main(['--size', '1', '64', '96', '--top', '2']) == 0
+    out = capsys.readouterr().out
+    assert re.search(r't, training +\d+ +\d+ +\d+\.\d +\d+\.\d +125\n', out)
+    for name in ('t', 'RepConv block', 'Focus block'):
+        for what in ('training', 'inference'):
+            assert f'\n{name}, {what} ' in out
+    assert "ConvNeXt-T, inference: No module named 'mmpretrain'" in out
+    assert len(re.findall(r'^  aten\.', out, re.M)) == 4
+
+
+def test_peer():
+    pytest.importorskip('mmpretrain')
+    images = torch.empty(128, 3, 224, 224, device='meta')
+    result = count(build_peer(False), images, False)
+    # 18 blocks of a depthwise and two dense layers; counted by hand.
+    assert result.rows['aten.convolution.default'][0] == 4 + 18
+    assert result.rows['aten.gelu.default'][0] == 18
+    assert result.launches == 0
