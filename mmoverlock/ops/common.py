@@ -7,6 +7,16 @@ import torch
 from torch import Tensor
 
 
+def cdiv(number: int, divisor: int) -> int:
+    """Quotient, rounded up; Triton's own is slow outside of kernels."""
+    return -(-number // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest that is no smaller."""
+    return 1 << (number - 1).bit_length()
+
+
 def cast_as_convolutions(x: Tensor) -> Tensor:
     """What autocast does before a convolution, if it is on."""
     device = x.device.type

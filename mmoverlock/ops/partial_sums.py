@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import cdiv
+
 CHANNELS = 32  # of a program that adds partial sums
 PARTS = 128  # that it loads at a time
 
@@ -92,7 +94,7 @@ def add(
         second, third (Tensor, optional): (C, ): the sums behind.
     """
     parts, sums, channels = partial.shape
-    grid = triton.cdiv(channels, CHANNELS), sums
+    grid = cdiv(channels, CHANNELS), sums
     with torch.cuda.device_of(partial):
         _add_kernel[grid](
             partial,

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import partial_sums
-from ..common import channels_last, custom_op
+from ..common import channels_last, custom_op, next_power_of_2
 from ..pointwise.triton import product, weight_grad
 from ..residual_conv import triton as conv
 
@@ -168,7 +168,7 @@ def feed_forward(
             scale,
             squares.shape[1],
             channels,
-            CHANNELS=triton.next_power_of_2(channels),
+            CHANNELS=next_power_of_2(channels),
             num_warps=8,
         )
     out, _ = product(y, weight2, bias2, scale, beta)
@@ -253,7 +253,7 @@ def _feed_forward_backward(
             parts,
             sums.shape[1],
             channels,
-            CHANNELS=triton.next_power_of_2(channels),
+            CHANNELS=next_power_of_2(channels),
             num_warps=8,
         )
     partial_sums.add(parts, grad_gamma.view(channels, 1), grad_beta)

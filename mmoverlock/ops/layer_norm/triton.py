@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import partial_sums
-from ..common import channels_last, custom_op
+from ..common import cdiv, channels_last, custom_op, next_power_of_2
 
 VALUES = 16  # of a thread, at least
 WARPS = 4
@@ -98,7 +98,7 @@ def _backward_kernel(
 
 def _form(channels):
     """Rows and channels of a program."""
-    block = triton.next_power_of_2(channels)
+    block = next_power_of_2(channels)
     return max(1, 32 * WARPS * VALUES // block), block
 
 
@@ -115,7 +115,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     count = x.numel() // channels
     rows, block = _form(channels)
     with torch.cuda.device_of(x):
-        _forward_kernel[(triton.cdiv(count, rows),)](
+        _forward_kernel[(cdiv(count, rows),)](
             x,
             weight,
             bias,
@@ -144,7 +144,7 @@ def backward(
     count = x.numel() // channels
     rows, block = _form(channels)
     parts = min(
-        triton.cdiv(count, max(rows, ROWS)),
+        cdiv(count, max(rows, ROWS)),
         partial_sums.programs(x.device, RESIDENT),
     )
     partial = x.new_empty(parts, 2, channels, dtype=torch.float32)

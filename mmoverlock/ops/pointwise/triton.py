@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common import cdiv
+
 # Tiles: pixels, outputs, inputs; warps and stages of loads.
 KNOBS = dict(
     product=dict(pixels=64, outputs=128, inputs=64, num_warps=4, num_stages=3),
@@ -237,7 +239,7 @@ def _upcast(x):
 
 
 def _tiles(x, knobs):
-    return triton.cdiv(x.shape[2:].numel(), knobs['pixels'])
+    return cdiv(x.shape[2:].numel(), knobs['pixels'])
 
 
 def _blocks(knobs):
@@ -282,7 +284,7 @@ def product(
     if factor is not None:
         sums = x.new_empty(batch, tiles, 2, outputs, dtype=torch.float32)
     if out.numel():
-        grid = batch * tiles, triton.cdiv(outputs, knobs['outputs'])
+        grid = batch * tiles, cdiv(outputs, knobs['outputs'])
         with torch.cuda.device_of(x):
             _product_kernel[grid](
                 x,
@@ -318,10 +320,10 @@ def weight_grad(
     tiles = _tiles(x, knobs)
     items = len(x) * tiles
     blocks = (
-        triton.cdiv(outputs, knobs['outputs']),
-        triton.cdiv(inputs, knobs['inputs']),
+        cdiv(outputs, knobs['outputs']),
+        cdiv(inputs, knobs['inputs']),
     )
-    splits = triton.cdiv(PROGRAMS, blocks[0] * blocks[1])
+    splits = cdiv(PROGRAMS, blocks[0] * blocks[1])
     splits = max(1, min(items, splits))
     parts = x.new_empty(splits, outputs, inputs + 1, dtype=torch.float32)
     grad_weight = torch.empty_like(weight)
@@ -342,7 +344,7 @@ def weight_grad(
             **_blocks(knobs),
         )
         count = outputs * (inputs + 1)
-        _finish_kernel[(triton.cdiv(count, 256),)](
+        _finish_kernel[(cdiv(count, 256),)](
             parts,
             grad_weight,
             grad_bias,

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import partial_sums
-from ..common import channels_last, custom_op
+from ..common import cdiv, channels_last, custom_op, next_power_of_2
 
 # Arguments that come in too many values to compile for kinds of them.
 SIZES = ('height', 'width', 'rows', 'strips')
@@ -395,20 +395,20 @@ def plan(shape: tuple, form: Form, slots: int) -> Plan:
     """
     batch, channels, height, width = shape
     least, most = BLOCKS
-    block = min(max(triton.next_power_of_2(channels), least), most)
+    block = min(max(next_power_of_2(channels), least), most)
     lanes = 32 * form.warps * form.channels // block, block
-    blocks = triton.cdiv(channels, block)
-    across = triton.cdiv(width, form.columns)
+    blocks = cdiv(channels, block)
+    across = cdiv(width, form.columns)
     splits = max(1, slots // blocks)  # no program waits for another one
 
     def cut(down):
-        rows = triton.cdiv(height, down)
-        return rows, triton.cdiv(height, rows) * across
+        rows = cdiv(height, down)
+        return rows, cdiv(height, rows) * across
 
     def cost(down):  # rows that are loaded, in the longest program
         rows, strips = cut(down)
-        tiles = triton.cdiv(batch * strips, lanes[0])
-        return triton.cdiv(tiles, splits) * (rows + 2)
+        tiles = cdiv(batch * strips, lanes[0])
+        return cdiv(tiles, splits) * (rows + 2)
 
     downs = range(1, max(1, height // MIN_ROWS) + 1)
     return Plan(lanes, *cut(min(downs, key=cost)), blocks, splits)
@@ -442,7 +442,7 @@ def forward(
     sums = None
     if squares:
         sums = x.new_empty(batch, strips, channels, dtype=torch.float32)
-    grid = (triton.cdiv(batch * strips, lanes[0]) * blocks,)
+    grid = (cdiv(batch * strips, lanes[0]) * blocks,)
     with torch.cuda.device_of(x):
         _forward_kernel[grid](
             x,
@@ -498,7 +498,7 @@ def backward(
     cut = plan(tuple(x.shape), BACKWARD, slots)
     lanes, rows, strips, blocks, splits = cut
     batch, channels, height, width = x.shape
-    splits = min(triton.cdiv(batch * strips, lanes[0]), splits)
+    splits = min(cdiv(batch * strips, lanes[0]), splits)
     sums = 10 + sum_grad_x
     partial = x.new_empty(splits, sums, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import partial_sums, tiles
-from ..common import channels_last, custom_op
+from ..common import cdiv, channels_last, custom_op
 
 SIZES = ('count', 'positions', 'splits')
 
@@ -103,7 +103,7 @@ def forward(
     channels = x.shape[1]
     count = x.numel() // channels
     rows, block = tiles.form(channels)
-    grid = triton.cdiv(count, rows) * triton.cdiv(channels, block)
+    grid = cdiv(count, rows) * cdiv(channels, block)
     with torch.cuda.device_of(x):
         _forward_kernel[(grid,)](
             x,
@@ -142,9 +142,9 @@ def backward(
     channels = x.shape[1]
     count = x.numel() // channels
     rows, block = tiles.form(channels)
-    blocks = triton.cdiv(channels, block)
+    blocks = cdiv(channels, block)
     slots = partial_sums.programs(x.device, tiles.RESIDENT)
-    splits = min(triton.cdiv(count, rows), triton.cdiv(slots, blocks))
+    splits = min(cdiv(count, rows), cdiv(slots, blocks))
     partial = None
     if weight is not None:
         partial = x.new_empty(splits, 2, channels, dtype=torch.float32)

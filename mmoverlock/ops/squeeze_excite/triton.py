@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import partial_sums, tiles
-from ..common import channels_last, custom_op
+from ..common import cdiv, channels_last, custom_op, next_power_of_2
 from ..pointwise.triton import PRECISION
 from ..residual_conv.triton import _gelu, _gelu_slope
 
@@ -338,11 +338,9 @@ def sum_positions(
     if positions <= FEW:
         return x, factor, gate, positions
     rows, block = tiles.form(channels)
-    blocks = triton.cdiv(channels, block)
+    blocks = cdiv(channels, block)
     slots = partial_sums.programs(x.device, tiles.RESIDENT)
-    splits = min(
-        triton.cdiv(positions, rows), triton.cdiv(slots, batch * blocks)
-    )
+    splits = min(cdiv(positions, rows), cdiv(slots, batch * blocks))
     partial = x.new_empty(batch, splits, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _pool_kernel[(batch * splits * blocks,)](
@@ -361,7 +359,7 @@ def sum_positions(
 
 
 def _knobs(hidden):
-    hidden = triton.next_power_of_2(hidden)
+    hidden = next_power_of_2(hidden)
     return dict(
         PARTS=PARTS,
         CHANNELS=max(1, min(CHANNELS, WEIGHT // hidden)),
@@ -374,8 +372,8 @@ def _pass(kernel, x, *args):
     """Launch a kernel on all tiles of a map, tiles of one image each."""
     batch, channels, height, width = x.shape
     rows, block = tiles.form(channels)
-    count = triton.cdiv(height * width, rows)
-    kernel[(batch * count * triton.cdiv(channels, block),)](
+    count = cdiv(height * width, rows)
+    kernel[(batch * count * cdiv(channels, block),)](
         *args,
         height * width,
         count,
@@ -468,8 +466,8 @@ def backward(
             **_knobs(hidden),
         )
         grid = (
-            triton.cdiv(channels, WEIGHTS['CHANNELS']),
-            triton.cdiv(hidden, WEIGHTS['HIDDEN']),
+            cdiv(channels, WEIGHTS['CHANNELS']),
+            cdiv(hidden, WEIGHTS['HIDDEN']),
         )
         _weights_grad_kernel[grid](
             state, grads, *weights, batch, channels, hidden, **WEIGHTS

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import partial_sums, tiles
-from ..common import channels_last, custom_op
+from ..common import cdiv, channels_last, custom_op
 
 SIZES = ('count', 'splits')
 
@@ -122,7 +122,7 @@ def forward(
     total = z.shape[1]
     count = z.numel() // total
     rows, block = tiles.form(total)
-    grid = triton.cdiv(count, rows) * triton.cdiv(total, block)
+    grid = cdiv(count, rows) * cdiv(total, block)
     with torch.cuda.device_of(z):
         _forward_kernel[(grid,)](
             z,
@@ -160,9 +160,9 @@ def backward(
     total, priors = z.shape[1], initial.shape[1]
     count = z.numel() // total
     rows, block = tiles.form(total)
-    blocks = triton.cdiv(total, block)
+    blocks = cdiv(total, block)
     slots = partial_sums.programs(z.device, tiles.RESIDENT)
-    splits = min(triton.cdiv(count, rows), triton.cdiv(slots, blocks))
+    splits = min(cdiv(count, rows), cdiv(slots, blocks))
     partial = z.new_empty(splits, 3, priors, dtype=torch.float32)
     with torch.cuda.device_of(z):
         _backward_kernel[(splits * blocks,)](

@@ -39,7 +39,7 @@ import triton.language as tl
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
-from ...common import custom_op
+from ...common import cdiv, custom_op
 from .common import (
     SIZES,
     Layout,
@@ -672,7 +672,7 @@ def _plan(sizes: tuple, dilations: tuple) -> _Plan:
 
 
 def _blocks(channels):
-    return triton.cdiv(channels, BLOCK.value)
+    return cdiv(channels, BLOCK.value)
 
 
 def _pack(weights, plan):

@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import constexpr_function
 
+from ...common import cdiv
+
 # Candidates for tiles of maps; the first one of the least cost is taken.
 KNOBS = dict(rows=(7, 10, 16), channels=(32, 16), lanes=256)
 SPARSE = tl.constexpr(3)  # dilation that is too large for rows to be shared
@@ -210,7 +212,7 @@ def sum_parts(parts: Tensor) -> Tensor:
     """Sum over the first dimension, in a fixed order, to float64."""
     out = parts.new_empty(parts.shape[1:], dtype=torch.float64)
     count = out.numel()
-    _sum_parts_kernel[(triton.cdiv(count, 64),)](
+    _sum_parts_kernel[(cdiv(count, 64),)](
         parts, out, len(parts), count, BLOCK=64, SPLITS=8
     )
     return out
@@ -232,18 +234,18 @@ class Layout(NamedTuple):
         """Tiles, and blocks of channels."""
         batch, channels, height, width = shape
         columns, block = self.lanes
-        across = triton.cdiv(width, columns)
-        tiles = batch * triton.cdiv(height, self.rows) * across
-        return tiles, triton.cdiv(channels, block)
+        across = cdiv(width, columns)
+        tiles = batch * cdiv(height, self.rows) * across
+        return tiles, cdiv(channels, block)
 
 
 @lru_cache
 def _layout(channels, height, size):
     rows = min(
         KNOBS['rows'],
-        key=lambda t: triton.cdiv(height, t) * (t * size + 4 * (t + size)),
+        key=lambda t: cdiv(height, t) * (t * size + 4 * (t + size)),
     )
-    block = min(KNOBS['channels'], key=lambda n: triton.cdiv(channels, n) * n)
+    block = min(KNOBS['channels'], key=lambda n: cdiv(channels, n) * n)
     return Layout(rows, (KNOBS['lanes'] // block, block))
 
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common import custom_op
+from ...common import cdiv, custom_op
 from .common import (
     SIZES,
     Layout,
@@ -204,7 +204,7 @@ def weight_grad(x: Tensor, grad: Tensor, size: int, dilation: int) -> Tensor:
 
 def num_splits(items: int, others: int, programs: int) -> int:
     """Number of programs to share some items, beside so many others."""
-    return max(1, min(items, triton.cdiv(programs, others)))
+    return max(1, min(items, cdiv(programs, others)))
 
 
 @custom_op('mmoverlock::depthwise_conv2d')

@@ -1,0 +1,73 @@
+"""What tests of kernels have in common.
+
+Without a GPU, Triton's interpreter runs the kernels.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+NHWC = torch.channels_last
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Memory that nobody wrote is NaN."""
+    for name in ('empty_like', 'empty'):
+        make = getattr(torch, name)
+
+        def poisoned(*args, make=make, **kwargs):
+            return make(*args, **kwargs).fill_(float('nan'))
+
+        monkeypatch.setattr(torch, name, poisoned)
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor,
+        'new_empty',
+        lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(float('nan')),
+    )
+
+
+@pytest.fixture
+def auto_is_triton(monkeypatch):
+    """'auto' takes the kernels here, as it does on a GPU."""
+    monkeypatch.setattr(
+        'mmoverlock.ops.backends.why_not_triton', lambda device: None
+    )
+
+
+def draw(*shape, dtype=torch.float32):
+    """Normal values; maps in channels_last."""
+    x = torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype)
+    return x.contiguous(memory_format=NHWC) if len(shape) == 4 else x
+
+
+def exact(tensor):
+    return tensor.detach().double().clone().requires_grad_()
+
+
+def relative_error(actual, expected):
+    """Norm of the difference, as a share of that of the expected value."""
+    assert actual.shape == expected.shape
+    difference = actual.double() - expected
+    return (difference.norm() / expected.norm().clamp(min=1e-9)).item()
+
+
+def python(code, **env):
+    """Run code with the real compiler, without the interpreter."""
+    env = {**os.environ, **env}
+    env.pop('TRITON_INTERPRET', None)
+    run = subprocess.run(
+        [sys.executable, '-c', code],
+        env=env,
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout

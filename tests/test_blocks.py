@@ -1,0 +1,95 @@
+"""Blocks with all kernels, as on a GPU, against plain PyTorch in float64."""
+
+import copy
+
+import pytest
+import torch
+from kernels import auto_is_triton, draw, exact, relative_error
+from torch import nn
+
+from mmoverlock.models import OverLoCK
+from mmoverlock.models.blocks import FocusBlock, RepConvBlock
+from mmoverlock.models.fuse import fuse
+
+pytest.importorskip('triton')
+__all__ = ['auto_is_triton']
+COMMON = dict(drop_path=0.0, norm_cfg=dict(type='BN'), deploy=False)
+BLOCKS = {
+    'rep': (RepConvBlock, dict(kernel_size=5, layer_scale=True), [16]),
+    'no scale': (RepConvBlock, dict(kernel_size=7, layer_scale=False), [8]),
+    'first': (FocusBlock, dict(kernel_size=5, heads=1, first=True), [16, 8]),
+    'focus': (FocusBlock, dict(kernel_size=5, heads=2, first=False), [16, 8]),
+}
+
+
+def make_block(name):
+    torch.manual_seed(0)
+    kind, options, channels = BLOCKS[name]
+    block = kind(*channels, **options, **COMMON)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    block = block.to(draw(1).device)
+    maps = [draw(2, sum(channels), 6, 7)]
+    if len(channels) > 1:
+        maps.append(draw(2, channels[1], 6, 7))
+    return block, maps
+
+
+@pytest.mark.parametrize('name', BLOCKS)
+def test_block(name, auto_is_triton):
+    """Value, gradients and statistics; then eval mode, merged."""
+    block, maps = make_block(name)
+    other = copy.deepcopy(block).double()  # which no kernel takes
+    maps = [x.requires_grad_() for x in maps]
+    others = [exact(x) for x in maps]
+    out, expected = block(*maps), other(*others)
+    assert 'mmoverlock' in str(out.grad_fn)
+    assert relative_error(out, expected) < 2e-6
+    if 'first' in name:  # does not read it
+        maps, others = maps[:1], others[:1]
+    grad = torch.randn_like(expected)
+    grads = torch.autograd.grad(
+        out, [*maps, *block.parameters()], grad.to(out.dtype)
+    )
+    expected = torch.autograd.grad(
+        expected, [*others, *other.parameters()], grad
+    )
+    largest = max(value.norm() for value in expected)
+    for actual, value in zip(grads, expected, strict=True):
+        # Biases before batch norms have no gradient but rounding.
+        assert (actual - value).norm() < 2e-5 * value.norm() + 1e-6 * largest
+    for actual, value in zip(block.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(actual.double(), value.double())
+    maps = [x.detach() for x in make_block(name)[1]]
+    for model in (block, other):
+        fuse(model)
+    expected = other(*(x.double() for x in maps))
+    assert relative_error(block(*maps), expected) < 2e-6
+
+
+def test_network(auto_is_triton):
+    """Every map is in channels_last on the way, and contiguous at the end."""
+    arch = dict(
+        depths=(1, 1, 1, 1),
+        channels=(8, 8, 16, 32),
+        focus_depths=(1, 1),
+        focus_heads=(2, 2),
+    )
+    torch.manual_seed(0)
+    model = OverLoCK(arch, drop_path_rate=0.1).to(draw(1).device).eval()
+    other = copy.deepcopy(model).double()
+    x = draw(1, 3, 64, 64)
+    strided = []
+    for module in model.modules():
+        if isinstance(module, RepConvBlock | FocusBlock):
+            module.register_forward_hook(
+                lambda module, args, out: strided.append(
+                    out.is_contiguous(memory_format=torch.channels_last)
+                )
+            )
+    with torch.no_grad():
+        outs, expected = model(x), other(x.double())
+    assert strided == [True] * 6
+    for out, value in zip(outs, expected, strict=True):
+        assert out.is_contiguous()
+        assert relative_error(out, value) < 1e-5
