@@ -56,8 +56,10 @@ def test_block(name, auto_is_triton):
     )
     largest = max(value.norm() for value in expected)
     for actual, value in zip(grads, expected, strict=True):
-        # Biases before batch norms have no gradient but rounding.
-        assert (actual - value).norm() < 2e-5 * value.norm() + 1e-6 * largest
+        if value.norm() < 1e-9 * largest:  # a bias before a batch norm
+            assert actual.norm() < 1e-4 * largest
+        else:
+            assert relative_error(actual, value) < 5e-5
     for actual, value in zip(block.buffers(), other.buffers(), strict=True):
         torch.testing.assert_close(actual.double(), value.double())
     maps = [x.detach() for x in make_block(name)[1]]

@@ -15,7 +15,7 @@ import torch
 from test_contmix import call, differentiate, draw
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmoverlock.ops import check_backend
+from mmoverlock.ops import check_backend, contmix
 
 triton = pytest.importorskip('triton', '3.6')
 tl = pytest.importorskip('triton.language')
@@ -81,6 +81,8 @@ def test_agrees_with_reference(
     """Outputs and all gradients; taller tiles take the interpreter less."""
     if DEVICE == 'cpu':
         monkeypatch.setitem(windows.KNOBS, 'ROWS', rows)
+    if batch == 2:  # programs go through several images
+        monkeypatch.setitem(contmix_triton.classes.KNOBS, 'PROGRAMS', 1)
     operands = draw(batch, height, width, kernel_size, groups, channels)
     actual = differentiate(here(operands), 'triton', layout)
     check(actual, operands, TOLERANCES[EXACT])
@@ -110,6 +112,20 @@ def test_logits_are_made_in_single_precision():
     expected = call(operands, 'reference')
     actual = call(here(operands, torch.float32), 'triton').cpu().double()
     assert (actual - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_scale():
+    operands = draw(1, 3, 3, 3, groups=1)
+    results = []
+    for backend, inputs in (
+        ('reference', operands),
+        ('triton', here(operands)),
+    ):
+        *rest, small, large = inputs.values()
+        out = contmix(*rest, (small, large), backend=backend, scale=0.5)
+        grads = torch.autograd.grad(out.square().sum(), [*inputs.values()])
+        results.append([t.cpu().double() for t in (out, *grads)])
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif(DEVICE == 'cuda', reason='needs double precision')
