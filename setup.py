@@ -24,16 +24,15 @@ EXTRAS = {
         'regex',
     ],
     'openmmlab': [
-        'torch==2.1.2',
-        'torchvision==0.16.2',
-        'numpy<2',
-        'setuptools<70',
+        'torch==2.13.0',
+        'torchvision==0.28.0',
+        'numpy<2.3',
+        'setuptools<81',  # mmcv and mmengine import its pkg_resources
         'mmengine==0.10.7',
         'mmcv==2.1.0',
         'mmdet==3.3.0',
         'mmsegmentation==1.2.2',
         'mmpretrain==1.2.0',
-        'triton==2.1.0',  # of torch, before that of the tests
         'safetensors==0.8.0',
         'ftfy',
         'regex',

@@ -346,9 +346,6 @@ def test_wrong_backbone(tmp_path):
 # --------------------------------------------------------------------- FSDP
 
 
-@pytest.mark.skipif(
-    torch.__version__ < '2.2', reason='torch 2.1 shards on GPUs only'
-)
 def test_fsdp(tmp_path):
     """Blocks are sharded, and the training is that of DDP."""
     full = dict(rank0_only=True, offload_to_cpu=False)

@@ -38,6 +38,9 @@ def test_pins_come_from_setup_py(setup_env):
     assert extras['onedl']['torch'].startswith('torch==')
     assert extras['onedl']['onedl-mmcv'].startswith('onedl-mmcv==')
     assert {*setup_env.NEWEST_PYTHON, 'tests'} == set(extras)
+    for name in ('torch', 'torchvision', 'numpy'):
+        one, other = (extras[s][name] for s in ('onedl', 'openmmlab'))
+        assert one == other
     with pytest.raises(ValueError, match='EXTRAS'):
         setup_env.read_pins('pins = {}')
 
