@@ -73,6 +73,7 @@ def test_wheel_has_package_and_mim(clone, wheel):
     assert 'mmoverlock/.mim/tools/dist_train.sh' in expected
     modules = (clone / 'mmoverlock').rglob('*.py')
     expected |= {path.relative_to(clone).as_posix() for path in modules}
+    expected.add('mmoverlock/py.typed')
     info = f'mmoverlock-{mmoverlock.__version__}.dist-info/'
     names = {n for n in wheel.namelist() if not n.startswith(info)}
     assert names == expected
