@@ -12,7 +12,7 @@ from golden import load, state_dict
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from test_tools import MASK_RCNN, TINY, TOOLS, data_options, run
-from test_tools import load as load_tool
+from tiny import load_tool
 
 from mmoverlock.models.weights import fit
 

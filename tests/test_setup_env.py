@@ -11,16 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import load_tool
 
 ROOT = Path(__file__).parents[1]
 
 
 def load():
-    path = ROOT / 'dev' / 'setup_env.py'
-    spec = importlib.util.spec_from_file_location('setup_env', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool('setup_env', 'dev')
 
 
 @pytest.fixture

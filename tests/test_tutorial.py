@@ -1,6 +1,5 @@
 """The pages in docs/: what they say to run runs, what they draw is so."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import load_tool
 
 ROOT = Path(__file__).parents[1]
 RESULTS = [
@@ -73,11 +73,7 @@ def test_tutorial(tmp_path, monkeypatch):
 
 def test_architecture_figure():
     """It shows the numbers of the arch."""
-    path = ROOT / 'docs' / 'draw_architecture.py'
-    spec = importlib.util.spec_from_file_location('draw', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    figure = module.draw('xt')
+    figure = load_tool('draw_architecture', 'docs').draw('xt')
     text = '\n'.join(item.get_text() for item in figure.axes[0].texts)
     for words in (
         *('2 x RepConvBlock', 'kernel 17 x 17', '56 channels\nstride 4'),

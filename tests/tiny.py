@@ -60,9 +60,9 @@ CONFIGS = {
 }
 
 
-def load_tool(name):
-    """The module of tools/<name>.py."""
-    path = ROOT / 'tools' / f'{name}.py'
+def load_tool(name, folder='tools'):
+    """The module of tools/<name>.py, or of a script in another folder."""
+    path = ROOT / folder / f'{name}.py'
     spec = importlib.util.spec_from_file_location(f'{name}_tool', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
