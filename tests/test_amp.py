@@ -86,7 +86,9 @@ def test_outputs_and_gradients(dtype, training):
 
 def layers():
     block = RepConvBlock(16, layer_scale=True, **BLOCK)
-    focus = FocusBlock(16, 8, heads=2, first=True, backend='auto', **BLOCK)
+    focus = FocusBlock(
+        16, 8, heads=2, first=True, contmix_backend='auto', **BLOCK
+    )
     return dict(
         norm=(LayerNorm2d(16), 16),
         scale=(LayerScale(16), 16),
