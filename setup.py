@@ -1,9 +1,4 @@
-import re
-from pathlib import Path
-
-from setuptools import find_packages, setup
-
-ROOT = Path(__file__).parent
+from setuptools import setup
 
 # The only place for version pins; dev/setup_env.py reads them from here. Two
 # stacks share their import names, so neither is a hard requirement. Each mmcv
@@ -24,16 +19,15 @@ EXTRAS = {
         'regex',
     ],
     'openmmlab': [
-        'torch==2.1.2',
-        'torchvision==0.16.2',
-        'numpy<2',
-        'setuptools<70',
+        'torch==2.13.0',
+        'torchvision==0.28.0',
+        'numpy<2.3',
+        'setuptools<81',  # mmcv and mmengine import its pkg_resources
         'mmengine==0.10.7',
         'mmcv==2.1.0',
         'mmdet==3.3.0',
         'mmsegmentation==1.2.2',
         'mmpretrain==1.2.0',
-        'triton==2.1.0',  # of torch, before that of the tests
         'safetensors==0.8.0',
         'ftfy',
         'regex',
@@ -53,30 +47,5 @@ EXTRAS = {
 }
 
 
-def version():
-    text = (ROOT / 'mmoverlock/__init__.py').read_text()
-    return re.search(r"__version__ = '(.+)'", text)[1]
-
-
-setup(
-    name='mmoverlock',
-    version=version(),
-    description='OverLoCK backbones for OpenMMLab',
-    long_description=(ROOT / 'README.md').read_text(),
-    long_description_content_type='text/markdown',
-    license='Apache-2.0',
-    python_requires='>=3.10',
-    packages=find_packages(include=['mmoverlock', 'mmoverlock.*']),
-    # mmoverlock/.mim holds links to configs, tools and model-index.yml.
-    package_data={
-        'mmoverlock': [
-            '.mim/configs/**/*.py',
-            '.mim/configs/**/*.yml',
-            '.mim/tools/*.py',
-            '.mim/tools/*.sh',
-            '.mim/model-index.yml',
-        ]
-    },
-    install_requires=['safetensors'],
-    extras_require=EXTRAS,
-)
+# All else is in pyproject.toml.
+setup(extras_require=EXTRAS)

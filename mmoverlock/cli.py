@@ -8,7 +8,6 @@ import inspect
 import os
 import re
 import sys
-import time
 import traceback
 from pathlib import Path
 from urllib.error import URLError
@@ -68,9 +67,6 @@ LAUNCHERS = {
     ),
 }
 
-# In less, launchers end what is left of a job that failed.
-LAUNCHER_DELAY = 10.0
-
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -89,17 +85,11 @@ def set_up():
 def user_errors(tool):
     """Report user mistakes on stderr, after the tool's name, with status 2.
 
-    They are `UserError`, `CheckpointError` and `DataError`. Of several
-    processes that fail alike, the first reports, and its launcher ends the
-    others while they wait; one that fails alone reports after
-    `LAUNCHER_DELAY` seconds.
+    They are `UserError`, `CheckpointError` and `DataError`.
     """
     try:
         yield
     except (UserError, CheckpointError, DataError) as error:
-        ranks = (os.environ.get(names[0]) for names, _ in LAUNCHERS.values())
-        if next(filter(None, ranks), '0') != '0':
-            time.sleep(LAUNCHER_DELAY)
         print(f'{tool}: {error}', file=sys.stderr)
         sys.exit(2)
 

@@ -86,7 +86,9 @@ def test_outputs_and_gradients(dtype, training):
 
 def layers():
     block = RepConvBlock(16, layer_scale=True, **BLOCK)
-    focus = FocusBlock(16, 8, heads=2, first=True, backend='auto', **BLOCK)
+    focus = FocusBlock(
+        16, 8, heads=2, first=True, contmix_backend='auto', **BLOCK
+    )
     return dict(
         norm=(LayerNorm2d(16), 16),
         scale=(LayerScale(16), 16),
@@ -206,12 +208,6 @@ def test_kernels_are_made_in_single_precision(backend, dtype):
     assert relative_error(actual, expected) < 2 * torch.finfo(dtype).eps
 
 
-needs_scaler = pytest.mark.skipif(
-    not hasattr(torch.amp, 'GradScaler'),
-    reason='torch 2.1 scales gradients on GPUs only',
-)
-
-
 @pytest.fixture
 def poisoned_memory():
     """What is left uninitialized is NaN."""
@@ -220,7 +216,6 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@needs_scaler
 @pytest.mark.parametrize('dtype', HALF_FORMATS)
 @pytest.mark.parametrize('size', [(2, 33, 32), (2, 1, 1), (1, 33, 40)])
 def test_gradient_scaler(poisoned_memory, dtype, size):
@@ -241,7 +236,6 @@ def test_gradient_scaler(poisoned_memory, dtype, size):
     assert scaler.get_scale() == before
 
 
-@needs_scaler
 def test_gradient_scaler_finds_its_scale():
     """Steps whose gradients overflow are left out, and soon there is none."""
     torch.manual_seed(0)

@@ -10,10 +10,6 @@ import torch.nn.functional as F
 from mmoverlock.models import OverLoCK
 from mmoverlock.ops import depthwise_conv2d
 
-pytestmark = pytest.mark.skipif(
-    torch.__version__ < '2.6',
-    reason='older compilers do not know what newer Python can do',
-)
 ARCH = dict(
     depths=(1, 1, 1, 1),
     channels=(8, 8, 16, 16),

@@ -17,6 +17,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
+from tiny import load_tool
 
 from mmoverlock.models import OverLoCK
 
@@ -490,15 +491,6 @@ def plain_dumps():
         yield
 
 
-def tool(name):
-    spec = importlib.util.spec_from_file_location(
-        name, ROOT / 'tools' / f'{name}.py'
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 def shrunk(node):
     """The config of a pipeline with all sizes divided by 8."""
     if isinstance(node, dict):
@@ -524,7 +516,9 @@ def write_small(path, folder, dataset, **options):
         Path: The config file. ``folder/data`` holds the data.
     """
     data = folder / 'data'
-    tool('make_sample_data')([dataset, str(data), '--images=2', '--size=96'])
+    load_tool('make_sample_data').main(
+        [dataset, str(data), '--images=2', '--size=96']
+    )
     cfg = read(path)
     cfg.model.backbone.init_cfg = None
     cfg.default_hooks.logger.interval = 1
@@ -574,7 +568,7 @@ def test_run_cascade(tmp_path):
         },
     )
     work_dir = tmp_path / 'work'
-    tool('train')([str(config), '--work-dir', str(work_dir)])
+    load_tool('train').main([str(config), '--work-dir', str(work_dir)])
     logged = scalars(work_dir)
     for name in ('s0.loss_cls', 's1.loss_bbox', 's2.loss_mask', 'loss'):
         assert np.isfinite(logged[name])
@@ -597,7 +591,7 @@ def segmentor(tmp_path_factory):
             'default_hooks.checkpoint.interval': 1,
         },
     )
-    tool('train')([str(config), '--work-dir', str(folder / 'work')])
+    load_tool('train').main([str(config), '--work-dir', str(folder / 'work')])
     return config, folder / 'work'
 
 
@@ -624,7 +618,7 @@ def test_tta(segmentor, tmp_path, monkeypatch):
         return predict(self, inputs, data_samples)
 
     monkeypatch.setattr(EncoderDecoder, 'predict', spy)
-    tool('test')(
+    load_tool('test').main(
         [
             *(str(config), str(work_dir / 'iter_1.pth'), '--tta'),
             *('--work-dir', str(tmp_path), '--out', str(tmp_path / 'out.pkl')),
@@ -646,7 +640,7 @@ def test_tta_without_config(segmentor, tmp_path, capsys, key):
     cfg.pop(key)
     cfg.dump(tmp_path / 'config.py')
     with pytest.raises(SystemExit) as stop:
-        tool('test')(
+        load_tool('test').main(
             [
                 *(str(tmp_path / 'config.py'), str(work_dir / 'iter_1.pth')),
                 *('--tta', '--work-dir', str(tmp_path / 'work')),

@@ -1,19 +1,16 @@
 """tools/convert_checkpoint.py: both ways, and what users get wrong."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import load_tool
 from torch import nn
 
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.weights import add_prefixes, merge
 
-PATH = Path(__file__).parents[1] / 'tools' / 'convert_checkpoint.py'
-spec = importlib.util.spec_from_file_location('convert_checkpoint', PATH)
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+tool = load_tool('convert_checkpoint')
 
 TINY = dict(
     depths=(1, 1, 1, 1),

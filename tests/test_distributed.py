@@ -316,7 +316,7 @@ def test_a_process_dies(tmp_path, killed):
 
 
 def test_weights_of_another_arch(tmp_path):
-    """One message, without a traceback, of one process and of two."""
+    """A message, without a traceback, of one process and of each of two."""
     from mmoverlock.models import OverLoCK
 
     weights = tmp_path / 'xt.pth'
@@ -329,7 +329,7 @@ def test_weights_of_another_arch(tmp_path):
     log = finish(
         launch(tmp_path, 'dist_train.sh', config, 2, *options), failure=True
     )
-    assert log.count(WRONG_ARCH) == 1
+    assert log.count(WRONG_ARCH) in (1, 2)  # torchrun may end one before
     tracebacks = log.split('Traceback')[1:]  # torchrun's own
     assert not any('train.py", line' in text for text in tracebacks)
     assert 'exitcode  : 2' in log
@@ -346,9 +346,6 @@ def test_wrong_backbone(tmp_path):
 # --------------------------------------------------------------------- FSDP
 
 
-@pytest.mark.skipif(
-    torch.__version__ < '2.2', reason='torch 2.1 shards on GPUs only'
-)
 def test_fsdp(tmp_path):
     """Blocks are sharded, and the training is that of DDP."""
     full = dict(rank0_only=True, offload_to_cpu=False)

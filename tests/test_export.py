@@ -5,7 +5,6 @@ import tiny
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from torch.torch_version import TorchVersion
 
 pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
@@ -13,9 +12,6 @@ for package in ('mmdet', 'mmseg', 'mmpretrain'):
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
 tool = tiny.load_tool('export')
-exports = pytest.mark.skipif(
-    torch.__version__ < '2.6', reason='refused before torch 2.6, see below'
-)
 
 
 @pytest.fixture
@@ -59,7 +55,6 @@ def compare(found, wanted):
         assert (a - b).abs().max() < 1e-4 * b.abs().max()
 
 
-@exports
 @torch.no_grad()
 def test_segmenter_onnx_of_any_size(build, tmp_path, capsys):
     files, model = build('seg')
@@ -80,7 +75,6 @@ def test_segmenter_onnx_of_any_size(build, tmp_path, capsys):
         compare(predict(image), [wanted])
 
 
-@exports
 @torch.no_grad()
 def test_backbone_onnx(build, tmp_path, capsys):
     files, model = build('seg')
@@ -101,7 +95,6 @@ def test_backbone_onnx(build, tmp_path, capsys):
     }
 
 
-@exports
 @torch.no_grad()
 def test_classifier_torchscript(build, tmp_path, capsys):
     files, model = build('cls')
@@ -112,7 +105,6 @@ def test_classifier_torchscript(build, tmp_path, capsys):
     compare(torch.jit.load(path)(image), [model(image)])
 
 
-@exports
 @torch.no_grad()
 def test_detector_torch_export(build, tmp_path, capsys):
     files, model = build('det')
@@ -140,7 +132,6 @@ def test_matrix_pool(size, shape):
     )
 
 
-@exports
 def test_disagreement(build, tmp_path, capsys, monkeypatch):
     """A file that does not agree is reported, and so is no comparison."""
     for differences, words in (
@@ -187,22 +178,9 @@ def test_dynamic_torchscript(tmp_path, capsys):
     assert 'TorchScript files have a fixed size' in message
 
 
-@exports
 def test_head_without_logits(tmp_path, capsys):
     config = tiny.ROOT / 'configs/drop_in/overlock_t_mask2former_semantic.py'
     with pytest.raises(SystemExit) as stop:
         tool.main([str(config), '--out', str(tmp_path / 'm.onnx')])
     assert stop.value.code == 2
     assert '--backbone-only works with it' in capsys.readouterr().err
-
-
-def test_old_torch(tmp_path, capsys, monkeypatch):
-    version = min(torch.__version__, TorchVersion('2.5.1'))
-    monkeypatch.setattr(torch, '__version__', version)
-    config = tiny.ROOT / 'configs' / tiny.CONFIGS['cls'][0]
-    with pytest.raises(SystemExit) as stop:
-        tool.main([str(config), '--out', str(tmp_path / 'm.onnx')])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == (
-        f'export.py: exporting needs torch 2.6 or later, not {version}\n'
-    )

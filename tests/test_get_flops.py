@@ -1,12 +1,12 @@
 """tools/get_flops.py: what it counts, and how that fits the paper's table."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from tiny import load_tool
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,11 +19,7 @@ for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)
 
 ROOT = Path(__file__).parents[1]
-SPEC = importlib.util.spec_from_file_location(
-    'get_flops', ROOT / 'tools' / 'get_flops.py'
-)
-tool = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tool)
+tool = load_tool('get_flops')
 
 # Parameters in M, FLOPs in G.
 PAPER = {'xt': (16, 2.6), 't': (33, 5.5), 's': (56, 9.7), 'b': (95, 16.7)}

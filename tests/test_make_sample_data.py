@@ -1,6 +1,5 @@
 """tools/make_sample_data.py: real layouts, exact masks, no harm to data."""
 
-import importlib.util
 import io
 import json
 import subprocess
@@ -10,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import load_tool
 
 SCRIPT = Path(__file__).parents[1] / 'tools' / 'make_sample_data.py'
-SPEC = importlib.util.spec_from_file_location('make_sample_data', SCRIPT)
-tool = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tool)
+tool = load_tool('make_sample_data')
 
 IMAGES, SIZE, SEED = 20, 96, 3
 OPTIONS = [f'--images={IMAGES}', f'--size={SIZE}', f'--seed={SEED}']

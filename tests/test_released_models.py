@@ -12,7 +12,7 @@ from golden import load, state_dict
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from test_tools import MASK_RCNN, TINY, TOOLS, data_options, run
-from test_tools import load as load_tool
+from tiny import load_tool
 
 from mmoverlock.models.weights import fit
 
@@ -225,10 +225,7 @@ def test_hostile_dataset_files(coco, tmp_path, capsys):
 
 
 def test_options_are_not_evaluated(tmp_path, monkeypatch):
-    """Not when they are read, merged, nor when the config is saved.
-
-    What looks like a call is refused: see test_hostile.py.
-    """
+    """Not when they are read, merged, nor when the config is saved."""
     monkeypatch.chdir(tmp_path)
     value = '!!python/object/apply:os.mkdir [marker]'
     args = (

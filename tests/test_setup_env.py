@@ -11,16 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import load_tool
 
 ROOT = Path(__file__).parents[1]
 
 
 def load():
-    path = ROOT / 'dev' / 'setup_env.py'
-    spec = importlib.util.spec_from_file_location('setup_env', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool('setup_env', 'dev')
 
 
 @pytest.fixture
@@ -38,6 +35,9 @@ def test_pins_come_from_setup_py(setup_env):
     assert extras['onedl']['torch'].startswith('torch==')
     assert extras['onedl']['onedl-mmcv'].startswith('onedl-mmcv==')
     assert {*setup_env.NEWEST_PYTHON, 'tests'} == set(extras)
+    for name in ('torch', 'torchvision', 'numpy'):
+        one, other = (extras[s][name] for s in ('onedl', 'openmmlab'))
+        assert one == other
     with pytest.raises(ValueError, match='EXTRAS'):
         setup_env.read_pins('pins = {}')
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from PIL import Image
+from tiny import load_tool
 from torch import nn
 
 from mmoverlock import cli
@@ -26,18 +27,7 @@ TOOLS = ROOT / 'tools'
 MASK_RCNN = ROOT / 'configs' / 'mask_rcnn' / 'overlock_xt_1x.py'
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(
-        f'{name}_tool', TOOLS / f'{name}.py'
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-train, test, summarize = (
-    load(name) for name in ('train', 'test', 'summarize')
-)
+train, test, summarize = map(load_tool, ('train', 'test', 'summarize'))
 
 
 def run(*command, status=0):
@@ -67,7 +57,7 @@ def test_main_sets_up_the_process(name, monkeypatch, capsys):
     called = []
     monkeypatch.setattr(cli, 'set_up', lambda: called.append(name))
     with pytest.raises(SystemExit):
-        load(name).main(['--help'])
+        load_tool(name).main(['--help'])
     assert called == [name]
 
 
@@ -696,20 +686,6 @@ def test_local_rank_under_mpi(monkeypatch):
     argv = [str(MASK_RCNN), '--launcher', 'mpi']
     train.cli.load_config(train.build_parser().parse_args(argv))
     assert os.environ['LOCAL_RANK'] == '3'
-
-
-def test_mistake_of_one_process(mistake, monkeypatch):
-    """Others than the first wait: their launcher may end them meanwhile."""
-    waits = []
-    monkeypatch.setattr(train.cli.time, 'sleep', waits.append)
-    mistake(train, 'no.py')
-    monkeypatch.setenv('RANK', '0')
-    monkeypatch.setenv('SLURM_PROCID', '1')  # of a task that runs torchrun
-    mistake(train, 'no.py')
-    assert waits == []
-    monkeypatch.setenv('RANK', '1')
-    mistake(train, 'no.py')
-    assert waits == [train.cli.LAUNCHER_DELAY]
 
 
 def test_amp(monkeypatch):

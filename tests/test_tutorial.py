@@ -1,6 +1,5 @@
 """The pages in docs/: what they say to run runs, what they draw is so."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -8,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from tiny import load_tool
 
 ROOT = Path(__file__).parents[1]
 RESULTS = [
@@ -52,18 +51,14 @@ def test_tutorial(tmp_path, monkeypatch):
         text=True,
     )
     output = done.stdout + done.stderr
-    exported = torch.__version__ >= '2.6'  # else, the last command refuses
-    assert done.returncode == (0 if exported else 2), output
+    assert done.returncode == 0, output
     missing = [
         name
         for name in RESULTS
         if not (tmp_path / 'work_dirs' / 'tutorial' / name).exists()
     ]
-    assert missing == ([] if exported else ['model.onnx'])
-    words = '160 x 160: differs by .*e-0[5-9] at most'
-    assert re.search(words if exported else 'needs torch 2.6', output)
-    if not exported:
-        return
+    assert not missing
+    assert re.search('160 x 160: differs by .*e-0[5-9] at most', output)
 
     # And what another page says about the ONNX file.
     text = (ROOT / 'docs' / 'mmdeploy.md').read_text()
@@ -78,11 +73,7 @@ def test_tutorial(tmp_path, monkeypatch):
 
 def test_architecture_figure():
     """It shows the numbers of the arch."""
-    path = ROOT / 'docs' / 'draw_architecture.py'
-    spec = importlib.util.spec_from_file_location('draw', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    figure = module.draw('xt')
+    figure = load_tool('draw_architecture', 'docs').draw('xt')
     text = '\n'.join(item.get_text() for item in figure.axes[0].texts)
     for words in (
         *('2 x RepConvBlock', 'kernel 17 x 17', '56 channels\nstride 4'),

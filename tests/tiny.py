@@ -3,7 +3,6 @@
 import importlib.util
 from pathlib import Path
 
-import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -17,16 +16,7 @@ BACKBONE = {
     'arch.focus_depths': [1, 1],
     'arch.focus_heads': [2, 2],
 }
-HALF_FORMATS = [
-    torch.bfloat16,
-    pytest.param(
-        torch.float16,
-        marks=pytest.mark.skipif(
-            torch.__version__ < '2.2',
-            reason='torch 2.1 computes in float16 on GPUs only',
-        ),
-    ),
-]
+HALF_FORMATS = [torch.bfloat16, torch.float16]
 TEST_SET = 'test_dataloader.dataset'
 # Config files, and what makes their models tiny and their images small.
 CONFIGS = {
@@ -70,9 +60,9 @@ CONFIGS = {
 }
 
 
-def load_tool(name):
-    """The module of tools/<name>.py."""
-    path = ROOT / 'tools' / f'{name}.py'
+def load_tool(name, folder='tools'):
+    """The module of tools/<name>.py, or of a script in another folder."""
+    path = ROOT / folder / f'{name}.py'
     spec = importlib.util.spec_from_file_location(f'{name}_tool', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -325,10 +325,6 @@ def check(args, cfg):
             f'--dynamic takes multiples of {MULTIPLE} from {LEAST} to '
             f'{MOST}, not --shape {shape[0]} {shape[1]}'
         )
-    if torch.__version__ < '2.6':
-        raise cli.UserError(
-            f'exporting needs torch 2.6 or later, not {torch.__version__}'
-        )
     return shape
 
 

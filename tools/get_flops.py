@@ -67,7 +67,8 @@ def count(cfg, shape):
     model = MODELS.build(cfg.model).eval()
     for module in model.modules():
         if isinstance(module, FocusBlock):
-            module.contmix_backend = 'reference'  # it does what is to be counted
+            # It does what is to be counted.
+            module.contmix_backend = 'reference'
     parts = dict(named_parts(model))
     parameters = {
         name: sum(parameter.numel() for parameter in part.parameters())

@@ -1,8 +1,8 @@
 """Optimizers: mixed precision on CPUs, and layer-wise learning rates."""
 
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import import_module
-from unittest.mock import patch
 
 import torch
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
@@ -11,15 +11,6 @@ from mmengine.runner.amp import autocast
 from torch import Tensor, nn
 
 from ..models.overlock import OverLoCK
-
-try:
-    # On CPUs, they take single precision only.
-    SINGLE_PRECISION = (
-        (import_module('mmcv.ops.nms').NMSop, 'apply'),
-        (import_module('mmcv.ops.roi_align'), 'roi_align'),
-    )
-except ImportError:  # classification needs no compiled ops
-    SINGLE_PRECISION = ()
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -30,13 +21,25 @@ class CPUAmpOptimWrapper(OptimWrapper):
     Arguments are those of :class:`mmengine.optim.OptimWrapper`.
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        _keep_in_single_precision()
+
     @contextmanager
     def optim_context(self, model: nn.Module):
-        with super().optim_context(model), autocast('cpu'), ExitStack() as ops:
-            for owner, name in SINGLE_PRECISION:
-                function = _in_single_precision(getattr(owner, name))
-                ops.enter_context(patch.object(owner, name, function))
+        with super().optim_context(model), autocast('cpu'):
             yield
+
+
+@cache
+def _keep_in_single_precision() -> None:
+    """Have mmcv's operators that take nothing else on CPUs cast bfloat16."""
+    with suppress(ImportError):  # classification needs no compiled ops
+        nms, roi_align = (
+            import_module(f'mmcv.ops.{name}') for name in ('nms', 'roi_align')
+        )
+        nms.NMSop.apply = _in_single_precision(nms.NMSop.apply)
+        roi_align.roi_align = _in_single_precision(roi_align.roi_align)
 
 
 def _in_single_precision(function):
