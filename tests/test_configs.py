@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fusion import assert_fuses, far
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.fileio import load
@@ -17,6 +18,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
+from torch import nn
 
 from mmoverlock.models import OverLoCK
 
@@ -425,11 +427,26 @@ def check_training(cfg):
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
     assert model.backbone.patch_embed1[0].weight.grad.any()
+    return model, data
 
 
 @pytest.mark.parametrize('path', DROP_IN)
-def test_drop_in_trains(path):
-    check_training(read(path))
+def test_drop_in(path):
+    """It trains, and fused it computes the same."""
+    model, data = check_training(read(path))
+
+    def call(images, samples):
+        maps = model.extract_feat(images)
+        if hasattr(model, 'rpn_head'):
+            return maps, model.rpn_head(maps)
+        if 'mask2former_semantic' in path:
+            return maps, model.decode_head(maps, samples)
+        return maps, model(images, samples)
+
+    images = data['inputs'].double()
+    assert_fuses(far(model), images, data['data_samples'], call=call)
+    norms = [type(m) for m in model.backbone.modules()]
+    assert not {nn.BatchNorm2d, nn.SyncBatchNorm} & {*norms}
 
 
 SEG_MODEL = """

@@ -258,7 +258,9 @@ class ResDWConv(DWConv):
     @torch.no_grad()
     def absorb_residual(self) -> None:
         """Make the identity a part of the kernel, for inference."""
-        self.weight[:, :, 1, 1] += self.residual
+        weight = self.weight.clone()  # it may be tied to that of another
+        weight[:, :, 1, 1] += self.residual
+        self.weight = nn.Parameter(weight)
         self.residual = False
 
 
