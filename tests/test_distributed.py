@@ -114,7 +114,7 @@ def ranks(work_dir):
 def assert_in_step(work_dir, checkpoint, norm='BatchNorm2d'):
     """Both processes end with the weights and statistics of the checkpoint.
 
-    They came there by DDP, each with images of its own.
+    They came there by DDP, each with images and random numbers of its own.
     """
     first, second = ranks(work_dir)
     for rank in (first, second):
@@ -124,6 +124,7 @@ def assert_in_step(work_dir, checkpoint, norm='BatchNorm2d'):
     pairs = [*zip(first['losses'], second['losses'], strict=True)]
     assert len(pairs) == 2
     assert all(one != other for one, other in pairs)
+    assert len({*first['seeds'], *second['seeds']}) == 4
     assert first['state'].keys() == second['state'].keys()
     for name, value in first['state'].items():
         assert torch.equal(value, second['state'][name]), name
