@@ -84,13 +84,19 @@ def built(request):
     [
         ('mask_rcnn', '1x'),
         ('mask_rcnn', '3x'),
-        ('cascade_mask_rcnn', '3x'),
+        ('cascade_mask_rcnn', 'cascade_3x'),
         ('upernet', '160k'),
     ],
 )
 def test_there_are_configs(folder, schedule):
     for arch in ARCHS:
         assert f'{folder}/overlock_{arch}_{schedule}.py' in PATHS
+
+
+def test_names_are_unique():
+    """A config's name is its work dir's, and what mim finds it by."""
+    names = [Path(path).name for path in PATHS]
+    assert sorted(names) == sorted({*names})
 
 
 def test_heads_fit_backbone(built):
@@ -151,7 +157,7 @@ def test_optimizer(built):
     [
         ('mask_rcnn/overlock_t_1x.py', 2e-4, 12, [8, 11]),
         ('mask_rcnn/overlock_t_3x.py', 1e-4, 36, [27, 33]),
-        ('cascade_mask_rcnn/overlock_t_3x.py', 1e-4, 36, [27, 33]),
+        ('cascade_mask_rcnn/overlock_t_cascade_3x.py', 1e-4, 36, [27, 33]),
     ],
 )
 def test_detection_recipe(path, lr, epochs, steps):
@@ -189,9 +195,15 @@ def test_detection_recipe(path, lr, epochs, steps):
     assert cfg.model.neck.num_outs == 5
 
 
-@pytest.mark.parametrize('folder', ['mask_rcnn', 'cascade_mask_rcnn'])
-def test_multi_scale_and_crop(folder):
-    cfg = read(f'{folder}/overlock_t_3x.py')
+@pytest.mark.parametrize(
+    'path',
+    [
+        'mask_rcnn/overlock_t_3x.py',
+        'cascade_mask_rcnn/overlock_t_cascade_3x.py',
+    ],
+)
+def test_multi_scale_and_crop(path):
+    cfg = read(path)
     *_, choice, pack = cfg.train_dataloader.dataset.pipeline
     assert (choice.type, pack.type) == ('RandomChoice', 'PackDetInputs')
     [resize], [first, crop, second] = choice.transforms
@@ -204,7 +216,7 @@ def test_multi_scale_and_crop(folder):
 
 
 def test_cascade_heads():
-    model = read('cascade_mask_rcnn/overlock_t_3x.py').model
+    model = read('cascade_mask_rcnn/overlock_t_cascade_3x.py').model
     stds = [0.1, 0.2], [0.05, 0.1], [0.033, 0.067]
     for head, (xy, wh) in zip(model.roi_head.bbox_head, stds, strict=True):
         assert head.type == 'Shared4Conv1FCBBoxHead'
@@ -578,7 +590,7 @@ def test_run_cascade(tmp_path):
     """
     sampling = {f'model.train_cfg.rcnn.{i}.sampler.num': 8 for i in range(3)}
     config = write_small(
-        'cascade_mask_rcnn/overlock_xt_3x.py',
+        'cascade_mask_rcnn/overlock_xt_cascade_3x.py',
         tmp_path,
         'coco',
         **sampling,
