@@ -18,11 +18,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.parametrize import is_parametrized
 
 from .blocks import FocusBlock, RepConvBlock
-from .layers import GRN, PointwiseConv, ResDWConv, Sequential
+from .layers import GRN, DWConv, PointwiseConv, ResDWConv
 from .overlock import OverLoCK, StridedConv
 from .reparam import DilatedReparamConv
 
-CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d, PointwiseConv, StridedConv
+CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d, PointwiseConv, StridedConv, DWConv
 try:
     from mmcv.cnn import ConvModule
     from mmcv.cnn.bricks import wrappers
@@ -73,6 +73,11 @@ def _is_plain(module: nn.Module) -> bool:
         or 'forward' in vars(module)
         or is_parametrized(module)
     )
+
+
+def _is_linear(conv: nn.Module | None) -> bool:
+    """Whether a module is a convolution without a residual."""
+    return type(conv) in CONVS and not getattr(conv, 'residual', False)
 
 
 def _is_affine(norm: nn.Module) -> bool:
@@ -128,7 +133,7 @@ def _fused_copy(conv: nn.Module, norm: nn.Module) -> nn.Module | None:
     It is a part of the norm, so that it moves with the model.
     """
     if (
-        type(conv) not in CONVS
+        not _is_linear(conv)
         or not _is_plain(conv)
         or not _is_affine(norm)
         or hasattr(norm, 'fused')
@@ -177,7 +182,7 @@ def _fuse_own(model: nn.Module) -> None:
             continue
         downsampling = getattr(module, 'patch_embedx', {}).values()
         for part in (*module.children(), *downsampling):
-            if type(part) in (nn.Sequential, Sequential) and are_own(part):
+            if type(part) is nn.Sequential and are_own(part):
                 _merge(part)
         if type(module) is RepConvBlock:
             move_bias(module.ls, module.proj[-2])
@@ -201,7 +206,7 @@ def _merge(sequence: nn.Sequential) -> None:
             continue
         if type(before) is DilatedReparamConv and not before.branches:
             before = before.lk_origin
-        if type(before) in CONVS:
+        if _is_linear(before):
             _fuse_conv_bn(before, module)
         elif type(behind) is PointwiseConv:
             _fuse_bn_conv(module, behind)
