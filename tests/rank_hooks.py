@@ -21,9 +21,11 @@ class SaveRank(Hook):
 
     def __init__(self):
         self.losses = []
+        self.seeds = []
 
     def after_train_iter(self, runner, batch_idx, data_batch, outputs):
         self.losses.append(outputs['loss'].item())
+        self.seeds.append(torch.initial_seed())
 
     def after_train(self, runner):
         model = runner.model.module
@@ -39,6 +41,7 @@ class SaveRank(Hook):
             find_unused=runner.model.find_unused_parameters,
             norms={type(norm).__name__ for norm in norms},
             losses=self.losses,
+            seeds=self.seeds,
             state=state,
         )
 

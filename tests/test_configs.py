@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fusion import assert_fuses, far
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.fileio import load
@@ -18,6 +19,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
 from tiny import load_tool
+from torch import nn
 
 from mmoverlock.models import OverLoCK
 
@@ -83,13 +85,19 @@ def built(request):
     [
         ('mask_rcnn', '1x'),
         ('mask_rcnn', '3x'),
-        ('cascade_mask_rcnn', '3x'),
+        ('cascade_mask_rcnn', 'cascade_3x'),
         ('upernet', '160k'),
     ],
 )
 def test_there_are_configs(folder, schedule):
     for arch in ARCHS:
         assert f'{folder}/overlock_{arch}_{schedule}.py' in PATHS
+
+
+def test_names_are_unique():
+    """A config's name is its work dir's, and what mim finds it by."""
+    names = [Path(path).name for path in PATHS]
+    assert sorted(names) == sorted({*names})
 
 
 def test_heads_fit_backbone(built):
@@ -150,7 +158,7 @@ def test_optimizer(built):
     [
         ('mask_rcnn/overlock_t_1x.py', 2e-4, 12, [8, 11]),
         ('mask_rcnn/overlock_t_3x.py', 1e-4, 36, [27, 33]),
-        ('cascade_mask_rcnn/overlock_t_3x.py', 1e-4, 36, [27, 33]),
+        ('cascade_mask_rcnn/overlock_t_cascade_3x.py', 1e-4, 36, [27, 33]),
     ],
 )
 def test_detection_recipe(path, lr, epochs, steps):
@@ -188,9 +196,15 @@ def test_detection_recipe(path, lr, epochs, steps):
     assert cfg.model.neck.num_outs == 5
 
 
-@pytest.mark.parametrize('folder', ['mask_rcnn', 'cascade_mask_rcnn'])
-def test_multi_scale_and_crop(folder):
-    cfg = read(f'{folder}/overlock_t_3x.py')
+@pytest.mark.parametrize(
+    'path',
+    [
+        'mask_rcnn/overlock_t_3x.py',
+        'cascade_mask_rcnn/overlock_t_cascade_3x.py',
+    ],
+)
+def test_multi_scale_and_crop(path):
+    cfg = read(path)
     *_, choice, pack = cfg.train_dataloader.dataset.pipeline
     assert (choice.type, pack.type) == ('RandomChoice', 'PackDetInputs')
     [resize], [first, crop, second] = choice.transforms
@@ -203,7 +217,7 @@ def test_multi_scale_and_crop(folder):
 
 
 def test_cascade_heads():
-    model = read('cascade_mask_rcnn/overlock_t_3x.py').model
+    model = read('cascade_mask_rcnn/overlock_t_cascade_3x.py').model
     stds = [0.1, 0.2], [0.05, 0.1], [0.033, 0.067]
     for head, (xy, wh) in zip(model.roi_head.bbox_head, stds, strict=True):
         assert head.type == 'Shared4Conv1FCBBoxHead'
@@ -426,11 +440,26 @@ def check_training(cfg):
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
     assert model.backbone.patch_embed1[0].weight.grad.any()
+    return model, data
 
 
 @pytest.mark.parametrize('path', DROP_IN)
-def test_drop_in_trains(path):
-    check_training(read(path))
+def test_drop_in(path):
+    """It trains, and fused it computes the same."""
+    model, data = check_training(read(path))
+
+    def call(images, samples):
+        maps = model.extract_feat(images)
+        if hasattr(model, 'rpn_head'):
+            return maps, model.rpn_head(maps)
+        if 'mask2former_semantic' in path:
+            return maps, model.decode_head(maps, samples)
+        return maps, model(images, samples)
+
+    images = data['inputs'].double()
+    assert_fuses(far(model), images, data['data_samples'], call=call)
+    norms = [type(m) for m in model.backbone.modules()]
+    assert not {nn.BatchNorm2d, nn.SyncBatchNorm} & {*norms}
 
 
 SEG_MODEL = """
@@ -555,7 +584,7 @@ def test_run_cascade(tmp_path):
     """
     sampling = {f'model.train_cfg.rcnn.{i}.sampler.num': 8 for i in range(3)}
     config = write_small(
-        'cascade_mask_rcnn/overlock_xt_3x.py',
+        'cascade_mask_rcnn/overlock_xt_cascade_3x.py',
         tmp_path,
         'coco',
         **sampling,

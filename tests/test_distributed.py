@@ -114,7 +114,7 @@ def ranks(work_dir):
 def assert_in_step(work_dir, checkpoint, norm='BatchNorm2d'):
     """Both processes end with the weights and statistics of the checkpoint.
 
-    They came there by DDP, each with images of its own.
+    They came there by DDP, each with images and random numbers of its own.
     """
     first, second = ranks(work_dir)
     for rank in (first, second):
@@ -124,6 +124,7 @@ def assert_in_step(work_dir, checkpoint, norm='BatchNorm2d'):
     pairs = [*zip(first['losses'], second['losses'], strict=True)]
     assert len(pairs) == 2
     assert all(one != other for one, other in pairs)
+    assert len({*first['seeds'], *second['seeds']}) == 4
     assert first['state'].keys() == second['state'].keys()
     for name, value in first['state'].items():
         assert torch.equal(value, second['state'][name]), name
@@ -333,6 +334,50 @@ def test_weights_of_another_arch(tmp_path):
     tracebacks = log.split('Traceback')[1:]  # torchrun's own
     assert not any('train.py", line' in text for text in tracebacks)
     assert 'exitcode  : 2' in log
+
+
+def test_unread_maps(tmp_path):
+    """A head that reads two of four maps trains with what is to be written."""
+    head = dict(
+        type='FCNHead',
+        in_channels=40,
+        channels=8,
+        num_convs=1,
+        num_classes=150,
+        norm_cfg=dict(type='BN'),
+        loss_decode=dict(type='CrossEntropyLoss'),
+    )
+    options = HOOKS | {
+        'sync_bn': None,
+        'model.decode_head': dict(head, _delete_=True, in_index=3),
+        'model.auxiliary_head.in_index': 2,
+    }
+    argv = '--work-dir', tmp_path / 'work', '--launcher', 'pytorch'
+    config = forked.segmentor(tmp_path, **options)
+    port = free_port()
+    processes = [
+        forked.start(
+            *(config, *argv),
+            log=tmp_path / f'log_{rank}',
+            prepare=partial(as_rank, rank, port),
+        )
+        for rank in (0, 1)
+    ]
+    for process in processes:
+        process.join(600)
+    assert 0 not in [process.exitcode for process in processes]
+    log = (tmp_path / 'log_0').read_text()
+    assert 'train.py: the backbone has maps (0, 1, 2, 3), and only' in log
+    assert 'model.backbone.out_indices=(2, 3)' in log
+
+    cfg = Config.fromfile(config)
+    cfg.model.backbone.out_indices = (2, 3)
+    cfg.model.decode_head.in_index = 1
+    cfg.model.auxiliary_head.in_index = 0
+    cfg.dump(config)
+    work_dir = tmp_path / 'mended'
+    fork_two(config, '--work-dir', work_dir, folder=tmp_path)
+    assert_in_step(work_dir, 'iter_2.pth')
 
 
 def test_wrong_backbone(tmp_path):

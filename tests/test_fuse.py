@@ -1,14 +1,18 @@
 """Fusion for inference: the same outputs from fewer operations."""
 
+import copy
+
 import golden
 import pytest
 import torch
+from fusion import assert_fuses, far, images
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import register_parametrization
 
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.fuse import fuse
-from mmoverlock.models.layers import GRN, ResDWConv
+from mmoverlock.models.layers import ResDWConv
 
 SMALL = dict(
     depths=(1, 1, 2, 1),
@@ -23,14 +27,6 @@ def randomized(model):
     shapes = {k: v.shape for k, v in model.state_dict().items()}
     model.load_state_dict(golden.state_dict(shapes))
     return model.double().eval()
-
-
-def assert_fuses(model, inputs):
-    with torch.no_grad():
-        expected = model(inputs)
-        assert fuse(model) is model
-        actual = model(inputs)
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize('fuse_overview', [False, True])
@@ -68,42 +64,234 @@ def test_classifier_form():
     assert_fuses(model, golden.image((1, 3, 64, 64)).double())
 
 
-def test_other_sequences():
-    """Norms without a convolution beside them stay."""
-    model = randomized(
-        nn.Sequential(
-            nn.BatchNorm2d(3),
-            nn.ReLU(),
-            nn.Conv2d(3, 4, 3),
-            nn.BatchNorm2d(4),
-            GRN(4),
-        )
-    )
-    assert_fuses(model, golden.image((2, 3, 8, 8)).double())
-    assert isinstance(model[0], nn.BatchNorm2d)
-    assert isinstance(model[3], nn.Identity)
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
 
 
-def test_conv_module():
-    cnn = pytest.importorskip('mmcv.cnn')
-    model = randomized(
-        nn.ModuleList(
-            [
-                cnn.ConvModule(3, 4, 3, norm_cfg=dict(type='BN')),
-                cnn.ConvModule(
-                    4,
-                    4,
-                    3,
-                    norm_cfg=dict(type='BN'),
-                    order=('norm', 'conv', 'act'),
-                ),
-                cnn.ConvModule(
-                    4, 4, 3, norm_cfg=dict(type='GN', num_groups=2)
-                ),
-            ]
-        )
+# Ways to have a module compute something else than its class and weights say.
+CHANGES = {
+    'hook': lambda m: m.register_forward_hook(lambda *args: 2 * args[-1]),
+    'pre-hook': lambda m: m.register_forward_pre_hook(lambda _, x: 2 * x[0]),
+    'forward': lambda m: setattr(
+        m, 'forward', lambda *x, old=m.forward: 2 * old(*x)
+    ),
+    'parametrized': lambda m: register_parametrization(m, 'weight', Doubled()),
+}
+
+
+class DoublingConv(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+class DoublingNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+class AlwaysTraining(nn.BatchNorm2d):
+    def train(self, mode=True):
+        return super().train()
+
+
+class Reversed(nn.Sequential):
+    def forward(self, x):
+        for layer in reversed(self):
+            x = layer(x)
+        return x
+
+
+class Taps(nn.Module):
+    """Reads the layers of a sequence, and what is between them, too."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        outs = [self.layers(x), self.layers[0].weight, self.layers[0](x)]
+        for layer in self.layers:
+            x = layer(x)
+            outs.append(x)
+        return outs
+
+
+class Levels(nn.Module):
+    """Every level has the same convolution, and a norm of its own."""
+
+    def __init__(self, *norms):
+        super().__init__()
+        conv = nn.Conv2d(4, 4, 3)
+        self.levels = nn.ModuleList(nn.Sequential(conv, n) for n in norms)
+
+    def forward(self, x):
+        return [level(x) for level in self.levels]
+
+
+def sequence(conv=None, norm=None):
+    return nn.Sequential(
+        conv or nn.Conv2d(4, 4, 3), norm or nn.BatchNorm2d(4), nn.ReLU()
     )
-    model.forward = lambda x: model[2](model[1](model[0](x)))
-    assert_fuses(model, golden.image((2, 3, 9, 9)).double())
-    assert isinstance(model[0].norm, nn.Identity)
-    assert isinstance(model[1].norm, nn.BatchNorm2d)
+
+
+def batch_norm(**kwargs):
+    return nn.BatchNorm2d(4, **kwargs)
+
+
+# What is built, and how many convolutions are fused.
+SEQUENCES = {
+    'plain': (sequence, 1),
+    'groups': (lambda: sequence(nn.Conv2d(4, 4, 3, groups=2)), 1),
+    'circular': (
+        lambda: sequence(nn.Conv2d(4, 4, 3, padding_mode='circular')),
+        1,
+    ),
+    'no affine': (lambda: sequence(norm=batch_norm(affine=False)), 1),
+    'SyncBN': (lambda: sequence(norm=nn.SyncBatchNorm(4)), 1),
+    'nested': (lambda: nn.Sequential(sequence(), batch_norm(), sequence()), 2),
+    'taps': (lambda: Taps(nn.Conv2d(4, 4, 3), batch_norm()), 1),
+    'levels': (lambda: Levels(*(batch_norm() for _ in range(3))), 3),
+    'shared norm': (lambda: Levels(*[batch_norm()] * 2), 1),
+    'no convolution': (lambda: sequence(nn.GELU()), 0),
+    'activation between': (lambda: sequence(norm=sequence(nn.ReLU())), 0),
+    'reversed': (lambda: Reversed(batch_norm(), nn.Conv2d(4, 4, 3)), 0),
+    'norm before': (lambda: sequence(batch_norm(), nn.Conv2d(4, 4, 3)), 0),
+    'transposed': (lambda: sequence(nn.ConvTranspose2d(4, 4, 3)), 0),
+    'other convolution': (lambda: sequence(DoublingConv(4, 4, 3)), 0),
+    'other norm': (lambda: sequence(norm=DoublingNorm(4)), 0),
+    'instance norm': (
+        lambda: sequence(
+            norm=nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+        ),
+        0,
+    ),
+    'no statistics': (
+        lambda: sequence(norm=batch_norm(track_running_stats=False)),
+        0,
+    ),
+    'training': (lambda: sequence(norm=AlwaysTraining(4, momentum=0.0)), 0),
+    'residual': (lambda: sequence(ResDWConv(4)), 0),
+}
+
+
+@pytest.mark.parametrize('name', SEQUENCES)
+def test_sequence(name):
+    build, count = SEQUENCES[name]
+    assert assert_fuses(far(build()), images(4, 9, 8)) == count
+
+
+@pytest.mark.parametrize('dims', [1, 3])
+def test_other_dimensions(dims):
+    conv, norm = (getattr(nn, f'{n}{dims}d') for n in ('Conv', 'BatchNorm'))
+    model = far(nn.Sequential(conv(4, 4, 3), norm(4)))
+    assert assert_fuses(model, images(4, *(5, 6, 7)[:dims])) == 1
+
+
+@pytest.mark.parametrize('place', [0, 1])
+@pytest.mark.parametrize('change', CHANGES)
+def test_changed_module(change, place):
+    model = far(sequence())
+    CHANGES[change](model[place])
+    assert assert_fuses(model, images(4, 9, 8)) == 0
+
+
+@pytest.mark.parametrize('change', ['hook', 'forward'])
+def test_changed_sequence(change):
+    """A hook still runs, and another forward is left to itself."""
+    model = far(sequence())
+    CHANGES[change](model)
+    assert assert_fuses(model, images(4, 9, 8)) == (change == 'hook')
+
+
+def test_fused_again():
+    """What is fused can be copied, moved, and fused again."""
+    model = far(nn.Sequential(sequence(), sequence()))
+    x = images(4, 9, 8)
+    expected = fuse(model)(x)
+    copied = fuse(copy.deepcopy(model))
+    nn.init.zeros_(model[0][1].fused.weight)
+    torch.testing.assert_close(copied(x), expected)
+    torch.testing.assert_close(
+        copied.float()(x.float()).double(), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+# --------------------------------------------------------------- own blocks
+
+PARTS = (
+    'patch_embed2.0',
+    'patch_embedx.h_proj.1',
+    'blocks1.0.proj.1.dil_bn_k5_1',
+    'blocks1.0.proj.1.lk_origin',
+    'blocks1.0.proj.8',
+    'blocks3.0.dwconv',
+    'blocks3.0.ls',
+    'blocks4.0.proj.2',
+    'sub_blocks3.0.proj.1',
+    'sub_blocks4.0.mlp.4',
+    'sub_blocks4.0.h_scale',
+)
+
+
+def assert_own_parts_stay(backbone, parts, model=None):
+    with torch.no_grad():
+        weights = [
+            (part.weight.clone(), None if part.bias is None else part.bias + 0)
+            for part in parts
+        ]
+    assert_fuses(model or backbone, golden.image((1, 3, 64, 64)).double())
+    for name, part, expected in zip(PARTS, parts, weights, strict=True):
+        assert backbone.get_submodule(name) is part, name
+        actual = part.weight, part.bias
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_changed_parts(change):
+    """A part of a block that has a hook, say, is left as it is."""
+    model = randomized(OverLoCK(SMALL))
+    parts = [model.get_submodule(name) for name in PARTS]
+    for part in parts:
+        CHANGES[change](part)
+    assert_own_parts_stay(model, parts)
+
+
+class Reader(nn.Module):
+    """Has another use for parts of a backbone, or for their weights."""
+
+    def __init__(self, backbone, parts):
+        super().__init__()
+        self.backbone = backbone
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x):
+        weights = [part.weight.clone() for part in self.parts]
+        return self.backbone(x), weights
+
+
+def test_shared_parts():
+    backbone = randomized(OverLoCK(SMALL))
+    parts = [backbone.get_submodule(name) for name in PARTS]
+    assert_own_parts_stay(backbone, parts, Reader(backbone, parts))
+
+
+def test_tied_weights():
+    backbone = randomized(OverLoCK(SMALL))
+    ties = [nn.Module() for _ in PARTS]
+    for tie, name in zip(ties, PARTS, strict=True):
+        tie.weight = backbone.get_submodule(name).weight
+    assert_fuses(Reader(backbone, ties), golden.image((1, 3, 64, 64)).double())
+
+
+class Subclass(OverLoCK):
+    """Reads what is between a convolution and its norm."""
+
+    def forward(self, x):
+        return super().forward(x), self.patch_embed1[0](x)
+
+
+def test_subclass():
+    model = randomized(Subclass(SMALL))
+    # The four pairs of the stem, and those of the five other downsamplings.
+    assert assert_fuses(model, golden.image((1, 3, 64, 64)).double()) == 9

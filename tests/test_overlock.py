@@ -1,9 +1,13 @@
 """The backbone's contract."""
 
+import io
+
 import pytest
 import torch
+from mmengine.analysis import get_model_complexity_info
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.blocks import FocusBlock
@@ -392,3 +396,37 @@ def test_bad_arguments(kwargs, message):
 def test_unknown_argument():
     with pytest.raises(TypeError, match='drop_rate'):
         OverLoCK('xt', drop_rate=0.1)
+
+
+# The fewest blocks, for tracing takes long.
+SHORT = TINY | dict(depths=(1, 1, 1, 1), focus_depths=(1, 1))
+
+
+@pytest.mark.parametrize(
+    'dtype',
+    [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)],
+)
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+def test_jit_trace(dtype):
+    """It computes the same for another image of the size; it can be saved."""
+    model = randomize(OverLoCK(SHORT, deploy=True)).eval().to(dtype)
+    x, other = image(2, 32, 48).to(dtype).split(1)
+    model(x)  # what it keeps of it must not show in the trace
+    traced = torch.jit.trace(model, x)
+    with torch.jit.optimized_execution(False):
+        torch.testing.assert_close(traced(other), model(other))
+    torch.jit.save(traced, io.BytesIO())
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+def test_complexity_info():
+    """mmengine's count, which traces the model, is near that of PyTorch."""
+    model = OverLoCK(SHORT, deploy=True).eval()
+    found = get_model_complexity_info(
+        model, (3, 32, 48), show_table=False, show_arch=False
+    )
+    assert found['params'] == sum(p.numel() for p in model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        model(image(1, 32, 48))
+    products = counter.get_total_flops() / 2
+    assert 0.8 * products < found['flops'] < 1.2 * products

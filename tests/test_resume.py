@@ -2,14 +2,17 @@
 
 import builtins
 import io
+import itertools
 import os
 import random
 import resource
 import signal
 import time
 from dataclasses import dataclass
+from unittest import mock
 
 import forked
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -22,6 +25,7 @@ from mmoverlock.checkpoint import (
     latest_checkpoint,
     read,
 )
+from mmoverlock.engine.hooks import Reseed
 
 pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
@@ -212,6 +216,22 @@ def test_seed_is_a_seed(capsys):
         args = train.build_parser().parse_args(['c', '--seed', seed])
         with pytest.raises(train.cli.UserError, match=rf'--seed {seed} is'):
             train.apply_options(Config(), args)
+
+
+def test_random_numbers(monkeypatch):
+    """Others in every iteration and process, equal when they are resumed."""
+
+    def draws(seed, iteration, rank):
+        monkeypatch.setattr('mmoverlock.engine.hooks.get_rank', lambda: rank)
+        runner = mock.Mock(seed=seed, iter=iteration)
+        Reseed().before_train_iter(runner)
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    settings = [*itertools.product((0, 7, 2**32 - 1), (0, 1, 7), (0, 1, 7))]
+    first = [draws(*numbers) for numbers in settings]
+    for numbers in zip(*first, strict=True):
+        assert len({*numbers}) == len(settings)
+    assert [draws(*numbers) for numbers in settings] == first
 
 
 # ------------------------------------------------------------------- kills

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hooks import EMAHook
+from mmengine.runner import get_priority
 from PIL import Image
 from tiny import load_tool
 from torch import nn
@@ -246,11 +248,11 @@ def test_test_detector(detector, coco, tmp_path):
         assert abs(prediction - original).max() > 64
 
 
-def test_fuse(monkeypatch, coco, detector):
-    """--fuse fuses the model that the runner has loaded."""
-    runner = mock.Mock(
-        model=nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    )
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_fuse(monkeypatch, coco, detector, wrapped):
+    """--fuse fuses what is tested: with EMAHook, the averaged weights."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    runner = mock.Mock(model=nn.DataParallel(model) if wrapped else model)
     monkeypatch.setattr(test.cli, 'build_runner', lambda *_, **__: runner)
     argv = [str(MASK_RCNN), str(detector[0] / 'epoch_1.pth')]
     options = ['--cfg-options', *data_options(coco)]
@@ -258,8 +260,22 @@ def test_fuse(monkeypatch, coco, detector):
     assert not runner.register_hook.called
     test.main([*argv, '--fuse', *options])
     [[hook]] = [call.args for call in runner.register_hook.call_args_list]
-    hook.before_test(runner)
-    assert isinstance(runner.model[1], nn.Identity)
+    average = EMAHook()
+    average.before_run(runner)
+    nn.init.ones_(average.ema_model.module[0].weight)
+    x = torch.randn(2, 3, 4, 4)
+    before, expected = model(x), average.ema_model.module(x)
+    assert not torch.allclose(before, expected)
+    hooks = sorted((hook, average), key=lambda h: get_priority(h.priority))
+    for each in hooks:
+        each.before_test_epoch(runner)
+    tested = runner.model.module if wrapped else runner.model
+    assert hasattr(tested[1], 'fused')
+    torch.testing.assert_close(tested(x), expected)
+    for each in hooks:
+        each.after_test_epoch(runner)
+    torch.testing.assert_close(tested(x), expected)
+    torch.testing.assert_close(model(x), before)
 
 
 def test_summarize(detector):

@@ -2,9 +2,11 @@
 
 import argparse
 import os
+from copy import deepcopy
 
 from mmengine.evaluator import DumpResults
 from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmengine.registry import METRICS
 
 from mmoverlock import cli, data
@@ -39,10 +41,19 @@ def build_parser():
 
 
 class Fuse(Hook):
-    """Fuses the model once its checkpoint is loaded."""
+    """Tests a fused copy of the model, of the weights that are tested.
 
-    def before_test(self, runner):
-        fuse(runner.model)
+    Those are there after other hooks: `EMAHook` swaps weights of the model
+    itself before and after the test.
+    """
+
+    priority = 'LOWEST'
+
+    def before_test_epoch(self, runner):
+        if is_model_wrapper(runner.model):
+            runner.model.module = fuse(deepcopy(runner.model.module))
+        else:
+            runner.model = fuse(deepcopy(runner.model))
 
 
 class DumpPredictions(DumpResults):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.dist import all_reduce_params, master_only
+from mmengine.dist import all_reduce_params, get_rank, master_only
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
@@ -94,9 +94,10 @@ class AverageStatistics(Hook):
 
 @HOOKS.register_module()
 class Reseed(Hook):
-    """Makes what is random in an iteration depend on its number only.
+    """Makes what is random depend on iteration and process only.
 
-    So a resumed run draws what an undisturbed one would have drawn. Worker
+    So a resumed run draws what an undisturbed one would have drawn, and
+    processes that train together draw other numbers than each other. Worker
     processes that load data draw on their own: theirs is the same where they
     start anew with every epoch (``persistent_workers=False``).
     """
@@ -118,7 +119,8 @@ class Reseed(Hook):
 
     @staticmethod
     def _seed(*numbers):
-        seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+        sequence = np.random.SeedSequence([*numbers, get_rank()])
+        seed = int(sequence.generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)

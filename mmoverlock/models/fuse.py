@@ -1,22 +1,48 @@
-"""In-memory fusion for inference: all that deploy form leaves to be merged."""
+"""In-memory fusion for inference: all that deploy form leaves to be merged.
+
+What is fused computes the same for every input, whatever the rest of the model
+does. The project's own blocks are changed in place, where nothing else holds
+their parts. Of other models, only the forward methods of ``Sequential`` and
+mmcv's ``ConvModule`` are known: these get fused copies, and their parts stay
+as they are for all who read them from elsewhere.
+"""
+
+from collections import Counter
+from copy import deepcopy
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.parametrize import is_parametrized
 
 from .blocks import FocusBlock, RepConvBlock
-from .layers import GRN, PointwiseConv, ResDWConv
+from .layers import GRN, DWConv, PointwiseConv, ResDWConv
+from .overlock import OverLoCK, StridedConv
 from .reparam import DilatedReparamConv
+
+CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d, PointwiseConv, StridedConv, DWConv
+try:
+    from mmcv.cnn import ConvModule
+    from mmcv.cnn.bricks import wrappers
+except ImportError:
+    ConvModule = None
+else:
+    CONVS += wrappers.Conv2d, wrappers.Conv3d
 
 
 def fuse(model: nn.Module) -> nn.Module:
     """Fuse a model in place, for inference.
 
-    Every batch norm goes into the convolution before it, or into a 1x1
-    convolution behind it; branches and residuals go into depthwise kernels,
-    the shifts of GRN and layer scale into biases. Necks and heads have
-    their batch norms fused too, in ``Sequential`` and mmcv's ``ConvModule``.
+    In the backbone, every batch norm goes into the convolution before it, or
+    into a 1x1 convolution behind it; branches and residuals go into depthwise
+    kernels, the shifts of GRN and layer scale into biases. In necks and heads,
+    every ``Sequential`` and mmcv's ``ConvModule`` runs a convolution and the
+    batch norm behind it as one.
+
+    Left as they are: transposed, deformable and parametrized convolutions,
+    batch norms that take statistics of the batch, and modules with hooks.
 
     Outputs are those of eval mode up to rounding. The model cannot be trained
     or loaded any more: load a checkpoint before.
@@ -29,55 +55,167 @@ def fuse(model: nn.Module) -> nn.Module:
     """
     model.eval().requires_grad_(False)
     with torch.no_grad():
+        _fuse_own(model)
         for module in list(model.modules()):
-            if isinstance(module, DilatedReparamConv):
-                module.switch_to_deploy()
-            elif isinstance(module, ResDWConv):
-                module.absorb_residual()
-        for module in list(model.modules()):
-            if isinstance(module, nn.Sequential):
+            forward = vars(module).get('forward', type(module).forward)
+            if forward is nn.Sequential.forward:
                 _fuse_sequence(module)
-            elif type(module).__name__ == 'ConvModule':
+            elif ConvModule and forward is ConvModule.forward:
                 _fuse_conv_module(module)
-        for module in list(model.modules()):
-            if isinstance(module, RepConvBlock):
-                _move_bias(module.ls, module.proj[-2])
-            elif isinstance(module, FocusBlock):
-                _move_bias(module.ls1, module.proj[-1])
-                _move_bias(module.ls2, module.mlp[-1])
-                if not module.first:
-                    _move_bias(module.x_scale, module.h_scale)
     return model.requires_grad_(False)
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module computes what its class and its weights say."""
+    return not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or 'forward' in vars(module)
+        or is_parametrized(module)
+    )
+
+
+def _is_linear(conv: nn.Module | None) -> bool:
+    """Whether a module is a convolution without a residual."""
+    return type(conv) in CONVS and not getattr(conv, 'residual', False)
+
+
+def _is_affine(norm: nn.Module) -> bool:
+    """Whether a module is a batch norm with running statistics."""
+    return (
+        type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        and _is_plain(norm)
+        and not norm.training
+        and norm.running_mean is not None
+        and norm.running_var is not None
+    )
+
+
+# --------------------------------------------------------- necks and heads
+
+
 def _fuse_sequence(sequence: nn.Sequential) -> None:
+    steps = []
+    for layer in sequence:
+        fused = _fused_copy(steps[-1], layer) if steps else None
+        if fused is not None:
+            steps.pop()
+        steps.append(layer if fused is None else fused)
+    if len(steps) < len(sequence):
+        sequence.forward = partial(_run, steps)
+
+
+def _run(steps: list[nn.Module], x: Tensor) -> Tensor:
+    for step in steps:
+        x = step(x)
+    return x
+
+
+def _fuse_conv_module(module: nn.Module) -> None:
+    order = module.order
+    pairs = zip(order, order[1:], strict=False)
+    if module.with_norm and ('conv', 'norm') in pairs:
+        fused = _fused_copy(module.conv, module.norm)
+        if fused is not None:
+            # What mmcv calls in place of both, whenever it would call both.
+            module.efficient_conv_bn_eval_forward = partial(_run_fused, fused)
+
+
+def _run_fused(
+    fused: nn.Module, norm: nn.Module, conv: nn.Module, x: Tensor
+) -> Tensor:
+    return fused(x)
+
+
+def _fused_copy(conv: nn.Module, norm: nn.Module) -> nn.Module | None:
+    """A convolution that computes both; None if there may be none.
+
+    It is a part of the norm, so that it moves with the model.
+    """
+    if (
+        not _is_linear(conv)
+        or not _is_plain(conv)
+        or not _is_affine(norm)
+        or hasattr(norm, 'fused')
+    ):
+        return None
+    norm.fused = _fuse_conv_bn(deepcopy(conv), norm)
+    return norm.fused
+
+
+# ------------------------------------------------------------ own modules
+
+
+def _fuse_own(model: nn.Module) -> None:
+    holders = Counter(
+        id(child)
+        for module in model.modules()
+        for child in module._modules.values()
+    )
+
+    def are_own(*parts):
+        """Whether nothing but their block reads or changes some parts."""
+        return all(
+            holders[id(module)] == 1 and _is_plain(module)
+            for part in parts
+            for module in part.modules()
+        )
+
+    def move_bias(source, target):
+        """Move the shift of a layer scale to what it is added to."""
+        if getattr(source, 'bias', None) is None:
+            return
+        if are_own(source, target):
+            _add_bias(target, source.bias)
+            source.bias = None
+
+    modules = list(model.modules())
+    for module in modules:
+        if type(module) is DilatedReparamConv:
+            norms = [norm for _, norm in module._branches()]
+            if are_own(*module.children()) and all(map(_is_affine, norms)):
+                module.switch_to_deploy()
+        elif type(module) is ResDWConv and are_own(module):
+            module.absorb_residual()
+    for module in modules:
+        if type(module) not in (OverLoCK, RepConvBlock, FocusBlock):
+            continue
+        downsampling = getattr(module, 'patch_embedx', {}).values()
+        for part in (*module.children(), *downsampling):
+            if type(part) is nn.Sequential and are_own(part):
+                _merge(part)
+        if type(module) is RepConvBlock:
+            move_bias(module.ls, module.proj[-2])
+        elif type(module) is FocusBlock:
+            move_bias(module.ls1, module.proj[-1])
+            move_bias(module.ls2, module.mlp[-1])
+            if not module.first:
+                move_bias(module.x_scale, module.h_scale)
+
+
+def _merge(sequence: nn.Sequential) -> None:
     for i, module in enumerate(sequence):
         before = sequence[i - 1] if i > 0 else None
         behind = sequence[i + 1] if i + 1 < len(sequence) else None
-        if isinstance(module, GRN) and isinstance(behind, PointwiseConv):
-            _add_bias(behind, behind.weight.flatten(1) @ module.beta.flatten())
-            module.beta = None
-        if not isinstance(module, _BatchNorm):
+        if type(module) is GRN and type(behind) is PointwiseConv:
+            if module.beta is not None:
+                beta = module.beta.flatten()
+                _add_bias(behind, behind.weight.flatten(1) @ beta)
+                module.beta = None
+        if not _is_affine(module):
             continue
-        if isinstance(before, DilatedReparamConv):
+        if type(before) is DilatedReparamConv and not before.branches:
             before = before.lk_origin
-        if isinstance(before, nn.Conv2d):
+        if _is_linear(before):
             _fuse_conv_bn(before, module)
-        elif isinstance(behind, PointwiseConv):
+        elif type(behind) is PointwiseConv:
             _fuse_bn_conv(module, behind)
         else:
             continue
         sequence[i] = nn.Identity()
 
 
-def _fuse_conv_module(module: nn.Module) -> None:
-    norm = module.norm
-    if isinstance(norm, _BatchNorm) and module.order[:2] == ('conv', 'norm'):
-        _fuse_conv_bn(module.conv, norm)
-        setattr(module, module.norm_name, nn.Identity())
-
-
-def _fuse_conv_bn(conv: nn.Conv2d, norm: nn.Module) -> None:
+def _fuse_conv_bn(conv: nn.Module, norm: nn.Module) -> nn.Module:
     weight, bias = fuse_conv_bn_weights(
         conv.weight,
         conv.bias,
@@ -87,10 +225,11 @@ def _fuse_conv_bn(conv: nn.Conv2d, norm: nn.Module) -> None:
         norm.weight,
         norm.bias,
     )
-    if conv.groups == 1:
+    if conv.groups == 1 and weight.ndim == 4:
         # What libraries on CPUs take without a copy.
         weight.data = weight.contiguous(memory_format=torch.channels_last)
     conv.weight, conv.bias = weight, bias
+    return conv
 
 
 def _fuse_bn_conv(norm: nn.Module, conv: PointwiseConv) -> None:
@@ -100,14 +239,7 @@ def _fuse_bn_conv(norm: nn.Module, conv: PointwiseConv) -> None:
     conv.weight = nn.Parameter(conv.weight * scale[:, None, None])
 
 
-def _move_bias(source: nn.Module | None, target: nn.Module) -> None:
-    """Move the shift of a layer scale to what it is added to."""
-    if source is not None:
-        _add_bias(target, source.bias)
-        source.bias = None
-
-
-def _add_bias(module: nn.Module, bias: torch.Tensor) -> None:
+def _add_bias(module: nn.Module, bias: Tensor) -> None:
     if module.bias is not None:
         bias = module.bias + bias
     module.bias = nn.Parameter(bias)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import (
+    apply,
     is_compiling,
     layer_norm,
     residual_conv,
@@ -146,7 +147,7 @@ class GRN(nn.Module):
         Returns:
             tuple[Tensor, Tensor]: (B, C, 1, 1) and (1, C, 1, 1).
         """
-        response = _L2Norm.apply(x)
+        response = apply(_L2Norm, x)
         response = response / (response.mean(1, keepdim=True) + 1e-6)
         return self.gamma * response + 1, self.beta
 
@@ -258,7 +259,9 @@ class ResDWConv(DWConv):
     @torch.no_grad()
     def absorb_residual(self) -> None:
         """Make the identity a part of the kernel, for inference."""
-        self.weight[:, :, 1, 1] += self.residual
+        weight = self.weight.clone()  # it may be tied to that of another
+        weight[:, :, 1, 1] += self.residual
+        self.weight = nn.Parameter(weight)
         self.residual = False
 
 

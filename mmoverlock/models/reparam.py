@@ -173,5 +173,5 @@ class DilatedReparamConv(nn.Module):
             if conv != 'lk_origin':
                 delattr(self, conv)
         self.branches.clear()
-        self.lk_origin.weight.copy_(weight)
+        self.lk_origin.weight = nn.Parameter(weight)
         self.lk_origin.bias = nn.Parameter(bias)

@@ -5,7 +5,7 @@ from .depthwise import (
     sum_of_branches,
 )
 from .dynamic_conv import contmix
-from .environment import is_compiling
+from .environment import apply, is_compiling
 from .feed_forward import feed_forward
 from .layer_norm import layer_norm
 from .residual_conv import residual_conv
@@ -15,6 +15,7 @@ from .update_prior import update_prior
 
 __all__ = [
     'Branch',
+    'apply',
     'check_backend',
     'contmix',
     'depthwise_conv2d',

@@ -1,5 +1,7 @@
 """What depends on who is calling, and on what is installed."""
 
+from types import SimpleNamespace
+
 import torch
 
 MIN_TRITON = 3, 6
@@ -21,6 +23,18 @@ def is_exporting() -> bool:
     does.
     """
     return getattr(torch.compiler, 'is_exporting', is_compiling)()
+
+
+def apply(function: type[torch.autograd.Function], *args):
+    """Apply a function; within torch.jit.trace, its forward pass alone.
+
+    A trace can neither have such functions in a model nor be saved with them.
+    """
+    if not torch.jit.is_tracing():
+        return function.apply(*args)
+    with torch.no_grad():
+        context = SimpleNamespace(save_for_backward=lambda *tensors: None)
+        return function.forward(context, *args)
 
 
 def check_triton() -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import check_backend, takes_triton
-from ..environment import is_compiling, is_exporting
+from ..environment import apply, is_compiling, is_exporting
 
 SLOW_WIDTHS = range(11, 15)  # slower than the width behind them
 MAX_DILATED_SPAN = 12  # between the outer taps of a dilated kernel
@@ -59,7 +59,8 @@ def depthwise_conv2d(
         weight = weight + _identity(weight)  # one pass less
     if x.device.type != 'cpu' or (weight.shape[-1] == 3 and dilation == 1):
         return _conv2d(x, weight, bias, dilation)
-    return _DepthwiseConv2d.apply(*_autocast(x, weight, bias), dilation)
+    tensors = _autocast(x, weight, bias)
+    return apply(_DepthwiseConv2d, *tensors, dilation)
 
 
 class Branch(NamedTuple):
@@ -118,7 +119,7 @@ def sum_of_branches(
         for weight, branch in zip(weights, branches, strict=True)
         for tensor in (weight, branch.scale, branch.shift)
     ]
-    return _SumOfBranches.apply(x, settings, *tensors)
+    return apply(_SumOfBranches, x, settings, *tensors)
 
 
 def _autocast(*tensors):

@@ -15,13 +15,13 @@ anew: what is stored is as large as the inputs.
 """
 
 from collections.abc import Iterator
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..environment import is_compiling
+from ..environment import apply, is_compiling
 from .reference import bias_starts, window_starts
 
 # Copying an element of a region costs 1, an element of a dense matrix 1 in the
@@ -172,7 +172,7 @@ def _cached_plan(*args) -> _Plan:
 @torch.compiler.assume_constant_result
 def _plan(*args) -> _Plan:
     # Nor tensors of a trace.
-    if is_compiling():
+    if is_compiling() or torch.jit.is_tracing():
         return _make_plan(*args)
     return _cached_plan(*args)
 
@@ -221,7 +221,9 @@ def _repeat(index, count, length):
 
 def _bits(x: Tensor) -> Tensor:
     """What can be moved in place of ``x``: 16-bit floats move by copies."""
-    return x.view(torch.int16) if x.element_size() == 2 else x
+    if x.element_size() != 2 or torch.jit.is_tracing():
+        return x
+    return x.view(torch.int16)
 
 
 def _kernels(query, filters, windows, plan):
@@ -365,7 +367,9 @@ def contmix_tiled(
     query = by_group(query)
     sizes = [(table.shape[-1] + 1) // 2 for table in rpb]
     areas = [k**2 for k in sizes]
-    mix = _Mix.apply if torch.is_grad_enabled() else _mix
+    training = torch.is_grad_enabled()
+    mix = partial(apply, _Mix) if training else _mix
+    training = training and not torch.jit.is_tracing()
     mixed = []
     for k, table, filter, shift, half in zip(
         sizes,
@@ -375,7 +379,7 @@ def contmix_tiled(
         value.chunk(2, dim=1),
         strict=True,
     ):
-        plan = _plan(height, width, k, value.device, torch.is_grad_enabled())
+        plan = _plan(height, width, k, value.device, training)
         windows = table.flatten(1).index_select(1, plan.windows.flatten())
         windows = windows.view(groups, k**2, k**2) + shift
         mixed.append(mix(query, filter, windows, by_group(half), plan))

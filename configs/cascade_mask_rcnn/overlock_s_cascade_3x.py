@@ -1,4 +1,4 @@
-_base_ = 'overlock_t_3x.py'
+_base_ = 'overlock_t_cascade_3x.py'
 
 model = dict(
     backbone=dict(
