@@ -1,4 +1,4 @@
-"""Faulty data: the error names the file, what is left out is in the log."""
+"""Faulty data: what is said of it names the file and the entry."""
 
 import json
 import re
@@ -13,8 +13,8 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
 
-from mmoverlock import data
-from mmoverlock.data import DataError, check_coco
+from mmoverlock.data import DataError, Finding, checked
+from mmoverlock.data.checks import annotation_file
 
 pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
@@ -32,8 +32,7 @@ def load(scope, dataset, workers=0):
         dataset=dataset,
         sampler=dict(type='DefaultSampler', shuffle=False),
     )
-    runner = data.checked(Runner)
-    batches = [*runner.build_dataloader(Config(loader), seed=0)]
+    batches = [*checked(Runner).build_dataloader(Config(loader), seed=0)]
     return [sample for batch in batches for sample in batch['data_samples']]
 
 
@@ -48,15 +47,6 @@ def draw(path, size=(48, 40), mode='RGB', **options):
 def truncate(path):
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-
-
-@pytest.fixture
-def log(monkeypatch):
-    lines = []
-    monkeypatch.setattr(
-        data, 'print_log', lambda text, *_, **__: lines.append(text)
-    )
-    return lines
 
 
 # ----------------------------------------------------------------- images
@@ -135,7 +125,7 @@ def test_unknown_label(images):
     listed.write_text('a/0.jpg 0\na/1.jpg 1\n')
     assert len(load('mmpretrain', dataset)) == 2
     listed.write_text('a/1.jpg 1\na/0.jpg 2\n')
-    with pytest.raises(DataError, match='a/0.jpg has the label 2.* to 1$'):
+    with pytest.raises(DataError, match='a/0.jpg .* no class .2; .* to 1.$'):
         load('mmpretrain', dataset)
 
 
@@ -148,7 +138,7 @@ def test_faulty_pipeline(images, workers):
     with pytest.raises(RuntimeError) as error:
         load('mmpretrain', dataset, workers)
     assert not isinstance(error.value, DataError)
-    assert f'the pipeline fails for {path}: ' in str(error.value)
+    assert f'the pipeline fails for {path}, in Resize: ' in str(error.value)
     assert workers or error.value.__cause__
 
 
@@ -190,21 +180,12 @@ def test_label_map_of_another_size(segmentation, workers):
     with pytest.raises(DataError) as error:
         load('mmseg', dataset, workers)
     assert str(error.value) == (
-        f'{path} has 24 x 20 pixels, and its image {image} has 48 x 40'
+        f'{path} has another size than its image (24 x 20 pixels, and 48 x 40 '
+        f'of {image})'
     )
     dataset['pipeline'].pop(1)  # where labels are not read
     path.unlink()
     assert len(load('mmseg', dataset, workers)) == 3
-
-
-def test_label_map_without_image(segmentation, log):
-    """mmseg trains on the images that are there."""
-    dataset, image, path = segmentation
-    load('mmseg', dataset)
-    assert not log
-    image.unlink()
-    assert len(load('mmseg', dataset)) == 2
-    assert log == [f'{path.parent}: left out 1 label maps without an image']
 
 
 def test_rotated_image(segmentation):
@@ -225,7 +206,7 @@ def test_unknown_label_in_a_map(segmentation):
     assert load('mmseg', dataset)[0].gt_sem_seg.data[0, 0, 0] == 149
     labels[0, 0] = 151
     Image.fromarray(labels).save(path)
-    with pytest.raises(DataError, match='0.png has the label 150.* 0 to 149'):
+    with pytest.raises(DataError, match='0.png .* no class .150; .* 0 to 149'):
         load('mmseg', dataset)
 
 
@@ -261,6 +242,7 @@ def coco(tmp_path):
         type='CocoDataset',
         ann_file=str(path),
         data_prefix=dict(img=str(tmp_path / 'images')),
+        metainfo=dict(classes=['cat']),
         filter_cfg=dict(filter_empty_gt=True, min_size=32),
         pipeline=[
             dict(type='LoadImageFromFile'),
@@ -290,69 +272,79 @@ def test_faulty_coco_image(coco, problem, workers):
     assert problem in str(error.value)
 
 
+EMPTY = 'annotations with a box of less than a pixel'
+OUTSIDE = 'annotations with a box outside the image'
 LEFT_OUT = [
-    (dict(bbox=[0, 0, 0, 0]), 'a box that is empty or outside the image'),
-    (dict(bbox=[1, 1, 20, 0.5]), 'a box that is empty or outside the image'),
-    (dict(bbox=[1, 1, -20, 5]), 'a box that is empty or outside the image'),
-    (dict(bbox=[48, 0, 9, 9]), 'a box that is empty or outside the image'),
-    (dict(bbox=[0, 40, 9, 9]), 'a box that is empty or outside the image'),
-    (dict(bbox=[-9, 5, 9, 9]), 'a box that is empty or outside the image'),
-    (dict(bbox=[5, -9, 9, 9]), 'a box that is empty or outside the image'),
-    (dict(area=0), 'a box that is empty or outside the image'),
-    (dict(category_id=7), 'of category 7, which is no class'),
-    (dict(category_id=99), 'of category 99, which is no class'),
-    (dict(image_id=9), 'of images that are not listed'),
+    (dict(bbox=[0, 0, 0, 0]), EMPTY),
+    (dict(bbox=[1, 1, 20, 0.5]), EMPTY),
+    (dict(bbox=[1, 1, -20, 5]), EMPTY),
+    (dict(bbox=[48, 0, 9, 9]), OUTSIDE),
+    (dict(bbox=[0, 40, 9, 9]), OUTSIDE),
+    (dict(bbox=[-9, 5, 9, 9]), OUTSIDE),
+    (dict(bbox=[5, -9, 9, 9]), OUTSIDE),
+    (dict(area=0), 'annotations of area 0'),
+    (dict(category_id=7), 'annotations of category 7, which is no class'),
+    (dict(category_id=99), 'annotations of category 99, which is no class'),
+    (dict(image_id=9), 'annotations of images that are not listed'),
 ]
 
 
-@pytest.mark.parametrize(('changes', 'reason'), LEFT_OUT)
-def test_left_out(coco, log, changes, reason):
-    """What mmdet leaves out is counted, and all else is there."""
+@pytest.mark.parametrize(('changes', 'what'), LEFT_OUT)
+def test_left_out(coco, changes, what):
+    """What mmdet leaves out is told, and all else is there."""
     dataset, contents, write = coco
     more = [annotation(i, **changes) for i in (10, 11)]
     beyond = annotation(12, bbox=[-5, 30, 20, 99])
     path = write(annotations=[*contents['annotations'], beyond, *more])
     samples = load('mmdet', dataset)
     assert [len(sample.gt_instances) for sample in samples] == [2, 1, 1]
-    (line,) = log
-    assert line.startswith(f'{path}: left out 2 annotations ')
-    assert line.endswith(reason)
+    assert [*annotation_file(str(path), [1])] == [
+        Finding(
+            *(str(path), f'has {what}', f'annotation {i}'),
+            'MMDetection leaves them out',
+            fault=False,
+        )
+        for i in (10, 11)
+    ]
 
 
-def test_images_left_out(coco, log):
+def test_images_left_out(coco):
     dataset, contents, write = coco
     contents['images'][1]['width'] = 31
-    write(annotations=contents['annotations'][:2])
-    assert len(load('mmdet', dataset)) == 1
-    (line,) = log
-    assert '1 images without annotations' in line
-    assert '1 images of less than 32 pixels' in line
-    log.clear()
-    assert len(load('mmdet', dataset | dict(test_mode=True))) == 3
-    assert not log
-
-
-def test_nothing_left_out(coco, log):
-    load('mmdet', coco[0])
-    assert not log
+    path = write(annotations=contents['annotations'][:2])
+    loader = dict(batch_size=1, sampler=dict(type='DefaultSampler'))
+    init_default_scope('mmdet')
+    build = checked(Runner).build_dataloader
+    assert len(build(Config(loader | dict(dataset=dataset))).dataset) == 1
+    found = annotation_file(str(path), [1], dataset['filter_cfg'])
+    assert [(finding.what, finding.entry) for finding in found] == [
+        ('has images of less than 32 pixels', 'image 1'),
+        ('has images without annotations', 'image 2'),
+    ]
+    dataset = dataset | dict(test_mode=True)
+    assert len(build(Config(loader | dict(dataset=dataset))).dataset) == 3
+    assert not [*annotation_file(str(path), [1])]
 
 
 UNUSABLE = [
     (b'', 'is empty'),
-    (b'{"images": [', 'is cut off or no JSON file: '),
-    (b'\xff\xfe', 'is cut off or no JSON file: '),
-    (b'[' * 100_000, 'is cut off or no JSON file: '),
+    (b'{"images": [', 'is cut off or no JSON file '),
+    (b'\xff\xfe', 'is cut off or no JSON file '),
+    (b'[' * 100_000, 'is cut off or no JSON file '),
     (b'{}', "KeyError: 'images'"),
     (b'[]', 'is not in the format of COCO'),
     ({'images': []}, 'has no images'),
     ({'images': 3}, 'is not in the format of COCO'),
-    (dict(bbox=[]), r'\[\] is no \[x, y, width, height\]'),
-    (dict(bbox=[1, 2, 3]), r'is no \[x, y, width, height\]'),
-    (dict(bbox=[float('nan')] * 4), r'is no \[x, y, width, height\]'),
-    (dict(bbox=[0, 0, float('inf'), 9]), r'is no \[x, y, width, height\]'),
-    (dict(bbox='wide'), 'is not in the format of COCO'),
+    (dict(bbox=[]), 'ValueError'),
+    (dict(bbox=[1, 2, 3]), 'ValueError'),
+    (dict(bbox='wide'), 'TypeError'),
     (dict(bbox=None), 'TypeError'),
     (dict(area=None), 'TypeError'),
+]
+# What mmdet loads without an error.
+UNSOUND = [
+    (dict(bbox=[float('nan')] * 4), r'is no \[x, y, width, height\]'),
+    (dict(bbox=[0, 0, float('inf'), 9]), r'is no \[x, y, width, height\]'),
     (
         dict(segmentation=dict(size=[5, 5], counts=[25])),
         r'a mask of \[5, 5\] pixels, not \[40, 48\]',
@@ -360,50 +352,63 @@ UNUSABLE = [
 ]
 
 
-@pytest.mark.parametrize(('contents', 'problem'), UNUSABLE)
-def test_unusable_annotations(coco, contents, problem):
-    dataset, good, write = coco
+def spoil(coco, contents):
+    """Write an annotation file with a fault; return its path."""
+    _, good, write = coco
     if isinstance(contents, bytes):
         path = write()
         path.write_bytes(contents)
-    elif 'images' in contents:
-        path = write(**contents)
-    else:
-        bad = annotation(77, **contents)
-        path = write(annotations=[*good['annotations'], bad])
-        problem += ".*'id': 77"
+        return path
+    if 'images' in contents:
+        return write(**contents)
+    return write(
+        annotations=[*good['annotations'], annotation(77, **contents)]
+    )
+
+
+@pytest.mark.parametrize(('contents', 'problem'), UNUSABLE)
+def test_unusable_annotations(coco, contents, problem):
+    path = spoil(coco, contents)
     with pytest.raises(DataError) as error:
-        load('mmdet', dataset)
+        load('mmdet', coco[0])
     assert str(error.value).startswith(f'{path} ')
+    if isinstance(contents, dict) and 'images' not in contents:
+        problem += ".*'id': 77"
     assert re.search(problem, str(error.value))
     assert len(str(error.value)) < 500
 
 
+@pytest.mark.parametrize(('contents', 'problem'), UNSOUND)
+def test_unsound_annotations(coco, contents, problem):
+    path = spoil(coco, contents)
+    (finding,) = annotation_file(str(path), [1])
+    assert re.search(problem + ".*'id': 77", str(finding))
+    assert finding.fault
+
+
 def test_missing_keys(coco):
     dataset, good, write = coco
-    for key in ('bbox', 'area', 'category_id', 'image_id'):
+    for key in ('bbox', 'area', 'category_id', 'image_id', 'id'):
         bad = annotation(77)
         del bad[key]
         write(annotations=[bad])
-        with pytest.raises(DataError, match=f"KeyError: '{key}'.*'id': 77"):
+        with pytest.raises(DataError, match=f"KeyError: '{key}'.*'bbox|id'"):
             load('mmdet', dataset)
 
 
-def test_check_coco_counts(coco):
-    _, contents, write = coco
-    path = write(
-        annotations=[
-            annotation(1),
-            annotation(2, category_id=7),
-            annotation(3, ignore=True, bbox=[0, 0, 0, 0]),
-        ]
-    )
-    assert not check_coco(str(path))
-    counts = check_coco(str(path), [1], dict(filter_empty_gt=True))
-    assert counts == {
-        'annotations of category 7, which is no class': 1,
-        'images without annotations': 2,
-    }
+@pytest.mark.parametrize('kind', ['annotation', 'image'])
+def test_repeated_ids(coco, kind):
+    """mmdet stops at annotations, and keeps the last of the images."""
+    dataset, good, write = coco
+    entries = good[f'{kind}s']
+    entries.append(entries[1] | dict(file_name='0.jpg'))
+    path = write()
+    (finding,) = annotation_file(str(path), [1])
+    what = f'has several {kind}s with one id ({kind} 1)'
+    assert str(finding).startswith(f'{path} {what}: ')
+    if kind == 'annotation':
+        with pytest.raises(DataError, match=re.escape(what)):
+            load('mmdet', dataset)
 
 
 # --------------------------------------------------------- nothing to load
@@ -470,21 +475,3 @@ def test_training_stops(tmp_path):
     )
     assert f'\ntrain.py: {path} is damaged or no image' in output
     assert 'Traceback' not in output
-
-
-def test_training_leaves_out(tmp_path):
-    """tools/train.py goes on, and its log says without what."""
-    config = forked.detector(tmp_path)
-    path = tmp_path / 'coco/annotations/instances_train2017.json'
-    contents = json.loads(path.read_text())
-    contents['annotations'][0]['bbox'] = [0, 0, 0, 0]
-    contents['annotations'][1]['category_id'] = 999
-    path.write_text(json.dumps(contents))
-    forked.run(config, '--work-dir', tmp_path, log=tmp_path / 'log')
-    (log,) = tmp_path.glob('*/*.log')
-    assert 'WARNING' in log.read_text()
-    assert (
-        f'{path}: left out 1 annotations with a box that is empty or outside '
-        'the image; 1 annotations of category 999, which is no class'
-    ) in log.read_text()
-    assert torch.load(tmp_path / 'epoch_1.pth', weights_only=False)
