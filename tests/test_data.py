@@ -9,16 +9,33 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.evaluator import Evaluator
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
+from tiny import ROOT, load_tool
+from torch import nn
 
 from mmoverlock.data import DataError, Finding, checked
-from mmoverlock.data.checks import annotation_file
+from mmoverlock.data.checks import (
+    CHECKS,
+    Split,
+    annotation_file,
+    head_classes,
+    some_samples,
+    unused_label_maps,
+)
+from mmoverlock.data.runner import make_split
 
 pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)
+
+from mmdet.evaluation import CocoMetric  # noqa: E402
+from mmseg.datasets.transforms import (  # noqa: E402
+    LoadAnnotations as MMSegLoadAnnotations,
+)
+from pycocotools.mask import decode, frPyObjects  # noqa: E402
 
 WORKERS = pytest.mark.parametrize('workers', [0, 1])
 
@@ -161,6 +178,65 @@ def segmentation(tmp_path):
     return dataset, tmp_path / 'images/0.jpg', tmp_path / 'labels/0.png'
 
 
+def test_faulty_loader(images):
+    """Not the fault of data, but of the config; a file in use is named."""
+    dataset, path = images
+    loader = dict(batch_size=1, num_workers=0, persistent_workers=True)
+    loader |= dict(dataset=dataset, sampler=dict(type='DefaultSampler'))
+    init_default_scope('mmpretrain')
+    with pytest.raises(DataError) as error:
+        checked(Runner).build_dataloader(Config(loader))
+    assert str(error.value) == (
+        f'the loader of {path.parents[1]}/ cannot be built: persistent_workers '
+        'option needs num_workers > 0'
+    )
+    crop = dict(type='RandomResizedCrop', scale=8, crop_ratio_range=(1, 0.5))
+    dataset['pipeline'].insert(1, crop)
+    with pytest.raises(ValueError) as error:
+        load('mmpretrain', dataset)
+    assert not isinstance(error.value, DataError)
+
+
+@pytest.mark.parametrize('kind', ['bands', 'bomb', 'size'])
+def test_good_file(images, monkeypatch, kind):
+    """The pipeline fails on files that are not damaged."""
+    dataset, path = images
+    reader, step = dataset['pipeline'][0], dict(type='Resize', scale=8)
+    if kind == 'bands':  # which neither Pillow nor OpenCV reads
+        tifffile = pytest.importorskip('tifffile')
+        path = path.with_suffix('.tif')
+        pixels = np.zeros((40, 48, 5), np.uint8)
+        tifffile.imwrite(path, pixels, photometric='minisblack')
+        for other in path.parents[1].glob('*/*.jpg'):
+            other.unlink()
+        reader.update(imdecode_backend='tifffile', color_type='unchanged')
+        dataset['extensions'] = ('.tif',)
+        assert len(load('mmpretrain', dataset)) == 1
+    elif kind == 'bomb':  # what Pillow calls a picture of many pixels
+        monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 10)
+        assert len(load('mmpretrain', dataset)) == 3
+    dataset['pipeline'].insert(1, dict(type='ToPIL'))
+    dataset['pipeline'].insert(2, step)
+    with pytest.raises(RuntimeError, match='the pipeline fails for') as error:
+        load('mmpretrain', dataset)
+    assert f'{path}, in ' in str(error.value)
+    assert 'damaged' not in str(error.value)
+
+
+def test_format_that_opencv_does_not_read(images):
+    dataset, path = images
+    draw(path.with_suffix('.tga'))
+    dataset['extensions'] = ('.tga',)
+    with pytest.raises(DataError) as error:
+        load('mmpretrain', dataset)
+    assert str(error.value).startswith(
+        f'{path.with_suffix(".tga")} is of a format that OpenCV does not '
+        "read; Pillow does: imdecode_backend='pillow'"
+    )
+    dataset['pipeline'][0]['imdecode_backend'] = 'pillow'
+    assert len(load('mmpretrain', dataset)) == 1
+
+
 @WORKERS
 @pytest.mark.parametrize('problem', FAULTS)
 def test_faulty_label_map(segmentation, problem, workers):
@@ -210,6 +286,95 @@ def test_unknown_label_in_a_map(segmentation):
         load('mmseg', dataset)
 
 
+@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'LA', 'P', 'L', '1'])
+def test_channels_of_a_label_map(segmentation, mode):
+    dataset, image, path = segmentation
+    draw(path, mode=mode)
+    if mode in ('P', 'L', '1'):
+        labels = np.asarray(Image.open(path)).astype(int) - 1
+        sample = load('mmseg', dataset)[0]
+        assert (sample.gt_sem_seg.data[0].numpy() == labels % 256).all()
+        return
+    shape = (40, 48, len(mode))
+    with pytest.raises(DataError) as error:
+        load('mmseg', dataset)
+    assert str(error.value).startswith(
+        f'{path} is a label map of several channels (of shape {shape}): '
+    )
+
+
+@pytest.mark.parametrize('top', [255, 256, 300])
+def test_label_map_of_16_bits(segmentation, top):
+    dataset, image, path = segmentation
+    labels = np.ones((40, 48), np.uint16)
+    labels[3, 4] = top
+    Image.fromarray(labels).save(path)
+    if top < 256:
+        data = load('mmseg', dataset)[0].gt_sem_seg.data[0]
+        assert data[3, 4] == 255 and data[0, 0] == 0
+        return
+    step = MMSegLoadAnnotations()
+    info = dict(seg_map_path=path, reduce_zero_label=False, seg_fields=[])
+    assert step(info)['gt_seg_map'][3, 4] == top - 256
+    with pytest.raises(DataError) as error:
+        load('mmseg', dataset)
+    assert str(error.value).startswith(
+        f'{path} has labels beyond 255 ({top}): '
+    )
+
+
+@pytest.mark.parametrize(
+    ('values', 'zero', 'sound'),
+    [
+        ((0, 255), False, False),
+        ((255,), False, False),
+        ((0,), False, True),  # nothing is lost
+        ((0, 1, 255), False, True),
+        ((0, 1), False, True),
+        ((0, 255), True, False),
+        ((0, 1, 255), True, False),  # 0 is ignored, and 1 is class 0
+        ((1, 2), True, True),
+    ],
+)
+def test_masks_of_two_classes(segmentation, values, zero, sound):
+    """What is 255, mmseg ignores; that is told only if no map has class 1."""
+    dataset, _, path = segmentation
+    dataset.update(type='BaseSegDataset', reduce_zero_label=zero)
+    dataset['metainfo'] = dict(classes=['background', 'crack'])
+    labels = np.zeros((40, 48), np.uint8)
+    labels[:20] = values[-1]
+    for file in path.parent.iterdir():
+        Image.fromarray(labels).save(file)
+    for value in values:
+        labels[:, value % 48] = value
+    Image.fromarray(labels).save(path.with_name('1.png'))
+    found = check('mmseg', dataset)
+    assert bool(found) != sound, found
+    for finding in found:
+        assert finding[:2] == (
+            f'{path.parent}',
+            'has label maps without class 1',
+        )
+        assert finding.fault
+
+
+def test_label_map_without_image(segmentation):
+    """mmseg trains on the images that are there."""
+    dataset, image, path = segmentation
+    init_default_scope('mmseg')
+    split = Split({'key': DATASETS.build(dataset)})
+    assert not [*unused_label_maps(split)]
+    image.unlink()
+    assert len(load('mmseg', dataset)) == 2
+    (finding,) = unused_label_maps(split)
+    assert finding[:3] == (
+        f'{path.parent}',
+        'has label maps without an image',
+        '0.png',
+    )
+    assert not finding.fault
+
+
 # -------------------------------------------------------------- detection
 
 
@@ -234,7 +399,7 @@ def coco(tmp_path):
             dict(id=i, file_name=path.name, width=48, height=40)
             for i, path in enumerate(images)
         ],
-        annotations=[annotation(i, i) for i in range(3)],
+        annotations=[annotation(i + 1, i) for i in range(3)],
         categories=[dict(id=1, name='cat'), dict(id=7, name='other')],
     )
     path = tmp_path / 'file.json'
@@ -404,11 +569,288 @@ def test_repeated_ids(coco, kind):
     entries.append(entries[1] | dict(file_name='0.jpg'))
     path = write()
     (finding,) = annotation_file(str(path), [1])
-    what = f'has several {kind}s with one id ({kind} 1)'
+    what = f'has several {kind}s with one id ({kind} {entries[1]["id"]})'
     assert str(finding).startswith(f'{path} {what}: ')
     if kind == 'annotation':
         with pytest.raises(DataError, match=re.escape(what)):
             load('mmdet', dataset)
+
+
+def test_no_annotations(coco):
+    """As COCO's test-dev has it."""
+    dataset, contents, write = coco
+    del contents['annotations']
+    path = write()
+    assert len(load('mmdet', dataset | dict(test_mode=True))) == 3
+    assert not [*annotation_file(str(path), [1])]
+    with pytest.raises(DataError, match=f'nothing to load in .* and {path}'):
+        load('mmdet', dataset)
+
+
+def test_size_other_than_annotated(coco):
+    dataset, contents, write = coco
+    path = Path(dataset['data_prefix']['img'], '1.jpg')
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    for size, shown in (((48, 40), '40 x 48'), ((24, 20), '20 x 24')):
+        draw(path, size, exif=exif)
+        with pytest.raises(DataError) as error:
+            load('mmdet', dataset)
+        assert str(error.value).startswith(
+            f'{path} has another size than annotated ({shown} pixels as '
+            'loaded, annotated as 48 x 40): '
+        )
+    draw(path, (40, 48), exif=exif)
+    assert load('mmdet', dataset)[1].ori_shape == (40, 48)
+
+
+# -------------------------------------------- one thing against another
+
+
+def check(scope, dataset, evaluator=None, model=None):
+    """The findings of what runs before a training."""
+    init_default_scope(scope)
+    loader = dict(
+        batch_size=1,
+        dataset=dataset | dict(test_mode=True),
+        sampler=dict(type='DefaultSampler'),
+    )
+    cfg = Config(dict(val_dataloader=loader, val_evaluator=evaluator))
+    loader = checked(Runner).build_dataloader(cfg.val_dataloader, seed=0)
+    evaluator = evaluator and Evaluator(evaluator)
+    split = make_split(cfg, 'val', loader.dataset, evaluator, model)
+    return [found for test in (*CHECKS, some_samples) for found in test(split)]
+
+
+def metric(path, **settings):
+    return dict(type='CocoMetric', ann_file=str(path)) | settings
+
+
+def score(path, metric='bbox'):
+    """Score the box and the mask of an `annotation`, found in all images."""
+    init_default_scope('mmdet')
+    metric = CocoMetric(ann_file=str(path), metric=metric)
+    metric.dataset_meta = dict(classes=['cat'])
+    masks = torch.zeros(1, 40, 48, dtype=torch.bool)
+    masks[0] = torch.from_numpy(
+        decode(frPyObjects(annotation(1)['segmentation'], 40, 48)[0])
+    )
+    found = dict(
+        bboxes=torch.tensor([[1.0, 2, 21, 32]]),
+        scores=torch.ones(1),
+        labels=torch.zeros(1, dtype=torch.int),
+        masks=masks,
+    )
+    for i in range(3):
+        sample = dict(img_id=i, ori_shape=(40, 48), pred_instances=found)
+        metric.process({}, [sample])
+    scores = metric.evaluate(3)
+    return scores[f'coco/{metric.metrics[0]}_mAP_50']
+
+
+def test_sound_annotations(coco):
+    dataset, _, write = coco
+    path = write()
+    assert score(path) == score(path, 'segm') == 1
+    assert not check('mmdet', dataset, metric(path, metric=['bbox', 'segm']))
+
+
+MASK = 'has annotations without a mask, or polygons of one or two points'
+UNSCORABLE = [
+    (dict(id=0), 'has an annotation with the id 0', 0),
+    (dict(id='a'), 'has ids that are no numbers', ValueError),
+    (dict(iscrowd=...), 'has annotations without iscrowd', KeyError),
+    (dict(segmentation=...), MASK, KeyError),
+    (dict(segmentation=[]), MASK, IndexError),
+    (dict(segmentation=[[]]), MASK, Exception),
+    (dict(segmentation=[[1, 2]]), MASK, Exception),
+    (dict(segmentation=[[1, 2, 3, 4]]), MASK, TypeError),
+]
+
+
+@pytest.mark.parametrize(('changes', 'what', 'result'), UNSCORABLE)
+def test_annotations_that_cannot_be_scored(coco, changes, what, result):
+    dataset, contents, write = coco
+    bad, other = annotation(1), annotation(5, 1, category_id=7)  # no class
+    for key, value in changes.items():
+        if value is ...:
+            del bad[key], other[key]
+        elif key == 'id':
+            bad[key] = value
+        else:
+            bad[key] = other[key] = value
+    path = write(annotations=[bad, other])
+    kind = 'segm' if what == MASK else 'bbox'
+    if result == 0:
+        assert score(path, kind) == 0
+    else:
+        with pytest.raises(result):
+            score(path, kind)
+    found = check('mmdet', dataset, metric(path, metric=kind))
+    name = f'val_evaluator.ann_file {path}'
+    entry = f'annotation {bad["id"]!r}'
+    assert [tuple(finding[:3]) for finding in found] == [(name, what, entry)]
+    assert found[0].fault
+    if kind == 'segm':
+        assert not check('mmdet', dataset, metric(path, metric='bbox'))
+    settings = dict(format_only=True, outfile_prefix='results')
+    assert not check('mmdet', dataset, metric(path, **settings))
+
+
+def test_evaluation_without_annotations(coco):
+    dataset, contents, write = coco
+    path = write()
+    (finding,) = check('mmdet', dataset, metric(write_other(path, [])))
+    assert finding[:2] == (
+        f'val_evaluator.ann_file {path.parent}/other.json',
+        'has no annotations',
+    )
+    assert score(path.parent / 'other.json') == -1
+
+
+def write_other(path, annotations, **changes):
+    """Write a changed copy of an annotation file."""
+    other = path.with_name('other.json')
+    contents = json.loads(path.read_text())
+    for image in contents['images']:
+        image.update({k: v(image) for k, v in changes.items()})
+    other.write_text(json.dumps(contents | dict(annotations=annotations)))
+    return other
+
+
+def test_evaluation_of_other_images(coco):
+    dataset, contents, write = coco
+    path = write()
+    marks = [annotation(1, 10)]
+    other = write_other(path, marks, id=lambda image: image['id'] + 10)
+    name = f'val_evaluator.ann_file {other}'
+    found = check('mmdet', dataset, metric(other))
+    assert [(finding.file, finding.fault) for finding in found] == [
+        *[(name, True)] * 3,
+        *[(name, False)] * 3,
+    ]
+    folder = dataset['data_prefix']['img']
+    assert found[2][1:3] == (
+        'does not list images of the dataset',
+        f'image 2, {folder}/2.jpg',
+    )
+    with pytest.raises(AssertionError):
+        score(other)
+    other = write_other(path, [annotation(1)], file_name=lambda _: 'b/1.jpg')
+    found = check('mmdet', dataset, metric(other))
+    assert [finding[1:3] for finding in found] == [
+        (
+            'lists other images than the dataset, under their ids',
+            f'image {i}: b/1.jpg, and {folder}/{i}.jpg',
+        )
+        for i in (0, 2)
+    ]
+
+
+NAMES = [
+    (['cat'], []),
+    (['cat', 'other'], []),
+    (
+        ['other', 'cat'],
+        [
+            (
+                'has its categories in another order than the classes',
+                "label 0 is 'cat' in it and 'other' in the config",
+                True,
+            )
+        ],
+    ),
+    (
+        ['Cat', 'other'],
+        [
+            (
+                'has no category for a class',
+                "'Cat'; is it 'cat' there?",
+                True,
+            )
+        ],
+    ),
+    (
+        ['cat', 'others'],
+        [
+            (
+                'has no category for a class',
+                "'others'; is it 'other' there?",
+                True,
+            )
+        ],
+    ),
+    (['cat', 'zebra'], [('has no category for a class', "'zebra'", False)]),
+    (['zebra', 'cat'], [('has no category for a class', "'zebra'", True)]),
+]
+
+
+@pytest.mark.parametrize(('classes', 'expected'), NAMES)
+def test_class_names(coco, classes, expected):
+    dataset, _, write = coco
+    path = write()
+    dataset['metainfo'] = dict(classes=classes)
+    found = check('mmdet', dataset, metric(path))
+    for file in (str(path), f'val_evaluator.ann_file {path}'):
+        assert [
+            (finding.what, finding.entry, finding.fault)
+            for finding in found
+            if finding.file == file
+        ] == expected
+    assert len(found) == 2 * len(expected)
+
+
+def test_two_categories_of_one_name(coco):
+    dataset, contents, write = coco
+    contents['categories'].append(dict(id=9, name='cat'))
+    dataset['metainfo'] = dict(classes=['cat', 'other'])
+    path = write()
+    (finding,) = check('mmdet', dataset)
+    assert finding[:3] == (
+        str(path),
+        'has several categories of one name',
+        "'cat'",
+    )
+
+
+@pytest.mark.parametrize(
+    ('classes', 'words'),
+    [(2, None), (3, 'fewer classes than a head'), (1, 'more classes than')],
+)
+def test_head_classes(coco, classes, words):
+    dataset, _, write = coco
+    dataset['metainfo'] = dict(classes=['cat', 'other'])
+    write()
+    init_default_scope('mmdet')
+    model = nn.Module()
+    head = dict(type='FCNMaskHead', in_channels=2, conv_out_channels=2)
+    model.mask_head = MODELS.build(head | dict(num_classes=classes))
+    head = dict(type='RPNHead', in_channels=2, feat_channels=2)
+    model.rpn_head = MODELS.build(head)
+    found = check('mmdet', dataset, model=model)
+    assert len(found) == bool(words)
+    for finding in found:
+        assert finding.file == 'val_dataloader.dataset'
+        assert words in finding.what
+        assert finding.entry == f'2, and mask_head.num_classes is {classes}'
+
+
+def test_heads_of_the_configs():
+    """Every model of the project takes 80, 133, 150 or 1000 classes."""
+    dataset = nn.Module()
+    for path in sorted((ROOT / 'configs').glob('[!_]*/*_t_*.py')):
+        cfg = Config.fromfile(path)
+        init_default_scope(cfg.default_scope)
+        inner = cfg.test_dataloader.dataset
+        with DATASETS.switch_scope_and_registry(cfg.default_scope) as registry:
+            classes = inner.get('metainfo', {}).get('classes')
+            classes = classes or registry.get(inner.type).METAINFO['classes']
+        dataset.metainfo = dict(classes=classes)
+        with torch.device('meta'):
+            model = MODELS.build(cfg.model)
+        assert not [*head_classes(Split({'key': dataset}, model=model))], path
+        dataset.metainfo = dict(classes=classes[1:])
+        assert [*head_classes(Split({'key': dataset}, model=model))], path
 
 
 # --------------------------------------------------------- nothing to load
@@ -463,7 +905,7 @@ def test_line_without_label(images, tmp_path):
 
 
 def test_training_stops(tmp_path):
-    """tools/train.py, with worker processes."""
+    """tools/train.py, before the first iteration."""
     config = forked.classifier(tmp_path)
     path = tmp_path / 'data/train/b/1.png'
     path.write_bytes(path.read_bytes()[:500])

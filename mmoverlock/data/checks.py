@@ -74,15 +74,18 @@ def class_names(split: Split) -> Iterator[Finding]:
     for dataset in split.datasets.values():
         categories = getattr(dataset, 'categories', None)
         if categories and is_coco(dataset):
-            yield from _names(dataset.ann_file, categories, dataset)
+            yield from category_names(dataset.ann_file, categories, dataset)
     for name, metric, datasets in split.metrics:
         api = getattr(metric, '_coco_api', None)
         if api:
-            for dataset in datasets[:1]:
-                yield from _names(name, api.dataset['categories'], dataset)
+            categories = api.dataset['categories']
+            yield from category_names(name, categories, datasets[0])
 
 
-def _names(file, categories, dataset):
+def category_names(
+    file: str, categories: list[dict], dataset: Dataset
+) -> Iterator[Finding]:
+    """Classes of a dataset in another order or spelling than categories."""
     classes = [*(_classes(dataset) or ())]
     every = [category['name'] for category in categories]
     names = [name for name in every if name in classes]
@@ -136,7 +139,8 @@ def head_classes(split: Split) -> Iterator[Finding]:
         count = len(_classes(dataset) or ())
         if not count:
             continue
-        allowed = {count, len(dataset.metainfo.get('thing_classes', ()))}
+        things = dataset.metainfo.get('thing_classes')
+        allowed = {count, len(things or range(count))}
         for name, module in split.model.named_modules():
             number = getattr(module, 'num_classes', None)
             if (
@@ -227,7 +231,7 @@ def _unscorable(annotation, masks):
     elif number == 0:
         yield (
             'has an annotation with the id 0',
-            'COCO takes 0 for no match, and a right prediction for a wrong one',
+            'COCO takes 0 for no match: a perfect prediction scores 0',
         )
     if 'iscrowd' not in annotation:
         yield (
@@ -269,8 +273,8 @@ def two_class_masks(split: Split) -> Iterator[Finding]:
                 folder,
                 'has label maps without class 1',
                 f'their labels are {", ".join(map(str, sorted(seen)))}',
-                f'{ignored} is ignored, and only class 0 learned; masks of 0 '
-                'and 255 need 1 for 255',
+                f'{ignored} is ignored, and class 1 never learned; a mask of '
+                '0 and 255 needs the numbers of classes instead',
             )
 
 

@@ -15,6 +15,7 @@ from .checks import (
     CHECKS,
     Split,
     annotation_file,
+    category_names,
     is_coco,
     some_samples,
     unwrap,
@@ -67,9 +68,13 @@ class CheckData(Hook):
                     runner.model,
                 )
                 for check in (*CHECKS, some_samples):
-                    for finding in check(split):
-                        if finding.fault:
-                            raise DataError(finding)
+                    _raise_first(check(split))
+
+
+def _raise_first(findings):
+    for finding in findings:
+        if finding.fault:
+            raise DataError(finding)
 
 
 def checked(runner_type: type) -> type:
@@ -148,11 +153,11 @@ def _explain(error):
     files = _files(dataset)
     path = dataset.ann_file
     if path.endswith('.json') and os.path.isfile(path):
-        faults = annotation_file(path) if is_coco(dataset) else ()
-        for finding in faults:
-            if finding.fault:
-                raise DataError(finding) from error
-        read_json(path)
+        contents = read_json(path)
+        if is_coco(dataset):
+            _raise_first(annotation_file(path))
+            categories = contents['categories']
+            _raise_first(category_names(path, categories, dataset))
     where = ' and '.join(files)
     empty = 'at least one array' in str(error)  # which numpy concatenates
     if empty or 'Found 0 files' in str(error):
@@ -167,7 +172,7 @@ def _explain(error):
 def _files(dataset):
     """The folders and the annotation file of datasets."""
     names = []
-    for key, inner in unwrap(dataset, ''):
+    for _, inner in unwrap(dataset, ''):
         prefix = getattr(inner, 'data_prefix', None) or {}
         names += [*prefix.values(), getattr(inner, 'ann_file', '')]
     return [str(name) for name in names if name]

@@ -22,7 +22,7 @@ except ImportError:  # classification needs no compiled ops
     SINGLE_PRECISION = ()
 
 
-@OPTIM_WRAPPERS.register_module()
+@OPTIM_WRAPPERS.register_module(force=True)
 class CPUAmpOptimWrapper(OptimWrapper):
     """Trains in bfloat16 on a CPU, where mmengine's AmpOptimWrapper does not.
 
@@ -53,7 +53,7 @@ def _in_single_precision(function):
     return call
 
 
-@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module(force=True)
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Learning rates that fall from the last layer to the first.
 
