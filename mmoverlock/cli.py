@@ -10,6 +10,7 @@ import re
 import sys
 import time
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 from urllib.error import URLError
 
@@ -95,13 +96,32 @@ def user_errors(tool):
     `LAUNCHER_DELAY` seconds.
     """
     try:
-        yield
+        with _explain_imports():
+            yield
     except (UserError, CheckpointError, DataError) as error:
         ranks = (os.environ.get(names[0]) for names, _ in LAUNCHERS.values())
         if next(filter(None, ranks), '0') != '0':
             time.sleep(LAUNCHER_DELAY)
         print(f'{tool}: {error}', file=sys.stderr)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def _explain_imports():
+    try:
+        yield
+    except TypeError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        module = frame.f_globals.get('__name__', '')
+        if not module.startswith('mmpretrain.') or (
+            str(error) != 'NoneType takes no arguments'
+        ):
+            raise
+        raise UserError(
+            'mmpretrain, which mmdet and mmseg import too, cannot be imported '
+            f'beside transformers {version("transformers")}; it needs '
+            "transformers before 5, or none: pip install 'transformers<5'"
+        ) from error
 
 
 class ConfigOptions(DictAction):
