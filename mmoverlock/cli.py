@@ -133,6 +133,18 @@ class ConfigOptions(DictAction):
                 raise UserError(
                     f'{option_string} takes KEY=VALUE, not {value!r}'
                 )
+            # From between words too, mmengine removes all blanks.
+            key, text = value.split('=', 1)
+            if re.search(r'[^\s,[(]\s+[^\s,\])]', text):
+                if ',' in text or text.startswith(('[', '(')):
+                    raise UserError(
+                        f'{option_string} {value}: blanks in the elements of '
+                        'a list would be lost; set it in a config file'
+                    )
+                options = getattr(namespace, self.dest) or {}
+                options = options | {key: text.strip('\'"')}
+                setattr(namespace, self.dest, options)
+                continue
             try:
                 super().__call__(parser, namespace, [value], option_string)
             except AssertionError as error:  # unbalanced brackets
