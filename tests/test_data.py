@@ -187,8 +187,8 @@ def test_faulty_loader(images):
     with pytest.raises(DataError) as error:
         checked(Runner).build_dataloader(Config(loader))
     assert str(error.value) == (
-        f'the loader of {path.parents[1]}/ cannot be built: persistent_workers '
-        'option needs num_workers > 0'
+        f'the loader of {path.parents[1]}/ cannot be built: '
+        'persistent_workers option needs num_workers > 0'
     )
     crop = dict(type='RandomResizedCrop', scale=8, crop_ratio_range=(1, 0.5))
     dataset['pipeline'].insert(1, crop)
@@ -901,6 +901,124 @@ def test_line_without_label(images, tmp_path):
         load('mmpretrain', dataset | dict(ann_file='list.txt'))
 
 
+# --------------------------------------------------- tools/check_data.py
+
+STOCK = {
+    'coco': ('mask_rcnn/overlock_xt_1x', 'coco'),
+    'ade20k': ('upernet/overlock_xt_160k', 'ade/ADEChallengeData2016'),
+    'imagenet': ('imagenet/overlock_xt_300e', 'imagenet'),
+}
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """Draws data where the configs of the project look for them."""
+    monkeypatch.chdir(tmp_path)
+
+    def draw(kind):
+        config, folder = STOCK[kind]
+        load_tool('make_sample_data').main(
+            [kind, f'data/{folder}', '--images=4', '--size=64']
+        )
+        return ROOT / f'configs/{config}.py'
+
+    return draw
+
+
+def check_data(*argv):
+    """Run tools/check_data.py; return its exit status."""
+    try:
+        load_tool('check_data').main([str(arg) for arg in argv])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@pytest.mark.parametrize('kind', STOCK)
+def test_drawn_data(drawn, kind, capsys):
+    """The configs of the project and drawn data raise nothing."""
+    assert check_data(drawn(kind)) == 0
+    out = capsys.readouterr().out
+    classes = dict(coco=80, ade20k=150, imagenet=1000)[kind]
+    for split, count in (('train', 4), ('val', 8), ('test', 8)):
+        line = f'{split}_dataloader.dataset: {count} samples, {classes} '
+        assert line in out
+    assert 'FAULT' not in out
+    assert out.endswith('Nothing would break or mislead a training.\n')
+
+
+def test_check_data(drawn, capsys):
+    """Every dataset, inside wrappers too, every kind, the first of each."""
+    stock = drawn('coco')
+    train, val = (
+        Path(f'data/coco/annotations/instances_{split}2017.json')
+        for split in ('train', 'val')
+    )
+    contents = json.loads(train.read_text())
+    image = contents['images'][0]
+    mark = contents['annotations'][0] | dict(image_id=image['id'])
+    contents['annotations'] += [
+        *[mark | dict(id=i, area=0) for i in range(10**8, 10**8 + 7)],
+        *[mark | dict(id=i, bbox=[0, 0, 0, 0]) for i in (77, 78)],
+        mark | dict(id=79, bbox=[1, float('nan'), 2, 3]),
+    ]
+    train.write_text(json.dumps(contents))
+    damaged = Path('data/coco/train2017', image['file_name'])
+    truncate(damaged)
+    contents = json.loads(val.read_text())
+    contents['annotations'][0]['id'] = 0
+    val.write_text(json.dumps(contents))
+    Path('wrapped.py').write_text(
+        f"""
+_base_ = {str(stock)!r}
+inner = {{{{_base_.train_dataloader.dataset}}}}
+train_dataloader = dict(
+    dataset=dict(
+        _delete_=True,
+        type='ConcatDataset',
+        datasets=[dict(type='RepeatDataset', times=2, dataset=inner), inner],
+    )
+)
+model = dict(roi_head=dict(mask_head=dict(num_classes=81)))
+"""
+    )
+    options = 'model.roi_head.bbox_head.num_classes=79', 'test_dataloader=None'
+    options += 'test_evaluator=None', 'test_cfg=None'
+    assert check_data('wrapped.py', '--cfg-options', *options) == 1
+    out = capsys.readouterr().out
+    first, second = 'datasets.0.dataset', 'datasets.1'
+    for key in (first, second):
+        line = f'train_dataloader.dataset.{key}: 4 samples, 80 classes\n'
+        assert line in out
+    path = f'  data/coco/annotations/{train.name}'
+    for text in (
+        'note, 7 x has annotations of area 0: MMDetection leaves them out\n'
+        f'{path}  annotation 100000000\n',
+        f'{path}  annotation 100000004\n  and 2 more\n',
+        'note, 2 x has annotations with a box of less than a pixel: MM',
+        f'FAULT, 1 x is not in the format of COCO\n{path}  ValueError: [1, ',
+        f'FAULT, 1 x is cut off: a JPEG without its end\n  {damaged}\n',
+        f'FAULT, 1 x has an annotation with the id 0: COCO takes 0 for no '
+        f'match: a perfect prediction scores 0\n  val_evaluator.ann_file '
+        f'data/coco/annotations/{val.name}  annotation 0\n',
+        'FAULT, 3 x has more classes than a head: ',
+        '  val_dataloader.dataset  80, and roi_head.bbox_head.num_classes ',
+        'FAULT, 3 x has fewer classes than a head: ',
+    ):
+        assert text in out
+    assert out.endswith('\n9 faults would break or mislead a training.\n')
+
+
+def test_check_data_that_is_missing(drawn, capsys):
+    config = drawn('imagenet')
+    Path('data/imagenet/val').rename('data/imagenet/elsewhere')
+    assert check_data(config) == 1
+    out = capsys.readouterr().out
+    assert 'train_dataloader.dataset: 4 samples' in out
+    assert 'data missing: data/imagenet/val does not exist (val_' in out
+    assert out.endswith('2 faults would break or mislead a training.\n')
+
+
 # --------------------------------------------------------------- training
 
 
@@ -917,3 +1035,18 @@ def test_training_stops(tmp_path):
     )
     assert f'\ntrain.py: {path} is damaged or no image' in output
     assert 'Traceback' not in output
+
+
+def test_training_does_not_start(tmp_path):
+    """What is cheap is checked before the first iteration."""
+    config = forked.detector(
+        tmp_path, **{'model.roi_head.bbox_head.num_classes': 79}
+    )
+    output = forked.run(
+        config, '--work-dir', tmp_path, log=tmp_path / 'log', status=2
+    )
+    assert output.splitlines()[-1].startswith(
+        'train.py: train_dataloader.dataset has more classes than a head (80, '
+        'and roi_head.bbox_head.num_classes is 79): '
+    )
+    assert 'Epoch(train)' not in output and 'Traceback' not in output

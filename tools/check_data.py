@@ -8,6 +8,7 @@ and entries; then, the exit status is 1.
 import argparse
 import os
 import sys
+from contextlib import redirect_stdout
 from multiprocessing.pool import ThreadPool
 
 from mmengine.registry import EVALUATOR, MODELS, init_default_scope
@@ -38,9 +39,13 @@ class Report:
     """Counts findings by kind, and keeps the first of each."""
 
     def __init__(self):
-        self.kinds = {}
+        self.kinds, self.seen = {}, set()
 
     def add(self, finding):
+        """Count a finding, unless another dataset had it too."""
+        if hash(finding) in self.seen:
+            return
+        self.seen.add(hash(finding))
         kind = finding.fault, finding.what, finding.effect
         found = self.kinds.setdefault(kind, [0, []])
         found[0] += 1
@@ -73,14 +78,14 @@ def build_model(cfg):
 def build_split(cfg, name, model):
     """Build the datasets and the evaluator of a split."""
     check_data(cfg, name)
-    loader = checked(Runner).build_dataloader(
-        cfg[f'{name}_dataloader'], seed=0
-    )
     evaluator = cfg.get(f'{name}_evaluator')
-    if evaluator:
-        if 'metrics' not in evaluator:
-            evaluator = dict(type='Evaluator', metrics=evaluator)
-        evaluator = EVALUATOR.build(evaluator)
+    if evaluator and 'metrics' not in evaluator:
+        evaluator = dict(type='Evaluator', metrics=evaluator)
+    with redirect_stdout(sys.stderr):  # pycocotools prints what it does
+        loader = checked(Runner).build_dataloader(
+            cfg[f'{name}_dataloader'], seed=0
+        )
+        evaluator = evaluator and EVALUATOR.build(evaluator)
     return make_split(cfg, name, loader.dataset, evaluator, model)
 
 
