@@ -206,7 +206,9 @@ def test_good_file(images, monkeypatch, kind):
         tifffile = pytest.importorskip('tifffile')
         path = path.with_suffix('.tif')
         pixels = np.zeros((40, 48, 5), np.uint8)
-        tifffile.imwrite(path, pixels, photometric='minisblack')
+        tifffile.imwrite(
+            path, pixels, photometric='minisblack', planarconfig='contig'
+        )
         for other in path.parents[1].glob('*/*.jpg'):
             other.unlink()
         reader.update(imdecode_backend='tifffile', color_type='unchanged')
@@ -272,6 +274,9 @@ def test_rotated_image(segmentation):
     draw(image, size=(40, 48), exif=exif)
     sample = load('mmseg', dataset)[0]
     assert sample.ori_shape == sample.gt_sem_seg.shape == (40, 48)
+    draw(image, exif=exif)  # drawn as wide as its labels
+    with pytest.raises(DataError, match='another size .48 x 40 .*40 x 48 of'):
+        load('mmseg', dataset)
 
 
 def test_unknown_label_in_a_map(segmentation):
@@ -557,7 +562,7 @@ def test_missing_keys(coco):
         bad = annotation(77)
         del bad[key]
         write(annotations=[bad])
-        with pytest.raises(DataError, match=f"KeyError: '{key}'.*'bbox|id'"):
+        with pytest.raises(DataError, match=f"KeyError: '{key}' in "):
             load('mmdet', dataset)
 
 
@@ -705,7 +710,13 @@ def test_evaluation_without_annotations(coco):
         f'val_evaluator.ann_file {path.parent}/other.json',
         'has no annotations',
     )
+    assert finding.fault
     assert score(path.parent / 'other.json') == -1
+    del contents['annotations']  # as in COCO's test-dev
+    (finding,) = check('mmdet', dataset, metric(write()))
+    assert finding.what == 'has no annotations' and not finding.fault
+    settings = dict(format_only=True, outfile_prefix='results')
+    assert not check('mmdet', dataset, metric(path, **settings))
 
 
 def write_other(path, annotations, **changes):

@@ -99,7 +99,7 @@ def load_all(key, dataset):
             except DataError:
                 raise
             except Exception:  # it may need the steps that load leaves out
-                dataset.pipeline(dataset.get_data_info(i))
+                dataset.prepare_data(i)
         except DataError as error:
             return error.finding
         except Exception as error:

@@ -107,7 +107,7 @@ def checked(runner_type: type) -> type:
                 if isinstance(dataset, BaseDataset) and not isinstance(
                     dataset.pipeline, CheckedPipeline
                 ):
-                    dataset.categories = kept.get(dataset.ann_file)
+                    dataset.coco_categories = kept.get(dataset.ann_file)
                     dataset.pipeline = CheckedPipeline(dataset)
             return loader
 
@@ -143,7 +143,11 @@ def _explain(error):
         name = frame.f_code.co_name
         if name == 'full_init' and isinstance(owner, BaseDataset):
             dataset = owner
-        elif name == '__init__' and isinstance(owner, DataLoader):
+        elif (
+            name == '__init__'
+            and isinstance(owner, DataLoader)
+            and isinstance(error, ValueError)
+        ):
             where = ' and '.join(_files(frame.f_locals.get('dataset')))
             raise DataError(
                 f'the loader of {where} cannot be built: {error}'
