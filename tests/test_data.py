@@ -16,6 +16,7 @@ from PIL import Image
 from tiny import ROOT, load_tool
 from torch import nn
 
+from mmoverlock import data
 from mmoverlock.data import DataError, Finding, checked
 from mmoverlock.data.checks import (
     CHECKS,
@@ -31,7 +32,9 @@ pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)
 
+from mmdet.datasets import CocoDataset  # noqa: E402
 from mmdet.evaluation import CocoMetric  # noqa: E402
+from mmpretrain.datasets import CIFAR10  # noqa: E402
 from mmseg.datasets.transforms import (  # noqa: E402
     LoadAnnotations as MMSegLoadAnnotations,
 )
@@ -566,6 +569,21 @@ def test_missing_keys(coco):
             load('mmdet', dataset)
 
 
+def test_types_that_are_classes(coco):
+    """As configs in the new style have them."""
+    dataset = coco[0] | dict(type=CocoDataset)
+    path = spoil(coco, b'')
+    with pytest.raises(DataError, match=f'{path} is empty'):
+        load('mmdet', dataset)
+    cfg = Config(dict(test_dataloader=dict(dataset=dataset)))
+    data.check_data(cfg, 'test')
+    path.unlink()
+    with pytest.raises(DataError, match=f'{path} .*Unpack train2017.zip'):
+        data.check_data(cfg, 'test')
+    cfg.test_dataloader.dataset = dict(type=CIFAR10, data_root='nowhere')
+    data.check_data(cfg, 'test')  # it is downloaded
+
+
 @pytest.mark.parametrize('kind', ['annotation', 'image'])
 def test_repeated_ids(coco, kind):
     """mmdet stops at annotations, and keeps the last of the images."""
@@ -873,6 +891,9 @@ def test_no_known_class(coco):
     with pytest.raises(DataError, match='none has annotations of the classes'):
         load('mmdet', dataset)
     with pytest.raises(DataError, match=str(path)):
+        load('mmdet', dataset)
+    write(categories=[dict(id=1, name='Cat')])
+    with pytest.raises(DataError, match="class .'cat'; is it 'Cat' there?"):
         load('mmdet', dataset)
 
 
