@@ -36,10 +36,9 @@ def make_split(cfg: Config, name: str, dataset, evaluator, model) -> Split:
     """
     datasets = dict(unwrap(dataset, f'{name}_dataloader.dataset'))
     metrics = []
-    configs = evaluators(cfg, name) if evaluator else ()
-    for (key, config), metric in zip(
-        configs, evaluator.metrics if evaluator else (), strict=False
-    ):
+    built = evaluator.metrics if evaluator else []
+    configs = zip(evaluators(cfg, name), built, strict=False)  # tools add some
+    for (key, config), metric in configs:
         scored = [*datasets.values()]
         if hasattr(evaluator, 'dataset_prefixes'):  # one metric for each
             scored = scored[len(metrics) : len(metrics) + 1]
