@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 from urllib.error import URLError
 
@@ -88,10 +89,29 @@ def user_errors(tool):
     They are `UserError`, `CheckpointError` and `DataError`.
     """
     try:
-        yield
+        with _explain_imports():
+            yield
     except (UserError, CheckpointError, DataError) as error:
         print(f'{tool}: {error}', file=sys.stderr)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def _explain_imports():
+    try:
+        yield
+    except TypeError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        module = frame.f_globals.get('__name__', '')
+        if not module.startswith('mmpretrain.') or (
+            str(error) != 'NoneType takes no arguments'
+        ):
+            raise
+        raise UserError(
+            'mmpretrain, which mmdet and mmseg import too, cannot be imported '
+            f'beside transformers {version("transformers")}; it needs '
+            "transformers before 5, or none: pip install 'transformers<5'"
+        ) from error
 
 
 class ConfigOptions(DictAction):
@@ -103,6 +123,18 @@ class ConfigOptions(DictAction):
                 raise UserError(
                     f'{option_string} takes KEY=VALUE, not {value!r}'
                 )
+            # From between words too, mmengine removes all blanks.
+            key, text = value.split('=', 1)
+            if re.search(r'[^\s,[(]\s+[^\s,\])]', text):
+                if ',' in text or text.startswith(('[', '(')):
+                    raise UserError(
+                        f'{option_string} {value}: blanks in the elements of '
+                        'a list would be lost; set it in a config file'
+                    )
+                options = getattr(namespace, self.dest) or {}
+                options = options | {key: text.strip('\'"')}
+                setattr(namespace, self.dest, options)
+                continue
             try:
                 super().__call__(parser, namespace, [value], option_string)
             except AssertionError as error:  # unbalanced brackets

@@ -637,6 +637,42 @@ def test_good_options():
     assert cfg.randomness.seed == 0
 
 
+def test_blanks_in_options(mistake):
+    """mmengine would remove them in silence."""
+    parser = train.build_parser()
+    path = '/data/My Drive (old)/coco'
+    options = [
+        f'load_from={path}',
+        'work_dir= plain ',
+        'param_scheduler=[1, 2]',
+    ]
+    args = parser.parse_args(['config.py', '--cfg-options', *options])
+    assert args.cfg_options == {
+        'load_from': path,
+        'work_dir': 'plain',
+        'param_scheduler': [1, 2],
+    }
+    option = 'test_dataloader.dataset.metainfo.classes=[traffic light,car]'
+    message = mistake(train, MASK_RCNN, '--cfg-options', option)
+    assert f'{option}: blanks in the elements of a list' in message
+
+
+def test_transformers_5(monkeypatch, capsys):
+    """mmpretrain derives classes from what it has no more."""
+    monkeypatch.setattr(train.cli, 'version', dict(transformers='5.0').get)
+    code = 'class BertPreTrainedModel(None): pass'
+    with pytest.raises(SystemExit) as stop, train.cli.user_errors('train.py'):
+        exec(code, {'__name__': 'mmpretrain.models.multimodal'})
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        'train.py: mmpretrain, which mmdet and mmseg import too, cannot be '
+        'imported beside transformers 5.0; it needs transformers before 5, or '
+        "none: pip install 'transformers<5'\n"
+    )
+    with pytest.raises(TypeError), train.cli.user_errors('train.py'):
+        exec(code, {'__name__': 'of_the_user'})
+
+
 def test_ops_missing(mistake, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(

@@ -18,7 +18,7 @@ from ..curves import draw_curves
 from ..models.weights import fit
 
 
-@HOOKS.register_module()
+@HOOKS.register_module(force=True)
 class LoadingCheck(Hook):
     """Has a runner load what fits its model, or else end with an error.
 
@@ -61,7 +61,7 @@ def _forget_foreign_files(checkpoint, work_dir):
                 hub['resumed_keys'].pop(key, None)
 
 
-@HOOKS.register_module()
+@HOOKS.register_module(force=True)
 class AverageStatistics(Hook):
     """Averages the running statistics of batch norms over all processes.
 
@@ -92,7 +92,7 @@ class AverageStatistics(Hook):
                 self.after_train_epoch(runner)
 
 
-@HOOKS.register_module()
+@HOOKS.register_module(force=True)
 class Reseed(Hook):
     """Makes what is random depend on iteration and process only.
 
@@ -126,7 +126,7 @@ class Reseed(Hook):
         torch.manual_seed(seed)
 
 
-@HOOKS.register_module()
+@HOOKS.register_module(force=True)
 class CurvesHook(Hook):
     """Draws the curves when a training is over."""
 

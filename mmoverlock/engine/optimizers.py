@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..models.overlock import OverLoCK
 
 
-@OPTIM_WRAPPERS.register_module()
+@OPTIM_WRAPPERS.register_module(force=True)
 class CPUAmpOptimWrapper(OptimWrapper):
     """Trains in bfloat16 on a CPU, where mmengine's AmpOptimWrapper does not.
 
@@ -56,7 +56,7 @@ def _in_single_precision(function):
     return call
 
 
-@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module(force=True)
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Learning rates that fall from the last layer to the first.
 

@@ -9,7 +9,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from ..models.blocks import FocusBlock, RepConvBlock
 
 
-@STRATEGIES.register_module()
+@STRATEGIES.register_module(force=True)
 class ResumableFSDPStrategy(FSDPStrategy):
     """mmengine's, whose checkpoints can be read and resumed from.
 
@@ -36,7 +36,7 @@ class ResumableFSDPStrategy(FSDPStrategy):
         )
 
 
-@FUNCTIONS.register_module()
+@FUNCTIONS.register_module(force=True)
 def overlock_wrap_policy(
     module: nn.Module, recurse: bool, nonwrapped_numel: int
 ) -> bool:

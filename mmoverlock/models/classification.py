@@ -8,7 +8,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 
-@MODELS.register_module()
+@MODELS.register_module(force=True)  # a notebook may reload it
 class OverLoCKClsHead(ClsHead):
     """The head of OverLoCK, and an auxiliary one on the Overview-Net.
 
@@ -43,6 +43,7 @@ class OverLoCKClsHead(ClsHead):
             or dict(type='TruncNormal', layer='Conv2d', std=0.02),
         )
         overview, focus = in_channels
+        self.num_classes = num_classes
         self.aux_loss_weight = aux_loss_weight
         self.head = nn.Sequential(
             nn.Conv2d(focus, self.hidden_channels, 1, bias=False),

@@ -26,7 +26,7 @@ from .reparam import DilatedReparamConv
 from .weights import load_pretrained
 
 
-@MODELS.register_module()
+@MODELS.register_module(force=True)
 class OverLoCK(BaseModule):
     """The OverLoCK backbone.
 

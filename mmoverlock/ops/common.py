@@ -47,12 +47,16 @@ def custom_op(
     """
 
     def register(function):
+        # As torch.library.custom_op does, so that modules can be reloaded.
+        from torch._library.custom_ops import get_library_allowing_overwrite
+
         schema = torch.library.infer_schema(
             function, mutates_args=mutates_args
         )
-        torch.library.define(name, schema)
-        torch.library.impl(name, 'default', function)
-        operator = Operator(name)
+        library = get_library_allowing_overwrite(*name.split('::'))
+        torch.library.define(name, schema, lib=library)
+        torch.library.impl(name, 'default', function, lib=library)
+        operator = Operator(name, library)
         if not differentiable:
             operator.register_autograd(partial(_refuse, name))
         return operator
@@ -70,8 +74,8 @@ def _refuse(name, *_):
 class Operator:
     """An operator, and what else is registered for it."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, library: torch.library.Library):
+        self.name, self.library = name, library
         namespace, name = name.split('::')
         self.run = getattr(getattr(torch.ops, namespace), name).default
 
@@ -79,9 +83,11 @@ class Operator:
         return self.run(*args)
 
     def register_fake(self, function):
-        return torch.library.register_fake(self.name, function)
+        return torch.library.register_fake(
+            self.name, function, lib=self.library
+        )
 
     def register_autograd(self, backward, setup_context=None):
         torch.library.register_autograd(
-            self.name, backward, setup_context=setup_context
+            self.name, backward, setup_context=setup_context, lib=self.library
         )

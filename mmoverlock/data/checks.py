@@ -1,0 +1,469 @@
+"""Checks of datasets, evaluators and models against each other.
+
+Every check yields a `Finding` for each fault. Those of `CHECKS` and
+`some_samples` are cheap, and run before every training and test; those of
+`THOROUGH` read annotation files anew and list folders, and are for
+``tools/check_data.py``.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from textwrap import shorten
+
+import numpy as np
+from mmengine.dataset import BaseDataset
+from torch import nn
+from torch.utils.data import Dataset
+
+from .files import DataError, Finding, read_json
+
+SAMPLES = 8  # that are loaded of every dataset before a run
+# Parts of models whose classes are not those of the dataset.
+OTHER_CLASSES = ('backbone', 'neck', 'rpn_head', 'semantic_head')
+BROKEN = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+
+
+@dataclass
+class Split:
+    """What a training or test reads, built.
+
+    Attributes:
+        datasets (dict[str, Dataset]): By key of the config, wrapped ones too.
+        metrics (list[tuple]): A name, the metric, and the datasets that it
+            scores.
+        model (nn.Module, optional): The model.
+    """
+
+    datasets: dict[str, Dataset]
+    metrics: list[tuple] = field(default_factory=list)
+    model: nn.Module | None = None
+
+
+def unwrap(dataset: Dataset, key: str) -> Iterator[tuple[str, Dataset]]:
+    """Yield the datasets in a dataset or wrapper, and their keys."""
+    dataset = getattr(dataset, '_dataset', dataset)  # what mmengine slices
+    if hasattr(dataset, 'datasets'):
+        for i, inner in enumerate(dataset.datasets):
+            yield from unwrap(inner, f'{key}.datasets.{i}')
+    elif hasattr(dataset, 'dataset'):
+        yield from unwrap(dataset.dataset, f'{key}.dataset')
+    else:
+        yield key, dataset
+
+
+def is_coco(dataset: Dataset) -> bool:
+    """Whether a dataset reads and leaves out what CocoDataset does."""
+    parse = getattr(dataset, 'parse_data_info', None)
+    return getattr(parse, '__qualname__', '') == 'CocoDataset.parse_data_info'
+
+
+# ---------------------------------------------------------------- classes
+
+
+def class_names(split: Split) -> Iterator[Finding]:
+    """Classes in another order or spelling than the categories of a file.
+
+    pycocotools takes the categories whose names are classes, in the order of
+    the file, and mmdet counts them through.
+    """
+    for dataset in split.datasets.values():
+        categories = getattr(dataset, 'coco_categories', None)
+        if categories and is_coco(dataset):
+            yield from category_names(dataset.ann_file, categories, dataset)
+    for name, _, api, datasets in _coco_metrics(split):
+        categories = api.dataset['categories']
+        yield from category_names(name, categories, datasets[0])
+
+
+def category_names(
+    file: str, categories: list[dict], dataset: Dataset
+) -> Iterator[Finding]:
+    """Classes of a dataset in another order or spelling than categories."""
+    classes = [*(_classes(dataset) or ())]
+    every = [category['name'] for category in categories]
+    names = [name for name in every if name in classes]
+    missing = [name for name in classes if name not in names]
+    if not classes or names == classes:
+        return
+    # Those at the end shift no others.
+    fault = names != classes[: len(names)]
+    for name in missing:
+        near = get_close_matches(name, {*every} - {*classes}, cutoff=0.6)
+        # The same but for case is the nearest.
+        near = [n for n in every if n.lower() == name.lower()] or near
+        yield Finding(
+            file,
+            'has no category for a class',
+            f'{name!r}' + (f'; is it {near[0]!r} there?' if near else ''),
+            'later classes get labels of earlier ones'
+            if fault
+            else 'nothing is learned of it',
+            fault or bool(near),
+        )
+    if len(names) > len({*names}):
+        yield Finding(
+            file,
+            'has several categories of one name',
+            f'{max(names, key=names.count)!r}',
+            'later classes get the names of earlier ones',
+        )
+    elif fault and not missing:
+        pairs = enumerate(zip(names, classes, strict=True))
+        i = next(i for i, (name, own) in pairs if name != own)
+        yield Finding(
+            file,
+            'has its categories in another order than the classes',
+            f'label {i} is {names[i]!r} in it and {classes[i]!r} in the '
+            'config',
+            'predictions get the names of others',
+        )
+
+
+def _classes(dataset):
+    return getattr(dataset, 'metainfo', {}).get('classes')
+
+
+def head_classes(split: Split) -> Iterator[Finding]:
+    """Heads for more or fewer classes than a dataset has."""
+    modules = dict(split.model.named_modules()) if split.model else {}
+    # Those that read text take any classes.
+    if any(
+        name.endswith(('language_model', 'text_encoder')) for name in modules
+    ):
+        return
+    for key, dataset in split.datasets.items():
+        count = len(_classes(dataset) or ())
+        if not count:
+            continue
+        things = dataset.metainfo.get('thing_classes')
+        allowed = {count, len(things or range(count))}
+        for name, module in modules.items():
+            number = getattr(module, 'num_classes', None)
+            if (
+                type(number) is not int
+                or number in allowed
+                or any(part in name for part in OTHER_CLASSES)
+                or hasattr(module, 'boundary_threshold')  # mmseg's STDCHead
+                or (getattr(module, 'out_channels', 0) == 1 and count < 3)
+            ):
+                continue
+            more = number > count
+            yield Finding(
+                key,
+                f'has {"fewer" if more else "more"} classes than a head',
+                f'{count}, and {name}.num_classes is {number}',
+                'a prediction of the others ends an evaluation, or has no name'
+                if more
+                else 'labels beyond the head are an error, or background',
+            )
+
+
+# -------------------------------------------------------------- evaluators
+
+
+def _coco_metrics(split):
+    """Those like CocoMetric that have a file: name, metric, API, datasets."""
+    for name, metric, datasets in split.metrics:
+        api = getattr(metric, '_coco_api', None)
+        if api and hasattr(metric, 'metrics') and datasets:
+            yield name, metric, api, datasets
+
+
+def evaluated_images(split: Split) -> Iterator[Finding]:
+    """Evaluators whose file lists other images than the dataset has."""
+    for name, metric, api, datasets in _coco_metrics(split):
+        if metric.format_only:
+            continue
+        paths = {
+            info['img_id']: info['img_path']
+            for dataset in datasets
+            if isinstance(dataset, BaseDataset)
+            for info in map(dataset.get_data_info, range(len(dataset)))
+            if 'img_id' in info
+        }
+        for i, path in paths.items():
+            if i not in api.imgs:
+                yield Finding(
+                    name,
+                    'does not list images of the dataset',
+                    f'image {i}, {path}',
+                    'the evaluation ends with an AssertionError',
+                )
+                continue
+            listed = api.imgs[i].get('file_name', path)
+            if os.path.basename(listed) != os.path.basename(path):
+                yield Finding(
+                    name,
+                    'lists other images than the dataset, under their ids',
+                    f'image {i}: {listed}, and {path}',
+                    'predictions are scored for another image',
+                )
+        for i in {*api.imgs} - {*paths} if paths else ():
+            yield Finding(
+                name,
+                'lists images that the dataset has not',
+                f'image {i}',
+                'their objects count as missed',
+                fault=False,
+            )
+
+
+def evaluated_annotations(split: Split) -> Iterator[Finding]:
+    """Annotations on which COCO's evaluation fails, or errs."""
+    for name, metric, api, datasets in _coco_metrics(split):
+        if metric.format_only:
+            continue
+        if not api.anns:
+            yield Finding(
+                name,
+                'has no annotations',
+                effect='all scores are -1',
+                fault='annotations' in api.dataset,  # COCO's tests have none
+            )
+        classes = {*(_classes(datasets[0]) or ())}
+        known = {c['id'] for c in api.cats.values() if c['name'] in classes}
+        masks = 'segm' in metric.metrics
+        for annotation in api.anns.values():
+            if annotation.get('category_id') in known:
+                entry = f'annotation {annotation["id"]!r}'
+                for what, effect in _unscorable(annotation, masks):
+                    yield Finding(name, what, entry, effect)
+
+
+def _unscorable(annotation, masks):
+    number = annotation['id']
+    if not isinstance(number, int | float):
+        yield 'has ids that are no numbers', 'the evaluation ends in an error'
+    elif number == 0:
+        yield (
+            'has an annotation with the id 0',
+            'COCO takes 0 for no match: a perfect prediction scores 0',
+        )
+    if 'iscrowd' not in annotation:
+        yield (
+            'has annotations without iscrowd',
+            "the evaluation ends with KeyError: 'iscrowd'",
+        )
+    if masks and not _is_mask(annotation.get('segmentation')):
+        yield NO_MASK, 'the evaluation of masks ends in an error'
+
+
+NO_MASK = 'has annotations without a mask, or polygons of one or two points'
+
+
+def _is_mask(mask):
+    """Whether pycocotools reads a segmentation as a mask."""
+    # By the length of the first polygon it tells polygons from boxes.
+    return isinstance(mask, dict) or bool(mask and len(mask[0]) > 4)
+
+
+# -------------------------------------------------------------- label maps
+
+
+def two_class_masks(split: Split) -> Iterator[Finding]:
+    """Masks of 0 and 255 where there are two classes; 255 is ignored."""
+    for dataset in split.datasets.values():
+        folder = getattr(dataset, 'data_prefix', {}).get('seg_map_path')
+        ignored = getattr(dataset, 'ignore_index', None)
+        if ignored is None or not folder or len(_classes(dataset) or ()) != 2:
+            continue
+        steps = dataset.pipeline.transforms
+        if not any(hasattr(step, '_load_seg_map') for step in steps):
+            continue
+        seen = set()
+        for i in range(len(dataset)):
+            with suppress(Exception):  # for other checks
+                sample = dataset.pipeline.load(dataset.get_data_info(i))
+                seen |= {*np.unique(sample['gt_seg_map']).tolist()}
+            if 1 in seen:
+                break
+        if ignored in seen and 1 not in seen:
+            yield Finding(
+                folder,
+                'has label maps without class 1',
+                f'their labels are {", ".join(map(str, sorted(seen)))}',
+                f'{ignored} is ignored, and class 1 never learned; a mask of '
+                '0 and 255 needs the numbers of classes instead',
+            )
+
+
+def some_samples(split: Split) -> Iterator[Finding]:
+    """Faults of samples that are far from each other."""
+    for dataset in split.datasets.values():
+        if isinstance(dataset, BaseDataset):
+            last = len(dataset) - 1
+            for i in {*np.linspace(0, last, SAMPLES).astype(int).tolist()}:
+                try:
+                    dataset.pipeline.load(dataset.get_data_info(i))
+                except DataError as error:
+                    yield error.finding
+                except Exception:  # it may need steps that are not run
+                    continue
+
+
+# -------------------------------------------------------- whole files
+
+
+def annotation_files(split: Split) -> Iterator[Finding]:
+    """Faults of files in COCO's format, and what mmdet leaves out."""
+    for dataset in split.datasets.values():
+        if is_coco(dataset) and os.path.isfile(dataset.ann_file):
+            yield from annotation_file(
+                dataset.ann_file,
+                dataset.cat_ids,
+                {} if dataset.test_mode else dataset.filter_cfg,
+            )
+
+
+def annotation_file(
+    path: str,
+    category_ids: list[int] | None = None,
+    filter_cfg: dict | None = None,
+) -> Iterator[Finding]:
+    """Yield the faults of a file in COCO's format, and what mmdet leaves out.
+
+    Args:
+        path (str): The file.
+        category_ids (list[int], optional): Those of the dataset's classes.
+            Defaults to None: all.
+        filter_cfg (dict, optional): Of the dataset, in training. Defaults to
+            None.
+
+    Raises:
+        DataError: If the file cannot be read.
+    """
+    contents = read_json(path)
+    try:
+        images = {image['id']: image for image in contents['images']}
+        known = {item['id'] for item in contents['categories']}
+        if category_ids is not None:
+            known = {*category_ids}
+        annotations = contents.get('annotations', [])  # tests have none
+        yield from _repeated(path, 'image', contents['images'])
+        if not images:
+            yield Finding(path, 'has no images')
+        for image in images.values():
+            min(image['width'], image['height'])
+        annotated = set()
+        for annotation in annotations:
+            try:
+                yield from _annotation(path, annotation, images, known)
+                if annotation['category_id'] in known:
+                    annotated.add(annotation['image_id'])
+            except BROKEN as error:
+                yield _not_coco(path, error, annotation)
+        yield from _repeated(path, 'annotation', annotations)
+    except BROKEN as error:
+        yield _not_coco(path, error)
+        return
+    filter_cfg = filter_cfg or {}
+    least = filter_cfg.get('min_size', 0)
+    for i, image in images.items():
+        if filter_cfg.get('filter_empty_gt') and i not in annotated:
+            yield _left_out(path, 'images without annotations', f'image {i}')
+        elif min(image['width'], image['height']) < least:
+            what = f'images of less than {least} pixels'
+            yield _left_out(path, what, f'image {i}')
+
+
+def _not_coco(path, error, entry=''):
+    if isinstance(entry, dict):  # a mask may be long
+        entry = {k: v for k, v in entry.items() if k != 'segmentation'}
+    where = entry and f' in {shorten(str(entry), 200)}'
+    return Finding(
+        path,
+        'is not in the format of COCO',
+        f'{type(error).__name__}: {error}{where}',
+    )
+
+
+def _left_out(path, what, entry, effect='MMDetection leaves them out'):
+    return Finding(path, f'has {what}', entry, effect, fault=False)
+
+
+def _repeated(path, kind, entries):
+    seen = set()
+    for entry in entries:
+        if entry['id'] in seen:
+            yield Finding(
+                path,
+                f'has several {kind}s with one id',
+                f'{kind} {entry["id"]!r}',
+                'only the last of them is kept, or mmdet stops',
+            )
+        seen.add(entry['id'])
+
+
+def _annotation(path, annotation, images, known):
+    if annotation.get('ignore'):
+        return  # as the file asks
+    entry = f'annotation {annotation["id"]!r}'
+    image = images.get(annotation['image_id'])
+    if image is None:
+        what = 'annotations of images that are not listed'
+        yield _left_out(path, what, entry)
+        return
+    x, y, width, height = box = annotation['bbox']
+    if not all(map(math.isfinite, box)):
+        raise ValueError(f'{box} is no [x, y, width, height]')
+    mask = annotation.get('segmentation')
+    size = [image['height'], image['width']]
+    if isinstance(mask, dict) and [*mask.get('size', size)] != size:
+        raise ValueError(f'a mask of {mask["size"]} pixels, not {size}')
+    category = annotation['category_id']
+    if category not in known:
+        what = f'annotations of category {category}, which is no class'
+        yield _left_out(path, what, entry)
+    elif annotation['area'] <= 0:
+        yield _left_out(path, 'annotations of area 0', entry)
+    elif width < 1 or height < 1:
+        what = 'annotations with a box of less than a pixel'
+        yield _left_out(path, what, entry)
+    elif not (
+        max(x, 0) < min(x + width, image['width'])
+        and max(y, 0) < min(y + height, image['height'])
+    ):
+        what = 'annotations with a box outside the image'
+        yield _left_out(path, what, entry)
+    elif mask and not _is_mask(mask):
+        yield _left_out(
+            path,
+            NO_MASK[4:],
+            entry,
+            'where masks are learned, MMDetection ignores them',
+        )
+
+
+def unused_label_maps(split: Split) -> Iterator[Finding]:
+    """Label maps without an image; mmseg takes the images in a folder."""
+    for dataset in split.datasets.values():
+        folder = getattr(dataset, 'data_prefix', {}).get('seg_map_path')
+        suffix = getattr(dataset, 'seg_map_suffix', None)
+        if not folder or not suffix or dataset.ann_file:
+            continue
+        images = Path(dataset.data_prefix['img_path'])
+        for path in sorted(Path(folder).rglob(f'*{suffix}')):
+            name = str(path.relative_to(folder)).removesuffix(suffix)
+            if not Path(images, name + dataset.img_suffix).exists():
+                yield Finding(
+                    folder,
+                    'has label maps without an image',
+                    path.name,
+                    'MMSegmentation leaves them out',
+                    fault=False,
+                )
+
+
+CHECKS = (
+    class_names,
+    head_classes,
+    evaluated_images,
+    evaluated_annotations,
+    two_class_masks,
+)
+THOROUGH = (annotation_files, unused_label_maps)

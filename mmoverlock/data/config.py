@@ -1,0 +1,106 @@
+"""The datasets and evaluators of a config, before they are built."""
+
+import os
+from collections.abc import Iterator
+
+from mmengine.config import Config
+
+from .files import DataError
+
+# By a part of the dataset type.
+DATASET_HELP = {
+    'Coco': 'Unpack train2017.zip, val2017.zip and annotations_trainval2017'
+    '.zip from https://cocodataset.org/#download so that {root} holds '
+    'train2017/, val2017/ and annotations/, or draw sample data: '
+    'python tools/make_sample_data.py coco {root}',
+    'ADE20K': 'Unpack ADEChallengeData2016.zip of the MIT scene parsing '
+    'benchmark, http://sceneparsing.csail.mit.edu, so that {root} holds '
+    'images/ and annotations/, or draw sample data: '
+    'python tools/make_sample_data.py ade20k {root}',
+    'ImageNet': 'Get ILSVRC2012 from https://image-net.org (this needs an '
+    'account) so that {root} holds train/ and val/ with one folder per class, '
+    'or draw sample data: python tools/make_sample_data.py imagenet {root}',
+}
+
+# mmpretrain downloads these where they are missing.
+DOWNLOADED = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
+
+
+def check_data(cfg: Config, *splits: str) -> None:
+    """Check that the files of datasets and evaluators exist.
+
+    Args:
+        cfg (Config): The config.
+        splits (str): Any of ``'train'``, ``'val'`` and ``'test'``.
+
+    Raises:
+        DataError: If a file or folder is missing, with how to get it.
+    """
+    for split in splits:
+        loader = cfg.get(f'{split}_dataloader') or {}
+        for key, dataset in _datasets(loader, f'{split}_dataloader'):
+            for path in _paths(dataset):
+                if '://' not in path and not os.path.exists(path):
+                    raise DataError(
+                        f'data missing: {path} does not exist ({key}). '
+                        + _help(dataset)
+                    )
+        for key, evaluator in evaluators(cfg, split):
+            path = evaluator.get('ann_file') or ''
+            if path and '://' not in path and not os.path.isfile(path):
+                raise DataError(f'{key}.ann_file {path} does not exist')
+
+
+def evaluators(cfg: Config, split: str) -> Iterator[tuple[str, dict]]:
+    """Yield the metrics of an evaluator: their keys and configs."""
+    key = f'{split}_evaluator'
+    found = cfg.get(key) or []
+    if 'metrics' in found:  # of an evaluator of a type of its own
+        key, found = f'{key}.metrics', found['metrics']
+    if isinstance(found, dict):
+        yield key, found
+    else:
+        yield from ((f'{key}.{i}', item) for i, item in enumerate(found))
+
+
+def _datasets(config, key):
+    """Yield (key, config) of the datasets in a dataloader or wrapper."""
+    inner = {
+        f'{key}.datasets.{i}': dataset
+        for i, dataset in enumerate(config.get('datasets', []))
+    }
+    if 'dataset' in config:
+        inner[f'{key}.dataset'] = config['dataset']
+    for inner_key, dataset in inner.items():
+        yield from _datasets(dataset, inner_key)
+    if config and not inner:
+        yield key, config
+
+
+def _type(dataset):
+    """The name of a type, which new configs hold as a class."""
+    return getattr(dataset['type'], '__name__', str(dataset['type']))
+
+
+def _paths(dataset):
+    if _type(dataset) in DOWNLOADED:
+        return []
+    root = dataset.get('data_root') or ''
+    prefix = dataset.get('data_prefix') or ''
+    ann_file = dataset.get('ann_file') or ''
+    if not prefix and 'ImageNet' in _type(dataset):
+        prefix = dataset.get('split', '')
+        listed = f'meta/{prefix}.txt'  # which it reads if it is there
+        if not ann_file and os.path.isfile(os.path.join(root, listed)):
+            ann_file = listed
+    prefixes = prefix.values() if isinstance(prefix, dict) else [prefix]
+    names = [name for name in (*prefixes, ann_file) if name]
+    return [os.path.join(root, name) for name in names or [''] if root or name]
+
+
+def _help(dataset):
+    root = (dataset.get('data_root') or 'its data_root').rstrip('/')
+    for name, text in DATASET_HELP.items():
+        if name in _type(dataset):
+            return text.format(root=root)
+    return f'Put the {_type(dataset)} there or change the config.'

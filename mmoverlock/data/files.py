@@ -1,0 +1,260 @@
+"""Image files, label maps and JSON files, one at a time."""
+
+import json
+import os
+from contextlib import suppress
+from typing import NamedTuple
+
+import cv2
+import mmcv
+import numpy as np
+from mmengine.dataset import BaseDataset, Compose
+from PIL import Image
+
+
+class Finding(NamedTuple):
+    """What is wrong with data.
+
+    Attributes:
+        file (str): The file, or the key of the config.
+        what (str): What it is or has, equal for all findings of a kind.
+        entry (str): Which of its entries, and the values.
+        effect (str): What it does to a training.
+        fault (bool): Whether it breaks or misleads a training. What is not,
+            OpenMMLab leaves out in silence.
+    """
+
+    file: str
+    what: str
+    entry: str = ''
+    effect: str = ''
+    fault: bool = True
+
+    def __str__(self):
+        entry = self.entry and f' ({self.entry})'
+        effect = self.effect and f': {self.effect}'
+        return f'{self.file} {self.what}{entry}{effect}'.strip()
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file.
+
+    Args:
+        finding (Finding | str): Why. A worker process passes the message on,
+            at the end of a traceback.
+    """
+
+    def __init__(self, finding):
+        super().__init__(str(finding))
+        if isinstance(finding, str):
+            finding = Finding('', finding)
+        self.finding = finding
+
+    def __str__(self):
+        return super().__str__().rpartition('DataError: ')[2].strip()
+
+
+class CheckedPipeline(Compose):
+    """The pipeline of a dataset, with errors that name the sample's files.
+
+    Images that are cut off, images and label maps of another size than
+    annotated, and labels that are no class are errors too.
+
+    Args:
+        dataset (BaseDataset): The dataset.
+    """
+
+    def __init__(self, dataset: BaseDataset):
+        super().__init__(dataset.pipeline.transforms)
+        self.classes = len(dataset.metainfo.get('classes') or ())
+        self.ignored = getattr(dataset, 'ignore_index', None)  # mmseg has it
+
+    def __call__(self, data: dict) -> dict | None:
+        return self._run(self.transforms, data)
+
+    def load(self, data: dict) -> dict | None:
+        """Only load a sample, without what changes or packs it."""
+        return self._run(filter(_loads, self.transforms), data)
+
+    def _run(self, steps, data):
+        files = [data.get('img_path'), data.get('seg_map_path')]
+        files = [file for file in files if isinstance(file, str)]
+        size = data.get('height'), data.get('width')
+        step = None
+        try:
+            # Whether it needs the files, the pipeline knows.
+            with suppress(OSError):
+                for file in files:
+                    _check_end(file)
+            if 'gt_label' in data:
+                self._check_labels(np.asarray(data['gt_label']), files)
+            for step in steps:
+                labelled = 'gt_seg_map' in data
+                data = step(data)
+                if data is None:
+                    return None
+                if _loads(step):
+                    _check_size(data, files, size)
+                    if 'gt_seg_map' in data and not labelled:
+                        self._check_label_map(step, data, files)
+        except DataError:
+            raise
+        except Exception as error:
+            for file in files:
+                check_image(file)
+            if 'failed to load image' in str(error):  # of mmcv
+                what = 'is damaged'
+                if not cv2.haveImageReader(files[0]):
+                    what = (
+                        'is of a format that OpenCV does not read; Pillow '
+                        "does: imdecode_backend='pillow'"
+                    )
+                raise DataError(Finding(files[0], what, f'{error}')) from error
+            if not files:
+                raise
+            raise RuntimeError(
+                f'the pipeline fails for {" and ".join(files)}, in '
+                f'{type(step).__name__}: {type(error).__name__}: {error}'
+            ) from error
+        return data
+
+    def _check_label_map(self, step, data, files):
+        labels, shape = data['gt_seg_map'], data.get('ori_shape')
+        path = files[-1]
+        if labels.ndim > 2:
+            raise DataError(
+                Finding(
+                    path,
+                    'is a label map of several channels',
+                    f'of shape {labels.shape}',
+                    'MMSegmentation reads one number a pixel, from images of '
+                    'one channel or with a palette',
+                )
+            )
+        if shape and labels.shape != shape:
+            raise DataError(
+                Finding(
+                    path,
+                    'has another size than its image',
+                    f'{_size(labels.shape)} pixels, and {_size(shape)} of '
+                    f'{files[0]}',
+                )
+            )
+        if _wraps(step):
+            with suppress(OSError), Image.open(path) as image:
+                # Modes of more than 8 bits.
+                if image.mode.startswith(('I', 'F')):
+                    top = np.asarray(image).max()
+                    if top > 255:
+                        raise DataError(
+                            Finding(
+                                path,
+                                'has labels beyond 255',
+                                f'{top}',
+                                'MMSegmentation keeps 8 bits, so that 256 '
+                                'becomes 0',
+                            )
+                        )
+        if self.ignored is not None:
+            self._check_labels(labels, files)
+
+    def _check_labels(self, labels, files):
+        if not self.classes or labels.dtype.kind not in 'iu':
+            return
+        unknown = (labels >= self.classes) & (labels != self.ignored)
+        if unknown.any():
+            raise DataError(
+                Finding(
+                    files[-1],
+                    'has a label that is no class',
+                    f'{labels[unknown].max()}; those of the {self.classes} '
+                    f'classes are from 0 to {self.classes - 1}',
+                )
+            )
+
+
+def _loads(step):
+    return type(step).__name__.startswith('Load')
+
+
+def _wraps(step):
+    """Whether a step keeps 8 bits of labels, as MMSegmentation's does."""
+    load = getattr(type(step), '_load_seg_map', None)
+    return getattr(load, '__module__', '').startswith('mmseg.')
+
+
+def _size(shape):
+    return f'{shape[1]} x {shape[0]}'
+
+
+def _check_size(data, files, size):
+    shape = data.get('ori_shape')
+    if None not in size and shape and tuple(shape) != size:
+        raise DataError(
+            Finding(
+                files[0],
+                'has another size than annotated',
+                f'{_size(shape)} pixels as loaded, annotated as {_size(size)}',
+                'resized, or turned by its EXIF orientation: boxes and masks '
+                'land elsewhere',
+            )
+        )
+
+
+def _check_end(path):
+    with open(path, 'rb') as file:
+        if file.read(2) != b'\xff\xd8':  # no JPEG
+            return
+        file.seek(-2, os.SEEK_END)
+        if file.read() == b'\xff\xd9':
+            return
+        file.seek(0)
+        data = file.read()
+    # The end comes after the last scan, but other data may follow it.
+    if data.rfind(b'\xff\xd9') <= data.rfind(b'\xff\xda'):
+        raise DataError(Finding(path, 'is cut off: a JPEG without its end'))
+
+
+def check_image(path: str) -> None:
+    """Check that an image file, if it is one, can be decoded.
+
+    Raises:
+        DataError: If it is missing, or if no library here decodes it.
+    """
+    if '://' in path:
+        return
+    if not os.path.exists(path):
+        raise DataError(Finding(path, 'does not exist'))
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in Image.registered_extensions():
+        return
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged bytes can fail in any way
+        if cv2.imread(path, cv2.IMREAD_UNCHANGED) is None:
+            with suppress(Exception):  # it may not be installed
+                mmcv.imread(path, 'unchanged', backend='tifffile')
+                return
+            raise DataError(
+                Finding(path, 'is damaged or no image', str(error))
+            ) from error
+
+
+def read_json(path: str):
+    """Read a JSON file.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    try:
+        with open(path, 'rb') as file:
+            return json.load(file)
+    except (ValueError, RecursionError) as error:
+        if not os.path.getsize(path):
+            raise DataError(Finding(path, 'is empty')) from error
+        raise DataError(
+            Finding(path, 'is cut off or no JSON file', str(error))
+        ) from error

@@ -1,0 +1,181 @@
+"""Runners that check their data."""
+
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+from mmengine.hooks import Hook
+from mmengine.runner import BaseLoop
+from torch.utils.data import DataLoader
+
+from .checks import (
+    CHECKS,
+    Split,
+    annotation_file,
+    category_names,
+    is_coco,
+    some_samples,
+    unwrap,
+)
+from .config import evaluators
+from .files import CheckedPipeline, DataError, read_json
+
+
+def make_split(cfg: Config, name: str, dataset, evaluator, model) -> Split:
+    """Collect what a training, validation or test reads.
+
+    Args:
+        cfg (Config): The config that all is built from.
+        name (str): ``'train'``, ``'val'`` or ``'test'``.
+        dataset (Dataset): The dataset or wrapper.
+        evaluator (Evaluator | None): The evaluator.
+        model (nn.Module | None): The model.
+    """
+    datasets = dict(unwrap(dataset, f'{name}_dataloader.dataset'))
+    metrics = []
+    built = evaluator.metrics if evaluator else []
+    configs = zip(evaluators(cfg, name), built, strict=False)  # tools add some
+    for (key, config), metric in configs:
+        scored = [*datasets.values()]
+        if hasattr(evaluator, 'dataset_prefixes'):  # one metric for each
+            scored = scored[len(metrics) : len(metrics) + 1]
+        file = f'{key}.ann_file {config.get("ann_file")}'
+        metrics.append((file, metric, scored))
+    return Split(datasets, metrics, model)
+
+
+class CheckData(Hook):
+    """Runs the cheap checks before training and testing."""
+
+    def before_run(self, runner) -> None:
+        """Check what is built.
+
+        Raises:
+            DataError: At the first fault.
+        """
+        for name in ('train', 'val', 'test'):
+            loop = getattr(runner, f'_{name}_loop')
+            if isinstance(loop, BaseLoop):
+                split = make_split(
+                    runner.cfg,
+                    name,
+                    loop.dataloader.dataset,
+                    getattr(loop, 'evaluator', None),
+                    runner.model,
+                )
+                for check in (*CHECKS, some_samples):
+                    _raise_first(check(split))
+
+
+def _raise_first(findings):
+    for finding in findings:
+        if finding.fault:
+            raise DataError(finding)
+
+
+def checked(runner_type: type) -> type:
+    """Derive a runner class whose errors name the files of faulty data.
+
+    Args:
+        runner_type (type): ``Runner``, or another one that has its
+            ``build_dataloader``.
+
+    Returns:
+        type: The class. It also checks what is cheap before it runs.
+    """
+
+    class CheckedRunner(runner_type):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.register_hook(CheckData())
+
+        @classmethod
+        def build_dataloader(cls, dataloader, *args, **kwargs):
+            try:
+                with _kept_categories() as kept:
+                    loader = super().build_dataloader(
+                        dataloader, *args, **kwargs
+                    )
+            except Exception as error:
+                _explain(error)
+                raise
+            for _, dataset in unwrap(loader.dataset, ''):
+                if isinstance(dataset, BaseDataset) and not isinstance(
+                    dataset.pipeline, CheckedPipeline
+                ):
+                    dataset.coco_categories = kept.get(dataset.ann_file)
+                    dataset.pipeline = CheckedPipeline(dataset)
+            return loader
+
+    return CheckedRunner
+
+
+@contextmanager
+def _kept_categories() -> Iterator[dict]:
+    """Keep the categories of COCO's files, which mmdet reads and drops."""
+    try:
+        from pycocotools.coco import COCO
+    except ImportError:
+        yield {}
+        return
+    kept, init = {}, COCO.__init__
+
+    def read(self, annotation_file=None):
+        init(self, annotation_file)
+        kept[annotation_file] = self.dataset.get('categories')
+
+    COCO.__init__ = read
+    try:
+        yield kept
+    finally:
+        COCO.__init__ = init
+
+
+def _explain(error):
+    """Raise `DataError` if data are why a loader could not be built."""
+    dataset = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get('self')
+        name = frame.f_code.co_name
+        if name == 'full_init' and isinstance(owner, BaseDataset):
+            dataset = owner
+        elif (
+            name == '__init__'
+            and isinstance(owner, DataLoader)
+            and isinstance(error, ValueError)
+        ):
+            where = ' and '.join(_files(frame.f_locals.get('dataset')))
+            raise DataError(
+                f'the loader of {where} cannot be built: {error}'
+            ) from error
+    if dataset is None:
+        return
+    files = _files(dataset)
+    path = dataset.ann_file
+    if path.endswith('.json') and os.path.isfile(path):
+        contents = read_json(path)
+        if is_coco(dataset):
+            _raise_first(annotation_file(path))
+            categories = contents['categories']
+            _raise_first(category_names(path, categories, dataset))
+    where = ' and '.join(files)
+    empty = 'at least one array' in str(error)  # which numpy concatenates
+    if empty or 'Found 0 files' in str(error):
+        raise DataError(
+            f'nothing to load in {where}: there are no images, or none has '
+            'annotations of the classes of the dataset'
+        ) from error
+    if isinstance(error, ValueError):  # as for a line that lacks its label
+        raise DataError(f'{where} cannot be loaded: {error}') from error
+
+
+def _files(dataset):
+    """The folders and the annotation file of datasets."""
+    names = []
+    for _, inner in unwrap(dataset, ''):
+        prefix = getattr(inner, 'data_prefix', None) or {}
+        names += [*prefix.values(), getattr(inner, 'ann_file', '')]
+    return [str(name) for name in names if name]
