@@ -266,10 +266,8 @@ def check_options(cfg, options):
         options (dict): Values by dotted key.
 
     Raises:
-        UserError: If a key leads nowhere, or a value could be code.
+        UserError: If a key leads nowhere.
     """
-    for key, value in options.items():
-        _refuse_code(key, value)
     replaced = tuple(
         key.removesuffix('_delete_')
         for key in options
@@ -285,31 +283,6 @@ def check_options(cfg, options):
                 raise UserError(
                     f'--cfg-options sets both {key} and {other} below it'
                 )
-
-
-def _refuse_code(key, value):
-    # mmcv evaluates the types of NMS, registries import dotted types, and a
-    # dumped config holds keys as they are.
-    for _, leaf in _leaves(value, key):
-        if not isinstance(leaf, str):
-            continue
-        if '(' in leaf:
-            raise UserError(
-                f'--cfg-options {key}={leaf}: text with a ( could be code; '
-                'set it in a config file'
-            )
-        if re.search(r'(^|[._])type$', key) and not re.fullmatch(
-            r'\w+|mm\w+\.[A-Z]\w*', leaf
-        ):
-            raise UserError(
-                f'--cfg-options {key}={leaf}: a type is a name, as ResNet or '
-                'mmdet.ResNet; others could be code, and go into a config '
-                'file'
-            )
-    if not re.fullmatch(r'[\w.]+', key):
-        raise UserError(
-            f'--cfg-options {key}: keys are names with dots between'
-        )
 
 
 def _key_problem(cfg, key):

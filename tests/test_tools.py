@@ -617,6 +617,23 @@ def test_good_options():
     assert cfg.randomness.seed == 0
 
 
+def test_options_are_not_censored():
+    """Who types them may type code; paths have brackets, types have dots."""
+    values = {
+        'load_from': 'runs(1)/epoch_1.pth',
+        'work_dir': '__import__("os")',
+        'optim_wrapper.optimizer.type': 'torch.optim.SGD',
+    }
+    given = [f'{key}={value}' for key, value in values.items()]
+    scale = 'train_dataloader.dataset.pipeline.2.scale=(96,96)'
+    argv = [str(MASK_RCNN), '--cfg-options', *given, scale]
+    cfg = train.cli.load_config(train.build_parser().parse_args(argv))
+    assert cfg.load_from == values['load_from']
+    assert cfg.work_dir == values['work_dir']
+    assert cfg.optim_wrapper.optimizer.type == 'torch.optim.SGD'
+    assert cfg.train_dataloader.dataset.pipeline[2].scale == (96, 96)
+
+
 def test_ops_missing(mistake, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
