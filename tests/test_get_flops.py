@@ -102,7 +102,7 @@ def test_classifiers(arch):
     """Without the auxiliary head, at 224 x 224, in deploy form."""
     cfg = Config.fromfile(ROOT / f'configs/imagenet/overlock_{arch}_300e.py')
     cfg.model.backbone.deploy = True
-    parts, total = tool.count(cfg, (224, 224))
+    parts, total, _ = tool.count(cfg, (224, 224))
     assert list(parts) == ['backbone', 'head.head', 'head.aux_head']
     auxiliary, skipped = parts.pop('head.aux_head')
     assert auxiliary > 300_000 and skipped == 0
@@ -116,7 +116,7 @@ def test_forms_and_backends():
     """Branches are merged for inference in either form; so is any backend."""
     cfg = Config.fromfile(ROOT / 'configs/imagenet/overlock_xt_300e.py')
     cfg.model.backbone.contmix_backend = 'tiled'
-    _, total = tool.count(cfg, (224, 224))
+    _, total, _ = tool.count(cfg, (224, 224))
     assert total == FLOPS['xt']
 
 
@@ -137,7 +137,7 @@ def test_forms_and_backends():
 )
 def test_dense_predictors(config, shape, names):
     cfg = Config.fromfile(ROOT / 'configs' / config)
-    parts, total = tool.count(cfg, shape)
+    parts, total, _ = tool.count(cfg, shape)
     assert list(parts) == names
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)

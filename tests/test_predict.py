@@ -131,8 +131,8 @@ def test_segmenter_and_inputs(models, photos, tmp_path, capsys):
     assert stop.value.code == 1
     message = capsys.readouterr().err
     assert '4 inputs could not be read' in message
-    assert f'{thin}: 2000 x 2 pixels are too narrow' in message
-    assert f'{bad}: not an image' in message
+    assert f'{thin}: the test pipeline fails on its 2000 x 2 pix' in message
+    assert f'{bad}: damaged, no image, or none that the test' in message
     assert f'{tmp_path / "none.png"}: there is no such file' in message
     assert f'{tmp_path / "empty"}: there are no images' in message
     found = json.loads((tmp_path / 'predictions.json').read_text())
