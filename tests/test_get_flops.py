@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -154,6 +155,21 @@ def test_dense_predictors(config, shape, names):
             for area, width in zip(areas, channels, strict=True)
         )
         assert parts['neck'][1] == expected
+
+
+def test_channels(capsys, tmp_path):
+    """Each costs as much in the first convolution, and none elsewhere."""
+    totals = []
+    for channels in (3, 5):
+        settings = {'model.backbone.in_channels': channels}
+        config, _ = tiny.write_model('cls', tmp_path, settings)
+        _, total, found = tool.count(Config.fromfile(config), (64, 96))
+        assert found == channels
+        totals.append(total)
+    # 3 x 3 taps, half of 8 channels, at stride 2.
+    assert totals[1] - totals[0] == 2 * 9 * 4 * 32 * 48
+    tool.main([config, '--shape', '64', '96'])
+    assert f'{config}, 5 x 64 x 96\n' in capsys.readouterr().out
 
 
 def test_output(capsys):

@@ -195,6 +195,39 @@ def test_classifier_and_video(models, photos, tmp_path):
     ]
 
 
+def test_failures_lose_nothing(models, photos, tmp_path, monkeypatch, capsys):
+    """A picture that is not drawn, and then anything at all."""
+    names = []
+
+    def draw(visualizer, image, sample, path, score_thr):
+        names.append(path.name)
+        if len(names) == 1:
+            raise ZeroDivisionError('of a font')
+
+    monkeypatch.setattr(tool, 'draw', draw)
+    with pytest.raises(SystemExit) as stop:
+        run(models, 'cls', tmp_path, photos / 'a.bmp', photos / 'a.png')
+    assert stop.value.code == 1
+    file = tmp_path / 'predictions.json'
+    assert len(json.loads(file.read_text())['images']) == 2
+    lines = capsys.readouterr().err.splitlines()[-2:]
+    assert lines == [
+        '1 pictures could not be drawn:',
+        f'{tmp_path}/pictures/a.png: ZeroDivisionError: of a font',
+    ]
+
+    def fail(model, data):
+        if len(names) == 3:
+            raise RuntimeError('out of memory')
+        return predict(model, data)
+
+    predict = tool.predict
+    monkeypatch.setattr(tool, 'predict', fail)
+    with pytest.raises(RuntimeError, match='out of memory'):
+        run(models, 'cls', tmp_path, photos / 'a.bmp', photos / 'a.png')
+    assert len(json.loads(file.read_text())['images']) == 1
+
+
 def test_inputs_among_results(models, photos, tmp_path, capsys):
     """A second run does not replace its inputs, nor predict its results."""
     (tmp_path / 'pictures').mkdir()
