@@ -108,7 +108,8 @@ def draw_sample(axes, sample, classes, score_thr, predicted):
         draw_instances(axes, instances, classes)
         return f'predicted, score >= {score_thr}' if predicted else 'truth'
     if f'{kind}_sem_seg' in sample:
-        labels = sample.get(f'{kind}_sem_seg').data[0].numpy()
+        # Of two classes in one channel, mmseg predicts floats.
+        labels = sample.get(f'{kind}_sem_seg').data[0].long().numpy()
         draw_labels(axes, labels, classes)
         return 'predicted' if predicted else 'truth'
     labels = sample.get(f'{kind}_label').tolist()  # may be several, or none
