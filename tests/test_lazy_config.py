@@ -1,12 +1,15 @@
 """Configs of mmengine's new style, whose types are classes, in the tools."""
 
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
 import tiny
 from mmengine.config import Config
+from mmengine.runner import Runner
 from PIL import Image
+from torch import nn
 
 pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
 for package in ('mmdet', 'mmpretrain'):
@@ -85,6 +88,26 @@ def test_names_of_types():
     for kind in ('SGD', 'torch.optim.SGD', cli.torch.optim.SGD):
         assert cli.name_of(kind) == 'SGD'
     assert cli.name_of(None) == 'None' and cli.name_of(3) == '3'
+
+
+def test_runs(monkeypatch):
+    """The runner, and norms that need GPUs, of whatever kind their type is."""
+    cli = tiny.load_tool('train').cli
+    runners = []
+    monkeypatch.setattr(
+        cli, 'checked', lambda kind: runners.append(kind) or mock.Mock()
+    )
+    for kind in (Runner, 'Runner'):
+        cli.build_runner(Config(dict(launcher='none', runner_type=kind)), True)
+    assert runners == [Runner, Runner]
+    monkeypatch.setattr(
+        cli.torch.distributed, 'init_process_group', lambda backend: None
+    )
+    kinds = 'SyncBN', 'torch.nn.SyncBatchNorm', nn.SyncBatchNorm, 'BN'
+    norms = {f'norm{i}': dict(type=kind) for i, kind in enumerate(kinds)}
+    cfg = Config(dict(launcher='pytorch', model=norms))
+    cli._prepare_cpu_launch(cfg)
+    assert [norm['type'] for norm in cfg.model.values()] == ['BN'] * 4
 
 
 def test_ops_missing(folder, monkeypatch):
