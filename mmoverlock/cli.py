@@ -17,14 +17,30 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
-from mmengine.registry import RUNNERS
+from mmengine.registry import RUNNERS, registry
 from mmengine.runner import Runner
+from mmengine.utils import get_object_from_string
 
 from .allocator import keep_freed_memory
 from .checkpoint import CheckpointError, load_safely, save_safely
 from .data import DataError, checked
 from .engine import AverageStatistics, CurvesHook, LoadingCheck, Reseed
+from .inference import ConfigError, scope_of
 from .models import OverLoCK
+
+
+def object_of(path):
+    """What a dotted path names, as in the configs that trainings dump.
+
+    mmengine's own function finds ``smooth_l1_loss``, the function, in place
+    of the module of that name, and so not the ``L1Loss`` in it.
+    """
+    module, _, name = path.rpartition('.')
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return get_object_from_string(path)
+
 
 # Runner's arguments, and what else mm* packages read from the top level.
 TOP_LEVEL_KEYS = {
@@ -80,18 +96,19 @@ def set_up():
     keep_freed_memory()
     load_safely()
     save_safely()
+    registry.get_object_from_string = object_of
 
 
 @contextlib.contextmanager
 def user_errors(tool):
     """Report user mistakes on stderr, after the tool's name, with status 2.
 
-    They are `UserError`, `CheckpointError` and `DataError`.
+    They are `UserError`, `CheckpointError`, `ConfigError` and `DataError`.
     """
     try:
         with _explain_imports():
             yield
-    except (UserError, CheckpointError, DataError) as error:
+    except (UserError, CheckpointError, ConfigError, DataError) as error:
         print(f'{tool}: {error}', file=sys.stderr)
         sys.exit(2)
 
@@ -217,14 +234,7 @@ def load_config(args):
     check_options(cfg, args.cfg_options)
     cfg.merge_from_dict(args.cfg_options)
     check_files(cfg)
-    if cfg.get('default_scope') in ('mmdet', 'mmseg'):
-        if not importlib.util.find_spec('mmcv._ext'):
-            raise UserError(
-                f'mmcv has no compiled ops, which {cfg.default_scope} needs '
-                '(no module mmcv._ext). Install it again with --no-cache-dir '
-                '--force-reinstall --no-deps --no-build-isolation, so that '
-                'its build finds torch'
-            )
+    complete_scope(cfg)
     cfg.work_dir = args.work_dir or cfg.get('work_dir')
     cfg.work_dir = cfg.work_dir or os.path.join('work_dirs', path.stem)
     cfg.launcher = args.launcher
@@ -233,6 +243,35 @@ def load_config(args):
         os.environ['LOCAL_RANK'] = os.environ['OMPI_COMM_WORLD_LOCAL_RANK']
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return cfg
+
+
+def complete_scope(cfg):
+    """Set the default scope where types are classes, and check for the ops.
+
+    Args:
+        cfg (Config): Gets a ``default_scope`` if it has none.
+
+    Raises:
+        UserError: If mmcv lacks the ops that the config needs.
+    """
+    try:
+        scope = scope_of(cfg)
+        lacking = scope in ('mmdet', 'mmseg') and not importlib.util.find_spec(
+            'mmcv._ext'
+        )
+    except ImportError as error:  # on the way to a class
+        scope, lacking = 'its model', 'mmcv._ext' in str(error)
+        if not lacking:
+            raise
+    if lacking:
+        raise UserError(
+            f'mmcv has no compiled ops, which {scope} needs (no module '
+            'mmcv._ext). Install it again with --no-cache-dir '
+            '--force-reinstall --no-deps --no-build-isolation, so that its '
+            'build finds torch'
+        )
+    if scope:
+        cfg.default_scope = scope
 
 
 def check_launcher(launcher):
@@ -344,6 +383,11 @@ def _key_problem(cfg, key):
     return None
 
 
+def name_of(kind):
+    """The name of a type, which a config has as a name, path or class."""
+    return getattr(kind, '__name__', str(kind)).split('.')[-1]
+
+
 def check_file(path, what):
     """Raise `UserError` if a file, not a URL, does not exist."""
     if '://' not in path and not os.path.isfile(os.path.expanduser(path)):
@@ -377,7 +421,9 @@ def build_runner(cfg, complete):
     """
     if cfg.launcher != 'none' and get_device() == 'cpu':
         _prepare_cpu_launch(cfg)
-    runner_type = RUNNERS.get(cfg.get('runner_type', 'Runner'))
+    runner_type = cfg.get('runner_type', 'Runner')
+    if isinstance(runner_type, str):
+        runner_type = RUNNERS.get(runner_type)
     runner = checked(runner_type).from_cfg(cfg)
     hooks = LoadingCheck(complete), AverageStatistics(), CurvesHook(), Reseed()
     for hook in hooks:
@@ -404,7 +450,7 @@ def _prepare_cpu_launch(cfg):
     synchronised = [
         key
         for key, value in _leaves(cfg.model, 'model')
-        if value in ('SyncBN', 'MMSyncBN')
+        if name_of(value) in ('SyncBN', 'MMSyncBN', 'SyncBatchNorm')
     ]
     cfg.merge_from_dict(dict.fromkeys(synchronised, 'BN'))
     sync_bn = cfg.pop('sync_bn', None)

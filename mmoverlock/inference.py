@@ -5,11 +5,9 @@ from colorsys import hsv_to_rgb
 from glob import glob
 from pathlib import Path
 
-import cv2
-import mmcv
 import numpy as np
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import (
     DATASETS,
@@ -24,10 +22,117 @@ from .models.weights import fit
 
 IMAGES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 VIDEOS = ('.avi', '.mkv', '.mov', '.mp4', '.webm')
+SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
+
+
+class ConfigError(ValueError):
+    """A config that lacks what inference needs; the message says what."""
 
 
 class UnreadableImage(ValueError):
     """What cannot be read as an image; the message says why."""
+
+
+# ------------------------------------------------------------------- configs
+
+
+def scope_of(cfg: Config) -> str | None:
+    """The package that a config is for.
+
+    Args:
+        cfg (Config): The config.
+
+    Returns:
+        str | None: Its ``default_scope`` or, where it has none because its
+        types are classes, the one of ``SCOPES`` that its model is from.
+    """
+    scope = cfg.get('default_scope')
+    kind = (cfg.get('model') or {}).get('type')
+    if scope or not kind or (isinstance(kind, str) and '.' not in kind):
+        return scope
+    bases = getattr(_class_of(MODELS, kind), '__mro__', ())
+    packages = [base.__module__.split('.')[0] for base in bases]
+    return next((name for name in packages if name in SCOPES), None)
+
+
+def dataset_of(cfg: Config, *splits: str) -> ConfigDict | None:
+    """The config of the first dataset that there is.
+
+    Args:
+        cfg (Config): The config.
+        splits (str): Any of ``'train'``, ``'val'`` and ``'test'``.
+
+    Returns:
+        ConfigDict | None: The dataset, with what is wrapped around it; None
+        if the config has none of the splits.
+    """
+    loaders = (cfg.get(f'{split}_dataloader') or {} for split in splits)
+    return next(filter(None, (item.get('dataset') for item in loaders)), None)
+
+
+def unwrap(dataset) -> list:
+    """The datasets in wrappers, such as those of a ``ConcatDataset``.
+
+    Args:
+        dataset (Dataset | ConfigDict): A dataset, or the config of one.
+
+    Returns:
+        list: Datasets or configs.
+    """
+    leaves = [leaf for item in _inside(dataset) for leaf in unwrap(item)]
+    return leaves or [dataset]
+
+
+def _inside(dataset):
+    one = getattr(dataset, 'dataset', None)
+    several = getattr(dataset, 'datasets', None) or ()
+    return [*several] if one is None else [one]
+
+
+def dataset_meta(cfg: Config) -> dict:
+    """What a config says of its classes.
+
+    Args:
+        cfg (Config): The config.
+
+    Returns:
+        dict: The ``metainfo`` of the test set, else of the validation set,
+        else of the training set; empty if that does not name its classes.
+
+    Raises:
+        ConfigError: If a file of classes does not exist.
+    """
+    init_default_scope(scope_of(cfg))
+    dataset = dataset_of(cfg, 'test', 'val', 'train') or ConfigDict()
+    metas = map(_meta_of, unwrap(dataset))
+    return next((meta for meta in metas if meta.get('classes')), {})
+
+
+def _meta_of(dataset):
+    given = dict(dataset.get('metainfo') or {})
+    if dataset.get('classes'):  # as datasets of mmpretrain take them too
+        given.setdefault('classes', dataset.classes)
+    kind = _class_of(DATASETS, dataset.get('type'))
+    if not hasattr(kind, '_load_metainfo'):
+        return given
+    meta = kind._load_metainfo(given)  # which reads files
+    if isinstance(meta.get('classes'), str):
+        raise ConfigError(
+            f'the file of classes {meta["classes"]}, which the config names, '
+            'does not exist'
+        )
+    return meta
+
+
+def _class_of(registry, kind):
+    """The class that a type is or names."""
+    if not isinstance(kind, str):
+        return kind
+    with registry.switch_scope_and_registry(None) as found:
+        return found.get(kind)
+
+
+# -------------------------------------------------------------------- models
 
 
 def init_model(
@@ -44,12 +149,13 @@ def init_model(
     Returns:
         nn.Module: The model in eval mode, with ``dataset_meta``: the classes
         that the checkpoint was trained on or, where it does not say, those of
-        the test set's type.
+        the config.
 
     Raises:
         CheckpointError: If the checkpoint cannot be read or does not fit.
+        ConfigError: See :func:`dataset_meta`.
     """
-    init_default_scope(cfg.default_scope)
+    init_default_scope(scope_of(cfg))
     settings = dict(cfg.model)
     if cfg.get('data_preprocessor'):
         settings.setdefault('data_preprocessor', cfg.data_preprocessor)
@@ -59,38 +165,108 @@ def init_model(
         contents = read(checkpoint)
         fitting = fit(contents['state_dict'], model, checkpoint, ())
         model.load_state_dict(fitting, strict=False)
-        meta = contents.get('meta', {}).get('dataset_meta') or {}
-    dataset = _test_set(cfg)
-    with DATASETS.switch_scope_and_registry(cfg.default_scope) as registry:
-        kind = registry.get(dataset.get('type', ''))
-    known = {
-        **getattr(kind, 'METAINFO', {}),
-        **dataset.get('metainfo', {}),
-        **meta,
-    }
-    model.dataset_meta = {key.lower(): value for key, value in known.items()}
+        meta = contents.get('meta') or {}
+        # Before mmengine, the classes were beside other metadata.
+        meta = meta.get('dataset_meta') or {
+            key: meta[key] for key in ('CLASSES', 'PALETTE') if key in meta
+        }
+        meta = {key.lower(): value for key, value in meta.items()}
+    if not meta.get('classes'):
+        meta = dataset_meta(cfg) | meta
+    model.dataset_meta = meta
     for module in model.modules():
         if hasattr(module, 'switch_to_deploy'):
             module.switch_to_deploy()
     return model.to(device).eval()
 
 
-def build_pipeline(cfg: Config) -> Compose:
-    """The test pipeline of a config, from images in memory.
+def input_channels(model: nn.Module) -> int:
+    """The channels of the images that a model takes.
+
+    Args:
+        model (nn.Module): With a ``backbone``.
+
+    Returns:
+        int: Those of its first convolution.
+    """
+    modules = model.backbone.modules()
+    return next(m.in_channels for m in modules if isinstance(m, nn.Conv2d))
+
+
+# -------------------------------------------------------------------- images
+
+
+class Pipeline(Compose):
+    """The pipeline of a dataset, which keeps the images that it loads.
+
+    Args:
+        transforms (Sequence[dict | callable]): The steps.
+        pictures (list): Gets what :func:`to_picture` makes of every image,
+            once it is loaded.
+    """
+
+    def __init__(self, transforms, pictures: list):
+        super().__init__(transforms)
+        self.pictures = pictures
+
+    def __call__(self, data: dict) -> dict | None:
+        loaded = False
+        for transform in self.transforms:
+            data = transform(data)
+            if data is None:
+                return None
+            if not loaded and 'img' in data:
+                self.pictures.append(to_picture(data['img']))
+                loaded = True
+        return data
+
+
+def build_pipeline(cfg: Config) -> Pipeline:
+    """The test pipeline of a config, less what loads the truth.
+
+    It is that of the test set, else that of the validation set, else what the
+    config calls ``test_pipeline``. Files are read from the local disk.
 
     Args:
         cfg (Config): The config.
 
     Returns:
-        Compose: For :func:`prepare`.
+        Pipeline: For :func:`load`.
+
+    Raises:
+        ConfigError: If there is none.
     """
-    init_default_scope(cfg.default_scope)
-    steps = [
-        step
-        for step in _test_set(cfg).get('pipeline', [])
-        if not step['type'].split('.')[-1].startswith('Load')
+    init_default_scope(scope_of(cfg))
+    datasets = (dataset_of(cfg, 'test'), dataset_of(cfg, 'val'))
+    found = [_steps(dataset) for dataset in filter(None, datasets)]
+    steps = next(filter(None, [*found, cfg.get('test_pipeline')]), None)
+    if not steps:
+        raise ConfigError(
+            'how images are read is not in the config: it has neither a test '
+            'nor a validation set with a pipeline; write test_pipeline = '
+            '[...] into it'
+        )
+    return Pipeline([step for step in map(_local, steps) if step], [])
+
+
+def _steps(dataset):
+    """The pipeline of a dataset, then those of what is wrapped around it."""
+    inner = _inside(dataset)
+    return [
+        *(_steps(inner[0]) if inner else ()),
+        *(dataset.get('pipeline') or ()),
     ]
-    return Compose([TRANSFORMS.build(step) for step in steps])
+
+
+def _local(step):
+    """A step for local files without a truth; None if it loads the truth."""
+    if not isinstance(step, dict):
+        return step
+    bases = getattr(_class_of(TRANSFORMS, step['type']), '__mro__', ())
+    if any('Annotation' in base.__name__ for base in bases):
+        return None
+    remote = 'backend_args', 'file_client_args'
+    return {key: value for key, value in step.items() if key not in remote}
 
 
 def find_files(inputs: list[str]) -> list[tuple[Path, str]]:
@@ -135,88 +311,95 @@ def find_files(inputs: list[str]) -> list[tuple[Path, str]]:
     return result
 
 
-def read_image(path: str) -> np.ndarray:
-    """Read an image file, as the datasets do.
+def load(pipeline: Pipeline, path: str) -> tuple[dict, np.ndarray]:
+    """Load an image as the test set does.
 
     Args:
+        pipeline (Pipeline): Of :func:`build_pipeline`.
         path (str): The file.
 
     Returns:
-        np.ndarray: (H, W, 3), uint8, in the order BGR.
+        tuple[dict, np.ndarray]: What the pipeline makes of it, ``inputs`` and
+        ``data_samples``, and the picture in the file, (H, W, 3), uint8, in
+        the order BGR, in whose pixels boxes and masks are predicted.
 
     Raises:
-        UnreadableImage: If it cannot be read.
+        UnreadableImage: If the pipeline fails or leaves the image out.
     """
     if not os.path.isfile(path):
         raise UnreadableImage('there is no such file')
+    pipeline.pictures.clear()
     try:
-        image = mmcv.imread(path)
+        data = pipeline(
+            dict(img_path=path, img_id=0, sample_idx=0, seg_fields=[])
+        )
     except Exception as error:  # damaged bytes can fail in any way
-        raise UnreadableImage(str(error)) from error
-    if image is None:
-        raise UnreadableImage('not an image, or a damaged one')
-    return image
+        what = 'damaged, no image, or none that the test pipeline loads'
+        if pipeline.pictures:
+            height, width = pipeline.pictures[0].shape[:2]
+            what = f'the test pipeline fails on its {width} x {height} pixels'
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+        raise UnreadableImage(f'{what}: {reason}') from error
+    if data is None or not pipeline.pictures:
+        raise UnreadableImage('the test pipeline leaves it out')
+    return data, pipeline.pictures[0]
 
 
-def prepare(pipeline: Compose, image: np.ndarray) -> dict:
-    """An image to the batch of one that a model takes.
+def to_picture(image: np.ndarray) -> np.ndarray:
+    """A picture of pixels of any kind.
 
     Args:
-        pipeline (Compose): Of :func:`build_pipeline`.
-        image (np.ndarray): (H, W, 3), uint8, in the order BGR.
+        image (np.ndarray): (H, W) or (H, W, C).
 
     Returns:
-        dict: ``inputs`` and ``data_samples``.
-
-    Raises:
-        UnreadableImage: If the pipeline cannot resize it.
+        np.ndarray: (H, W, 3), uint8: the first three channels, or the first
+        in grey where there are fewer. What is not whole numbers from 0 to 255
+        is stretched to these from the 1st to the 99th percentile.
     """
-    size = image.shape[:2]
-    data = dict(img=image, img_shape=size, ori_shape=size)
-    try:
-        data = pipeline(data | dict(img_path='', img_id=0))
-    except cv2.error as error:  # one side would vanish
-        raise UnreadableImage(
-            f'{size[1]} x {size[0]} pixels are too narrow for the test '
-            'pipeline'
-        ) from error
-    return pseudo_collate([data])
+    image = np.atleast_3d(image)
+    few = image.shape[2] < 3
+    image = image[..., :1].repeat(3, 2) if few else image[..., :3]
+    plain = image.dtype == np.uint8
+    if image.dtype.kind == 'f':
+        plain = ((image >= 0) & (image <= 255) & (image % 1 == 0)).all()
+    if not plain:
+        image = np.nan_to_num(image.astype(np.float32))
+        low, high = np.percentile(image, (1, 99))
+        image = (image - low).clip(0, high - low)
+        image *= 255 / max(high - low, 1e-12)
+    return np.array(image, np.uint8)
 
 
 @torch.no_grad()
-def predict(model: nn.Module, pipeline: Compose, image: np.ndarray):
+def predict(model: nn.Module, data: dict):
     """Predict one image.
 
     Args:
         model (nn.Module): Of :func:`init_model`.
-        pipeline (Compose): Of :func:`build_pipeline`.
-        image (np.ndarray): (H, W, 3), uint8, in the order BGR.
+        data (dict): Of :func:`load`, or an item of a dataset.
 
     Returns:
         BaseDataElement: A data sample of mmdet, mmseg or mmpretrain, on the
-        CPU.
+        CPU, with the truth that the data have.
     """
-    return model.test_step(prepare(pipeline, image))[0].cpu()
+    return model.test_step(pseudo_collate([data]))[0].cpu()
 
 
-def network_input(
-    model: nn.Module, pipeline: Compose, image: np.ndarray
-) -> tuple[Tensor, np.ndarray]:
+def network_input(model: nn.Module, data: dict) -> tuple[Tensor, np.ndarray]:
     """What a network sees of an image.
 
     Args:
         model (nn.Module): Of :func:`init_model`.
-        pipeline (Compose): Of :func:`build_pipeline`.
-        image (np.ndarray): (H, W, 3), uint8, in the order BGR.
+        data (dict): Of :func:`load`.
 
     Returns:
-        tuple[Tensor, np.ndarray]: The normalized and padded input, (1, 3,
+        tuple[Tensor, np.ndarray]: The normalized and padded input, (1, C,
         H', W'), and the picture in it, (h, w, 3), uint8, RGB, whose upper
         left corner is that of the input.
     """
-    batch = prepare(pipeline, image)
-    picture = batch['inputs'][0].permute(1, 2, 0).numpy()[..., ::-1]
-    return model.data_preprocessor(batch, False)['inputs'], picture
+    picture = to_picture(data['inputs'].permute(1, 2, 0).numpy())[..., ::-1]
+    batch = model.data_preprocessor(pseudo_collate([data]), False)
+    return batch['inputs'], picture
 
 
 def colour_of(label: int) -> tuple[float, float, float]:
@@ -230,10 +413,3 @@ def colour_of(label: int) -> tuple[float, float, float]:
     """
     turn = label * 0.618034 % 1  # the golden ratio leaves no two close
     return hsv_to_rgb(turn, 0.95 - label % 3 * 0.2, 0.9 - label % 2 * 0.25)
-
-
-def _test_set(cfg):
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset', Config())
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    return dataset

@@ -18,8 +18,8 @@ tool = tiny.load_tool('export')
 def build(tmp_path):
     """Files of a tiny model, and the model that training leaves."""
 
-    def build(task):
-        files = tiny.write_model(task, tmp_path)
+    def build(task, **options):
+        files = tiny.write_model(task, tmp_path, options)
         cfg = Config.fromfile(files[0])
         init_default_scope(cfg.default_scope)
         model = MODELS.build(cfg.model).eval()
@@ -97,11 +97,17 @@ def test_backbone_onnx(build, tmp_path, capsys):
 
 @torch.no_grad()
 def test_classifier_torchscript(build, tmp_path, capsys):
-    files, model = build('cls')
+    """Of images with five channels."""
+    five = {
+        'model.backbone.in_channels': 5,
+        'model.data_preprocessor.mean': [1.0] * 5,
+        'model.data_preprocessor.std': [2.0] * 5,
+    }
+    files, model = build('cls', **five)
     path = tmp_path / 'model.pt'
     options = ['--format', 'torchscript', '--shape', '64', '96']
-    run(files, path, capsys, *options)
-    image = torch.randn(1, 3, 64, 96)
+    assert "'channels': '5'" in run(files, path, capsys, *options)
+    image = torch.randn(1, 5, 64, 96)
     compare(torch.jit.load(path)(image), [model(image)])
 
 
@@ -120,6 +126,16 @@ def test_detector_torch_export(build, tmp_path, capsys):
     assert program.state_dict
     for name in program.state_dict:
         assert 'running_mean' not in name and 'dil_conv' not in name
+
+
+@pytest.mark.parametrize(
+    ('task', 'key'),
+    [('det', 'bgr_to_rgb'), ('seg', 'bgr_to_rgb'), ('cls', 'to_rgb')],
+)
+def test_order_of_channels(build, task, key):
+    for turn, channels in ((True, 'RGB'), (False, 'BGR')):
+        _, model = build(task, **{f'model.data_preprocessor.{key}': turn})
+        assert tool.normalization(model)['channels'] == channels
 
 
 @pytest.mark.parametrize('size', [1, 6, 7])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -98,7 +99,7 @@ def test_classifiers(arch):
     """Without the auxiliary head, at 224 x 224, in deploy form."""
     cfg = Config.fromfile(ROOT / f'configs/imagenet/overlock_{arch}_300e.py')
     cfg.model.backbone.deploy = True
-    parts, total = tool.count(cfg, (224, 224))
+    parts, total, _ = tool.count(cfg, (224, 224))
     assert list(parts) == ['backbone', 'head.head', 'head.aux_head']
     auxiliary, skipped = parts.pop('head.aux_head')
     assert auxiliary > 300_000 and skipped == 0
@@ -112,7 +113,7 @@ def test_forms_and_backends():
     """Branches are merged for inference in either form; so is any backend."""
     cfg = Config.fromfile(ROOT / 'configs/imagenet/overlock_xt_300e.py')
     cfg.model.backbone.contmix_backend = 'tiled'
-    _, total = tool.count(cfg, (224, 224))
+    _, total, _ = tool.count(cfg, (224, 224))
     assert total == FLOPS['xt']
 
 
@@ -133,7 +134,7 @@ def test_forms_and_backends():
 )
 def test_dense_predictors(config, shape, names):
     cfg = Config.fromfile(ROOT / 'configs' / config)
-    parts, total = tool.count(cfg, shape)
+    parts, total, _ = tool.count(cfg, shape)
     assert list(parts) == names
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
@@ -150,6 +151,21 @@ def test_dense_predictors(config, shape, names):
             for area, width in zip(areas, channels, strict=True)
         )
         assert parts['neck'][1] == expected
+
+
+def test_channels(capsys, tmp_path):
+    """Each costs as much in the first convolution, and none elsewhere."""
+    totals = []
+    for channels in (3, 5):
+        settings = {'model.backbone.in_channels': channels}
+        config, _ = tiny.write_model('cls', tmp_path, settings)
+        _, total, found = tool.count(Config.fromfile(config), (64, 96))
+        assert found == channels
+        totals.append(total)
+    # 3 x 3 taps, half of 8 channels, at stride 2.
+    assert totals[1] - totals[0] == 2 * 9 * 4 * 32 * 48
+    tool.main([config, '--shape', '64', '96'])
+    assert f'{config}, 5 x 64 x 96\n' in capsys.readouterr().out
 
 
 def test_output(capsys):

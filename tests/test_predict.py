@@ -131,8 +131,8 @@ def test_segmenter_and_inputs(models, photos, tmp_path, capsys):
     assert stop.value.code == 1
     message = capsys.readouterr().err
     assert '4 inputs could not be read' in message
-    assert f'{thin}: 2000 x 2 pixels are too narrow' in message
-    assert f'{bad}: not an image' in message
+    assert f'{thin}: the test pipeline fails on its 2000 x 2 pix' in message
+    assert f'{bad}: damaged, no image, or none that the test' in message
     assert f'{tmp_path / "none.png"}: there is no such file' in message
     assert f'{tmp_path / "empty"}: there are no images' in message
     found = json.loads((tmp_path / 'predictions.json').read_text())
@@ -193,6 +193,39 @@ def test_classifier_and_video(models, photos, tmp_path):
         '000000.png',
         '000001.png',
     ]
+
+
+def test_failures_lose_nothing(models, photos, tmp_path, monkeypatch, capsys):
+    """A picture that is not drawn, and then anything at all."""
+    names = []
+
+    def draw(visualizer, image, sample, path, score_thr):
+        names.append(path.name)
+        if len(names) == 1:
+            raise ZeroDivisionError('of a font')
+
+    monkeypatch.setattr(tool, 'draw', draw)
+    with pytest.raises(SystemExit) as stop:
+        run(models, 'cls', tmp_path, photos / 'a.bmp', photos / 'a.png')
+    assert stop.value.code == 1
+    file = tmp_path / 'predictions.json'
+    assert len(json.loads(file.read_text())['images']) == 2
+    lines = capsys.readouterr().err.splitlines()[-2:]
+    assert lines == [
+        '1 pictures could not be drawn:',
+        f'{tmp_path}/pictures/a.png: ZeroDivisionError: of a font',
+    ]
+
+    def fail(model, data):
+        if len(names) == 3:
+            raise RuntimeError('out of memory')
+        return predict(model, data)
+
+    predict = tool.predict
+    monkeypatch.setattr(tool, 'predict', fail)
+    with pytest.raises(RuntimeError, match='out of memory'):
+        run(models, 'cls', tmp_path, photos / 'a.bmp', photos / 'a.png')
+    assert len(json.loads(file.read_text())['images']) == 1
 
 
 def test_inputs_among_results(models, photos, tmp_path, capsys):

@@ -1,7 +1,9 @@
 """tools/summarize.py and the curves at the end of a training."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import tiny
 import torch
 from matplotlib.figure import Figure
 from mmengine.config import Config
+from mmengine.hooks import CheckpointHook
 from mmengine.structures import InstanceData
 from PIL import Image
 
@@ -19,6 +22,8 @@ from mmoverlock.inference import colour_of
 pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)
+
+from mmpretrain.structures import DataSample  # noqa: E402
 
 tool = tiny.load_tool('summarize')
 
@@ -171,13 +176,14 @@ def write_classes(folder, cfg):
     pixels = np.arange(64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8)
     Image.fromarray(pixels).save(folder / 'x.png')
     (folder / 'list.txt').write_text('x.png 7')
-    cfg.val_dataloader.dataset = dict(
+    dataset = dict(
         type='CustomDataset',
         data_root=str(folder),
         ann_file='list.txt',
         metainfo={'classes': [f'class {i}' for i in range(1000)]},
         pipeline=cfg.test_dataloader.dataset.pipeline,
     )
+    cfg.val_dataloader.dataset = dict(type='ConcatDataset', datasets=[dataset])
 
 
 def write_label_maps(folder, cfg):
@@ -194,11 +200,27 @@ def write_label_maps(folder, cfg):
     cfg.val_dataloader.dataset.data_root = str(folder)
 
 
+def write_binary(folder, cfg):
+    """The same for two classes in one channel, in a test set only."""
+    write_label_maps(folder, cfg)
+    for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
+        head.update(num_classes=2, out_channels=1)
+        head.loss_decode.use_sigmoid = True
+    file = folder / 'annotations' / 'validation' / 'x.png'
+    Image.fromarray(np.asarray(Image.open(file)) % 3 % 2).save(file)
+    dataset = cfg.pop('val_dataloader').dataset
+    dataset.update(type='BaseSegDataset', reduce_zero_label=False)
+    dataset.pipeline[3].reduce_zero_label = False
+    dataset.metainfo = dict(classes=['ground', 'thing'])
+    cfg.test_dataloader.dataset = dataset
+
+
 @pytest.mark.parametrize(
     ('task', 'write_data', 'titles'),
     [
         ('cls', write_classes, ['x.png, truth: class 7', 'predicted: ']),
         ('seg', write_label_maps, ['x.jpg, truth', 'predicted']),
+        ('seg', write_binary, ['x.jpg, truth', 'predicted']),
     ],
 )
 def test_work_dirs(tmp_path, capsys, figures, task, write_data, titles):
@@ -207,6 +229,13 @@ def test_work_dirs(tmp_path, capsys, figures, task, write_data, titles):
     work_dir.mkdir()
     config, checkpoint = tiny.write_model(task, work_dir)
     cfg = Config.fromfile(config)
+    if write_data is write_binary:
+        weights = torch.load(checkpoint)['state_dict']
+        for head in ('decode_head', 'auxiliary_head'):
+            for name in ('weight', 'bias'):
+                key = f'{head}.conv_seg.{name}'
+                weights[key] = weights[key][:1]
+        torch.save({'state_dict': weights}, checkpoint)
     write_data(tmp_path / 'data', cfg)
     cfg.dump(config)
     write_run(
@@ -218,11 +247,54 @@ def test_work_dirs(tmp_path, capsys, figures, task, write_data, titles):
     assert (work_dir / 'curves.png').exists()
     shown = [axes.get_title() for axes in figures[1].axes if axes.images]
     assert shown[0] == titles[0] and shown[1].startswith(titles[1])
-    if task == 'seg':  # label 0 is no class, and 1 is the first one
-        texts = {text.get_text() for text in figures[1].axes[0].texts}
-        assert texts == {'sky', 'road'}
+    texts = {text.get_text() for text in figures[1].axes[0].texts}
+    if write_data is write_label_maps:
+        assert texts == {'sky', 'road'}  # label 0 is no class
+    elif write_data is write_binary:
+        assert texts == {'ground', 'thing'}
+        found = {text.get_text() for text in figures[1].axes[1].texts}
+        assert found and found <= texts
     picture = np.asarray(Image.open(work_dir / 'predictions.png'))
     assert len(np.unique(picture.reshape(-1, 4), axis=0)) > 50
+
+
+def test_several_labels(figures):
+    """Of an image that has none, one or several classes."""
+    axes = Figure().subplots()
+    sample = DataSample().set_gt_label([0, 2]).set_pred_label([2])
+    sample.set_pred_score(torch.tensor([0.1, 0.2, 0.9]))
+    titles = [
+        tool.draw_sample(axes, sample, 'abc', 0.5, predicted)
+        for predicted in (False, True)
+    ]
+    assert titles == ['truth: a, c', 'predicted: c 0.90']
+    sample.set_pred_label(torch.tensor([], dtype=torch.long))
+    title = tool.draw_sample(axes, sample, 'abc', 0.5, True)
+    assert title == 'predicted: none'
+
+
+def test_checkpoints_elsewhere(tmp_path):
+    """In the folder that mmengine makes of ``out_dir``."""
+    work_dir = tmp_path / 'runs' / 'a'
+    cfg = Config(dict(work_dir=str(work_dir), default_hooks=dict()))
+    assert tool.checkpoints(work_dir, cfg) == work_dir
+    cfg.default_hooks.checkpoint = dict(out_dir=str(tmp_path / 'b'))
+    hook = CheckpointHook(out_dir=str(tmp_path / 'b'))
+    hook.before_train(mock.Mock(work_dir=str(work_dir)))
+    assert tool.checkpoints(work_dir, cfg) == Path(hook.out_dir)
+
+
+def test_training_set_only(tmp_path, capsys):
+    """There is nothing to predict, which is no error."""
+    config, checkpoint = tiny.write_model('cls', tmp_path)
+    cfg = Config.fromfile(config)
+    cfg.val_dataloader = cfg.test_dataloader = None
+    cfg.dump(config)
+    write_run(tmp_path, '1', [training(1)])
+    tool.main([str(tmp_path)])
+    assert 'has no validation and no test set' in capsys.readouterr().out
+    assert (tmp_path / 'curves.png').exists()
+    assert not (tmp_path / 'predictions.png').exists()
 
 
 def test_tensorboard(monkeypatch):

@@ -278,6 +278,37 @@ def test_fuse(monkeypatch, coco, detector, wrapped):
     torch.testing.assert_close(model(x), before)
 
 
+def test_no_test_set(mistake, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('configs')
+    (folder / 'empty.pth').touch()
+    for loader in ({}, {'test_dataloader': None}):
+        Config({'model': {}, **loader}).dump(folder / 'config.py')
+        files = folder / 'config.py', folder / 'empty.pth'
+        assert f'{files[0]} has no test set' in mistake(test, *files)
+
+
+def test_tta_of_several_sets():
+    """All are read by the pipeline; what is around them is not."""
+    sets = [dict(type='CocoDataset', pipeline=[]) for _ in range(3)]
+    inner = dict(type='ConcatDataset', datasets=sets[1:])
+    repeated = dict(type='RepeatDataset', dataset=inner)
+    outer = dict(type='ConcatDataset', datasets=[sets[0], repeated])
+    cfg = Config(
+        dict(
+            test_dataloader=dict(dataset=outer),
+            model=dict(type='A'),
+            tta_model=dict(type='B'),
+            tta_pipeline=[dict(type='C')],
+        )
+    )
+    test.augment_test_time(cfg)
+    assert cfg.model == dict(type='B', module=dict(type='A'))
+    wrapped = cfg.test_dataloader.dataset
+    leaves = [wrapped.datasets[0], *wrapped.datasets[1].dataset.datasets]
+    assert [leaf.pipeline for leaf in leaves] == [cfg.tta_pipeline] * 3
+    assert 'pipeline' not in wrapped
+
+
 def test_summarize(detector):
     work_dir, _ = detector
     out, _ = run(TOOLS / 'summarize.py', work_dir, '--images=2')
@@ -673,6 +704,23 @@ def test_transformers_5(monkeypatch, capsys):
         exec(code, {'__name__': 'of_the_user'})
 
 
+def test_options_are_not_censored():
+    """Who types them may type code; paths have brackets, types have dots."""
+    values = {
+        'load_from': 'runs(1)/epoch_1.pth',
+        'work_dir': '__import__("os")',
+        'optim_wrapper.optimizer.type': 'torch.optim.SGD',
+    }
+    given = [f'{key}={value}' for key, value in values.items()]
+    scale = 'train_dataloader.dataset.pipeline.2.scale=(96,96)'
+    argv = [str(MASK_RCNN), '--cfg-options', *given, scale]
+    cfg = train.cli.load_config(train.build_parser().parse_args(argv))
+    assert cfg.load_from == values['load_from']
+    assert cfg.work_dir == values['work_dir']
+    assert cfg.optim_wrapper.optimizer.type == 'torch.optim.SGD'
+    assert cfg.train_dataloader.dataset.pipeline[2].scale == (96, 96)
+
+
 def test_ops_missing(mistake, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
@@ -776,7 +824,8 @@ def test_out_is_no_pickle(mistake, coco, tmp_path_factory):
 def test_show_dir_without_scope(mistake, tmp_path_factory):
     folder = tmp_path_factory.mktemp('configs')
     (folder / 'empty.pth').touch()
-    Config({'model': {}}).dump(folder / 'config.py')
+    loader = {'dataset': {'type': 'CIFAR10'}}
+    Config({'model': {}, 'test_dataloader': loader}).dump(folder / 'config.py')
     message = mistake(
         *(test, folder / 'config.py', folder / 'empty.pth'),
         *('--show-dir', 'drawn'),

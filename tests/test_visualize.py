@@ -10,8 +10,8 @@ from PIL import Image
 from mmoverlock.inference import (
     build_pipeline,
     init_model,
+    load,
     network_input,
-    read_image,
 )
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.blocks import FocusBlock
@@ -75,12 +75,12 @@ def shown(monkeypatch):
     return calls, figures
 
 
-def load(files):
+def load_files(files):
     """The backbone of the files, and the input and picture of the image."""
     cfg = Config.fromfile(files[0])
     model = init_model(cfg, files[1])
-    image = network_input(model, build_pipeline(cfg), read_image(files[2]))
-    return model.backbone, *image
+    data, _ = load(build_pipeline(cfg), files[2])
+    return model.backbone, *network_input(model, data)
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def test_prior(files, tmp_path, shown):
     run('prior', files, tmp_path)
     check_picture(tmp_path / 'photo_prior.png')
     ((maps, picture, padded, _),), (figure,) = shown
-    backbone, inputs, expected_picture = load(files)
+    backbone, inputs, expected_picture = load_files(files)
     assert padded == inputs.shape[2:]
     assert (picture == expected_picture).all()
     base = backbone.base_net(inputs)[-1]
@@ -110,7 +110,7 @@ def test_features(det_files, tmp_path, shown):
     check_picture(tmp_path / 'photo_features.png')
     ((maps, _, _, _),), (figure,) = shown
     assert [*maps] == [f'map {i}, stride {4 * 2**i}' for i in range(4)]
-    backbone, inputs, picture = load(det_files)
+    backbone, inputs, picture = load_files(det_files)
     for map_, expected in zip(maps.values(), backbone(inputs), strict=True):
         torch.testing.assert_close(map_, expected[0])
     # The maps are those of the padded input, laid over the picture in it.

@@ -69,12 +69,13 @@ def load_tool(name, folder='tools'):
     return module
 
 
-def write_model(task, folder):
+def write_model(task, folder, settings=None):
     """Write a tiny model's config and checkpoint.
 
     Args:
         task (str): 'det', 'seg' or 'cls'.
         folder (Path): Where to.
+        settings (dict, optional): What else is in the config, by dotted keys.
 
     Returns:
         tuple[str, str]: The files.
@@ -82,7 +83,7 @@ def write_model(task, folder):
     name, options = CONFIGS[task]
     cfg = Config.fromfile(ROOT / 'configs' / name)
     backbone = {f'model.backbone.{k}': v for k, v in BACKBONE.items()}
-    cfg.merge_from_dict(backbone | options)
+    cfg.merge_from_dict(backbone | options | (settings or {}))
     init_default_scope(cfg.default_scope)
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)

@@ -4,7 +4,8 @@ What is exported is, of a classifier, the image to the logits; of a segmenter,
 the image to the logits at the image's size; of a detector, the image to the
 maps of its neck; with --backbone-only, of any model, the image to the maps of
 its backbone. Norms, branches and residuals are fused into convolutions. The
-image is (1, 3, H, W), RGB, normalized by the mean and deviation that are
+image is (1, C, H, W), as the test pipeline of the config makes it, and then
+normalized; the order of the channels, their mean and their deviation are
 printed, and stored in ONNX files as metadata.
 
 The size is fixed, to --shape, because ContMix is laid out for it, unless
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmoverlock import cli
-from mmoverlock.inference import init_model
+from mmoverlock.inference import init_model, input_channels
 from mmoverlock.models.blocks import FocusBlock
 from mmoverlock.models.fuse import fuse
 from mmoverlock.models.layers import PointwiseConv, scale_shift
@@ -196,9 +197,11 @@ def export(model, scope, args, shape):
     shapes = [shape]
     if args.dynamic:
         shapes += [(LEAST, LEAST + MULTIPLE), (shape[0] + MULTIPLE, LEAST)]
+    channels = input_channels(model)
     images = [
         torch.randn(
-            1, 3, *size, generator=torch.Generator().manual_seed(size[0])
+            *(1, channels, *size),
+            generator=torch.Generator().manual_seed(size[0]),
         )
         for size in shapes
     ]
@@ -235,10 +238,14 @@ def export(model, scope, args, shape):
 
 
 def normalization(model):
-    """Mean and deviation of the input, as text by name."""
-    preprocessor = model.data_preprocessor
+    """Channels, mean and deviation of the input, as text by name."""
+    preprocessor, channels = model.data_preprocessor, input_channels(model)
+    if channels == 3:  # loaded as BGR
+        names = '_channel_conversion', 'channel_conversion', 'to_rgb'
+        turned = any(getattr(preprocessor, name, False) for name in names)
+        channels = 'RGB' if turned else 'BGR'
     return {
-        'channels': 'RGB',
+        'channels': str(channels),
         **{
             name: ', '.join(
                 f'{value:g}' for value in getattr(preprocessor, name).flatten()

@@ -27,6 +27,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmoverlock import cli
+from mmoverlock.inference import input_channels, scope_of
 from mmoverlock.models.blocks import FocusBlock
 
 # Height and width that the field compares at, by default_scope.
@@ -59,11 +60,12 @@ def count(cfg, shape):
         shape (tuple[int, int]): Height and width of the image.
 
     Returns:
-        tuple[dict[str, tuple[int, int]], int]: Parameters and FLOPs by name
-        of the part, and the FLOPs of all, which may be more than their sum:
-        some are between the parts.
+        tuple[dict[str, tuple[int, int]], int, int]: Parameters and FLOPs by
+        name of the part; the FLOPs of all, which may be more than their sum:
+        some are between the parts; and the channels of the image.
     """
-    init_default_scope(cfg.default_scope)
+    scope = scope_of(cfg)
+    init_default_scope(scope)
     model = MODELS.build(cfg.model).eval()
     for module in model.modules():
         if isinstance(module, FocusBlock):
@@ -75,11 +77,12 @@ def count(cfg, shape):
         for name, part in parts.items()
     }
 
+    image = torch.empty(1, input_channels(model), *shape)
     # The backbone computes shapes alone; no device has a special path there.
     backbone = model.backbone.to('meta')
     with torch.device('meta'), torch.no_grad():
         with FlopCounterMode(display=False) as counter:
-            maps = backbone(torch.empty(1, 3, *shape))
+            maps = backbone(image.to('meta'))
     of_backbone = counter.get_total_flops()
     maps = tuple(torch.randn(item.shape) for item in maps)
     backbone.forward = lambda image: maps
@@ -87,13 +90,15 @@ def count(cfg, shape):
     counter = FlopCounterMode(display=False)
     costs = {name: costs_of(part, counter) for name, part in parts.items()}
     with torch.no_grad(), counter:
-        infer(model, cfg.default_scope, torch.empty(1, 3, *shape))
+        infer(model, scope, image)
     costs['backbone'].append(of_backbone)
     total = of_backbone + counter.get_total_flops()
     # PyTorch counts a multiply-add as two.
-    return {
-        name: (parameters[name], sum(costs[name]) // 2) for name in parts
-    }, total // 2
+    return (
+        {name: (parameters[name], sum(costs[name]) // 2) for name in parts},
+        total // 2,
+        image.shape[1],
+    )
 
 
 def named_parts(model):
@@ -126,7 +131,7 @@ def costs_of(part, counter):
 
 
 def infer(model, scope, image):
-    """Run a model on an image (1, 3, H, W), up to its raw predictions."""
+    """Run a model on an image (1, C, H, W), up to its raw predictions."""
     shape = tuple(image.shape[2:])
     meta = {'img_shape': shape, 'ori_shape': shape, 'pad_shape': shape}
     if scope == 'mmdet':
@@ -153,7 +158,7 @@ def main(argv=None):
                 f'--shape takes a height and a width in pixels, not {shape}'
             )
         with cli.explain_failures(cfg, args.cfg_options):
-            parts, total = count(cfg, tuple(shape))
+            parts, total, channels = count(cfg, tuple(shape))
     rows = [(name, *counts) for name, counts in parts.items()]
     rows.append(('total', sum(row[1] for row in rows), total))
     trained = sum(
@@ -165,7 +170,7 @@ def main(argv=None):
         name = 'without auxiliary head'
         rows.append((name, rows[-1][1] - trained, total))
     width = max(len(row[0]) for row in rows)
-    print(f'{args.config}, 3 x {shape[0]} x {shape[1]}')
+    print(f'{args.config}, {channels} x {shape[0]} x {shape[1]}')
     print(f'{"":{width}}  parameters       FLOPs')
     for name, parameters, flops in rows:
         print(

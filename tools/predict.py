@@ -10,13 +10,15 @@ videos, whose frames are predicted one by one. DIR gets
   pixels are the numbers of classes, from 0; for classifiers the five likeliest
   classes and their scores.
 
-Inputs that cannot be read are listed at the end, and the exit status is 1.
-Those in folders where results go are refused.
+Images are loaded as the test pipeline of the config says. Inputs that cannot
+be read, and pictures that cannot be drawn, are listed at the end, and the exit
+status is 1. Inputs in folders where results go are refused.
 """
 
 import argparse
 import json
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -37,8 +39,8 @@ from mmoverlock.inference import (
     colour_of,
     find_files,
     init_model,
+    load,
     predict,
-    read_image,
 )
 from mmoverlock.models.fuse import fuse
 
@@ -100,8 +102,13 @@ def count_images(path):
     return max(int(frames), 1)
 
 
-def read_frames(path, name):
-    """Yield (image, name, number of the frame or None) of a file.
+def read_frames(path, name, folder):
+    """Yield (image file, name, number of the frame or None) of a file.
+
+    Args:
+        path (Path): An image or a video.
+        name (str): For its results.
+        folder (Path): Gets the frames, one after the other.
 
     Raises:
         UnreadableImage: If it cannot be read.
@@ -109,7 +116,7 @@ def read_frames(path, name):
     if path.suffix.lower() not in VIDEOS:
         if path.is_dir():
             raise UnreadableImage('there are no images in this folder')
-        yield read_image(str(path)), name, None
+        yield path, name, None
         return
     video = cv2.VideoCapture(str(path))
     count = 0
@@ -117,7 +124,9 @@ def read_frames(path, name):
         there, image = video.read()
         if not there:
             break
-        yield image, f'{name}/{count:06d}', count
+        file = folder / 'frame.png'  # for the test pipeline to load
+        cv2.imwrite(str(file), image)
+        yield file, f'{name}/{count:06d}', count
         count += 1
     if not count:
         raise UnreadableImage('not a video, or one without a codec here')
@@ -228,7 +237,12 @@ def draw(visualizer, image, sample, path, score_thr):
 
 
 def run(args, cfg):
-    """Predict all inputs; returns a message for each that cannot be read."""
+    """Predict all inputs.
+
+    Returns:
+        dict[str, list[str]]: Lines on what failed, by what is to be said of
+        them; what is predicted is written whatever fails.
+    """
     files = find_files(args.inputs)
     check_inputs(files, args.out)
     model = init_model(cfg, args.checkpoint, args.device or get_device())
@@ -253,37 +267,54 @@ def run(args, cfg):
     # Of labels that reach over the edge, which is no concern of the user.
     warnings.filterwarnings('ignore', '.* out of bounds, the drawn')
     collector = COLLECTORS[scope](args.out, classes, args.score_thr)
-    images, unread = [], []
-    with Progress(console=Console(stderr=True)) as progress:
+    images, unread, undrawn = [], [], []
+
+    def predict_one(file, name, path, frame):
+        data, picture = load(pipeline, str(file))
+        sample = predict(model, data)
+        height, width = picture.shape[:2]
+        record = {
+            'id': len(images) + 1,
+            'file_name': str(path),
+            'height': height,
+            'width': width,
+        }
+        if frame is not None:
+            record['frame'] = frame
+        record |= collector.add(record['id'], name, sample)
+        images.append(record)
+        out = args.out / 'pictures' / f'{name}.png'
+        try:
+            draw(visualizer, picture, sample, out, args.score_thr)
+        except Exception as error:
+            undrawn.append(f'{out}: {type(error).__name__}: {error}')
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (
+        Progress(console=Console(stderr=True)) as progress,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         counts = [count_images(path) for path, _ in files]
         task = progress.add_task('predict', total=sum(counts))
-        for path, name in files:
-            try:
-                for image, picture, frame in read_frames(path, name):
-                    sample = predict(model, pipeline, image)
-                    height, width = image.shape[:2]
-                    record = {
-                        'id': len(images) + 1,
-                        'file_name': str(path),
-                        'height': height,
-                        'width': width,
-                    }
-                    if frame is not None:
-                        record['frame'] = frame
-                    record |= collector.add(record['id'], picture, sample)
-                    images.append(record)
-                    picture = args.out / 'pictures' / f'{picture}.png'
-                    draw(visualizer, image, sample, picture, args.score_thr)
-                    progress.advance(task)
-            except UnreadableImage as error:
-                unread.append(f'{path}: {error}')
-        progress.update(task, completed=sum(counts))
-    results = {'images': images, **collector.head, **collector.results()}
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / 'predictions.json'
-    path.write_text(json.dumps(results, indent=1) + '\n')
+        try:
+            for path, name in files:
+                try:
+                    for frame in read_frames(path, name, Path(folder)):
+                        predict_one(*frame[:2], path, frame[2])
+                        progress.advance(task)
+                except UnreadableImage as error:
+                    unread.append(f'{path}: {error}')
+            progress.update(task, completed=sum(counts))
+        finally:
+            results = dict(images=images, **collector.head)
+            results |= collector.results()
+            path = args.out / 'predictions.json'
+            path.write_text(json.dumps(results, indent=1) + '\n')
     print(f'{path}: {len(images)} images')
-    return unread
+    return {
+        'inputs could not be read': unread,
+        'pictures could not be drawn': undrawn,
+    }
 
 
 def main(argv=None):
@@ -299,10 +330,11 @@ def main(argv=None):
                 + ', '.join(COLLECTORS)
             )
         with cli.explain_failures(cfg, args.cfg_options):
-            unread = run(args, cfg)
-    if unread:
-        print(f'{len(unread)} inputs could not be read:', file=sys.stderr)
-        print('\n'.join(unread), file=sys.stderr)
+            failed = run(args, cfg)
+    for what, lines in failed.items():
+        if lines:
+            print(f'{len(lines)} {what}:', *lines, sep='\n', file=sys.stderr)
+    if any(failed.values()):
         sys.exit(1)
 
 

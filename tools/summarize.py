@@ -21,11 +21,12 @@ from mmengine.registry import DATASETS
 from mmoverlock import cli
 from mmoverlock.curves import draw_curves
 from mmoverlock.inference import (
-    build_pipeline,
+    Pipeline,
     colour_of,
+    dataset_of,
     init_model,
     predict,
-    read_image,
+    unwrap,
 )
 
 
@@ -35,6 +36,14 @@ def latest(folder, pattern, what):
     if not found:
         raise cli.UserError(f'there is no {what} in {folder}')
     return found[-1]
+
+
+def checkpoints(work_dir, cfg):
+    """The folder of checkpoints: another one where ``out_dir`` names it."""
+    hooks = cfg.get('default_hooks') or {}
+    out_dir = (hooks.get('checkpoint') or {}).get('out_dir')
+    name = Path(cfg.get('work_dir') or work_dir).resolve().name
+    return Path(out_dir, name) if out_dir else work_dir
 
 
 def write_on(axes, text, x, y, colour):
@@ -99,30 +108,35 @@ def draw_sample(axes, sample, classes, score_thr, predicted):
         draw_instances(axes, instances, classes)
         return f'predicted, score >= {score_thr}' if predicted else 'truth'
     if f'{kind}_sem_seg' in sample:
-        labels = sample.get(f'{kind}_sem_seg').data[0].numpy()
+        # Of two classes in one channel, mmseg predicts floats.
+        labels = sample.get(f'{kind}_sem_seg').data[0].long().numpy()
         draw_labels(axes, labels, classes)
         return 'predicted' if predicted else 'truth'
-    label = int(sample.get(f'{kind}_label'))
-    if predicted:
-        return f'predicted: {classes[label]} {sample.pred_score[label]:.2f}'
-    return f'truth: {classes[label]}'
+    labels = sample.get(f'{kind}_label').tolist()  # may be several, or none
+    names = [
+        classes[label] + (f' {sample.pred_score[label]:.2f}' * predicted)
+        for label in labels
+    ]
+    text = ', '.join(names) or 'none'
+    return f'predicted: {text}' if predicted else f'truth: {text}'
 
 
 def draw_predictions(cfg, checkpoint, path, count, score_thr):
     """Draw predictions beside the truth of validation images.
 
     Args:
-        cfg (Config): The config of the model.
+        cfg (Config): The config of the model, with a set to validate or test.
         checkpoint (Path): Its weights.
         path (Path): Where the picture goes.
-        count (int): Number of images, spread over the validation set.
+        count (int): Number of images, spread over the set.
         score_thr (float): Objects below this score are left out.
     """
     model = init_model(cfg, str(checkpoint), get_device())
-    pipeline = build_pipeline(cfg)
-    with DATASETS.switch_scope_and_registry(cfg.default_scope) as registry:
-        dataset = registry.build(cfg.val_dataloader.dataset)
-    classes = dataset.metainfo['classes']
+    dataset = DATASETS.build(dataset_of(cfg, 'val', 'test'))
+    pictures = []
+    for leaf in unwrap(dataset):
+        leaf.pipeline = Pipeline(leaf.pipeline.transforms, pictures)
+    classes = unwrap(dataset)[0].metainfo['classes']
     count = min(count, len(dataset))
     rows = -(-count // 2)
     figure, grid = plt.subplots(
@@ -131,14 +145,13 @@ def draw_predictions(cfg, checkpoint, path, count, score_thr):
     for axes in grid.flat:
         axes.axis('off')
     for i in range(count):
-        truth = dataset[i * len(dataset) // count]['data_samples']
-        image = read_image(truth.img_path)
-        samples = truth, predict(model, pipeline, image)
-        name = Path(truth.img_path).name
+        sample = predict(model, dataset[i * len(dataset) // count])
+        name = Path(sample.img_path).name
         for j, axes in enumerate(grid.reshape(-1, 2)[i]):
-            axes.imshow(image[..., ::-1])
-            title = draw_sample(axes, samples[j], classes, score_thr, j == 1)
+            axes.imshow(pictures[-1][..., ::-1])
+            title = draw_sample(axes, sample, classes, score_thr, j == 1)
             axes.set_title(title if j else f'{name}, {title}', fontsize=9)
+        pictures.clear()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -160,23 +173,25 @@ def main(argv=None):
         folder = args.work_dir
         cfg = Config.fromfile(latest(folder, '*.py', 'config'))
         cli.check_files(cfg)
-        checkpoint = latest(folder, '*.pth', 'checkpoint')
+        checkpoint = latest(checkpoints(folder, cfg), '*.pth', 'checkpoint')
         curves = folder / 'curves.png'
         batch_size = cfg.train_dataloader.batch_size
         last = draw_curves(folder, batch_size)
         if not last:
             raise cli.UserError(f'there is no scalars.json in {folder}')
-        draw_predictions(
-            cfg,
-            checkpoint,
-            folder / 'predictions.png',
-            args.images,
-            args.score_thr,
-        )
+        predictions = folder / 'predictions.png'
+        has_truth = dataset_of(cfg, 'val', 'test') is not None
+        if has_truth:
+            draw_predictions(
+                *(cfg, checkpoint, predictions, args.images, args.score_thr)
+            )
     for name, value in last.items():
         print(f'{name}: {value:.4g}')
     print(f'checkpoint: {checkpoint}')
-    print(f'predictions and truth: {folder / "predictions.png"}')
+    if has_truth:
+        print(f'predictions and truth: {predictions}')
+    else:
+        print('no predictions: the config has no validation and no test set')
     print(f'losses, metrics, learning rate, speed: {curves}')
 
 

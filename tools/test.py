@@ -10,6 +10,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import METRICS
 
 from mmoverlock import cli, data
+from mmoverlock.inference import unwrap
 from mmoverlock.models.fuse import fuse
 
 
@@ -109,10 +110,8 @@ def augment_test_time(cfg):
                 '--tta needs tta_model and tta_pipeline in the config, and '
                 f'there is no {key}'
             )
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    dataset.pipeline = cfg.tta_pipeline
+    for dataset in unwrap(cfg.test_dataloader.dataset):
+        dataset.pipeline = cfg.tta_pipeline
     cfg.model = dict(**cfg.tta_model, module=cfg.model)
 
 
@@ -123,6 +122,11 @@ def main(argv=None):
         cfg = cli.load_config(args)
         cli.check_file(args.checkpoint, 'checkpoint')
         cfg.load_from = args.checkpoint
+        if not cfg.get('test_dataloader'):
+            raise cli.UserError(
+                f'{args.config} has no test set: set test_dataloader, '
+                'test_evaluator and test_cfg = dict()'
+            )
         data.check_data(cfg, 'test')
         if args.out and not args.out.endswith(('.pkl', '.pickle')):
             raise cli.UserError(f'--out {args.out} does not end in .pkl')

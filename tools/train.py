@@ -98,7 +98,7 @@ def apply_options(cfg, args):
 def mix_precision(cfg):
     """Replace the optimizer wrapper by one for mixed precision."""
     device = get_device()
-    wrapper = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    wrapper = cli.name_of(cfg.optim_wrapper.get('type', 'OptimWrapper'))
     if wrapper not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise cli.UserError(
             f'--amp replaces OptimWrapper, not the {wrapper} of the config'

@@ -27,8 +27,8 @@ from mmoverlock.inference import (
     build_pipeline,
     find_files,
     init_model,
+    load,
     network_input,
-    read_image,
 )
 from mmoverlock.models import OverLoCK
 from mmoverlock.ops.dynamic_conv.reference import window_starts
@@ -551,11 +551,10 @@ def load_images(model, cfg, args):
     pipeline = build_pipeline(cfg)
     for path, name in find_files(args.inputs):
         try:
-            image = read_image(str(path))
-            seen = network_input(model, pipeline, image)
+            data, _ = load(pipeline, str(path))
         except UnreadableImage as error:
             raise cli.UserError(f'{path}: {error}') from error
-        yield name, *seen
+        yield name, *network_input(model, data)
 
 
 def main(argv=None):

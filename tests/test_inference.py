@@ -1,0 +1,358 @@
+"""mmoverlock.inference: what a config says, and images as tests see them."""
+
+import cv2
+import forked
+import numpy as np
+import pytest
+import tifffile
+import tiny
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, TRANSFORMS
+from mmengine.runner import Runner
+from PIL import Image
+
+from mmoverlock import inference
+from mmoverlock.inference import build_pipeline, dataset_meta, load, to_picture
+from mmoverlock.models import OverLoCK
+
+for package in ('mmdet', 'mmseg', 'mmpretrain'):
+    pytest.importorskip(package)
+
+
+def concat(*datasets):
+    return dict(type='ConcatDataset', datasets=[*datasets])
+
+
+def around(kind, dataset, **options):
+    return dict(type=kind, dataset=dataset, **options)
+
+
+# -------------------------------------------------------------------- images
+
+
+def write_png16(path):
+    pixels = np.random.default_rng(0).integers(0, 300, (40, 50, 3))
+    cv2.imwrite(str(path), pixels.astype(np.uint16))
+
+
+def write_bands(path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 5))
+    tifffile.imwrite(path, pixels.astype(np.uint8), photometric='minisblack')
+
+
+def write_turned(path):
+    """A JPEG of 50 x 40 pixels that viewers turn to 40 x 50."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels.astype(np.uint8)).save(path, exif=exif)
+
+
+def write_array(path):
+    np.save(path, np.random.default_rng(0).random((40, 50, 3)) * 1000)
+
+
+# By name: file, how it is written, the loading step, channels.
+KINDS = {
+    '16 bits': ('a.png', write_png16, dict(color_type='unchanged'), 3),
+    'bands': ('a.tif', write_bands, dict(imdecode_backend='tifffile'), 5),
+    'ignored orientation': (
+        'a.jpg',
+        write_turned,
+        dict(color_type='color_ignore_orientation', to_float32=True),
+        3,
+    ),
+    'pillow': ('a.jpg', write_turned, dict(imdecode_backend='pillow'), 3),
+    'grey': ('a.jpg', write_turned, dict(color_type='grayscale'), 1),
+    'array': (
+        'a.npy',
+        write_array,
+        dict(type='mmseg.LoadImageFromNpyFile'),
+        3,
+    ),
+}
+
+
+def write_data(tmp_path, kind):
+    """A classifier's config whose test set has one image, and that image."""
+    name, write, step, channels = KINDS[kind]
+    write(tmp_path / name)
+    (tmp_path / 'list.txt').write_text(f'{name} 1')
+    cfg = Config.fromfile(forked.classifier(tmp_path))
+    cfg.model.data_preprocessor = dict(
+        num_classes=2, mean=[9.0] * channels, std=[50.0] * channels
+    )
+    cfg.model.backbone.in_channels = channels
+    steps = [
+        dict(type='LoadImageFromFile') | step,
+        dict(type='Resize', scale=(64, 64)),
+        dict(type='PackInputs'),
+    ]
+    dataset = dict(
+        type='CustomDataset',
+        data_root=str(tmp_path),
+        ann_file='list.txt',
+        classes=['a', 'b'],
+        pipeline=steps,
+        test_mode=True,
+    )
+    for split in ('val', 'test'):
+        cfg[f'{split}_dataloader'].dataset = concat(dataset)
+    cfg.work_dir = str(tmp_path / 'work')
+    return cfg, str(tmp_path / name)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_load(kind, tmp_path):
+    """To the last bit what an item of the test set is."""
+    cfg, file = write_data(tmp_path, kind)
+    data, picture = load(build_pipeline(cfg), file)
+    expected = DATASETS.build(cfg.test_dataloader.dataset)[0]
+    assert torch.equal(data['inputs'], expected['inputs'])
+    assert data['inputs'].dtype == expected['inputs'].dtype
+    assert data['inputs'].float().std() > 20
+    turned = 'ignored' not in kind and file.endswith('jpg')
+    size = (50, 40) if turned else (40, 50)
+    assert expected['data_samples'].ori_shape == size
+    assert picture.shape == (*size, 3) and picture.std() > 20
+
+
+@pytest.mark.parametrize('kind', ['16 bits', 'bands'])
+def test_tools_see_what_tests_see(kind, tmp_path, monkeypatch):
+    """Inputs of the network in a test, and in three tools."""
+    cfg, file = write_data(tmp_path, kind)
+    seen = []
+    forward = OverLoCK.forward
+    monkeypatch.setattr(
+        OverLoCK, 'forward', lambda m, x: (seen.append(x), forward(m, x))[1]
+    )
+    runner = Runner.from_cfg(cfg)
+    runner.test()
+    [expected] = seen
+    assert expected.std() > 0.3
+    work = tmp_path / 'work'
+    checkpoint = str(work / 'a.pth')
+    torch.save({'state_dict': runner.model.state_dict()}, checkpoint)
+    config = str(tmp_path / 'config.py')
+    cfg.dump(config)
+    rest = [config, checkpoint, file, '--out', str(work), '--device', 'cpu']
+    summarize = tiny.load_tool('summarize')
+    for run in (
+        lambda: tiny.load_tool('predict').main(rest),
+        lambda: tiny.load_tool('visualize').main(['features', *rest]),
+        lambda: summarize.draw_predictions(
+            cfg, checkpoint, work / 'p.png', 1, 0
+        ),
+    ):
+        seen.clear()
+        run()
+        torch.testing.assert_close(seen, [expected], rtol=0, atol=0)
+
+
+def test_pictures():
+    """What is drawn on: 8 bits as they are, anything else stretched."""
+    grey = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    picture = to_picture(grey)
+    assert picture.shape == (2, 3, 3) and not np.shares_memory(picture, grey)
+    assert (picture == grey[..., None]).all()
+    bands = np.random.default_rng(0).integers(0, 256, (9, 8, 5))
+    for dtype in (np.uint8, np.float32):
+        picture = to_picture(bands.astype(dtype))
+        assert picture.dtype == np.uint8 and (picture == bands[..., :3]).all()
+    ramp = np.tile(np.linspace(0, 1, 101), (3, 1)).T[None]
+    for factor, offset, dtype in (
+        (300, 50, np.uint16),
+        (65535, 0, np.uint16),
+        (1, 0, np.float64),
+        (1000, -500, np.int32),
+    ):
+        picture = to_picture((ramp * factor + offset).astype(dtype))[0, :, 0]
+        assert picture[0] == 0 and picture[-1] == 255
+        assert abs(int(picture[50]) - 127) <= 2
+        assert (np.diff(picture.astype(int)) >= 0).all()
+    assert not to_picture(np.full((2, 2, 3), 700, np.uint16)).any()
+    assert to_picture(np.array([[np.nan, 1e6], [0, 1e6]])).max() == 255
+
+
+@pytest.mark.parametrize(
+    ('steps', 'words'),
+    [
+        ([dict(type='LoadImageFromFile')], 'damaged, no image, or none that'),
+        (
+            [dict(type='LoadImageFromFile', ignore_empty=True)],
+            'damaged, no image, or none that',
+        ),
+        ([lambda data: None], 'leaves it out'),
+        ([lambda data: data], 'leaves it out'),
+        (
+            [
+                lambda data: data | dict(img=np.zeros((4, 7))),
+                lambda data: 1 / 0,
+            ],
+            'fails on its 7 x 4 pixels: ZeroDivisionError: division',
+        ),
+    ],
+)
+def test_unreadable(tmp_path, steps, words):
+    file = tmp_path / 'a.png'
+    file.write_bytes(b'no image')
+    pipeline = inference.Pipeline(steps, [])
+    with pytest.raises(inference.UnreadableImage, match=words):
+        load(pipeline, str(file))
+    with pytest.raises(inference.UnreadableImage, match='no such file'):
+        load(pipeline, str(tmp_path / 'b.png'))
+
+
+# ------------------------------------------------------------------- configs
+
+LOAD, TRUTH = dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')
+PACK = dict(type='mmdet.PackDetInputs')
+LEAF = dict(type='CocoDataset', pipeline=[LOAD, TRUTH, PACK])
+OWN = LEAF | dict(metainfo=dict(classes=['x', 'y']))
+WRAPPED = {
+    'plain': OWN,
+    'repeat': around('RepeatDataset', OWN, times=2),
+    'balanced': around('ClassBalancedDataset', OWN, oversample_thr=0.1),
+    'concat': concat(OWN, LEAF),
+    'nested': concat(around('RepeatDataset', concat(OWN, OWN), times=2)),
+    'mix': around(
+        'MultiImageMixDataset',
+        OWN | dict(pipeline=[LOAD, TRUTH]),
+        pipeline=[PACK],
+    ),
+}
+
+
+def config(scope='mmdet', **splits):
+    loaders = {
+        f'{split}_dataloader': dataset and dict(dataset=dataset)
+        for split, dataset in splits.items()
+    }
+    return Config(dict(default_scope=scope, **loaders))
+
+
+@pytest.mark.parametrize('name', WRAPPED)
+@pytest.mark.parametrize('splits', [{}, dict(test=None), dict(train=LEAF)])
+@pytest.mark.parametrize('split', ['test', 'val'])
+def test_datasets(name, splits, split):
+    """In any wrapper, for testing or else validating."""
+    cfg = config(**splits | {split: WRAPPED[name]})
+    assert dataset_meta(cfg)['classes'] == ['x', 'y']
+    steps = [type(step).__name__ for step in build_pipeline(cfg).transforms]
+    assert steps == ['LoadImageFromFile', 'PackDetInputs']
+
+
+def test_order_of_datasets():
+    """To test, to validate, to train; one without classes is not skipped."""
+    names = dict(test='t', val='v', train='r')
+    sets = {
+        split: LEAF | dict(metainfo=dict(classes=[name]))
+        for split, name in names.items()
+    }
+    for name in names.values():
+        assert dataset_meta(config(**sets))['classes'] == [name]
+        sets.pop(next(iter(sets)))
+    assert dataset_meta(config()) == {}
+    unnamed = dict(type='mmpretrain.CustomDataset', data_root='')
+    assert dataset_meta(config(test=unnamed, val=OWN)) == {}
+    assert dataset_meta(config(val=LEAF))['classes'][2] == 'car'
+
+
+def test_no_pipeline():
+    """Only a training set, whose pipeline is another one."""
+    cfg = config(train=LEAF, test=dict(type='CocoDataset'))
+    with pytest.raises(inference.ConfigError, match='test_pipeline = '):
+        build_pipeline(cfg)
+    cfg.test_pipeline = [LOAD, PACK]
+    assert len(build_pipeline(cfg).transforms) == 2
+
+
+@pytest.mark.parametrize(
+    'step',
+    [
+        'mmdet.LoadAnnotations',
+        'mmdet.LoadPanopticAnnotations',
+        'mmdet.FilterAnnotations',
+        'mmseg.LoadAnnotations',
+        'mmseg.LoadBiomedicalAnnotation',
+        'mmseg.LoadDepthAnnotation',
+    ],
+)
+@pytest.mark.parametrize('as_class', [False, True])
+def test_truth_is_not_loaded(step, as_class):
+    kind = TRANSFORMS.get(step) if as_class else step
+    steps = [LOAD, dict(type=kind), PACK]
+    pipeline = build_pipeline(config(test=LEAF | dict(pipeline=steps)))
+    assert len(pipeline.transforms) == 2
+
+
+def test_files_are_local(tmp_path):
+    """Also where those of the dataset are in an object store."""
+    file = tmp_path / 'a.png'
+    Image.new('RGB', (7, 4)).save(file)
+    for option in ('backend_args', 'file_client_args'):
+        step = LOAD | {option: dict(backend='petrel')}
+        pipeline = build_pipeline(
+            config(test=LEAF | dict(pipeline=[step, PACK]))
+        )
+        _, picture = load(pipeline, str(file))
+        assert picture.shape == (4, 7, 3)
+
+
+@pytest.mark.parametrize('as_class', [False, True])
+@pytest.mark.parametrize(
+    'given', [dict(classes='{file}'), dict(metainfo=dict(classes='{file}'))]
+)
+def test_classes_in_a_file(tmp_path, given, as_class):
+    """Of both forms that mmpretrain takes; names, not letters of the path."""
+    file = tmp_path / 'classes.txt'
+    given = Config(given)
+    for part in (given, given.get('metainfo', {})):
+        if 'classes' in part:
+            part['classes'] = str(file)
+    kind = 'mmpretrain.CustomDataset'
+    kind = DATASETS.get(kind) if as_class else kind
+    cfg = config(test=dict(type=kind, **given))
+    with pytest.raises(inference.ConfigError, match='classes.txt.*not exist'):
+        dataset_meta(cfg)
+    file.write_text('some dog\ncat\n')
+    assert dataset_meta(cfg)['classes'] == ['some dog', 'cat']
+
+
+def test_classes_of_a_checkpoint(tmp_path):
+    """They go before those of the config, in the form before mmengine too."""
+    config_file, checkpoint = tiny.write_model('cls', tmp_path)
+    cfg = Config.fromfile(config_file)
+    assert (
+        len(inference.init_model(cfg, checkpoint).dataset_meta['classes'])
+        == 1000
+    )
+    state = torch.load(checkpoint)
+    classes = [str(i) for i in range(1000)]
+    for meta in (
+        dict(dataset_meta=dict(classes=classes)),
+        dict(CLASSES=classes, PALETTE=None, epoch=3),
+    ):
+        torch.save(state | dict(meta=meta), checkpoint)
+        found = inference.init_model(cfg, checkpoint).dataset_meta
+        assert found['classes'] == classes and 'epoch' not in found
+
+
+@pytest.mark.parametrize(
+    ('kind', 'scope'),
+    [
+        ('mmdet.models.MaskRCNN', 'mmdet'),
+        ('mmseg.EncoderDecoder', 'mmseg'),
+        ('mmoverlock.models.classification.OverLoCKClsHead', 'mmpretrain'),
+        ('torch.nn.Linear', None),
+        ('MaskRCNN', None),
+        (None, None),
+    ],
+)
+def test_scope(kind, scope):
+    """Of configs without a default scope, as of types that are classes."""
+    assert inference.scope_of(Config(dict(model=dict(type=kind)))) == scope
+    cfg = Config(dict(default_scope='mmdet', model=dict(type=kind)))
+    assert inference.scope_of(cfg) == 'mmdet'
+    assert inference.scope_of(Config()) is None

@@ -1,0 +1,127 @@
+"""Configs of mmengine's new style, whose types are classes, in the tools."""
+
+import re
+from unittest import mock
+
+import numpy as np
+import pytest
+import tiny
+from mmengine.config import Config
+from mmengine.runner import Runner
+from PIL import Image
+from torch import nn
+
+pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
+for package in ('mmdet', 'mmpretrain'):
+    pytest.importorskip(package)
+
+IMPORTS = """
+from mmcv.transforms import LoadImageFromFile
+from mmengine.optim.optimizer import OptimWrapper
+from mmdet.datasets import CocoDataset
+from mmdet.datasets.transforms import LoadAnnotations, PackDetInputs, Resize
+from mmdet.evaluation.metrics import CocoMetric
+from mmdet.models import FPN, DetDataPreprocessor, MaskRCNN
+from mmdet.models.losses.smooth_l1_loss import L1Loss
+from mmdet.models.roi_heads import StandardRoIHead
+from mmoverlock.models import OverLoCK
+"""
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A detector as ``new.py``, as training dumps it, its weights, an image.
+
+    Of the module that L1Loss is in, there is a function of the same name.
+    """
+    folder = tmp_path_factory.mktemp('lazy')
+    config, _ = tiny.write_model('det', folder)
+    cfg = Config.fromfile(config)
+    cfg.default_scope = None
+    cfg.pop('custom_imports')
+    text = cfg.pretty_text
+    for name in re.findall(r'\b[A-Z]\w+(?=[,\n])', IMPORTS):
+        assert f"type='{name}'" in text, name
+        text = text.replace(f"type='{name}'", f'type={name}')
+    (folder / 'new.py').write_text(IMPORTS + text)
+    Config.fromfile(folder / 'new.py').dump(folder / 'dumped.py')
+    assert 'smooth_l1_loss.L1Loss' in (folder / 'dumped.py').read_text()
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3))
+    Image.fromarray(pixels.astype(np.uint8)).save(folder / 'a.png')
+    return folder
+
+
+@pytest.mark.parametrize('name', ['new', 'dumped'])
+def test_tools(folder, tmp_path, capsys, name):
+    config, image = str(folder / f'{name}.py'), str(folder / 'a.png')
+    model = [config, str(folder / 'det.pth')]
+    rest = [image, '--out', str(tmp_path), '--device', 'cpu']
+    tiny.load_tool('predict').main([*model, *rest])
+    assert '"name": "person"' in (tmp_path / 'predictions.json').read_text()
+    tiny.load_tool('visualize').main(['prior', *model, *rest])
+    assert (tmp_path / 'a_prior.png').exists()
+    tiny.load_tool('get_flops').main([config, '--shape', '64', '64'])
+    assert 'roi_head' in capsys.readouterr().out
+    export = tiny.load_tool('export')
+    argv = [*model, '--out', str(tmp_path / 'model.onnx')]
+    args = export.build_parser().parse_args(argv)
+    assert export.check(args, export.cli.load_config(args)) == (800, 1344)
+
+
+@pytest.mark.parametrize('name', ['new', 'dumped'])
+def test_options(folder, monkeypatch, name):
+    """What train.py and test.py make of the config."""
+    train, test = tiny.load_tool('train'), tiny.load_tool('test')
+    monkeypatch.setattr(train, 'get_device', lambda: 'cpu')
+    parser = train.build_parser()
+    args = parser.parse_args([str(folder / f'{name}.py'), '--amp'])
+    cfg = train.cli.load_config(args)
+    assert cfg.default_scope == 'mmdet'
+    train.apply_options(cfg, args)
+    assert cfg.optim_wrapper.type == 'CPUAmpOptimWrapper'
+    test.draw_predictions(cfg, 'drawn')
+    assert cfg.default_hooks.visualization.type == 'DetVisualizationHook'
+
+
+def test_names_of_types():
+    cli = tiny.load_tool('train').cli
+    for kind in ('SGD', 'torch.optim.SGD', cli.torch.optim.SGD):
+        assert cli.name_of(kind) == 'SGD'
+    assert cli.name_of(None) == 'None' and cli.name_of(3) == '3'
+
+
+def test_runs(monkeypatch):
+    """The runner, and norms that need GPUs, of whatever kind their type is."""
+    cli = tiny.load_tool('train').cli
+    runners = []
+    monkeypatch.setattr(
+        cli, 'checked', lambda kind: runners.append(kind) or mock.Mock()
+    )
+    for kind in (Runner, 'Runner'):
+        cli.build_runner(Config(dict(launcher='none', runner_type=kind)), True)
+    assert runners == [Runner, Runner]
+    monkeypatch.setattr(
+        cli.torch.distributed, 'init_process_group', lambda backend: None
+    )
+    kinds = 'SyncBN', 'torch.nn.SyncBatchNorm', nn.SyncBatchNorm, 'BN'
+    norms = {f'norm{i}': dict(type=kind) for i, kind in enumerate(kinds)}
+    cfg = Config(dict(launcher='pytorch', model=norms))
+    cli._prepare_cpu_launch(cfg)
+    assert [norm['type'] for norm in cfg.model.values()] == ['BN'] * 4
+
+
+def test_ops_missing(folder, monkeypatch):
+    """An import on the way to a class fails without them."""
+    train = tiny.load_tool('train')
+    errors = ["No module named 'mmcv._ext'", "No module named 'other'"]
+
+    def scope_of(cfg):
+        raise ImportError(f'Failed to import MaskRCNN for {errors[0]}')
+
+    monkeypatch.setattr(train.cli, 'scope_of', scope_of)
+    args = train.build_parser().parse_args([str(folder / 'new.py')])
+    with pytest.raises(train.cli.UserError, match='no compiled ops'):
+        train.cli.load_config(args)
+    errors.pop(0)
+    with pytest.raises(ImportError, match='other'):
+        train.cli.load_config(args)
