@@ -6,6 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .environment import is_compiling
+
 
 def cdiv(number: int, divisor: int) -> int:
     """Quotient, rounded up; Triton's own is slow outside of kernels."""
@@ -33,10 +35,12 @@ def channels_last(x: Tensor) -> Tensor:
 def custom_op(
     name: str, mutates_args: Iterable[str] = (), differentiable: bool = True
 ) -> 'Callable[[Callable], Operator]':
-    """Make an operator of PyTorch of a function, as torch.library.custom_op.
+    """Make an operator of a function, as torch.library.custom_op does.
 
-    That checks at every call whether results share memory with arguments,
-    which takes longer than launching a kernel does; this does not check.
+    What is traced, or watched by a mode of dispatch, has the operator of
+    PyTorch in it. Otherwise the function runs as it is, or in a node of
+    autograd: PyTorch's way to it, by way of its dispatcher, takes longer than
+    launching a kernel does.
 
     Args:
         name (str): With its namespace.
@@ -56,7 +60,7 @@ def custom_op(
         library = get_library_allowing_overwrite(*name.split('::'))
         torch.library.define(name, schema, lib=library)
         torch.library.impl(name, 'default', function, lib=library)
-        operator = Operator(name, library)
+        operator = Operator(name, library, function)
         if not differentiable:
             operator.register_autograd(partial(_refuse, name))
         return operator
@@ -74,13 +78,27 @@ def _refuse(name, *_):
 class Operator:
     """An operator, and what else is registered for it."""
 
-    def __init__(self, name: str, library: torch.library.Library):
-        self.name, self.library = name, library
+    def __init__(
+        self, name: str, library: torch.library.Library, function: Callable
+    ):
+        self.name, self.library, self.function = name, library, function
+        self.node = None
         namespace, name = name.split('::')
         self.run = getattr(getattr(torch.ops, namespace), name).default
+        arguments = self.run._schema.arguments
+        self.has_lists = any(str(a.type) == 'List[Tensor]' for a in arguments)
 
     def __call__(self, *args):
-        return self.run(*args)
+        if is_compiling() or torch._C._len_torch_dispatch_stack():
+            return self.run(*args)
+        if self.node is None or not torch.is_grad_enabled():
+            return self.function(*args)
+        if not self.has_lists:
+            return self.node.apply(None, *args)
+        lengths = tuple(
+            len(a) if isinstance(a, list | tuple) else None for a in args
+        )
+        return self.node.apply(lengths, *_flatten(args))
 
     def register_fake(self, function):
         return torch.library.register_fake(
@@ -91,3 +109,53 @@ class Operator:
         torch.library.register_autograd(
             self.name, backward, setup_context=setup_context, lib=self.library
         )
+        self.node = _node(self.name, self.function, backward, setup_context)
+
+
+def _node(name, function, backward, setup_context):
+    """The same as a function of autograd, of flat arguments."""
+
+    def forward(ctx, lengths, *args):
+        ctx.lengths = lengths
+        if lengths is not None:
+            args = _nest(args, lengths)
+        out = function(*args)
+        if setup_context is not None:
+            setup_context(ctx, args, out)
+        return tuple(out) if isinstance(out, list) else out
+
+    def differentiate(ctx, *grads):
+        grads = backward(ctx, *grads)
+        if ctx.lengths is None:
+            return None, *grads
+        grads = (
+            (None,) * length if grad is None and length is not None else grad
+            for grad, length in zip(grads, ctx.lengths, strict=True)
+        )
+        return None, *_flatten(grads)
+
+    return type(
+        name.split('::')[1],
+        (torch.autograd.Function,),
+        dict(
+            forward=staticmethod(forward), backward=staticmethod(differentiate)
+        ),
+    )
+
+
+def _flatten(args):
+    flat = []
+    for arg in args:
+        if isinstance(arg, list | tuple):
+            flat.extend(arg)
+        else:
+            flat.append(arg)
+    return flat
+
+
+def _nest(args, lengths):
+    args = iter(args)
+    return tuple(
+        next(args) if length is None else [next(args) for _ in range(length)]
+        for length in lengths
+    )

@@ -8,12 +8,8 @@ MIN_TRITON = 3, 6
 
 
 def is_compiling() -> bool:
-    """Whether torch.compile or torch.export trace the call.
-
-    Versions of torch before 2.3 cannot tell; there, it is whether
-    torch.jit.trace does.
-    """
-    return getattr(torch.compiler, 'is_compiling', torch.jit.is_tracing)()
+    """Whether torch.compile or torch.export trace the call."""
+    return torch.compiler.is_compiling()
 
 
 def is_exporting() -> bool:

@@ -261,7 +261,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
     grad = grad.contiguous(memory_format=torch.channels_last)
-    of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+    of_x, of_weight, of_bias, _ = ctx.needs_input_grad[-4:]
     grads = _conv2d_grads(
         grad, x, weight, ctx.dilation, [of_x, of_weight or of_bias]
     )
