@@ -213,6 +213,7 @@ def _on_gpu(device, patches):
             mock.patch.multiple(torch.Tensor, **tensors),
             mock.patch.multiple('torch.cuda', **cuda),
             mock.patch.multiple('torch.cuda.amp.common', **autocast),
+            mock.patch('mmoverlock.models.overlock.print_log'),
             *patches,
         ):
             stack.enter_context(patch)

@@ -8,37 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 NHWC = torch.channels_last
-
-
-@pytest.fixture
-def poison(monkeypatch):
-    """Memory that nobody wrote is NaN."""
-    for name in ('empty_like', 'empty'):
-        make = getattr(torch, name)
-
-        def poisoned(*args, make=make, **kwargs):
-            return make(*args, **kwargs).fill_(float('nan'))
-
-        monkeypatch.setattr(torch, name, poisoned)
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(
-        torch.Tensor,
-        'new_empty',
-        lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(float('nan')),
-    )
-
-
-@pytest.fixture
-def auto_is_triton(monkeypatch):
-    """'auto' takes the kernels here, as it does on a GPU."""
-    monkeypatch.setattr(
-        'mmoverlock.ops.backends.why_not_triton', lambda device: None
-    )
 
 
 def draw(*shape, dtype=torch.float32):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from kernels import auto_is_triton, draw, exact, relative_error
+from kernels import draw, exact, relative_error
 from torch import nn
 
 from mmoverlock.models import OverLoCK
@@ -12,7 +12,6 @@ from mmoverlock.models.blocks import FocusBlock, RepConvBlock
 from mmoverlock.models.fuse import fuse
 
 pytest.importorskip('triton')
-__all__ = ['auto_is_triton']
 COMMON = dict(drop_path=0.0, norm_cfg=dict(type='BN'), deploy=False)
 BLOCKS = {
     'rep': (RepConvBlock, dict(kernel_size=5, layer_scale=True), [16]),

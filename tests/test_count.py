@@ -27,11 +27,11 @@ BACKEND = 'triton'
 # Of t in bf16 on 128 images of 224 x 224: operators of PyTorch and launches
 # of Triton, GB, and GB of mixed layouts, at most.
 BOUNDS = {
-    ('t', True): (2226, 1478, 118.7, 10.7),
-    ('t', False): (538, 393, 27.8, 0.5),
-    ('RepConv block', True): (23, 38, 7.1, 0.6),
-    ('RepConv block', False): (3, 10, 1.7, 0.0),
-    ('Focus block', True): (129, 62, 4.8, 0.5),
+    ('t', True): (2016, 1478, 113.9, 5.9),
+    ('t', False): (538, 393, 27.9, 0.5),
+    ('RepConv block', True): (16, 38, 6.7, 0.1),
+    ('RepConv block', False): (3, 10, 1.8, 0.0),
+    ('Focus block', True): (122, 62, 4.7, 0.5),
     ('Focus block', False): (34, 17, 1.2, 0.1),
 }
 TINY = dict(

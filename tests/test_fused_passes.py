@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels import DEVICE, NHWC
 
 from mmoverlock.models.layers import LayerScale, SEModule
 from mmoverlock.ops import partial_sums
@@ -20,8 +21,6 @@ squeeze, *_ = (
     for name in ('squeeze_excite', 'scaled_residual', 'update_prior')
 )
 
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-NHWC = torch.channels_last
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 CASES = [  # an operator, and which of its optional operands it gets
     (squeeze_excite, ''),
@@ -142,16 +141,7 @@ def assert_right(run, operands, call=None):
         torch.testing.assert_close(actual.double(), value, rtol=0, atol=atol)
 
 
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Memory that nobody wrote is NaN."""
-    empty_like, new_empty = torch.empty_like, torch.Tensor.new_empty
-
-    def poisoned(make):
-        return lambda *a, **k: make(*a, **k).fill_(float('nan'))
-
-    monkeypatch.setattr(torch, 'empty_like', poisoned(empty_like))
-    monkeypatch.setattr(torch.Tensor, 'new_empty', poisoned(new_empty))
+pytestmark = pytest.mark.usefixtures('poison')
 
 
 @CASE

@@ -4,13 +4,10 @@ Without a GPU, Triton's interpreter runs the kernels.
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from kernels import DEVICE, NHWC, python
 from torch import nn
 
 from mmoverlock.models.layers import LayerNorm2d
@@ -21,8 +18,6 @@ kernels = pytest.importorskip(
 )
 partial_sums = kernels.partial_sums
 
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-NHWC = torch.channels_last
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -45,16 +40,7 @@ def define(x, weight, bias, eps):
     return x * weight[:, None, None] + bias[:, None, None]
 
 
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Memory that nobody wrote is NaN."""
-    empty_like, new_empty = torch.empty_like, torch.Tensor.new_empty
-
-    def poisoned(make):
-        return lambda *a, **k: make(*a, **k).fill_(float('nan'))
-
-    monkeypatch.setattr(torch, 'empty_like', poisoned(empty_like))
-    monkeypatch.setattr(torch.Tensor, 'new_empty', poisoned(new_empty))
+pytestmark = pytest.mark.usefixtures('poison')
 
 
 @pytest.mark.parametrize(
@@ -185,21 +171,6 @@ def test_reference():
     layer = LayerNorm2d(5)
     x = torch.randn(2, 5, 3, 4)
     assert torch.equal(layer_norm(x, layer.weight, layer.bias), layer(x))
-
-
-def python(code, **env):
-    """Run code with the real compiler, without the interpreter."""
-    env = {**os.environ, **env}
-    env.pop('TRITON_INTERPRET', None)
-    run = subprocess.run(
-        [sys.executable, '-c', code],
-        env=env,
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
 
 
 def test_maps_on_a_cpu_are_refused():

@@ -6,6 +6,7 @@ Without a GPU, Triton's interpreter runs the kernels.
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels import DEVICE, NHWC
 from torch import nn
 
 from mmoverlock.models.layers import ResDWConv
@@ -17,8 +18,6 @@ kernels = pytest.importorskip(
 )
 partial_sums = kernels.partial_sums
 
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-NHWC = torch.channels_last
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1.2e-2}
 
 
@@ -55,22 +54,7 @@ def assert_close(actual, expected, tolerance):
         torch.testing.assert_close(a.double(), e, rtol=0, atol=atol)
 
 
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Memory that nobody wrote is NaN."""
-    for name in ('empty_like', 'empty'):
-        make = getattr(torch, name)
-
-        def poisoned(*args, make=make, **kwargs):
-            return make(*args, **kwargs).fill_(float('nan'))
-
-        monkeypatch.setattr(torch, name, poisoned)
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(
-        torch.Tensor,
-        'new_empty',
-        lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(float('nan')),
-    )
+pytestmark = pytest.mark.usefixtures('poison')
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def _scale_grad_kernel(
 ):
     """What the norm adds to the gradient of y: ``y * coef``.
 
-    sums (B, parts, 2, D): of the gradient ``ds`` of the scale and ``dt`` of
+    sums (B, parts, 2 D): of the gradient ``ds`` of the scale and ``dt`` of
     the shift; norm and coef (B, D); parts (B, 2, D) of the gradients of gamma
     and beta; grid (B, ).
     """

@@ -86,7 +86,7 @@ def _product_kernel(
     x (B, H W, inputs), scale (B, inputs), shift (inputs, ), out (B, H W,
     outputs), weight (outputs, inputs) with strides; grid (B tiles, blocks of
     outputs). With a factor (B, H W, outputs), also what the gradient of a
-    scale and a shift behind it is made of: sums (B, tiles, 2, outputs) over
+    scale and a shift behind it is made of: sums (B, tiles, 2 outputs) over
     the pixels of a tile of ``out factor`` and ``out``.
     """
     DTYPE: tl.constexpr = p_x.dtype.element_ty
@@ -271,7 +271,7 @@ def product(
 
     Returns:
         tuple[Tensor, Tensor | None]: The product, (B, O, H, W) in
-        channels_last, and with a factor the parts (B, tiles, 2, O) of the
+        channels_last, and with a factor the parts (B, tiles, 2 * O) of the
         sums over an image of the product times the factor and by itself.
     """
     knobs = KNOBS['product']
@@ -282,7 +282,7 @@ def product(
     tiles = _tiles(x, knobs)
     sums = None
     if factor is not None:
-        sums = x.new_empty(batch, tiles, 2, outputs, dtype=torch.float32)
+        sums = x.new_empty(batch, tiles, 2 * outputs, dtype=torch.float32)
     if out.numel():
         grid = batch * tiles, cdiv(outputs, knobs['outputs'])
         with torch.cuda.device_of(x):
