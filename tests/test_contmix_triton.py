@@ -225,9 +225,9 @@ def test_launches(sizes, forward, backward, monkeypatch):
     query, key, value, *weights = operands.values()
     inputs = query, key, *weights, value, 0.5
     with Operators() as operators, torch.no_grad():
-        out, *saved = contmix_triton._mix._init_fn(*inputs)
+        out, *saved = contmix_triton._mix.function(*inputs)
         assert len(launches) == forward
-        contmix_triton._mix_backward._init_fn(out, *inputs, out, *saved)
+        contmix_triton._mix_backward.function(out, *inputs, out, *saved)
     assert len(launches) == forward + backward
     assert operators.names == []
 

@@ -278,7 +278,9 @@ def test_rotated_image(segmentation):
     sample = load('mmseg', dataset)[0]
     assert sample.ori_shape == sample.gt_sem_seg.shape == (40, 48)
     draw(image, exif=exif)  # drawn as wide as its labels
-    with pytest.raises(DataError, match='another size .48 x 40 .*40 x 48 of'):
+    with pytest.raises(
+        DataError, match='than its image .48 x 40 .*40 x 48 of'
+    ):
         load('mmseg', dataset)
 
 

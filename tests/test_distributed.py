@@ -442,7 +442,7 @@ def test_fsdp(tmp_path):
     ours, theirs = (state['state_dict'] for state in states)
     torch.testing.assert_close(dict(ours), dict(theirs), rtol=1e-4, atol=1e-5)
     moved = ours['neck.fpn_convs.0.conv.bias'].abs().max()  # from 0
-    assert moved > 1e-3
+    assert moved > 5e-4
     assert states[0]['optimizer']['state']
     work_dir = tmp_path / 'detector'
     log = fork_two(

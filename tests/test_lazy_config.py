@@ -93,9 +93,11 @@ def test_names_of_types():
 def test_runs(monkeypatch):
     """The runner, and norms that need GPUs, of whatever kind their type is."""
     cli = tiny.load_tool('train').cli
-    runners = []
+    runners, runner = [], {'from_cfg.return_value.hooks': []}
     monkeypatch.setattr(
-        cli, 'checked', lambda kind: runners.append(kind) or mock.Mock()
+        cli,
+        'checked',
+        lambda kind: runners.append(kind) or mock.Mock(**runner),
     )
     for kind in (Runner, 'Runner'):
         cli.build_runner(Config(dict(launcher='none', runner_type=kind)), True)

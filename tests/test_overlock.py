@@ -384,7 +384,10 @@ def test_arguments_are_left_alone():
         (dict(norm_cfg=dict(type='LN')), "'LN'.*'BN', 'SyncBN'"),
         (dict(with_cp=(1, 1)), r'with_cp.*\(1, 1\)'),
         (dict(contmix_backend='natten'), "'natten'"),
-        (dict(depthwise_backend='cudnn'), "'cudnn'.*'auto', 'triton'"),
+        (
+            dict(depthwise_backend='cudnn'),
+            "'cudnn'.*'auto', 'reference', 'triton'",
+        ),
         (dict(fuse_overview=True, out_indices=(0, 1)), 'output 3'),
     ],
 )

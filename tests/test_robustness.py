@@ -204,7 +204,7 @@ def test_bad_arguments(name, value):
         return
     words = {
         'contmix_backend': 'backend',
-        'depthwise_backend': 'depthwise backend',
+        'depthwise_backend': 'backend',
     }
     assert words.get(name, name) in message
     assert repr(value) in message

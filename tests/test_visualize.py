@@ -187,7 +187,7 @@ def test_dynamic_kernels():
         drop_path=0.0,
         norm_cfg={'type': 'BN'},
         deploy=False,
-        backend='auto',
+        contmix_backend='auto',
     ).eval()
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter)

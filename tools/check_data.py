@@ -146,6 +146,7 @@ def find(cfg, name, model, same):
 
 
 def main(argv=None):
+    cli.set_up()
     with cli.user_errors('check_data.py'):
         args = build_parser().parse_args(argv)
         cfg = cli.load_config(args)
