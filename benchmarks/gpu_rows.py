@@ -7,10 +7,16 @@ square of the outputs as the loss, under autocast unless in fp32.
 """
 
 import gc
+import importlib
+import math
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +49,7 @@ PEERS = {
 }
 # The project's forms: kernels first, then what they are compared with.
 CONTMIX_BACKENDS = 'triton', 'tiled'
-DEPTHWISE_BACKENDS = 'triton', 'auto'
+DEPTHWISE_BACKENDS = 'triton', 'reference'
 # Kernel size: the maps of t, (B, C, H, W).
 DEPTHWISE_MAPS = {
     17: ((128, 64, 56, 56), (2, 64, 200, 336)),
@@ -65,6 +71,36 @@ CONTMIX_MAPS = (
     (2, 50, 84, 8, 13),
     (2, 25, 42, 16, 7),
 )
+ROOT = Path(__file__).parents[1]
+SWIN = dict(
+    _delete_=True,
+    type='SwinTransformer',
+    embed_dims=96,
+    depths=[2, 2, 6, 2],
+    num_heads=[3, 6, 12, 24],
+    window_size=7,
+    drop_path_rate=0.2,
+)
+SWIN_CHANNELS = [96, 192, 384, 768]
+# Package and config of a model; layout, folder and size of drawn images; what
+# else the config of Swin-T changes.
+MODELS = {
+    'Mask R-CNN': (
+        'mmdet',
+        'mask_rcnn/overlock_t_1x.py',
+        ('coco', 'data/coco', 1333),
+        dict(neck=dict(in_channels=SWIN_CHANNELS)),
+    ),
+    'UperNet': (
+        'mmseg',
+        'upernet/overlock_t_160k.py',
+        ('ade20k', 'data/ade/ADEChallengeData2016', 683),
+        dict(
+            decode_head=dict(in_channels=SWIN_CHANNELS),
+            auxiliary_head=dict(in_channels=SWIN_CHANNELS[2]),
+        ),
+    ),
+}
 STRIDES = dict(
     blocks1=4,
     blocks2=8,
@@ -474,6 +510,83 @@ def contmix_error(shape, dtype, device):
     return dict(output=errors[0], largest=max(errors))
 
 
+def trained(name, backbone, device, iterations=40, options=()):
+    """Iterations of ``tools/train.py --amp`` on drawn images.
+
+    Args:
+        name (str): A key of ``MODELS``.
+        backbone (str): 't' or 'Swin-T'.
+        device (torch.device): Where the tool trains.
+        iterations (int): Defaults to 40.
+        options (Sequence[str]): For ``--cfg-options``. Defaults to none.
+
+    Returns:
+        dict: ``ms`` of an iteration, the first ``loss`` and the last one,
+        whether all are ``finite``, and ``mb``, the peak of memory.
+
+    Raises:
+        RuntimeError: If a tool fails; with the end of its output.
+    """
+    package, config, (layout, folder, size), heads = MODELS[name]
+    importlib.import_module(package)
+    from mmoverlock.curves import read_scalars
+
+    model = dict(backbone=dict(init_cfg=None))
+    if backbone == 'Swin-T':
+        model = dict(heads, backbone=SWIN)
+    settings = dict(
+        model=model,
+        train_cfg=dict(
+            _delete_=True,
+            type='IterBasedTrainLoop',
+            max_iters=iterations,
+        ),
+        val_cfg=None,
+        val_dataloader=None,
+        val_evaluator=None,
+        param_scheduler=[],
+        default_hooks=dict(
+            logger=dict(interval=1),
+            checkpoint=dict(interval=-1, save_last=False, save_best=None),
+        ),
+    )
+    with tempfile.TemporaryDirectory() as work:
+        file = Path(work, 'config.py')
+        lines = [f'_base_ = {str(ROOT / "configs" / config)!r}']
+        lines += [f'{key} = {value!r}' for key, value in settings.items()]
+        file.write_text('\n'.join(lines))
+        _run_tool(
+            work,
+            'make_sample_data',
+            *(layout, folder, '--images', '16', '--size', size),
+        )
+        arguments = [file, '--amp', '--seed', '0', '--work-dir', 'out']
+        if options:
+            arguments += ['--cfg-options', *options]
+        _run_tool(work, 'train', *arguments)
+        records, _ = read_scalars(Path(work, 'out'))
+    losses = [record['loss'] for record in records]
+    later = records[len(records) // 2 :]
+    return dict(
+        ms=_ms(statistics.median(record['time'] for record in later)),
+        loss=[losses[0], losses[-1]],
+        finite=all(map(math.isfinite, losses)),
+        mb=max(record.get('memory', 0) for record in records),
+    )
+
+
+def _run_tool(folder, name, *arguments):
+    process = subprocess.run(
+        [sys.executable, ROOT / 'tools' / f'{name}.py', *map(str, arguments)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if process.returncode:
+        raise RuntimeError(f'tools/{name}.py: {process.stdout[-800:]}')
+
+
 def compile_block(stage, size, dtype, device, arch='t'):
     """Run the last block of a stage, in training and fused, on few images."""
     model = OverLoCK(arch)
@@ -638,4 +751,8 @@ def rows(device):
                     dtype,
                     backend,
                 )
+    for name in MODELS:
+        for backbone in ('t', 'Swin-T'):
+            title = f'{name}, {backbone}, tools/train.py --amp'
+            add(title, 240, trained, name, backbone)
     return table

@@ -278,3 +278,28 @@ def test_compiles_every_stage(measured):
     assert stages == {*measured.STRIDES} == {*measured.OverLoCK.block_groups}
     for stage in stages:
         measured.compile_block(stage, SIZE, 'bf16', CPU, ARCH)
+
+
+def test_whole_model(measured, monkeypatch, tmp_path, backbone='Swin-T'):
+    """Its losses, of the real tool; a missing package is an ImportError."""
+    pytest.importorskip('mmseg')
+    package, config, (layout, folder, _), heads = measured.MODELS['UperNet']
+    small = package, config, (layout, folder, 96), heads
+    monkeypatch.setitem(measured.MODELS, 'UperNet', small)
+    options = [
+        'train_dataloader.dataset.pipeline.2.scale=(128,64)',
+        'train_dataloader.dataset.pipeline.3.crop_size=(64,64)',
+        'train_dataloader.num_workers=0',
+        'train_dataloader.persistent_workers=False',
+        'model.data_preprocessor.size=(64,64)',
+        'model.decode_head.channels=8',
+        'model.auxiliary_head.channels=8',
+    ]
+    figures = measured.trained('UperNet', backbone, CPU, 3, options)
+    assert figures['ms'] > 0 and figures['finite'] is True
+    assert 0 < min(figures['loss']) < max(figures['loss']) < 50
+    with pytest.raises(RuntimeError, match='invalid choice'):
+        measured._run_tool(tmp_path, 'make_sample_data', 'other', 'data')
+    monkeypatch.setitem(measured.MODELS, 'UperNet', ('no_package', *small[1:]))
+    with pytest.raises(ModuleNotFoundError):
+        measured.trained('UperNet', backbone, CPU)

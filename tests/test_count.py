@@ -159,6 +159,12 @@ def convolve(module, x):
         (lambda _, x, y: x + y, [draw(), draw()], 3 * SIZE, 0),
         (lambda _, x, y: x + y, [draw(True), draw()], 3 * SIZE, 3 * SIZE),
         (lambda _, x: x[:, :8] + 1, [draw(True)], SIZE, SIZE),
+        (
+            lambda _, x: x[:, :8].sum(),
+            [draw(True)],
+            SIZE // 2 + 4,
+            SIZE // 2 + 4,
+        ),
         (lambda _, x: x + x.sum(), [draw(True)], 3 * SIZE + 8, 0),
         # As in cuDNN, results are in the layout of the map.
         (convolve, [draw()], 2 * SIZE + 1024, 0),
