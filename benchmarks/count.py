@@ -214,6 +214,7 @@ def _on_gpu(device, patches):
             mock.patch.multiple('torch.cuda', **cuda),
             mock.patch.multiple('torch.cuda.amp.common', **autocast),
             mock.patch('mmoverlock.models.overlock.print_log'),
+            mock.patch('mmoverlock.ops.backends._launch'),
             *patches,
         ):
             stack.enter_context(patch)

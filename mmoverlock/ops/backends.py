@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .environment import check_triton, is_exporting
 
@@ -84,6 +85,19 @@ def why_not_triton(device: torch.device) -> str | None:
         )
     try:
         check_triton()
-    except ImportError as error:
-        return str(error)
+        _launch(device)
+    except Exception as error:  # no compiler, say, or an unknown card
+        return f'kernels do not run here: {error}'
     return None
+
+
+def _launch(device):
+    """Compile and launch a small kernel."""
+    from .partial_sums import add
+
+    with _disable_current_modes():  # a compiler may be tracing
+        parts = torch.ones(2, 1, 1, device=device)
+        total = torch.empty(1, 1, device=device)
+        add(parts, total)
+        if total.item() != 2:
+            raise RuntimeError(f'1 + 1 is {total.item()}')
