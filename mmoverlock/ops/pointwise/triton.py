@@ -41,7 +41,10 @@ def _load_map(
     channels,
     FACTOR: tl.constexpr,
 ):
-    """A block (PIXELS, C) of a map, ``x * scale[image] + shift``."""
+    """A block (PIXELS, C) of a map, ``x * scale[image] + shift``.
+
+    Pixels behind the last one are zero before the shift; nothing counts them.
+    """
     m_channel = o_channel < channels
     m_map = (o_pixel < pixels)[:, None] & m_channel[None]
     o_map = (image * pixels + o_pixel)[:, None] * channels + o_channel[None]
@@ -54,8 +57,6 @@ def _load_map(
         if p_shift is not None:
             b_shift = tl.load(p_shift + o_channel, mask=m_channel, other=0)
             b_wide += b_shift[None]
-            # Pixels behind the last one are zero, whatever the shift.
-            b_wide = tl.where((o_pixel < pixels)[:, None], b_wide, 0.0)
         b_map = b_wide.to(p_map.dtype.element_ty)
     return b_map.to(FACTOR)
 
