@@ -15,14 +15,14 @@ import triton.language as tl
 from torch import Tensor
 from triton import constexpr_function
 
-from ...common import cdiv
+from ...common import cast_as_convolutions, cdiv, channels_last
+from ...partial_sums import check_device
 
 # Candidates for tiles of maps; the first one of the least cost is taken.
 KNOBS = dict(rows=(7, 10, 16), channels=(32, 16), lanes=256)
 SPARSE = tl.constexpr(3)  # dilation that is too large for rows to be shared
 # Arguments that come in too many values to compile for kinds of them
 SIZES = ('height', 'width', 'items', 'images', 'splits', 'count')
-INTERPRET = triton.knobs.runtime.interpret
 
 
 @triton.jit
@@ -249,23 +249,7 @@ def _layout(channels, height, size):
     return Layout(rows, (KNOBS['lanes'] // block, block))
 
 
-def check(x: Tensor) -> None:
-    """Raise ValueError if the kernels cannot read a map."""
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(
-            "backend 'triton' takes float32, float16 and bfloat16, "
-            f'got {x.dtype}'
-        )
-    if x.device.type != 'cuda' and not INTERPRET:
-        raise ValueError(
-            f"backend 'triton' takes maps on a GPU, got one on {x.device}"
-        )
-
-
 def autocast(x: Tensor) -> Tensor:
     """What autocast does to the input of a convolution, checked."""
-    check(x)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
-    return x.contiguous(memory_format=torch.channels_last)
+    check_device(x)
+    return channels_last(cast_as_convolutions(x))
