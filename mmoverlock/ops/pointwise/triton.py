@@ -226,12 +226,11 @@ def _finish_kernel(
         b_sum.to(p_weight.dtype.element_ty),
         mask=m_out & (col < inputs),
     )
-    if p_bias is not None:
-        tl.store(
-            p_bias + row,
-            b_sum.to(p_bias.dtype.element_ty),
-            mask=m_out & (col == inputs),
-        )
+    tl.store(
+        p_bias + row,
+        b_sum.to(p_bias.dtype.element_ty),
+        mask=m_out & (col == inputs),
+    )
 
 
 def _upcast(x):
@@ -311,10 +310,10 @@ def weight_grad(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
+    bias: Tensor,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """Gradients of ``weight`` and ``bias`` of :func:`product`."""
     knobs = KNOBS['weight_grad']
     inputs, outputs = x.shape[1], grad.shape[1]
@@ -328,7 +327,7 @@ def weight_grad(
     splits = max(1, min(items, splits))
     parts = x.new_empty(splits, outputs, inputs + 1, dtype=torch.float32)
     grad_weight = torch.empty_like(weight)
-    grad_bias = None if bias is None else torch.empty_like(bias)
+    grad_bias = torch.empty_like(bias)
     with torch.cuda.device_of(x):
         _weight_grad_kernel[(splits, *blocks)](
             grad,
