@@ -1,10 +1,12 @@
 """What every test gets."""
 
+import itertools
 import os
 
 import pytest
 import torch
 from mmengine.utils import ManagerMixin
+from torch import Tensor
 
 # Without a GPU, Triton's kernels run in its interpreter; it looks at this
 # when it is imported.
@@ -26,22 +28,31 @@ def fresh_instances():
         kind._instance_dict.clear()
 
 
+def fill_new_memory(monkeypatch, fill):
+    def filled(make):
+        return lambda *args, **kwargs: fill(make(*args, **kwargs))
+
+    makers = [(torch, 'empty'), (torch, 'empty_like')]
+    for owner, name in [*makers, (torch.Tensor, 'new_empty')]:
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+
+
 @pytest.fixture
 def poison(monkeypatch):
     """Memory that nobody wrote is NaN."""
-    for name in ('empty_like', 'empty'):
-        make = getattr(torch, name)
+    fill_new_memory(monkeypatch, lambda tensor: tensor.fill_(float('nan')))
 
-        def poisoned(*args, make=make, **kwargs):
-            return make(*args, **kwargs).fill_(float('nan'))
 
-        monkeypatch.setattr(torch, name, poisoned)
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(
-        torch.Tensor,
-        'new_empty',
-        lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(float('nan')),
-    )
+@pytest.fixture
+def never_the_same(monkeypatch):
+    """Memory that nobody wrote differs from call to call."""
+    count = itertools.count()
+
+    def fill(tensor):
+        # Operators run on subclasses as well, while they are traced.
+        return tensor.fill_(next(count)) if type(tensor) is Tensor else tensor
+
+    fill_new_memory(monkeypatch, fill)
 
 
 @pytest.fixture

@@ -180,8 +180,16 @@ def test_compiles_without_graph_breaks():
     torch.testing.assert_close(actual, expected)
 
 
-def test_custom_operator_is_well_formed():
-    operands = here(draw(1, 3, 4, 3))
+@pytest.mark.parametrize(
+    'size',
+    [
+        (3, 4, 3),  # both by classes
+        (9, 5, 5),  # the larger one by classes
+        (6, 9, 5),  # both by windows
+    ],
+)
+def test_custom_operator_is_well_formed(never_the_same, size):
+    operands = here(draw(1, *size))
     query, key, value, *weights = operands.values()
     torch.library.opcheck(
         torch.ops.mmoverlock.contmix.default,

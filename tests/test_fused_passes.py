@@ -287,7 +287,9 @@ def test_compile(monkeypatch, run, options):
 
 
 @CASE
-def test_operators_are_registered_rightly(monkeypatch, run, options):
+def test_operators_are_registered_rightly(
+    monkeypatch, never_the_same, run, options
+):
     monkeypatch.undo()
     operands = draw_operands(run, options, (1, 2, 2, 3))
     checks = 'test_schema', 'test_autograd_registration', 'test_faketensor'

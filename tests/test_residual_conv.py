@@ -236,7 +236,7 @@ def test_compile(monkeypatch):
         torch.testing.assert_close(*grads)
 
 
-def test_operators_are_registered_rightly(monkeypatch):
+def test_operators_are_registered_rightly(monkeypatch, never_the_same):
     monkeypatch.undo()
     operands = draw_operands((1, 2, 2, 3))
     checks = 'test_schema', 'test_autograd_registration', 'test_faketensor'

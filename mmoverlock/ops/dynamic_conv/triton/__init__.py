@@ -196,10 +196,10 @@ def _mix(
         scale (float): Of the query.
 
     Returns:
-        tuple[Tensor]: (B, C, H, W); for each kernel size, the logarithms to
-        the base 2 of the sums of exponentials, (2, B, G, H, W) for those that
-        run by windows and in the order of classes.py for the others; and, for
-        the backward pass, filters and dense biases, see filters.py.
+        tuple[Tensor]: (B, C, H, W); logarithms to the base 2 of the sums of
+        exponentials, (N, B, G, H, W) for the N kernel sizes that run by
+        windows and in the order of classes.py for the others; and, for the
+        backward pass, filters and dense biases, see filters.py.
     """
     outputs = _empty_outputs(
         query, key, weight, bias, small, large, value, scale
@@ -285,7 +285,6 @@ def _empty_outputs(query, key, weight, bias, small, large, value, scale):
     batch, _, height, width = value.shape
     groups = len(small)
     dtype = torch.promote_types(query.dtype, torch.float32)
-    lse = query.new_empty(2, batch, groups, height, width, dtype=dtype)
     planes = 2 if query.element_size() == 2 else 1
     channels = query.shape[1] // groups
     b_filters = query.new_empty(batch, groups, planes, len(bias), channels)
@@ -295,6 +294,9 @@ def _empty_outputs(query, key, weight, bias, small, large, value, scale):
         classes.MOST_CLASSES
     ):
         forms = _forms(int(height), int(width), *sizes)
+    lse = query.new_empty(
+        forms.count(None), batch, groups, height, width, dtype=dtype
+    )
     dense = query.new_empty(
         sum(map(sum, _dense_sizes(forms, groups))), dtype=dtype
     )

@@ -126,7 +126,6 @@ def _forward_size(
     x,
     real,
     unit,
-    units,
     image,
     group,
     v_strides,
@@ -203,7 +202,7 @@ def _forward_size(
         (b_acc / b_l[:, :, None]).to(VT),
         mask=real[:, :, None] & (o_v < CV)[None, None],
     )
-    p_lse += ((HALF * units + unit) * height + y)[:, None] * width
+    p_lse += (unit * height + y)[:, None] * width
     tl.store(p_lse + x[None], b_m + tl.log2(b_l), mask=real)
 
 
@@ -286,7 +285,6 @@ def forward(
             x,
             real,
             unit,
-            units,
             image,
             group,
             v_strides,
@@ -309,6 +307,8 @@ def forward(
             REGION0,
         )
     if RUN1:
+        if RUN0:
+            p_lse += tl.cast(units, tl.int64) * height * width
         _forward_size(
             b_q,
             p_f,
@@ -322,7 +322,6 @@ def forward(
             x,
             real,
             unit,
-            units,
             image,
             group,
             v_strides,
@@ -417,7 +416,7 @@ def _backward_positions_size(
         p_out + offsets(y, x, o_v, out_strides), mask=m_v, other=0.0
     )
     b_delta = tl.sum(b_do.to(ACC) * b_out.to(ACC), 2)[:, :, None]
-    p_lse += ((HALF * units + unit) * height + y)[:, None] * width
+    p_lse += (unit * height + y)[:, None] * width
     b_lse = tl.load(p_lse + x[None])[:, :, None]
 
     p_f += (unit * PLANES * TAPS + FIRST) * CQ
@@ -583,6 +582,8 @@ def backward_positions(
             SPAN0,
         )
     if RUN1:
+        if RUN0:
+            p_lse += tl.cast(units, tl.int64) * height * width
         b_dq = _backward_positions_size(
             b_dq,
             b_q,
@@ -650,7 +651,6 @@ def _backward_pixels_size(
     col,
     real,
     unit,
-    units,
     image,
     group,
     q_strides,
@@ -694,7 +694,7 @@ def _backward_pixels_size(
     p_f += (unit * PLANES * TAPS + FIRST) * CQ
     p_bias += FIRST
     p_table += group * (2 * K - 1) * (2 * K - 1)
-    p_lse += (HALF * units + unit) * height * width
+    p_lse += unit * height * width
     b_dv = tl.zeros((ROWS, PIXELS, VC), ACC)
     for step in range(0, tl.max(last_y - first_y, 0) + 1):
         y = first_y + step
@@ -801,7 +801,6 @@ def backward_pixels(
             col,
             real,
             unit,
-            units,
             image,
             group,
             q_strides,
@@ -825,6 +824,8 @@ def backward_pixels(
             N0,
         )
     if RUN1:
+        if RUN0:
+            p_lse += tl.cast(units, tl.int64) * height * width
         _backward_pixels_size(
             p_q,
             p_f,
@@ -838,7 +839,6 @@ def backward_pixels(
             col,
             real,
             unit,
-            units,
             image,
             group,
             q_strides,
