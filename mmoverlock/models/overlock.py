@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ..ops import check_backend, is_compiling, why_not_triton
 from ..ops.dynamic_conv import BACKENDS
 from .blocks import FocusBlock, RepConvBlock
-from .layers import LayerNorm2d, LayerScale, build_bn
+from .layers import LayerNorm2d, LayerScale, StridedConv, build_bn
 from .reparam import DilatedReparamConv
 from .weights import load_pretrained
 
@@ -593,17 +593,6 @@ class OverLoCK(BaseModule):
         before = sum(self.depths[: self.block_groups.index(group)])
         index = int(rest.partition('.')[0]) if group == name else 0
         return 1 + before + index, num_layers
-
-
-class StridedConv(nn.Conv2d):
-    """A 3x3 convolution with stride 2 and padding 1.
-
-    On CPUs, PyTorch leaves parts of the weight gradient uninitialized where a
-    map in bfloat16 is one column wide. A column of zeros changes nothing else.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (0, 1)) if x.shape[3] == 1 else x)
 
 
 @lru_cache
