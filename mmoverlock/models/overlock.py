@@ -6,8 +6,7 @@ are those of the released weights; names in prose are the paper's.
 
 import math
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +15,12 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from ..ops import check_backend, is_compiling, why_not_triton
 from ..ops.dynamic_conv import BACKENDS
 from .blocks import FocusBlock, RepConvBlock
 from .layers import LayerNorm2d, LayerScale, StridedConv, build_bn
+from .recomputation import recompute
 from .reparam import DilatedReparamConv
 from .weights import load_pretrained
 
@@ -523,13 +522,7 @@ class OverLoCK(BaseModule):
     def _run(self, group: str, x: Tensor, *args: Tensor) -> Tensor:
         for i, block in enumerate(getattr(self, group)):
             if i < self.checkpointed[group] and torch.is_grad_enabled():
-                x = checkpoint(
-                    block,
-                    x,
-                    *args,
-                    use_reentrant=False,
-                    context_fn=partial(_recompute_contexts, block),
-                )
+                x = recompute(block, x, *args)
             else:
                 x = block(x, *args)
         return x
@@ -610,26 +603,3 @@ def _are_ints(values, lengths, low, high=math.inf):
         and len(values) in lengths
         and all(isinstance(v, int) and low <= v <= high for v in values)
     )
-
-
-def _recompute_contexts(block: nn.Module):
-    """Contexts of the first and of the repeated forward of a checkpoint."""
-    return nullcontext(), _fixed_statistics(block)
-
-
-@contextmanager
-def _fixed_statistics(block: nn.Module):
-    """Keep batch norms in training mode from counting a batch twice."""
-    norms = [
-        (module, module.momentum, module.num_batches_tracked.clone())
-        for module in block.modules()
-        if isinstance(module, _BatchNorm) and module.training
-    ]
-    for norm, _, _ in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum, num_batches in norms:
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(num_batches)
