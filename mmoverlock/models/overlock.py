@@ -168,6 +168,21 @@ class OverLoCK(BaseModule):
     ):
         super().__init__(init_cfg)
         arch = self._parse_arch(arch)
+        norm_cfg = norm_cfg or dict(type='BN')
+        self._check_arguments(
+            in_channels=in_channels,
+            out_indices=out_indices,
+            drop_path_rate=drop_path_rate,
+            frozen_stages=frozen_stages,
+            norm_cfg=norm_cfg,
+            init_cfg=init_cfg,
+            fuse_overview=fuse_overview,
+            classifier=classifier,
+            norm_eval=norm_eval,
+            deploy=deploy,
+        )
+        check_backend(contmix_backend, ('auto', *BACKENDS))
+        check_backend(depthwise_backend)
         self.in_channels = in_channels
         self.channels = tuple(arch['channels'])
         self.depths = (*arch['depths'], *arch['focus_depths'])
@@ -176,67 +191,7 @@ class OverLoCK(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.checkpointed = self._parse_with_cp(with_cp)
-        if not _are_ints(out_indices, range(1, 5), 0, 3) or (
-            sorted({*out_indices}) != [*out_indices]
-        ):
-            raise ValueError(
-                'out_indices must be increasing whole numbers from 0 to 3, '
-                f'got {out_indices!r}'
-            )
         self.out_indices = tuple(out_indices)
-        flags = dict(
-            fuse_overview=fuse_overview,
-            classifier=classifier,
-            norm_eval=norm_eval,
-            deploy=deploy,
-        )
-        for name, flag in flags.items():
-            if not isinstance(flag, bool):
-                raise ValueError(f'{name} must be True or False, got {flag!r}')
-        if not _are_ints([in_channels], [1], 1):
-            raise ValueError(
-                'in_channels must be a positive whole number, got '
-                f'{in_channels!r}'
-            )
-        if fuse_overview and 3 not in self.out_indices:
-            raise ValueError(
-                'fuse_overview adds to output 3, which is not in '
-                f'out_indices {self.out_indices}'
-            )
-        if classifier and (fuse_overview or len(self.out_indices) < 4):
-            raise ValueError(
-                'classifier=True has outputs of its own; it takes no '
-                'out_indices but (0, 1, 2, 3) and no fuse_overview, got '
-                f'{self.out_indices} and {fuse_overview}'
-            )
-        if not _are_ints([frozen_stages], [1], -1, 4):
-            raise ValueError(
-                'frozen_stages must be a whole number from -1 to 4, '
-                f'got {frozen_stages!r}'
-            )
-        if not (
-            isinstance(drop_path_rate, int | float) and 0 <= drop_path_rate < 1
-        ):
-            raise ValueError(
-                'drop_path_rate must be a number in [0, 1), '
-                f'got {drop_path_rate!r}'
-            )
-        check_backend(contmix_backend, ('auto', *BACKENDS))
-        check_backend(depthwise_backend)
-        norm_cfg = norm_cfg or dict(type='BN')
-        if not isinstance(norm_cfg, dict):
-            raise ValueError(
-                "norm_cfg must be a dict such as dict(type='BN'), "
-                f'got {norm_cfg!r}'
-            )
-        cfgs = init_cfg if isinstance(init_cfg, list) else [init_cfg]
-        if init_cfg is not None and not all(
-            isinstance(cfg, dict) and 'type' in cfg for cfg in cfgs
-        ):
-            raise ValueError(
-                "init_cfg must be a dict such as dict(type='Pretrained', "
-                f'checkpoint=FILE), or a list of such, got {init_cfg!r}'
-            )
 
         def conv_bn(in_channels, out_channels, stride=2):
             conv = StridedConv if stride > 1 else nn.Conv2d
@@ -327,6 +282,72 @@ class OverLoCK(BaseModule):
             )
         self.apply(self._init_weights)
         self._freeze()
+
+    @staticmethod
+    def _check_arguments(
+        *,
+        in_channels: int,
+        out_indices: Sequence[int],
+        drop_path_rate: float,
+        frozen_stages: int,
+        norm_cfg: dict,
+        init_cfg: dict | list | None,
+        fuse_overview: bool,
+        classifier: bool,
+        **flags: bool,
+    ) -> None:
+        flags.update(fuse_overview=fuse_overview, classifier=classifier)
+        if not _are_ints(out_indices, range(1, 5), 0, 3) or (
+            sorted({*out_indices}) != [*out_indices]
+        ):
+            raise ValueError(
+                'out_indices must be increasing whole numbers from 0 to 3, '
+                f'got {out_indices!r}'
+            )
+        for name, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise ValueError(f'{name} must be True or False, got {flag!r}')
+        if not _are_ints([in_channels], [1], 1):
+            raise ValueError(
+                'in_channels must be a positive whole number, got '
+                f'{in_channels!r}'
+            )
+        if fuse_overview and 3 not in out_indices:
+            raise ValueError(
+                'fuse_overview adds to output 3, which is not in '
+                f'out_indices {tuple(out_indices)}'
+            )
+        if classifier and (fuse_overview or len(out_indices) < 4):
+            raise ValueError(
+                'classifier=True has outputs of its own; it takes no '
+                'out_indices but (0, 1, 2, 3) and no fuse_overview, got '
+                f'{tuple(out_indices)} and {fuse_overview}'
+            )
+        if not _are_ints([frozen_stages], [1], -1, 4):
+            raise ValueError(
+                'frozen_stages must be a whole number from -1 to 4, '
+                f'got {frozen_stages!r}'
+            )
+        if not (
+            isinstance(drop_path_rate, int | float) and 0 <= drop_path_rate < 1
+        ):
+            raise ValueError(
+                'drop_path_rate must be a number in [0, 1), '
+                f'got {drop_path_rate!r}'
+            )
+        if not isinstance(norm_cfg, dict):
+            raise ValueError(
+                "norm_cfg must be a dict such as dict(type='BN'), "
+                f'got {norm_cfg!r}'
+            )
+        cfgs = init_cfg if isinstance(init_cfg, list) else [init_cfg]
+        if init_cfg is not None and not all(
+            isinstance(cfg, dict) and 'type' in cfg for cfg in cfgs
+        ):
+            raise ValueError(
+                "init_cfg must be a dict such as dict(type='Pretrained', "
+                f'checkpoint=FILE), or a list of such, got {init_cfg!r}'
+            )
 
     @classmethod
     def _parse_arch(cls, arch: str | dict) -> dict:
