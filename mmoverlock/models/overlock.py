@@ -5,8 +5,8 @@ are those of the released weights; names in prose are the paper's.
 """
 
 import math
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -185,7 +185,9 @@ class OverLoCK(BaseModule):
         check_backend(depthwise_backend)
         self.in_channels = in_channels
         self.channels = tuple(arch['channels'])
+        self.prior_channels = self.channels[3] // 4
         self.depths = (*arch['depths'], *arch['focus_depths'])
+        self.focus_heads = tuple(arch['focus_heads'])
         self.fuse_overview = fuse_overview
         self.classifier = classifier
         self.frozen_stages = frozen_stages
@@ -193,95 +195,118 @@ class OverLoCK(BaseModule):
         self.checkpointed = self._parse_with_cp(with_cp)
         self.out_indices = tuple(out_indices)
 
-        def conv_bn(in_channels, out_channels, stride=2):
-            conv = StridedConv if stride > 1 else nn.Conv2d
-            return (
-                conv(in_channels, out_channels, 3, stride, 1, bias=False),
-                build_bn(out_channels, **norm_cfg),
-            )
-
-        last = sum(self.depths) - 1
-        drop_path = iter([drop_path_rate * i / last for i in range(last + 1)])
-
-        def blocks(stage):
-            return nn.ModuleList(
-                RepConvBlock(
-                    channels[stage],
-                    kernel_size=self.kernel_sizes[stage],
-                    layer_scale=stage >= 2,
-                    drop_path=next(drop_path),
-                    norm_cfg=norm_cfg,
-                    deploy=deploy,
-                    depthwise_backend=depthwise_backend,
-                )
-                for _ in range(self.depths[stage])
-            )
-
-        def focus_blocks(stage):
-            return nn.ModuleList(
-                FocusBlock(
-                    channels[stage],
-                    prior_channels,
-                    kernel_size=self.kernel_sizes[stage],
-                    heads=arch['focus_heads'][stage - 2],
-                    first=stage == 2 and i == 0,
-                    drop_path=next(drop_path),
-                    norm_cfg=norm_cfg,
-                    deploy=deploy,
-                    contmix_backend=contmix_backend,
-                    depthwise_backend=depthwise_backend,
-                )
-                for i in range(self.depths[stage + 2])
-            )
-
-        channels = self.channels
-        prior_channels = channels[3] // 4
-        self.patch_embed1 = nn.Sequential(
-            *conv_bn(in_channels, channels[0] // 2),
-            nn.GELU(),
-            *conv_bn(channels[0] // 2, channels[0] // 2, stride=1),
-            nn.GELU(),
-            *conv_bn(channels[0] // 2, channels[0]),
-            nn.GELU(),
-            *conv_bn(channels[0], channels[0], stride=1),
+        settings = dict(
+            drop_path=self._drop_path_rates(drop_path_rate),
+            norm_cfg=norm_cfg,
+            deploy=deploy,
+            depthwise_backend=depthwise_backend,
         )
+        blocks = partial(self._blocks, **settings)
+        focus_blocks = partial(
+            self._focus_blocks, contmix_backend=contmix_backend, **settings
+        )
+        downsample = partial(self._downsample, norm_cfg=norm_cfg)
+        channels, last = self.channels, self.out_indices[-1]
+        self.patch_embed1 = self._stem(in_channels, channels[0], norm_cfg)
         self.blocks1 = blocks(0)
-        if self.out_indices[-1] >= 1:
-            self.patch_embed2 = nn.Sequential(*conv_bn(*channels[0:2]))
+        if last >= 1:
+            self.patch_embed2 = downsample(*channels[0:2])
             self.blocks2 = blocks(1)
-        if self.out_indices[-1] >= 2:
-            self.patch_embed3 = nn.Sequential(*conv_bn(*channels[1:3]))
+        if last >= 2:
+            self.patch_embed3 = downsample(*channels[1:3])
             self.blocks3 = blocks(2)
-            self.patch_embed4 = nn.Sequential(*conv_bn(*channels[2:4]))
+            self.patch_embed4 = downsample(*channels[2:4])
             self.blocks4 = blocks(3)
+            prior_channels = self.prior_channels
             self.high_level_proj = nn.Conv2d(channels[3], prior_channels, 1)
             self.sub_blocks3 = focus_blocks(2)
-        if self.out_indices[-1] >= 3:
+        if last >= 3:
             self.patch_embedx = nn.ModuleDict(
                 dict(
-                    x_proj=nn.Sequential(*conv_bn(*channels[2:4])),
-                    h_proj=nn.Sequential(
-                        *conv_bn(prior_channels, prior_channels)
-                    ),
+                    x_proj=downsample(*channels[2:4]),
+                    h_proj=downsample(prior_channels, prior_channels),
                 )
             )
             self.sub_blocks4 = focus_blocks(3)
-
         if not classifier:
-            normed = set(self.out_indices)
-            if self.out_indices[-1] >= 2:  # stage 3 reads the norm of output 1
-                normed.add(1)
-            self.extra_norm = nn.ModuleDict(
-                {str(i): LayerNorm2d(self._widths[i]) for i in sorted(normed)}
-            )
+            self.extra_norm = self._output_norms()
         if fuse_overview:
-            self.extra_norm['4'] = LayerNorm2d(channels[3])
             self.h_proj = nn.Sequential(
                 nn.Conv2d(channels[3], self.out_channels[-1], 1),
                 LayerScale(self.out_channels[-1], init_value=1e-5),
             )
         self.apply(self._init_weights)
         self._freeze()
+
+    @staticmethod
+    def _stem(
+        in_channels: int, out_channels: int, norm_cfg: dict
+    ) -> nn.Sequential:
+        """The image to the map of stage 1, at stride 4."""
+        hidden = out_channels // 2
+        return nn.Sequential(
+            *_conv_bn(in_channels, hidden, norm_cfg),
+            nn.GELU(),
+            *_conv_bn(hidden, hidden, norm_cfg, stride=1),
+            nn.GELU(),
+            *_conv_bn(hidden, out_channels, norm_cfg),
+            nn.GELU(),
+            *_conv_bn(out_channels, out_channels, norm_cfg, stride=1),
+        )
+
+    @staticmethod
+    def _downsample(
+        in_channels: int, out_channels: int, norm_cfg: dict
+    ) -> nn.Sequential:
+        """A map to one of half its height and width."""
+        return nn.Sequential(*_conv_bn(in_channels, out_channels, norm_cfg))
+
+    def _drop_path_rates(self, last_rate: float) -> Iterator[float]:
+        """The rate of every block, in the order of computation."""
+        last = sum(self.depths) - 1
+        return iter([last_rate * i / last for i in range(last + 1)])
+
+    def _blocks(
+        self, stage: int, drop_path: Iterator[float], **settings
+    ) -> nn.ModuleList:
+        """Stage 0 to 2 of the Base-Net, or 3, the Overview-Net."""
+        return nn.ModuleList(
+            RepConvBlock(
+                self.channels[stage],
+                kernel_size=self.kernel_sizes[stage],
+                layer_scale=stage >= 2,
+                drop_path=next(drop_path),
+                **settings,
+            )
+            for _ in range(self.depths[stage])
+        )
+
+    def _focus_blocks(
+        self, stage: int, drop_path: Iterator[float], **settings
+    ) -> nn.ModuleList:
+        """Stage 2 or 3 of the Focus-Net, as wide as that of the Base-Net."""
+        return nn.ModuleList(
+            FocusBlock(
+                self.channels[stage],
+                self.prior_channels,
+                kernel_size=self.kernel_sizes[stage],
+                heads=self.focus_heads[stage - 2],
+                first=stage == 2 and i == 0,
+                drop_path=next(drop_path),
+                **settings,
+            )
+            for i in range(self.depths[stage + 2])
+        )
+
+    def _output_norms(self) -> nn.ModuleDict:
+        """Those of ``out_indices``, and of the maps that others read."""
+        normed = set(self.out_indices)
+        if self.out_indices[-1] >= 2:  # stage 3 reads the norm of output 1
+            normed.add(1)
+        norms = {str(i): LayerNorm2d(self._widths[i]) for i in sorted(normed)}
+        if self.fuse_overview:
+            norms['4'] = LayerNorm2d(self.channels[3])
+        return nn.ModuleDict(norms)
 
     @staticmethod
     def _check_arguments(
@@ -422,7 +447,8 @@ class OverLoCK(BaseModule):
     def _widths(self) -> tuple[int, int, int, int]:
         """Channels of the four maps; the Focus-Net's carry the prior."""
         first, second, third, fourth = self.channels
-        return first, second, third + fourth // 4, fourth + fourth // 4
+        prior = self.prior_channels
+        return first, second, third + prior, fourth + prior
 
     @property
     def out_channels(self) -> tuple[int, ...]:
@@ -607,6 +633,14 @@ class OverLoCK(BaseModule):
         before = sum(self.depths[: self.block_groups.index(group)])
         index = int(rest.partition('.')[0]) if group == name else 0
         return 1 + before + index, num_layers
+
+
+def _conv_bn(in_channels, out_channels, norm_cfg, stride=2):
+    conv = StridedConv if stride > 1 else nn.Conv2d
+    return (
+        conv(in_channels, out_channels, 3, stride, 1, bias=False),
+        build_bn(out_channels, **norm_cfg),
+    )
 
 
 @lru_cache
