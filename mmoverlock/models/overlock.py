@@ -58,6 +58,10 @@ class OverLoCK(BaseModule):
             - **focus_depths** (Sequence[int]): Blocks of the Focus-Net.
             - **focus_heads** (Sequence[int]): Heads of the Focus-Net; each
               makes two groups of dynamic kernels.
+            - **kernel_sizes** (Sequence[int], optional): Sizes of the large
+              kernels of stages 1 to 4, keys of
+              :data:`mmoverlock.models.reparam.BRANCHES`; the Focus-Net has
+              those of stages 3 and 4. Defaults to (17, 15, 13, 7).
         in_channels (int): Channels of the input. Defaults to 3.
         out_indices (Sequence[int]): Which maps to return, increasing: 0 and 1
             are those of stages 1 and 2, 2 and 3 those of the Focus-Net at
@@ -124,7 +128,7 @@ class OverLoCK(BaseModule):
             focus_heads=(6, 9),
         ),
     }
-    kernel_sizes = (17, 15, 13, 7)
+    kernel_sizes = (17, 15, 13, 7)  # where the arch has none
     block_groups = (
         'blocks1',
         'blocks2',
@@ -188,6 +192,7 @@ class OverLoCK(BaseModule):
         self.prior_channels = self.channels[3] // 4
         self.depths = (*arch['depths'], *arch['focus_depths'])
         self.focus_heads = tuple(arch['focus_heads'])
+        self.kernel_sizes = tuple(arch.get('kernel_sizes', self.kernel_sizes))
         self.fuse_overview = fuse_overview
         self.classifier = classifier
         self.frozen_stages = frozen_stages
@@ -386,12 +391,14 @@ class OverLoCK(BaseModule):
                 f'expected a dict or one of {sum(cls.arch_zoo, ())}'
             )
         lengths = dict(depths=4, channels=4, focus_depths=2, focus_heads=2)
-        if set(arch) != set(lengths):
+        optional = dict(kernel_sizes=4)
+        if set(arch) - set(optional) != set(lengths):
             raise ValueError(
                 f'arch has the keys {sorted(arch)}, expected {sorted(lengths)}'
+                f' and optionally {sorted(optional)}'
             )
-        for key, length in lengths.items():
-            if not _are_ints(arch[key], [length], 1):
+        for key, length in (lengths | optional).items():
+            if key in arch and not _are_ints(arch[key], [length], 1):
                 raise ValueError(
                     f'arch[{key!r}] must be {length} positive whole numbers, '
                     f'got {arch[key]!r}'
