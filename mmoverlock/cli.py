@@ -9,7 +9,6 @@ import os
 import re
 import sys
 import traceback
-from importlib.metadata import version
 from pathlib import Path
 from urllib.error import URLError
 
@@ -62,28 +61,6 @@ TOP_LEVEL_KEYS = {
 UNSAFE_FILES = ('.pkl', '.pickle', '.p', '.np', '.yml', '.yaml')
 RESULTS = ('out_file_path', 'proposals_file')  # of metrics, which write them
 
-# What launchers tell their processes, first which of them it is; and what
-# starts such.
-LAUNCHERS = {
-    'pytorch': (
-        ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'),
-        'torchrun, as tools/dist_train.sh does',
-    ),
-    'slurm': (
-        ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_NODELIST'),
-        'srun, as tools/slurm_train.sh does',
-    ),
-    'mpi': (
-        (
-            'OMPI_COMM_WORLD_RANK',
-            'OMPI_COMM_WORLD_SIZE',
-            'OMPI_COMM_WORLD_LOCAL_RANK',
-            'MASTER_ADDR',
-        ),
-        "Open MPI's mpirun -x MASTER_ADDR=(the first machine)",
-    ),
-}
-
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -106,29 +83,10 @@ def user_errors(tool):
     They are `UserError`, `CheckpointError`, `ConfigError` and `DataError`.
     """
     try:
-        with _explain_imports():
-            yield
+        yield
     except (UserError, CheckpointError, ConfigError, DataError) as error:
         print(f'{tool}: {error}', file=sys.stderr)
         sys.exit(2)
-
-
-@contextlib.contextmanager
-def _explain_imports():
-    try:
-        yield
-    except TypeError as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        module = frame.f_globals.get('__name__', '')
-        if not module.startswith('mmpretrain.') or (
-            str(error) != 'NoneType takes no arguments'
-        ):
-            raise
-        raise UserError(
-            'mmpretrain, which mmdet and mmseg import too, cannot be imported '
-            f'beside transformers {version("transformers")}; it needs '
-            "transformers before 5, or none: pip install 'transformers<5'"
-        ) from error
 
 
 class ConfigOptions(DictAction):
@@ -193,7 +151,7 @@ def add_arguments(parser):
     )
     parser.add_argument(
         '--launcher',
-        choices=['none', *LAUNCHERS],
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
         help='what starts the processes of distributed runs; default: none',
     )
@@ -238,7 +196,6 @@ def load_config(args):
     cfg.work_dir = args.work_dir or cfg.get('work_dir')
     cfg.work_dir = cfg.work_dir or os.path.join('work_dirs', path.stem)
     cfg.launcher = args.launcher
-    check_launcher(args.launcher)
     if args.launcher == 'mpi':  # mmengine reads both, and sets neither
         os.environ['LOCAL_RANK'] = os.environ['OMPI_COMM_WORLD_LOCAL_RANK']
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
@@ -254,15 +211,10 @@ def complete_scope(cfg):
     Raises:
         UserError: If mmcv lacks the ops that the config needs.
     """
-    try:
-        scope = scope_of(cfg)
-        lacking = scope in ('mmdet', 'mmseg') and not importlib.util.find_spec(
-            'mmcv._ext'
-        )
-    except ImportError as error:  # on the way to a class
-        scope, lacking = 'its model', 'mmcv._ext' in str(error)
-        if not lacking:
-            raise
+    scope = scope_of(cfg)
+    lacking = scope in ('mmdet', 'mmseg') and not importlib.util.find_spec(
+        'mmcv._ext'
+    )
     if lacking:
         raise UserError(
             f'mmcv has no compiled ops, which {scope} needs (no module '
@@ -272,34 +224,6 @@ def complete_scope(cfg):
         )
     if scope:
         cfg.default_scope = scope
-
-
-def check_launcher(launcher):
-    """Check that a process was started by what --launcher names.
-
-    Args:
-        launcher (str): A key of `LAUNCHERS`, or ``'none'``.
-
-    Raises:
-        UserError: If it was not, or if it is one of several that would not
-            know of each other.
-    """
-    if launcher == 'none':
-        # Of torchrun alone, and of this machine.
-        count = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-        if count > 1:
-            raise UserError(
-                f'torchrun started {count} processes, and each would run on '
-                'its own: add --launcher pytorch'
-            )
-        return
-    names, starter = LAUNCHERS[launcher]
-    missing = [name for name in names if name not in os.environ]
-    if missing:
-        raise UserError(
-            f'--launcher {launcher} is for processes started by {starter}; '
-            f'not set here: {", ".join(missing)}'
-        )
 
 
 def check_files(cfg):
