@@ -10,7 +10,6 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import METRICS
 
 from mmoverlock import cli, data
-from mmoverlock.inference import unwrap
 from mmoverlock.models.fuse import fuse
 
 
@@ -72,7 +71,7 @@ class DumpPredictions(DumpResults):
 
 
 def draw_predictions(cfg, folder):
-    """Have the visualisation hook draw every test image into a folder."""
+    """Have the visualization hook draw every test image into a folder."""
     folder = os.path.abspath(folder)
     hooks = {
         'mmdet': dict(
@@ -110,7 +109,7 @@ def augment_test_time(cfg):
                 '--tta needs tta_model and tta_pipeline in the config, and '
                 f'there is no {key}'
             )
-    for dataset in unwrap(cfg.test_dataloader.dataset):
+    for _, dataset in data.unwrap(cfg.test_dataloader.dataset):
         dataset.pipeline = cfg.tta_pipeline
     cfg.model = dict(**cfg.tta_model, module=cfg.model)
 
