@@ -93,7 +93,7 @@ class OverLoCKClsHead(ClsHead):
         return {'loss_cls': loss, 'loss_aux': self.aux_loss_weight * aux_loss}
 
     @staticmethod
-    def _unpack(feats):
+    def _unpack(feats: Sequence[Tensor]) -> Sequence[Tensor]:
         if len(feats) != 2:
             raise ValueError(
                 'OverLoCKClsHead takes the two maps of '
