@@ -149,14 +149,14 @@ def textured(rng, height, width, color, contrast):
         angle = rng.uniform(0, math.pi)
         y, x = np.mgrid[:height, :width]
         along = x * math.cos(angle) + y * math.sin(angle)
-        grey = np.sin(2 * math.pi * along / period)
+        gray = np.sin(2 * math.pi * along / period)
     else:
         cells = math.ceil(height / period), math.ceil(width / period)
         coarse = rng.uniform(-1, 1, cells).astype(np.float32)
-        grey = cv2.resize(
+        gray = cv2.resize(
             coarse, (width, height), interpolation=cv2.INTER_CUBIC
         )
-    return color + grey[..., None] * rng.uniform(-contrast, contrast, 3)
+    return color + gray[..., None] * rng.uniform(-contrast, contrast, 3)
 
 
 class Drawn(NamedTuple):
@@ -230,7 +230,7 @@ class Canvas:
 
 
 def begin(split, index, size, seed):
-    """What an image begins with; no other image has a part in it.
+    """Begin an image, in which no other image has a part.
 
     Args:
         split (str): 'train' or 'val'.
