@@ -4,11 +4,11 @@ import copy
 
 import forked
 import pytest
+import tiny
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.optim.optimizer import amp_optimizer_wrapper
-from tiny import HALF_FORMATS, load_tool
 
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.blocks import FocusBlock, RepConvBlock
@@ -59,7 +59,7 @@ def loss_of(outputs):
     return sum(out.float().square().mean() for out in outputs)
 
 
-@pytest.mark.parametrize('dtype', HALF_FORMATS)
+@pytest.mark.parametrize('dtype', tiny.HALF_FORMATS)
 @pytest.mark.parametrize('training', [True, False])
 def test_outputs_and_gradients(dtype, training):
     """Within a few roundings of double precision."""
@@ -101,7 +101,7 @@ def layers():
     )
 
 
-@pytest.mark.parametrize('dtype', HALF_FORMATS)
+@pytest.mark.parametrize('dtype', tiny.HALF_FORMATS)
 @pytest.mark.parametrize('scale', [1e-4, 1e2, 1e4])
 @pytest.mark.parametrize('name', layers())
 def test_large_and_small_activations(name, scale, dtype):
@@ -129,7 +129,7 @@ def test_large_and_small_activations(name, scale, dtype):
         assert parameter.grad is None or parameter.grad.isfinite().all()
 
 
-@pytest.mark.parametrize('dtype', HALF_FORMATS)
+@pytest.mark.parametrize('dtype', tiny.HALF_FORMATS)
 def test_large_activations_of_all_stages(dtype):
     """What stems and downsampling layers emit, scaled until it is 1e4."""
     torch.manual_seed(0)
@@ -157,7 +157,7 @@ def test_large_activations_of_all_stages(dtype):
         assert parameter.grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize('dtype', HALF_FORMATS)
+@pytest.mark.parametrize('dtype', tiny.HALF_FORMATS)
 def test_small_layer_scale(dtype):
     """The initial 1e-5 reaches its output, and gets its gradient."""
     torch.manual_seed(0)
@@ -185,7 +185,7 @@ def test_small_layer_scale(dtype):
         assert relative_error(gradient, other.grad) < 16 * eps
 
 
-@pytest.mark.parametrize('dtype', HALF_FORMATS)
+@pytest.mark.parametrize('dtype', tiny.HALF_FORMATS)
 @pytest.mark.parametrize('backend', ['reference', 'tiled'])
 def test_kernels_are_made_in_single_precision(backend, dtype):
     """Logits of hundreds, whose differences of 1 such formats round off."""
@@ -216,7 +216,7 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize('dtype', HALF_FORMATS)
+@pytest.mark.parametrize('dtype', tiny.HALF_FORMATS)
 @pytest.mark.parametrize('size', [(2, 33, 32), (2, 1, 1), (1, 33, 40)])
 def test_gradient_scaler(poisoned_memory, dtype, size):
     """Finite gradients from a scaled loss, of tiny maps too."""
@@ -257,7 +257,7 @@ def test_gradient_scaler_finds_its_scale():
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize('dtype', HALF_FORMATS)
+@pytest.mark.parametrize('dtype', tiny.HALF_FORMATS)
 def test_converted_models(dtype):
     """Inference without autocast, of a model converted with .to()."""
     torch.manual_seed(0)
@@ -323,7 +323,7 @@ def test_train(tmp_path, scope, wrapper):
     """--amp trains, detectors with mmcv's operators included."""
     pytest.importorskip('mmcv._ext', reason='needs compiled ops')
     pytest.importorskip(scope)
-    write = forked.classifier if scope == 'mmpretrain' else forked.detector
+    write = tiny.classifier if scope == 'mmpretrain' else tiny.detector
     config = write(tmp_path)
     log = forked.run(
         *(config, '--work-dir', tmp_path / 'work', '--seed', 1, '--amp'),
@@ -343,7 +343,7 @@ def test_train(tmp_path, scope, wrapper):
 @pytest.mark.parametrize('dtype', [None, 'bfloat16'])
 def test_wrapper_on_gpus(monkeypatch, dtype):
     """mmengine's, which is for float16 unless told otherwise."""
-    train = load_tool('train')
+    train = tiny.load_tool('train')
     monkeypatch.setattr(train, 'get_device', lambda: 'cuda')
     monkeypatch.setattr(
         amp_optimizer_wrapper, 'is_cuda_available', lambda: True
@@ -366,7 +366,7 @@ def test_wrapper_on_gpus(monkeypatch, dtype):
     ],
 )
 def test_refused(monkeypatch, settings, device, message):
-    train = load_tool('train')
+    train = tiny.load_tool('train')
     monkeypatch.setattr(train, 'get_device', lambda: device)
     cfg = Config(dict(optim_wrapper=settings))
     with pytest.raises(train.cli.UserError, match=message):

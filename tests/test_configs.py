@@ -508,18 +508,6 @@ def test_recipe_of_readme(scope, tmp_path):
 # --------------------------------------------------------------------- runs
 
 
-@pytest.fixture(scope='module', autouse=True)
-def plain_dumps():
-    """Write configs unformatted: that takes longer than the runs."""
-
-    def text(cfg):
-        return ''.join(f'{k} = {v!r}\n' for k, v in cfg.to_dict().items())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Config, 'pretty_text', property(text))
-        yield
-
-
 def shrunk(node):
     """The config of a pipeline with all sizes divided by 8."""
     if isinstance(node, dict):

@@ -7,13 +7,13 @@ from pathlib import Path
 import forked
 import numpy as np
 import pytest
+import tiny
 import torch
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
-from tiny import ROOT, load_tool
 from torch import nn
 
 from mmoverlock import data
@@ -869,7 +869,7 @@ def test_head_classes(coco, classes, words):
 def test_heads_of_the_configs():
     """Every model of the project takes 80, 133, 150 or 1000 classes."""
     dataset = nn.Module()
-    for path in sorted((ROOT / 'configs').glob('[!_]*/*_t_*.py')):
+    for path in sorted((tiny.ROOT / 'configs').glob('[!_]*/*_t_*.py')):
         cfg = Config.fromfile(path)
         init_default_scope(cfg.default_scope)
         inner = cfg.test_dataloader.dataset
@@ -951,10 +951,10 @@ def drawn(tmp_path, monkeypatch):
 
     def draw(kind):
         config, folder = STOCK[kind]
-        load_tool('make_sample_data').main(
+        tiny.load_tool('make_sample_data').main(
             [kind, f'data/{folder}', '--images=4', '--size=64']
         )
-        return ROOT / f'configs/{config}.py'
+        return tiny.ROOT / f'configs/{config}.py'
 
     return draw
 
@@ -962,7 +962,7 @@ def drawn(tmp_path, monkeypatch):
 def check_data(*argv):
     """Run tools/check_data.py; return its exit status."""
     try:
-        load_tool('check_data').main([str(arg) for arg in argv])
+        tiny.load_tool('check_data').main([str(arg) for arg in argv])
     except SystemExit as stop:
         return stop.code
     return 0
@@ -1058,7 +1058,7 @@ def test_check_data_that_is_missing(drawn, capsys):
 
 def test_training_stops(tmp_path):
     """tools/train.py, before the first iteration."""
-    config = forked.classifier(tmp_path)
+    config = tiny.classifier(tmp_path)
     path = tmp_path / 'data/train/b/1.png'
     path.write_bytes(path.read_bytes()[:500])
     output = forked.run(
@@ -1073,7 +1073,7 @@ def test_training_stops(tmp_path):
 
 def test_training_does_not_start(tmp_path):
     """What is cheap is checked before the first iteration."""
-    config = forked.detector(
+    config = tiny.detector(
         tmp_path, **{'model.roi_head.bbox_head.num_classes': 79}
     )
     output = forked.run(

@@ -4,6 +4,7 @@ import os
 
 import forked
 import pytest
+import tiny
 import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -49,7 +50,7 @@ def differing(weights, others):
 
 @pytest.mark.parametrize('task', ['classifier', 'detector', 'segmentor'])
 def test_seeds(task, tmp_path):
-    config = getattr(forked, task)(tmp_path)
+    config = getattr(tiny, task)(tmp_path)
     options = ['train_cfg.max_epochs=2'] if task == 'detector' else []
     first, again, other = (
         train(config, tmp_path / name, seed, *options)[0]
@@ -66,7 +67,7 @@ def report():
 
 def test_deterministic_operators(tmp_path):
     """Where there is no deterministic operator, a warning."""
-    config = forked.classifier(tmp_path, custom_hooks=[dict(type='Report')])
+    config = tiny.classifier(tmp_path, custom_hooks=[dict(type='Report')])
     _, output = train(config, tmp_path / 'work', 3, prepare=report)
     assert 'mode: 1' in output  # which warns
     assert 'put_' in output and 'UserWarning' in output

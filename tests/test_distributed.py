@@ -12,6 +12,7 @@ from pathlib import Path
 
 import forked
 import pytest
+import tiny
 import torch
 from mmengine.config import Config
 
@@ -144,7 +145,7 @@ def classifier(folder, **options):
 
     There are seven images to test: of two processes, one repeats an image.
     """
-    path = forked.classifier(folder, **HOOKS)
+    path = tiny.classifier(folder, **HOOKS)
     (folder / 'data/val/a/0.png').unlink()
     cfg = Config.fromfile(path)
     del cfg.model.neck, cfg.model.backbone.out_indices
@@ -197,7 +198,7 @@ def test_classifier(tmp_path):
 
 def test_segmentor(tmp_path):
     """SyncBN that a config builds by itself is left out as well."""
-    config = forked.segmentor(
+    config = tiny.segmentor(
         tmp_path,
         **HOOKS,
         **{
@@ -216,7 +217,7 @@ def test_segmentor(tmp_path):
 
 
 def detector(folder, **options):
-    return forked.detector(
+    return tiny.detector(
         folder,
         **HOOKS,
         **{
@@ -353,7 +354,7 @@ def test_unread_maps(tmp_path):
         'model.auxiliary_head.in_index': 2,
     }
     argv = '--work-dir', tmp_path / 'work', '--launcher', 'pytorch'
-    config = forked.segmentor(tmp_path, **options)
+    config = tiny.segmentor(tmp_path, **options)
     port = free_port()
     processes = [
         forked.start(
@@ -413,7 +414,7 @@ def test_fsdp(tmp_path):
             ),
         ),
     }
-    config = forked.detector(tmp_path, 'drop_in/overlock_b_fsdp.py', **options)
+    config = tiny.detector(tmp_path, 'drop_in/overlock_b_fsdp.py', **options)
     cfg = Config.fromfile(config)
     cfg.custom_imports.imports.append('rank_hooks')
     cfg.dump(config)

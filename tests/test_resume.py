@@ -14,10 +14,10 @@ from unittest import mock
 import forked
 import numpy as np
 import pytest
+import tiny
 import torch
 from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
-from tiny import load_tool
 
 from mmoverlock.checkpoint import (
     CheckpointError,
@@ -54,7 +54,7 @@ def assert_equal_states(path, other):
 def undisturbed(tmp_path_factory):
     """Config and work dir of a run of two epochs, with a seed."""
     folder = tmp_path_factory.mktemp('undisturbed')
-    config = forked.classifier(folder)
+    config = tiny.classifier(folder)
     forked.run(
         *(config, '--work-dir', folder / 'work', '--seed', 7),
         *('--cfg-options', WORKERS),
@@ -83,7 +83,7 @@ def test_resumed_is_undisturbed(undisturbed, tmp_path):
 )
 def test_resumed_by_iterations(tmp_path):
     """A training whose data have no epochs."""
-    config = forked.segmentor(tmp_path)
+    config = tiny.segmentor(tmp_path)
     log, weights = tmp_path / 'log', []
     for runs in ((4,), (2, 4)):
         work_dir = tmp_path / f'work_{len(runs)}'
@@ -211,7 +211,7 @@ def test_nothing_whole(tmp_path, damage):
 
 
 def test_seed_is_a_seed(capsys):
-    train = load_tool('train')
+    train = tiny.load_tool('train')
     for seed in ('-1', str(2**32)):
         args = train.build_parser().parse_args(['c', '--seed', seed])
         with pytest.raises(train.cli.UserError, match=rf'--seed {seed} is'):
@@ -283,7 +283,7 @@ def half_written(work_dir):
 )
 def test_kills(tmp_path, kills):
     """SIGKILLs, every other one while a checkpoint is being written."""
-    config = forked.classifier(tmp_path)
+    config = tiny.classifier(tmp_path)
     log = tmp_path / 'log'
     epochs = ['--cfg-options', f'train_cfg.max_epochs={EPOCHS}']
     argv = config, '--seed', 7, *epochs, '--work-dir'
