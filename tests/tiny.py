@@ -20,14 +20,12 @@ from yapf.yapflib import yapf_api
 yapf_api.FormatCode = lambda text, **options: (text, False)
 
 ROOT = Path(__file__).parents[1]
-BACKBONE = {
-    'init_cfg': None,
-    'arch._delete_': True,
-    'arch.depths': [1, 1, 1, 1],
-    'arch.channels': [8, 16, 24, 32],
-    'arch.focus_depths': [1, 1],
-    'arch.focus_heads': [2, 2],
-}
+ARCH = dict(
+    depths=(1, 1, 1, 1),
+    channels=(8, 16, 24, 32),
+    focus_depths=(1, 1),
+    focus_heads=(2, 2),
+)
 HALF_FORMATS = [torch.bfloat16, torch.float16]
 TEST_SET = 'test_dataloader.dataset'
 # Config files, and what makes their models tiny and their images small.
@@ -128,8 +126,8 @@ def write_model(task, folder, settings=None):
     """
     name, options = CONFIGS[task]
     cfg = Config.fromfile(ROOT / 'configs' / name)
-    backbone = {f'model.backbone.{k}': v for k, v in BACKBONE.items()}
-    cfg.merge_from_dict(backbone | options | (settings or {}))
+    cfg.model.backbone.update(arch=ARCH, init_cfg=None)
+    cfg.merge_from_dict(options | (settings or {}))
     init_default_scope(cfg.default_scope)
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
@@ -191,12 +189,7 @@ def classifier(folder, **settings):
             ),
             backbone=dict(
                 type='OverLoCK',
-                arch=dict(
-                    depths=(1, 1, 1, 1),
-                    channels=(8, 16, 24, 32),
-                    focus_depths=(1, 1),
-                    focus_heads=(2, 2),
-                ),
+                arch=ARCH,
                 out_indices=(3,),
                 drop_path_rate=0.3,
             ),
@@ -233,9 +226,7 @@ def classifier(folder, **settings):
 def _shrunk(config, options, data_root, scale, images):
     """A config with a tiny backbone, small images and few to evaluate on."""
     cfg = Config.fromfile(ROOT / 'configs' / config)
-    cfg.merge_from_dict(
-        {f'model.backbone.{k}': v for k, v in BACKBONE.items()}
-    )
+    cfg.model.backbone.update(arch=ARCH, init_cfg=None)
     cfg.merge_from_dict(options)
     cfg.default_hooks.logger.interval = 1
     for split, resize in (('train', 2), ('val', 1), ('test', 1)):
