@@ -33,11 +33,8 @@ def trained(tmp_path_factory):
     def train(kind):
         folder = tmp_path_factory.mktemp(kind)
         config, work_dir = getattr(tiny, kind)(folder), folder / 'work'
-        return (
-            config,
-            work_dir,
-            tiny.run_tool('train', config, '--work-dir', work_dir),
-        )
+        argv = 'train', config, '--work-dir', work_dir
+        return config, work_dir, tiny.run_tool(*argv, curves=True)
 
     return train
 

@@ -4,15 +4,17 @@ import multiprocessing
 import os
 import sys
 
-from tiny import load_tool
+from tiny import load_tool, no_curves
 
 TIMEOUT = 1800  # seconds, because machines may be busy
 
 _context = multiprocessing.get_context('forkserver')
-_context.set_forkserver_preload(['mmdet.apis', 'mmpretrain', 'mmseg.apis'])
+_context.set_forkserver_preload(
+    ['mmdet.apis', 'mmpretrain', 'mmseg.apis', 'mmoverlock.cli']
+)
 
 
-def start(*argv, log, prepare=None, tool='train', gpu=False):
+def start(*argv, log, prepare=None, tool='train'):
     """Start ``tools/train.py ARGV``; return the process.
 
     Args:
@@ -20,12 +22,9 @@ def start(*argv, log, prepare=None, tool='train', gpu=False):
         log (Path): File for stdout and stderr.
         prepare (callable, optional): What the process does first.
         tool (str): Another tool than train.
-        gpu (bool): Whether it sees GPUs. Defaults to False.
     """
     argv = [str(arg) for arg in argv]
-    process = _context.Process(
-        target=_run, args=(tool, argv, log, prepare, gpu)
-    )
+    process = _context.Process(target=_run, args=(tool, argv, log, prepare))
     process.start()
     return process
 
@@ -40,14 +39,14 @@ def run(*argv, log, status=0, **options):
     return output
 
 
-def _run(tool, argv, log, prepare, gpu):
+def _run(tool, argv, log, prepare):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(file, stream)
     sys.stdout = sys.stderr = os.fdopen(file, 'w', buffering=1)
     os.environ['LOCAL_RANK'] = '0'
-    if not gpu:
-        os.environ['CUDA_VISIBLE_DEVICES'] = ''
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''
     if prepare:
         prepare()
-    load_tool(tool).main(argv)
+    with no_curves():
+        load_tool(tool).main(argv)

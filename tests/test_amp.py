@@ -2,7 +2,6 @@
 
 import copy
 
-import forked
 import pytest
 import tiny
 import torch
@@ -21,12 +20,6 @@ from mmoverlock.models.layers import (
 )
 from mmoverlock.ops import contmix
 
-TINY = dict(
-    depths=(1, 1, 1, 1),
-    channels=(8, 16, 16, 32),
-    focus_depths=(2, 1),
-    focus_heads=(2, 2),
-)
 LAST_NORMS = (  # of the layers that make the maps of a stage
     *('patch_embed1.10', 'patch_embed2.1', 'patch_embed3.1'),
     *('patch_embed4.1', 'patch_embedx.x_proj.1', 'patch_embedx.h_proj.1'),
@@ -34,15 +27,6 @@ LAST_NORMS = (  # of the layers that make the maps of a stage
 LOSS_SCALE = 2.0**10
 BN = dict(type='BN')
 BLOCK = dict(kernel_size=13, drop_path=0.0, norm_cfg=BN, deploy=False)
-
-
-def randomize(model):
-    generator = torch.Generator().manual_seed(0)
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point() and tensor.std(correction=0) == 0:
-            noise = torch.rand(tensor.shape, generator=generator)
-            tensor.data.copy_(noise + 0.5)
-    return model
 
 
 def draw(*shape, scale=1.0):
@@ -64,7 +48,9 @@ def loss_of(outputs):
 def test_outputs_and_gradients(dtype, training):
     """Within a few roundings of double precision."""
     torch.manual_seed(0)
-    model = randomize(OverLoCK(TINY, fuse_overview=True)).train(training)
+    model = tiny.randomize(OverLoCK(tiny.DEEPER, fuse_overview=True)).train(
+        training
+    )
     exact = copy.deepcopy(model).double()
     x = draw(2, 3, 64, 96)
     expected = exact(x.double())
@@ -102,7 +88,7 @@ def layers():
 
 
 @pytest.mark.parametrize('dtype', tiny.HALF_FORMATS)
-@pytest.mark.parametrize('scale', [1e-4, 1e2, 1e4])
+@pytest.mark.parametrize('scale', [1e-4, 1e4])
 @pytest.mark.parametrize('name', layers())
 def test_large_and_small_activations(name, scale, dtype):
     """No NaN or infinity where single precision has none."""
@@ -133,7 +119,7 @@ def test_large_and_small_activations(name, scale, dtype):
 def test_large_activations_of_all_stages(dtype):
     """What stems and downsampling layers emit, scaled until it is 1e4."""
     torch.manual_seed(0)
-    model = randomize(OverLoCK(TINY, fuse_overview=True)).train()
+    model = tiny.randomize(OverLoCK(tiny.DEEPER, fuse_overview=True)).train()
     peaks = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.BatchNorm2d) and name in LAST_NORMS:
@@ -161,7 +147,7 @@ def test_large_activations_of_all_stages(dtype):
 def test_small_layer_scale(dtype):
     """The initial 1e-5 reaches its output, and gets its gradient."""
     torch.manual_seed(0)
-    model = OverLoCK(TINY, fuse_overview=True).train()
+    model = OverLoCK(tiny.DEEPER, fuse_overview=True).train()
     exact = copy.deepcopy(model).double()
     outputs = []
     for m in (model, exact):
@@ -221,7 +207,7 @@ def poisoned_memory():
 def test_gradient_scaler(poisoned_memory, dtype, size):
     """Finite gradients from a scaled loss, of tiny maps too."""
     torch.manual_seed(0)
-    model = randomize(OverLoCK(TINY, fuse_overview=True)).train()
+    model = tiny.randomize(OverLoCK(tiny.DEEPER, fuse_overview=True)).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     scaler = torch.amp.GradScaler('cpu', init_scale=LOSS_SCALE)
     with torch.autocast('cpu', dtype):
@@ -239,7 +225,7 @@ def test_gradient_scaler(poisoned_memory, dtype, size):
 def test_gradient_scaler_finds_its_scale():
     """Steps whose gradients overflow are left out, and soon there is none."""
     torch.manual_seed(0)
-    model = OverLoCK(TINY).train()
+    model = OverLoCK(tiny.DEEPER).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     first = scale = 2.0**24
     scaler = torch.amp.GradScaler('cpu', init_scale=first, backoff_factor=0.1)
@@ -261,7 +247,7 @@ def test_gradient_scaler_finds_its_scale():
 def test_converted_models(dtype):
     """Inference without autocast, of a model converted with .to()."""
     torch.manual_seed(0)
-    model = randomize(OverLoCK(TINY)).eval()
+    model = tiny.randomize(OverLoCK(tiny.DEEPER)).eval()
     x = draw(1, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)
@@ -319,17 +305,17 @@ def test_training_tracks_single_precision():
     ],
 )
 @pytest.mark.parametrize('scope', ['mmdet', 'mmpretrain'])
-def test_train(tmp_path, scope, wrapper):
+def test_train(tmp_path, monkeypatch, scope, wrapper):
     """--amp trains, detectors with mmcv's operators included."""
     pytest.importorskip('mmcv._ext', reason='needs compiled ops')
     pytest.importorskip(scope)
     write = tiny.classifier if scope == 'mmpretrain' else tiny.detector
     config = write(tmp_path)
-    log = forked.run(
-        *(config, '--work-dir', tmp_path / 'work', '--seed', 1, '--amp'),
-        *('--cfg-options', 'train_cfg.max_epochs=1'),
-        log=tmp_path / 'log',
-        gpu=wrapper == 'AmpOptimWrapper',
+    if wrapper == 'CPUAmpOptimWrapper':
+        monkeypatch.setattr('mmengine.device.utils.DEVICE', 'cpu')
+    log = tiny.run_tool(
+        *('train', config, '--work-dir', tmp_path / 'work', '--seed', 1),
+        *('--amp', '--cfg-options', 'train_cfg.max_epochs=1'),
     )
     assert f"type='{wrapper}'" in log
     checkpoint = torch.load(tmp_path / 'work/epoch_1.pth', weights_only=False)

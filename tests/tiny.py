@@ -1,6 +1,7 @@
 """Tiny models of the project's configs, their data, and runs of the tools."""
 
 import contextlib
+import functools
 import importlib.util
 import io
 import os
@@ -27,6 +28,7 @@ ARCH = dict(
     focus_heads=(2, 2),
 )
 HALF_FORMATS = [torch.bfloat16, torch.float16]
+DEEPER = ARCH | dict(depths=(1, 2, 1, 1), focus_depths=(2, 1))
 TEST_SET = 'test_dataloader.dataset'
 # Config files, and what makes their models tiny and their images small.
 CONFIGS = {
@@ -72,6 +74,7 @@ CONFIGS = {
 }
 
 
+@functools.cache
 def load_tool(name, folder='tools'):
     """The module of tools/<name>.py, or of a script in another folder."""
     path = ROOT / folder / f'{name}.py'
@@ -79,6 +82,16 @@ def load_tool(name, folder='tools'):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def randomize(model):
+    """Give norms, scales and biases values, which initially are 0 or 1."""
+    generator = torch.Generator().manual_seed(0)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and tensor.std(correction=0) == 0:
+            noise = torch.rand(tensor.shape, generator=generator)
+            tensor.data.copy_(noise + 0.5)
+    return model
 
 
 def forget_instances():
@@ -93,7 +106,12 @@ def forget_instances():
         kind._instance_dict.clear()
 
 
-def run_tool(name, *argv, status=0):
+def no_curves():
+    """Leave the curves of a training out, which take as long as it does."""
+    return mock.patch('mmoverlock.engine.hooks.draw_curves', lambda *args: {})
+
+
+def run_tool(name, *argv, status=0, curves=False):
     """Run ``tools/NAME.py ARGV`` in this process; return what it prints.
 
     forked.py runs them in processes of their own.
@@ -105,6 +123,8 @@ def run_tool(name, *argv, status=0):
         stack.enter_context(contextlib.redirect_stdout(output))
         stack.enter_context(contextlib.redirect_stderr(output))
         stack.callback(forget_instances)
+        if not curves:
+            stack.enter_context(no_curves())
         try:
             load_tool(name).main([str(arg) for arg in argv])
         except SystemExit as stop:
