@@ -390,7 +390,7 @@ def test_jit_trace(dtype):
     model = randomize(OverLoCK(SHORT, deploy=True)).eval().to(dtype)
     x, other = image(2, 32, 48).to(dtype).split(1)
     model(x)  # what it keeps of it must not show in the trace
-    traced = torch.jit.trace(model, x)
+    traced = torch.jit.trace(model, x, check_trace=False)
     with torch.jit.optimized_execution(False):
         torch.testing.assert_close(traced(other), model(other))
     torch.jit.save(traced, io.BytesIO())

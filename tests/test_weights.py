@@ -206,8 +206,7 @@ def test_merged_weights_do_not_train(released):
     'kind, arch, kwargs',
     [
         ('cls', 't', {}),
-        ('cls', 's', {'fuse_overview': True}),
-        ('det', 'b', {}),
+        ('det', 's', {'fuse_overview': True}),
         ('cls', 't', {'deploy': True}),
         ('reparam', 't', {'deploy': True}),
     ],
