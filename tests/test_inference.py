@@ -232,8 +232,10 @@ def config(scope='mmdet', **splits):
 
 
 @pytest.mark.parametrize('name', WRAPPED)
-@pytest.mark.parametrize('splits', [{}, dict(test=None), dict(train=LEAF)])
-@pytest.mark.parametrize('split', ['test', 'val'])
+@pytest.mark.parametrize(
+    ('splits', 'split'),
+    [({}, 'val'), (dict(test=None), 'val'), (dict(train=LEAF), 'test')],
+)
 def test_datasets(name, splits, split):
     """In any wrapper, for testing or else validating."""
     cfg = config(**splits | {split: WRAPPED[name]})
