@@ -229,35 +229,6 @@ def check_exact(mask):
     assert all(tool.signed_area(loop) > 0 for loop in tool.polygons(mask))
 
 
-def test_occluder_makes_a_hole_that_decodes_exactly():
-    rng = np.random.default_rng(0)
-    canvas = tool.Canvas(np.full((64, 64, 3), 128.0))
-    assert canvas.draw(rng, 'sports ball', [32 + 50 * tool.disc()])
-    assert canvas.draw(rng, 'pizza', [32 + 20 * tool.TRIANGLE])
-    outer, inner = canvas.masks()
-    assert outer[32, 10] and not outer[32, 32] and inner[32, 32]
-    assert len(tool.polygons(outer)) == 2
-    check_exact(outer)
-
-
-@pytest.mark.parametrize('draw', [tool.draw_coco, tool.draw_ade20k])
-def test_objects_stand_out(draw):
-    for index in range(1, 9):
-        canvas, *_, jpeg = draw('train', index, 128, 0)
-        picture = pixels(jpeg)
-        for k, drawn in enumerate(canvas.objects, start=1):
-            if drawn.crowd:
-                continue
-            mask = canvas.owner == k
-            around = mask
-            for axis in (0, 1):
-                around = sum(np.roll(around, i, axis) for i in (-2, 0, 2)) > 0
-            colour = picture[mask].mean(axis=0)
-            surroundings = picture[around & ~mask]
-            distance = np.linalg.norm(surroundings - colour, axis=1)
-            assert np.median(distance) > 40
-
-
 def test_ade20k_files(ade20k):
     names = {'sample_data.json'}
     for split, count in COUNTS.items():
@@ -478,36 +449,6 @@ def test_real_data_put_into_an_unfinished_folder_is_kept(tmp_path, capsys):
     path = tmp_path / 'annotations' / 'instances_train2017.json'
     path.write_text('real')
     assert_refused(command, tmp_path, capsys)
-
-
-def test_file_is_no_folder(tmp_path, capsys):
-    out = tmp_path / 'coco'
-    out.write_text('mine')
-    with pytest.raises(SystemExit) as exit_info:
-        tool.main(['coco', str(out)])
-    assert exit_info.value.code == 2
-    assert str(out) in capsys.readouterr().err
-    assert out.read_text() == 'mine'
-
-
-@pytest.mark.parametrize(
-    'arguments',
-    [
-        ['coco', 'OUT', '--images=0'],
-        ['coco', 'OUT', '--images=many'],
-        ['coco', 'OUT', '--size=63'],
-        ['coco', 'OUT', '--seed=-1'],
-        ['cityscapes', 'OUT'],
-    ],
-)
-def test_bad_values_are_refused(arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit_info:
-        tool.main(arguments)
-    assert exit_info.value.code == 2
-    value = arguments[-1].split('=')[-1] if len(arguments) > 2 else 'citysc'
-    assert value in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
 
 
 def test_runs_as_a_script(tmp_path):
