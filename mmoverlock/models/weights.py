@@ -271,6 +271,7 @@ def load_pretrained(
     if prefix or not is_release(state):
         prefix = (prefix or 'backbone').removesuffix('.') + '.'
         state = take(state, prefix) or state
-    optional = *OUTPUT_LAYERS, *({STEM} & state.keys())
+    stem = {STEM} & state.keys()
+    optional = *OUTPUT_LAYERS, *stem, *backbone.optional_weights
     fitting = fit(state, backbone, checkpoint, optional)
     backbone.load_state_dict(fitting, strict=False)
