@@ -44,6 +44,7 @@ DROP_PATH = {
     'upernet': {'xt': 0.1, 't': 0.2, 's': 0.3, 'b': 0.5},
     'imagenet': {'xt': 0.1, 't': 0.15, 's': 0.4, 'b': 0.5},
     'drop_in': DETECTION,
+    'ablation': {'xt': 0.1},
 }
 
 
@@ -118,7 +119,7 @@ def test_name_says_arch(built):
         return
     assert backbone.arch == arch
     assert backbone.drop_path_rate == DROP_PATH[folder][arch]
-    if folder == 'imagenet':
+    if cfg.default_scope == 'mmpretrain':
         assert 'init_cfg' not in backbone
         return
     assert cfg.sync_bn == 'torch'
@@ -127,7 +128,8 @@ def test_name_says_arch(built):
         'checkpoint': f'{RELEASE}overlock_{arch}_in1k_224.pth',
     }
     if folder != 'drop_in':
-        assert backbone.get('fuse_overview', False) == (folder != 'upernet')
+        fused = folder in ('mask_rcnn', 'cascade_mask_rcnn')
+        assert backbone.get('fuse_overview', False) == fused
 
 
 def test_optimizer(built):

@@ -1,12 +1,14 @@
 """Variants for ablations: what each one changes, and that it is a network."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from fusion import assert_fuses, far
 from mmengine.registry import MODELS
+from tiny import load_tool
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -593,6 +595,19 @@ def test_full_weights_load(name, tmp_path, monkeypatch):
     assert ('of another shape' in text) == bool(reshaped)
 
 
+def test_merging_a_file(tmp_path):
+    """Trained without dilated branches, loaded into the merged form."""
+    model = far(build(remove=['dilated']))
+    path = str(tmp_path / 'trained.pth')
+    torch.save(model.state_dict(), path)
+    cfg = dict(type='Pretrained', checkpoint=path)
+    merged = build(remove=['dilated'], deploy=True, init_cfg=cfg).double()
+    merged.init_weights()
+    x = image().double()
+    with torch.no_grad():
+        torch.testing.assert_close(merged.eval()(x), model(x))
+
+
 def test_other_weights_do_not_load(tmp_path):
     """Only what a variant changes may be missing or of another shape."""
     other = OverLoCK(ARCH | dict(channels=(8, 16, 48, 32)))
@@ -601,3 +616,11 @@ def test_other_weights_do_not_load(tmp_path):
     cfg = dict(type='Pretrained', checkpoint=path)
     with pytest.raises(CheckpointError, match='does not fit the model'):
         build(remove=['kernel_guidance'], init_cfg=cfg).init_weights()
+
+
+@pytest.mark.parametrize('name', ['static', 'no small_kernel'])
+def test_no_kernels_to_show(name):
+    tool = load_tool('visualize')
+    args = SimpleNamespace(stage=3, block=-1)
+    with pytest.raises(tool.cli.UserError, match='kernels of two sizes'):
+        tool.draw_kernels(build(**VARIANTS[name]), [], args)

@@ -178,9 +178,7 @@ class WithoutDilated(Variant):
         super().__init__(*args, **kwargs)
         for module in self.modules():
             if isinstance(module, DilatedReparamConv):
-                for name in sum(module.branches[1:], ()):
-                    delattr(module, name)
-                del module.branches[1:]
+                module.drop_dilated()
 
 
 class WithoutSmallKernel(VariantFocusBlock):

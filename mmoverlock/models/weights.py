@@ -108,6 +108,8 @@ def merge(state: State, eps: float = 1e-5) -> State:
             conv = DilatedReparamConv(
                 len(large), large.shape[-1], dict(type='BN', eps=eps)
             ).to(large.dtype)
+            if not any(name.startswith('dil_') for name in branches):
+                conv.drop_dilated()  # of a variant without
             conv.load_state_dict(branches)
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
