@@ -64,6 +64,22 @@ def test_parameters(link, parameters, flops):
     assert f'{count / 1e6:.2f}' == parameters
 
 
+def test_table(capsys):
+    """A row a config; links are from the folder of the last one."""
+    names = '../imagenet/overlock_xt_300e.py', 'overlock_xt_static_300e.py'
+    paths = [str(FOLDER / name) for name in names]
+    tool.main(['--table', *paths, '--shape', '64', '64'])
+    title, line, *rows = capsys.readouterr().out.splitlines()[-4:]
+    assert title == '| Config | Parameters (M) | FLOPs (G) |'
+    assert line == '| --- | --- | --- |'
+    parameters = {link: value for link, value, _ in ROWS}
+    for name, row in zip(names, rows, strict=True):
+        _, link, value, flops, _ = row.split('|')
+        assert link.strip() == f'[{os.path.basename(name)}]({name})'
+        assert value.strip() == parameters[name]
+        assert 0.1 < float(flops) < 0.5
+
+
 def check(link, parameters, flops):
     cfg = read(link)
     with torch.device('meta'):

@@ -296,9 +296,9 @@ def attend(
     if exact:
         plan = _each_window(plan, height, width, size)
 
-    def by_group(maps, index):  # to (B, G, tiles, positions of each, C / G)
+    def by_tile(maps, index):  # to (B, G * tiles, positions of each, C / G)
         maps = maps.flatten(2).unflatten(1, (groups, -1)).mT
-        return maps[:, :, index]
+        return maps[:, :, index].flatten(1, 2)
 
     bias = table.flatten(1)[:, plan.windows][:, plan.bias]
     bias = bias.unflatten(1, (len(plan.regions), -1))
@@ -307,14 +307,14 @@ def attend(
         masked = bias.new_full(shape, -torch.inf)
         bias = masked.scatter(-1, plan.taps.expand_as(bias), bias)
     mixed = F.scaled_dot_product_attention(
-        by_group(query, plan.positions.view(bias.shape[1:3])),
-        by_group(key, plan.regions),
-        by_group(value, plan.regions),
-        bias,
+        by_tile(query, plan.positions.view(bias.shape[1:3])),
+        by_tile(key, plan.regions),
+        by_tile(value, plan.regions),
+        bias.flatten(0, 1),
         scale=1.0,
     )
-    mixed = mixed.flatten(2, 3)[:, :, plan.order]
-    return mixed.mT.reshape(value.shape)
+    mixed = mixed.unflatten(1, bias.shape[:2]).flatten(2, 3)
+    return mixed[:, :, plan.order].mT.reshape(value.shape)
 
 
 def _each_window(plan, height, width, size):
