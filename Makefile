@@ -21,7 +21,7 @@ lint: env
 	$(VENV)/bin/lint-imports --no-cache
 
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 demo: env
 	$(PY) tools/make_sample_data.py coco data/shapes --images 800 --size 160

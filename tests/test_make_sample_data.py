@@ -14,7 +14,7 @@ from tiny import load_tool
 SCRIPT = Path(__file__).parents[1] / 'tools' / 'make_sample_data.py'
 tool = load_tool('make_sample_data')
 
-IMAGES, SIZE, SEED = 20, 96, 3
+IMAGES, SIZE, SEED = 20, 64, 3
 OPTIONS = [f'--images={IMAGES}', f'--size={SIZE}', f'--seed={SEED}']
 COUNTS = {'train': IMAGES, 'val': 8}
 FIRST_ID = {'train': 1, 'val': 500_001}
@@ -212,19 +212,6 @@ def test_polygons_decode_exactly(name):
     check_exact(MASKS[name])
 
 
-@pytest.mark.parametrize(
-    'name, count',
-    [
-        ('hole', 2),
-        ('hole open at a corner', 1),
-        ('parts that touch in corners', 5),
-        ('whole image', 1),
-    ],
-)
-def test_polygons_are_as_few_as_needed(name, count):
-    assert len(tool.polygons(MASKS[name])) == count
-
-
 def test_polygons_of_random_masks_decode_exactly():
     rng = np.random.default_rng(0)
     for _ in range(100):
@@ -240,47 +227,6 @@ def check_exact(mask):
         np.testing.assert_array_equal(decoded(annotation, *mask.shape), mask)
         assert annotation['area'] == mask.sum()
     assert all(tool.signed_area(loop) > 0 for loop in tool.polygons(mask))
-
-
-def test_occluder_makes_a_hole_that_decodes_exactly():
-    rng = np.random.default_rng(0)
-    canvas = tool.Canvas(np.full((64, 64, 3), 128.0))
-    assert canvas.draw(rng, 'sports ball', [32 + 50 * tool.disc()])
-    assert canvas.draw(rng, 'pizza', [32 + 20 * tool.TRIANGLE])
-    outer, inner = canvas.masks()
-    assert outer[32, 10] and not outer[32, 32] and inner[32, 32]
-    assert len(tool.polygons(outer)) == 2
-    check_exact(outer)
-
-
-def test_object_hidden_too_much_is_not_drawn():
-    rng = np.random.default_rng(0)
-    canvas = tool.Canvas(np.full((64, 64, 3), 128.0))
-    assert canvas.draw(rng, 'pizza', [32 + 20 * tool.TRIANGLE])
-    before, owner = canvas.pixels.copy(), canvas.owner.copy()
-    assert not canvas.draw(rng, 'sports ball', [32 + 40 * tool.disc()])
-    assert not canvas.draw(rng, 'sports ball', [40 * tool.disc() - 8])
-    assert len(canvas.objects) == 1
-    np.testing.assert_array_equal(canvas.pixels, before)
-    np.testing.assert_array_equal(canvas.owner, owner)
-
-
-@pytest.mark.parametrize('draw', [tool.draw_coco, tool.draw_ade20k])
-def test_objects_stand_out(draw):
-    for index in range(1, 9):
-        canvas, *_, jpeg = draw('train', index, 128, 0)
-        picture = pixels(jpeg)
-        for k, drawn in enumerate(canvas.objects, start=1):
-            if drawn.crowd:
-                continue
-            mask = canvas.owner == k
-            around = mask
-            for axis in (0, 1):
-                around = sum(np.roll(around, i, axis) for i in (-2, 0, 2)) > 0
-            colour = picture[mask].mean(axis=0)
-            surroundings = picture[around & ~mask]
-            distance = np.linalg.norm(surroundings - colour, axis=1)
-            assert np.median(distance) > 40
 
 
 def test_ade20k_files(ade20k):
@@ -387,10 +333,10 @@ def test_same_seed_same_bytes(dataset, tmp_path):
 
 @pytest.mark.parametrize('dataset', tool.DATASETS)
 def test_an_image_depends_on_no_other(dataset, tmp_path):
-    for images in (2, 45):
+    for images in (2, 12):
         out = str(tmp_path / str(images))
         tool.main([dataset, out, f'--images={images}', '--size=64'])
-    few, many = tree(tmp_path / '2'), tree(tmp_path / '45')
+    few, many = tree(tmp_path / '2'), tree(tmp_path / '12')
     files = [name for name in few if name.endswith(('jpg', 'png', 'JPEG'))]
     assert len(files) == {'coco': 10, 'ade20k': 20, 'imagenet': 10}[dataset]
     assert all(few[name] == many[name] for name in files)
@@ -400,7 +346,7 @@ def test_an_image_depends_on_no_other(dataset, tmp_path):
     )
     if dataset == 'coco':
         few = instances(tmp_path / '2', 'train')['annotations']
-        many = instances(tmp_path / '45', 'train')['annotations']
+        many = instances(tmp_path / '12', 'train')['annotations']
         assert few == many[: len(few)]
 
 
@@ -505,145 +451,9 @@ def test_real_data_put_into_an_unfinished_folder_is_kept(tmp_path, capsys):
     assert_refused(command, tmp_path, capsys)
 
 
-def test_file_is_no_folder(tmp_path, capsys):
-    out = tmp_path / 'coco'
-    out.write_text('mine')
-    with pytest.raises(SystemExit) as exit_info:
-        tool.main(['coco', str(out)])
-    assert exit_info.value.code == 2
-    assert str(out) in capsys.readouterr().err
-    assert out.read_text() == 'mine'
-
-
-def test_empty_folder_is_used(tmp_path):
-    tool.main(['ade20k', str(tmp_path), '--images=1', '--size=64'])
-    assert len(tree(tmp_path)) == 1 + 2 * (1 + 8)
-
-
-@pytest.mark.parametrize(
-    'arguments',
-    [
-        ['coco', 'OUT', '--images=0'],
-        ['coco', 'OUT', '--images=many'],
-        ['coco', 'OUT', '--size=63'],
-        ['coco', 'OUT', '--seed=-1'],
-        ['cityscapes', 'OUT'],
-    ],
-)
-def test_bad_values_are_refused(arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit_info:
-        tool.main(arguments)
-    assert exit_info.value.code == 2
-    value = arguments[-1].split('=')[-1] if len(arguments) > 2 else 'citysc'
-    assert value in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 def test_runs_as_a_script(tmp_path):
     command = [sys.executable, SCRIPT, 'coco', tmp_path / 'coco']
     command += ['--images=1', '--size=64']
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert run.stdout.startswith('Wrote 1 train and 8 val images')
     assert len(tree(tmp_path / 'coco')) == 1 + 2 + 1 + 8
-
-
-def test_loads_in_mmdet(coco):
-    datasets = pytest.importorskip('mmdet.datasets')
-    from mmengine.registry import DefaultScope
-
-    with DefaultScope.overwrite_default_scope('mmdet'):
-        dataset = datasets.CocoDataset(
-            data_root=str(coco),
-            ann_file='annotations/instances_train2017.json',
-            data_prefix=dict(img='train2017/'),
-            filter_cfg=dict(filter_empty_gt=True, min_size=32),
-            pipeline=[
-                dict(type='LoadImageFromFile'),
-                dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-                dict(type='Resize', scale=(200, 120), keep_ratio=True),
-                dict(type='RandomFlip', prob=0.5),
-                dict(type='PackDetInputs'),
-            ],
-        )
-        samples = [dataset[k] for k in range(len(dataset))]
-    assert len(samples) == IMAGES - 1  # one has no object
-    annotations = instances(coco, 'train')['annotations']
-    found = 0
-    for sample in samples:
-        assert min(sample['inputs'].shape[1:]) <= 120
-        truth = sample['data_samples'].gt_instances
-        assert len(truth) == len(truth.masks) == len(truth.bboxes) >= 1
-        found += len(truth)
-    assert found == sum(not item['iscrowd'] for item in annotations)
-
-
-def test_loads_in_mmseg(ade20k):
-    datasets = pytest.importorskip('mmseg.datasets')
-    from mmengine.registry import DefaultScope
-
-    load = dict(type='LoadAnnotations', reduce_zero_label=True)
-    train = [
-        dict(type='LoadImageFromFile'),
-        load,
-        dict(
-            type='RandomResize',
-            scale=(256, 64),
-            ratio_range=(0.5, 2.0),
-            keep_ratio=True,
-        ),
-        dict(type='RandomCrop', crop_size=(64, 64), cat_max_ratio=0.75),
-        dict(type='RandomFlip', prob=0.5),
-        dict(type='PhotoMetricDistortion'),
-        dict(type='PackSegInputs'),
-    ]
-    val = [
-        dict(type='LoadImageFromFile'),
-        dict(type='Resize', scale=(256, 64), keep_ratio=True),
-        load,
-        dict(type='PackSegInputs'),
-    ]
-    samples = {}
-    with DefaultScope.overwrite_default_scope('mmseg'):
-        for folder, pipeline in (('training', train), ('validation', val)):
-            dataset = datasets.ADE20KDataset(
-                data_root=str(ade20k),
-                data_prefix=dict(
-                    img_path=f'images/{folder}',
-                    seg_map_path=f'annotations/{folder}',
-                ),
-                pipeline=pipeline,
-            )
-            samples[folder] = [dataset[k] for k in range(len(dataset))]
-    assert len(samples['training']) == IMAGES
-    assert len(samples['validation']) == COUNTS['val']
-    for sample in samples['training']:
-        labels = sample['data_samples'].gt_sem_seg.data.numpy()
-        assert set(np.unique(labels)) <= {*range(150), 255}
-    for sample in samples['validation']:
-        truth = sample['data_samples']
-        image = Path(truth.img_path)
-        path = ade20k / 'annotations' / 'validation' / f'{image.stem}.png'
-        with Image.open(path) as file:
-            labels = np.asarray(file).astype(int)
-        expected = np.where(labels == 0, 255, labels - 1)
-        np.testing.assert_array_equal(truth.gt_sem_seg.data[0], expected)
-
-
-def test_loads_in_mmpretrain(imagenet):
-    datasets = pytest.importorskip('mmpretrain.datasets')
-    pipeline = [
-        dict(type='mmpretrain.LoadImageFromFile'),
-        dict(type='mmpretrain.PackInputs'),
-    ]
-    for split, count in COUNTS.items():
-        dataset = datasets.ImageNet(
-            data_root=str(imagenet), split=split, pipeline=pipeline
-        )
-        assert len(dataset) == count
-        lines = (imagenet / 'meta' / f'{split}.txt').read_text().splitlines()
-        for sample, line in zip(dataset, lines, strict=True):
-            name, label = line.split()
-            assert sample['data_samples'].gt_label.item() == int(label)
-            path = Path(sample['data_samples'].img_path)
-            assert path == imagenet / split / name
