@@ -52,7 +52,10 @@ def commands(page):
 def definitions(module):
     """The names that a file of Python code binds at its top."""
     names = set()
-    for node in ast.parse(read(module)).body:
+    body = ast.parse(read(module)).body
+    for node in body:
+        if isinstance(node, ast.If):  # such as TYPE_CHECKING
+            body += node.body
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             names.add(node.name)
         elif isinstance(node, ast.ImportFrom):
