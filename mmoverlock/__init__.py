@@ -5,6 +5,7 @@ are first asked for.
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,11 +24,34 @@ __all__ = [
     'ContMixBlock',
     'OverLoCK',
     'OverLoCKClassifier',
+    'config',
     'overlock_b',
     'overlock_s',
     'overlock_t',
     'overlock_xt',
 ]
+
+
+def config(name: str) -> str:
+    """The file of a config that comes with this package.
+
+    Args:
+        name (str): Folder and file, such as 'mask_rcnn/overlock_t_1x.py'.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    folder = Path(__file__).parent / '.mim' / 'configs'
+    path = folder / name
+    if not path.is_file():
+        known = sorted(
+            item.relative_to(folder).as_posix()
+            for item in folder.glob('[!_]*/*.py')
+        )
+        raise FileNotFoundError(
+            f'mmoverlock has no config {name!r}, but {", ".join(known)}'
+        )
+    return str(path)
 
 
 def __getattr__(name):
