@@ -234,7 +234,11 @@ def load_config(args):
     Raises:
         UserError: If the file, an option or an installed package is bad.
     """
-    path = Path(args.config)
+    package, _, name = args.config.partition('::')
+    try:
+        path = Path(config(name) if package == 'mmoverlock' else args.config)
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from error
     if not path.is_file():
         near = {*path.parent.glob('*.py'), *Path('configs').glob('[!_]*/*.py')}
         raise UserError(

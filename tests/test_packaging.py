@@ -164,7 +164,7 @@ for path in (mim / 'configs').glob('[!_]*/*.py'):
     name = path.relative_to(mim / 'configs').as_posix()
     found[name] = get_config(f'mmoverlock::{name}').to_dict()
 tools = {path.stem: runpy.run_path(path) for path in mim.glob('tools/*.py')}
-tools['get_flops']['main']([f'{mim}/configs/imagenet/overlock_xt_300e.py'])
+tools['get_flops']['main'](['mmoverlock::imagenet/overlock_xt_300e.py'])
 own = [m for name, m in sys.modules.items() if name.startswith('mmoverlock')]
 print(json.dumps([found, [*tools], [module.__file__ for module in own]]))
 """
