@@ -275,7 +275,9 @@ def read_masks(args):
         shared['ignore_index'] = ignored
     size = classes if isinstance(classes, int) else len(classes)
     counted = pixels['train'][zero : size + zero].tolist()
-    keys = range(size) if isinstance(classes, int) else classes
+    keys = classes
+    if isinstance(classes, int):
+        keys = [f'class {i}' for i in range(size)]
     counts = dict(zip(keys, counted, strict=True))
     return Data(images, splits, classes, counts, 'pixels', shared, ignored)
 

@@ -89,9 +89,9 @@ def at_coco(folder):
 # By dataset of the metafiles: the option that says where it is, and what of
 # the config this changes.
 DATASETS = {
-    'ImageNet-1k': ('imagenet', at_root),
-    'COCO': ('coco', at_coco),
-    'ADE20K': ('ade20k', at_root),
+    'ImageNet-1k': ('--imagenet', at_root),
+    'COCO': ('--coco', at_coco),
+    'ADE20K': ('--ade20k', at_root),
 }
 
 
@@ -132,9 +132,14 @@ def released():
                 yield job._replace(published=dict(mIoU=None), tta=True)
 
 
+def folder_of(dataset, args):
+    """Where a dataset is, if that was given."""
+    return getattr(args, DATASETS[dataset][0].removeprefix('--'))
+
+
 def choose(args):
     """The tests of what is asked for, those of small models first."""
-    given = {name for name, (key, _) in DATASETS.items() if getattr(args, key)}
+    given = {name for name in DATASETS if folder_of(name, args)}
     if not given:
         raise cli.UserError(
             'name the data of at least one of --coco, --ade20k and --imagenet'
@@ -154,8 +159,7 @@ def choose(args):
 
 def changes(job, args):
     """What of the config the place of its data changes."""
-    option, change = DATASETS[job.dataset]
-    return change(getattr(args, option))
+    return DATASETS[job.dataset][1](folder_of(job.dataset, args))
 
 
 def check(jobs, args):
@@ -345,7 +349,7 @@ def build_parser():
     )
     for name, (option, _) in DATASETS.items():
         parser.add_argument(
-            f'--{option}',
+            option,
             type=Path,
             metavar='DIR',
             help=f'where {name} is, as docs/data.md says',
