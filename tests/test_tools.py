@@ -445,21 +445,6 @@ def test_local_rank_under_mpi(monkeypatch):
     assert os.environ['LOCAL_RANK'] == '3'
 
 
-def test_amp(monkeypatch):
-    cfg = Config.fromfile(MASK_RCNN)
-    args = train.build_parser().parse_args([str(MASK_RCNN), '--amp'])
-    monkeypatch.setattr(train, 'get_device', lambda: 'mps')
-    with pytest.raises(train.cli.UserError, match='mps'):
-        train.apply_options(cfg, args)
-    monkeypatch.setattr(train, 'get_device', lambda: 'cuda')
-    train.apply_options(cfg, args)
-    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
-    assert cfg.optim_wrapper.loss_scale == 'dynamic'
-    cfg.optim_wrapper.type = 'OptimWrapperDict'
-    with pytest.raises(train.cli.UserError, match='OptimWrapperDict'):
-        train.apply_options(cfg, args)
-
-
 def test_auto_scale_lr_without_base(mistake):
     message = mistake(
         *('train', MASK_RCNN, '--auto-scale-lr'),
