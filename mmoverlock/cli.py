@@ -23,6 +23,7 @@ from mmengine.registry import RUNNERS, registry
 from mmengine.runner import Runner
 from mmengine.utils import get_object_from_string
 
+from . import config
 from .allocator import keep_freed_memory
 from .checkpoint import CheckpointError, load_safely, save_safely
 from .data import DataError, checked
@@ -43,6 +44,20 @@ def object_of(path: str) -> Any:
     except (ImportError, AttributeError, ValueError):
         return get_object_from_string(path)
 
+
+def config_of(path: str, filename: str) -> tuple[str, str | None]:
+    """Where a base config is, and the scope that its types get.
+
+    mmengine's own function knows no ``mmoverlock::``, and would look for all
+    types in a registry of that name.
+    """
+    package, _, name = path.partition('::')
+    if package == 'mmoverlock':
+        return config(name), None
+    return _get_cfg_path(path, filename)
+
+
+_get_cfg_path = Config._get_cfg_path
 
 # Runner's arguments, and what else mm* packages read from the top level.
 TOP_LEVEL_KEYS = {
@@ -77,6 +92,7 @@ def set_up() -> None:
     load_safely()
     save_safely()
     registry.get_object_from_string = object_of
+    Config._get_cfg_path = staticmethod(config_of)
 
 
 @contextlib.contextmanager
@@ -185,7 +201,11 @@ def load_config(args: Namespace) -> Config:
     Raises:
         UserError: If the file, an option or an installed package is bad.
     """
-    path = Path(args.config)
+    package, _, name = args.config.partition('::')
+    try:
+        path = Path(config(name) if package == 'mmoverlock' else args.config)
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from error
     if not path.is_file():
         near = {*path.parent.glob('*.py'), *Path('configs').glob('[!_]*/*.py')}
         raise UserError(

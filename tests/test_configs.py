@@ -96,7 +96,7 @@ def test_backbone(path):
         assert 'init_cfg' not in backbone
         return
     assert backbone.arch == arch
-    if folder == 'imagenet':
+    if cfg.default_scope == 'mmpretrain':
         assert 'init_cfg' not in backbone
         return
     assert cfg.sync_bn == 'torch'
@@ -105,12 +105,13 @@ def test_backbone(path):
         'checkpoint': f'{RELEASE}overlock_{arch}_in1k_224.pth',
     }
     if folder != 'drop_in':
-        assert backbone.get('fuse_overview', False) == (folder != 'upernet')
+        fused = folder in ('mask_rcnn', 'cascade_mask_rcnn')
+        assert backbone.get('fuse_overview', False) == fused
 
 
 @pytest.mark.parametrize('path', PATHS)
 def test_optimizer(path):
-    """No parameter with norm in its name decays, and all others do."""
+    """No norm and no table of position biases decays, and all others do."""
     cfg = read(path)
     cfg.model.backbone.arch = tiny.ARCH  # the rule is one for all
     with torch.device('meta'):
@@ -127,7 +128,8 @@ def test_optimizer(path):
         return  # the rule is that of another recipe
     decay = cfg.optim_wrapper.optimizer.weight_decay
     for name, parameter in model.named_parameters():
-        expected = 0 if 'norm' in name else decay
+        spared = 'norm' in name or 'relative_position_bias_table' in name
+        expected = 0 if spared else decay
         assert decays.pop(id(parameter)) == expected, name
     assert not decays
 

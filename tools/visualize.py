@@ -192,11 +192,10 @@ def draw_prior(backbone, images, args):
     for name, inputs, picture in images:
         with recording(overview=overview, focus=focus) as outputs:
             backbone(inputs)
-        updated = outputs['focus'].split(focus.splits, dim=1)[1]
-        maps = {
-            'context prior P0': outputs['overview'][0],
-            'P after stage 3': updated[0],
-        }
+        updated = outputs['focus'][:, backbone.channels[2] :]
+        maps = {'context prior P0': outputs['overview'][0]}
+        if updated.shape[1]:  # which a variant may not have
+            maps['P after stage 3'] = updated[0]
         path = args.out / f'{name}_prior.png'
         show_maps(maps, picture, inputs.shape[2:], path)
 
@@ -250,6 +249,10 @@ def draw_kernels(backbone, images, args):
             f'{len(blocks) - 1}; negative numbers count from the last'
         )
     block = blocks[args.block]
+    if not hasattr(block, 'weight_query') or not hasattr(block, 'rpb1'):
+        raise cli.UserError(
+            'the blocks of this variant do not make kernels of two sizes'
+        )
     for name, inputs, picture in images:
         with recording(query=block.weight_query, key=block.weight_key) as got:
             backbone(inputs)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dist import all_reduce_params, get_rank, master_only
-from mmengine.hooks import EMAHook, Hook
+from mmengine.hooks import EMAHook, Hook, LoggerHook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
@@ -137,9 +137,18 @@ class Reseed(Hook):
 
 @HOOKS.register_module(force=True)
 class CurvesHook(Hook):
-    """Draws the curves when a training is over."""
+    """Draws the curves when a training is over.
+
+    A training of fewer iterations than are logged is logged more often.
+    """
 
     priority = 'LOWEST'  # when all else is logged
+
+    def before_train(self, runner: Runner) -> None:
+        for hook in runner.hooks:
+            if isinstance(hook, LoggerHook):
+                half = max(runner.max_iters // 2, 1)
+                hook.interval = min(hook.interval, half)
 
     @master_only
     def after_train(self, runner: Runner) -> None:

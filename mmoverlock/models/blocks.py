@@ -132,6 +132,9 @@ class FocusBlock(nn.Module):
             'auto'.
         contmix_backend (str): See :func:`mmoverlock.ops.contmix`. Defaults to
             'auto'.
+        key_channels (int, optional): Channels, the last of those that
+            :meth:`dynamic_conv` is given, that keys are made from. Defaults
+            to those of the prior.
     """
 
     def __init__(
@@ -147,9 +150,12 @@ class FocusBlock(nn.Module):
         deploy: bool,
         depthwise_backend: str = 'auto',
         contmix_backend: str = 'auto',
+        key_channels: int | None = None,
     ):
         super().__init__()
-        self.splits = (channels, prior_channels)
+        if key_channels is None:
+            key_channels = prior_channels
+        self.splits = (channels, key_channels)
         self.first = first
         self.kernel_size = kernel_size
         self.contmix_backend = contmix_backend
@@ -187,7 +193,7 @@ class FocusBlock(nn.Module):
         self.weight_query = nn.Sequential(*conv_bn(channels, channels // 2))
         self.weight_key = nn.Sequential(
             nn.AdaptiveAvgPool2d(NUM_REGIONS),
-            *conv_bn(prior_channels, channels // 2),
+            *conv_bn(key_channels, channels // 2),
         )
         # The logits of both kernels, from the affinities to the regions.
         self.weight_proj = nn.Conv2d(

@@ -21,6 +21,7 @@ from .blocks import FocusBlock, RepConvBlock
 from .layers import GRN, DWConv, PointwiseConv, ResDWConv, StridedConv
 from .overlock import OverLoCK
 from .reparam import DilatedReparamConv
+from .variants import OverLoCKVariant, Variant
 
 CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d, PointwiseConv, StridedConv, DWConv
 try:
@@ -178,15 +179,16 @@ def _fuse_own(model: nn.Module) -> None:
         elif type(module) is ResDWConv and are_own(module):
             module.absorb_residual()
     for module in modules:
-        if type(module) not in (OverLoCK, RepConvBlock, FocusBlock):
+        own = OverLoCK, OverLoCKVariant, RepConvBlock, FocusBlock
+        if type(module) not in own and not isinstance(module, Variant):
             continue
         downsampling = getattr(module, 'patch_embedx', {}).values()
         for part in (*module.children(), *downsampling):
             if type(part) is nn.Sequential and are_own(part):
                 _merge(part)
-        if type(module) is RepConvBlock:
+        if isinstance(module, RepConvBlock):
             move_bias(module.ls, module.proj[-2])
-        elif type(module) is FocusBlock:
+        elif isinstance(module, FocusBlock):
             move_bias(module.ls1, module.proj[-1])
             move_bias(module.ls2, module.mlp[-1])
             if not module.first:

@@ -138,6 +138,9 @@ class OverLoCK(BaseModule):
         'sub_blocks3',
         'sub_blocks4',
     )
+    block_type = RepConvBlock
+    focus_block_type = FocusBlock
+    optional_weights = ()  # may be missing from what `init_cfg` loads
     # Modules that each step of `frozen_stages` adds, from 0 to 4.
     freezing_steps = (
         ('patch_embed1',),
@@ -277,7 +280,7 @@ class OverLoCK(BaseModule):
     ) -> nn.ModuleList:
         """Stage 0 to 2 of the Base-Net, or 3, the Overview-Net."""
         return nn.ModuleList(
-            RepConvBlock(
+            self.block_type(
                 self.channels[stage],
                 kernel_size=self.kernel_sizes[stage],
                 layer_scale=stage >= 2,
@@ -292,7 +295,7 @@ class OverLoCK(BaseModule):
     ) -> nn.ModuleList:
         """Stage 2 or 3 of the Focus-Net, as wide as that of the Base-Net."""
         return nn.ModuleList(
-            FocusBlock(
+            self.focus_block_type(
                 self.channels[stage],
                 self.prior_channels,
                 kernel_size=self.kernel_sizes[stage],

@@ -169,6 +169,12 @@ class DilatedReparamConv(nn.Module):
             merged[..., taps, taps] += conv.weight * scale[:, None, None, None]
         return merged, bias
 
+    def drop_dilated(self) -> None:
+        """Leave the large kernel and its batch norm alone."""
+        for name in sum(self.branches[1:], ()):
+            delattr(self, name)
+        del self.branches[1:]
+
     @torch.no_grad()
     def switch_to_deploy(self) -> None:
         """Replace the branches by the convolution they add up to."""

@@ -108,6 +108,8 @@ def merge(state: State, eps: float = 1e-5) -> State:
             conv = DilatedReparamConv(
                 len(large), large.shape[-1], dict(type='BN', eps=eps)
             ).to(large.dtype)
+            if not any(name.startswith('dil_') for name in branches):
+                conv.drop_dilated()  # of a variant without
             conv.load_state_dict(branches)
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
@@ -271,6 +273,7 @@ def load_pretrained(
     if prefix or not is_release(state):
         prefix = (prefix or 'backbone').removesuffix('.') + '.'
         state = take(state, prefix) or state
-    optional = *OUTPUT_LAYERS, *({STEM} & state.keys())
+    stem = {STEM} & state.keys()
+    optional = *OUTPUT_LAYERS, *stem, *backbone.optional_weights
     fitting = fit(state, backbone, checkpoint, optional)
     backbone.load_state_dict(fitting, strict=False)
