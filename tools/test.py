@@ -11,7 +11,6 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import METRICS
 
 from mmoverlock import cli, data
-from mmoverlock.inference import unwrap
 from mmoverlock.models.fuse import fuse
 
 
@@ -74,7 +73,7 @@ class DumpPredictions(DumpResults):
 
 
 def draw_predictions(cfg, folder):
-    """Have the visualisation hook draw every test image into a folder."""
+    """Have the visualization hook draw every test image into a folder."""
     folder = os.path.abspath(folder)
     hooks = {
         'mmdet': dict(
@@ -116,7 +115,7 @@ def augment_test_time(cfg):
                 '--tta needs tta_model and tta_pipeline in the config, and '
                 f'there is no {key}'
             )
-    datasets = unwrap(cfg.test_dataloader.dataset)
+    datasets = [d for _, d in data.unwrap(cfg.test_dataloader.dataset)]
     cost = cost_of_views(cfg.tta_pipeline, datasets[0].get('pipeline') or ())
     for dataset in datasets:
         dataset.pipeline = cfg.tta_pipeline
