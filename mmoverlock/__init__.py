@@ -4,6 +4,7 @@ Importing this loads no other package; the names below load theirs when they
 are first asked for.
 """
 
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,7 +55,7 @@ def config(name: str) -> str:
     return str(path)
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> type | Callable:
     if name not in __all__:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     homes = {'ContMixBlock': 'contmix', 'OverLoCK': 'overlock'}
@@ -62,5 +63,5 @@ def __getattr__(name):
     return getattr(import_module(f'{__name__}.models.{home}'), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})

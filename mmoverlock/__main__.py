@@ -7,7 +7,7 @@ from pathlib import Path
 TOOLS = Path(__file__).parent / '.mim' / 'tools'
 
 
-def main():
+def main() -> None:
     tools = {path.stem: str(path) for path in sorted(TOOLS.glob('*.py'))}
     name = sys.argv[1] if len(sys.argv) > 1 else '--help'
     if name not in tools:

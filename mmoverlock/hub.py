@@ -1,6 +1,7 @@
 """The classifiers of this package by name, for MMPretrain's own functions."""
 
 from pathlib import Path
+from typing import Any
 
 from mmengine.runner import CheckpointLoader
 from mmpretrain.apis.model import ModelHub
@@ -30,7 +31,7 @@ def register() -> None:
         model.weights = SCHEME + model.weights
 
 
-def _load(filename, map_location=None, logger=None):
+def _load(filename: str, map_location: Any = None, logger: Any = None) -> dict:
     checkpoint = read(filename.removeprefix(SCHEME))
     state = checkpoint['state_dict']
     if is_release(state):

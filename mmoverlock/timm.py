@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .models import OverLoCK
 from .models.plain import RELEASE, OverLoCKClassifier, take_names
-from .models.weights import is_release, remove_prefixes
+from .models.weights import State, is_release, remove_prefixes
 
 __all__ = ['overlock_b', 'overlock_s', 'overlock_t', 'overlock_xt']
 
@@ -56,7 +56,7 @@ class _TimmModel:
         return lambda name: self.get_layer_depth(name)[0]
 
     @staticmethod
-    def _infos(channels):
+    def _infos(channels: Sequence[int]) -> list[dict]:
         return [
             dict(num_chs=width, reduction=4 * 2**i, module=f'extra_norm.{i}')
             for i, width in enumerate(channels)
@@ -74,7 +74,11 @@ class TimmClassifier(_TimmModel, OverLoCKClassifier):
     """
 
     def __init__(
-        self, arch: str | dict, in_chans: int = 3, global_pool='avg', **kwargs
+        self,
+        arch: str | dict,
+        in_chans: int = 3,
+        global_pool: str = 'avg',
+        **kwargs,
     ):
         super().__init__(arch, in_channels=in_chans, **kwargs)
         self.in_chans = in_chans
@@ -118,7 +122,7 @@ class TimmFeatures(_TimmModel, OverLoCK):
         return list(super().forward(x))
 
 
-def _select(state, model):
+def _select(state: dict, model: OverLoCK) -> State:
     """Of a pretrained file, what a model has and timm does not care for."""
     state = state.get('state_dict', state.get('model', state))
     if not is_release(state):
@@ -136,11 +140,16 @@ def _select(state, model):
 
 
 def _create(
-    arch, pretrained, features_only=False, device=None, dtype=None, **kwargs
-):
+    arch: str,
+    pretrained: bool,
+    features_only: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs,
+) -> OverLoCK:
     model_class = TimmFeatures if features_only else TimmClassifier
 
-    def build(**kwargs):
+    def build(**kwargs) -> OverLoCK:
         with nullcontext() if device is None else torch.device(device):
             return model_class(arch, **kwargs).to(dtype=dtype)
 

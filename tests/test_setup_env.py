@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def load():
-    return load_tool('setup_env', 'dev')
+    return load_tool.__wrapped__('setup_env', 'dev')
 
 
 @pytest.fixture

@@ -83,10 +83,44 @@ class OverLoCKClsHead(ClsHead):
         return {'loss_cls': loss, 'loss_aux': self.aux_loss_weight * aux_loss}
 
     @staticmethod
-    def _unpack(feats):
+    def _unpack(feats: Sequence[Tensor]) -> Sequence[Tensor]:
         if len(feats) != 2:
             raise ValueError(
                 'OverLoCKClsHead takes the two maps of '
                 f'OverLoCK(classifier=True), got {len(feats)}'
             )
         return feats
+
+
+@MODELS.register_module(force=True)
+class OverLoCKFocusClsHead(OverLoCKClsHead):
+    """The head without the auxiliary one, for variants without its loss.
+
+    Args:
+        num_classes (int): Number of classes.
+        in_channels (Sequence[int]): Channels of the one map of such a
+            variant, its ``out_channels``.
+        kwargs (dict): ``loss`` and ``init_cfg``, see
+            :class:`OverLoCKClsHead`.
+    """
+
+    def __init__(self, num_classes: int, in_channels: Sequence[int], **kwargs):
+        super().__init__(num_classes, (1, *in_channels), **kwargs)
+        del self.aux_head
+
+    def loss(
+        self, feats: Sequence[Tensor], data_samples: list[DataSample]
+    ) -> dict[str, Tensor]:
+        """See :class:`OverLoCKClsHead`; there is ``loss_cls`` only."""
+        logits = self(feats).float()
+        loss = self._get_loss(logits, data_samples)['loss']
+        return {'loss_cls': loss}
+
+    @staticmethod
+    def _unpack(feats: Sequence[Tensor]) -> tuple[None, Tensor]:
+        if len(feats) != 1:
+            raise ValueError(
+                'OverLoCKFocusClsHead takes the one map of a classifier '
+                f'without the auxiliary loss, got {len(feats)}'
+            )
+        return None, *feats

@@ -61,7 +61,7 @@ class ContMixBlock(nn.Module):
         self.backend = backend
         self.scale = (channels / groups) ** -0.5
 
-        def conv_bn(in_channels, out_channels):
+        def conv_bn(in_channels: int, out_channels: int) -> nn.Sequential:
             return nn.Sequential(
                 PointwiseConv(in_channels, out_channels, bias=False),
                 build_bn(out_channels, **(norm_cfg or {})),

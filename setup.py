@@ -1,0 +1,3 @@
+from setuptools import setup
+
+setup()  # all is in pyproject.toml
