@@ -70,7 +70,7 @@ def count(cfg, shape):
         name of the part; the FLOPs of all, which may be more than their sum:
         some are between the parts; and the channels of the image.
     """
-    model = build_model(cfg).eval()
+    model, scope = build_model(cfg).eval(), scope_of(cfg)
     for module in model.modules():
         if isinstance(module, FocusBlock):
             # It does what is to be counted.
@@ -81,20 +81,26 @@ def count(cfg, shape):
         for name, part in parts.items()
     }
 
-    image = torch.empty(1, input_channels(model), *shape)
-    # The backbone computes shapes alone; no device has a special path there.
+    # Shapes suffice, and no device has a special path there; but MMDetection's
+    # heads look at values.
+    image = torch.empty(1, input_channels(model), *shape, device='meta')
     backbone = model.backbone.to('meta')
     with torch.device('meta'), torch.no_grad():
         with FlopCounterMode(display=False) as counter:
-            maps = backbone(image.to('meta'))
+            maps = backbone(image)
     of_backbone = counter.get_total_flops()
-    maps = tuple(torch.randn(item.shape) for item in maps)
+    device = 'cpu' if scope == 'mmdet' else 'meta'
+    with torch.device(device):
+        maps = tuple(torch.randn(item.shape) for item in maps)
+        image = torch.empty(image.shape)
+    if device == 'meta':
+        model.to(device)
     backbone.forward = lambda image: maps
 
     counter = FlopCounterMode(display=False)
     costs = {name: costs_of(part, counter) for name, part in parts.items()}
-    with torch.no_grad(), counter:
-        infer(model, scope_of(cfg), image)
+    with torch.device(device), torch.no_grad(), counter:
+        infer(model, scope, image)
     costs['backbone'].append(of_backbone)
     total = of_backbone + counter.get_total_flops()
     # PyTorch counts a multiply-add as two.
