@@ -199,11 +199,19 @@ def neutralize(block, name):
         nn.init.constant_(block.h_scale.weight, scales[1])
 
 
-@pytest.mark.parametrize(
-    'name', ['gate', 'lepe', 'se', 'dilated', 'initial_prior', 'prior_update']
-)
+PARTS = {  # what the names of their weights have
+    'gate': ('.gate.',),
+    'lepe': ('.lepe.',),
+    'se': ('.se_layer.', '.proj.3.proj.'),
+    'dilated': ('.dil_',),
+    'initial_prior': ('.x_scale.', '.h_scale.'),
+    'prior_update': ('.x_scale.', '.h_scale.', '.h_proj.'),
+}
+
+
+@pytest.mark.parametrize('name', PARTS)
 def test_removed_part(name):
-    """As the full network with that part doing nothing."""
+    """As the full network with that part doing nothing, and without it."""
     full = far(OverLoCK(ARCH))
     model = build(remove=[name]).double().eval()
     blocks = [*full.sub_blocks3, *full.sub_blocks4]
@@ -215,7 +223,12 @@ def test_removed_part(name):
         before = full(x)
         for block in blocks:
             neutralize(block, name)
-        assert not model.load_state_dict(full.state_dict(), False).missing_keys
+        state = full.state_dict()
+        assert not model.load_state_dict(state, strict=False).missing_keys
+        left = state.keys() - model.state_dict().keys()
+        assert left == {
+            key for key in state if any(part in key for part in PARTS[name])
+        }
         expected = full(x)
         torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
     # It had done something.
