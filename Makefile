@@ -24,7 +24,8 @@ test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 demo: env
-	$(PY) tools/make_sample_data.py coco data/shapes --images 800 --size 160
+	test -e data/shapes || $(PY) tools/make_sample_data.py coco data/shapes \
+	    --images 800 --size 160
 	$(PY) tools/train.py configs/mask_rcnn/overlock_mini_shapes.py \
 	    --work-dir work_dirs/demo
 	$(PY) tools/summarize.py work_dirs/demo

@@ -882,7 +882,8 @@ def test_no_images(images, segmentation, tmp_path):
         load('mmpretrain', dataset | dict(ann_file='list.txt'))
     for path in (tmp_path / 'data').glob('*/*'):
         path.unlink()
-    with pytest.raises(DataError, match=f'nothing to load in {tmp_path}/data'):
+    where = f'{tmp_path}/data/ cannot be loaded: Found 0 files'
+    with pytest.raises(DataError, match=where):
         load('mmpretrain', dataset)
 
 

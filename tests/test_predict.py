@@ -240,7 +240,7 @@ def test_inputs_among_results(models, photos, tmp_path):
 
 
 @pytest.mark.parametrize('task', ['det', 'seg'])
-def test_colours(models, photos, tmp_path, monkeypatch, task):
+def test_colors(models, photos, tmp_path, monkeypatch, task):
     """The dataset's, or distinct ones for other classes."""
     metas = []
     monkeypatch.setattr(

@@ -403,22 +403,6 @@ def test_blanks_in_options(mistake):
     assert f'{option}: blanks in the elements of a list' in message
 
 
-def test_transformers_5(monkeypatch, capsys):
-    """mmpretrain derives classes from what it has no more."""
-    monkeypatch.setattr(train.cli, 'version', dict(transformers='5.0').get)
-    code = 'class BertPreTrainedModel(None): pass'
-    with pytest.raises(SystemExit) as stop, train.cli.user_errors('train.py'):
-        exec(code, {'__name__': 'mmpretrain.models.multimodal'})
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == (
-        'train.py: mmpretrain, which mmdet and mmseg import too, cannot be '
-        'imported beside transformers 5.0; it needs transformers before 5, or '
-        "none: pip install 'transformers<5'\n"
-    )
-    with pytest.raises(TypeError), train.cli.user_errors('train.py'):
-        exec(code, {'__name__': 'of_the_user'})
-
-
 def test_options_are_not_censored():
     """Who types them may type code; paths have brackets, types have dots."""
     values = {
@@ -447,54 +431,16 @@ def test_ops_missing(mistake, monkeypatch):
     assert 'mmcv._ext' in message and '--no-build-isolation' in message
 
 
-LAUNCHED = {
-    'pytorch': 'RANK WORLD_SIZE MASTER_ADDR MASTER_PORT',
-    'slurm': 'SLURM_PROCID SLURM_NTASKS SLURM_NODELIST',
-    'mpi': 'OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE '
-    'OMPI_COMM_WORLD_LOCAL_RANK MASTER_ADDR',
-}
-
-
-@pytest.fixture(params=LAUNCHED)
-def launched(request, monkeypatch):
-    """A launcher, and a list of its variables, which are set."""
-    names = LAUNCHED[request.param].split()
-    for name in names:
-        monkeypatch.setenv(name, '0')
-    return request.param, names
-
-
-def test_no_launcher(mistake, monkeypatch, launched):
-    launcher, names = launched
-    for name, argv in (('train', []), ('test', ['x.pth'])):
-        monkeypatch.delenv(names[-1])
-        message = mistake(name, MASK_RCNN, *argv, '--launcher', launcher)
-        assert f'--launcher {launcher} is for processes started' in message
-        assert message.endswith(f'not set here: {names[-1]}\n')
-        monkeypatch.setenv(names[-1], '0')
-
-
-@pytest.mark.parametrize('launched', ['slurm'], indirect=True)
-def test_launcher_without_gpu(mistake, monkeypatch, config, launched):
-    launcher, _ = launched
+def test_launcher_without_gpu(mistake, monkeypatch, config):
     monkeypatch.setattr(cli, 'get_device', lambda: 'cpu')
-    message = mistake('train', config, '--launcher', launcher)
-    assert f'--launcher {launcher} needs GPUs' in message
+    message = mistake('train', config, '--launcher', 'slurm')
+    assert '--launcher slurm needs GPUs' in message
     assert 'torchrun' in message
-
-
-def test_forgotten_launcher(mistake, monkeypatch):
-    """Processes that would overwrite each other's work."""
-    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
-    message = mistake('train', MASK_RCNN)
-    assert 'torchrun started 2 processes' in message
-    assert 'add --launcher pytorch' in message
 
 
 def test_local_rank_under_mpi(monkeypatch):
     """mmengine reads LOCAL_RANK, which mpirun does not set."""
-    for name in LAUNCHED['mpi'].split():
-        monkeypatch.setenv(name, '3')
+    monkeypatch.setenv('OMPI_COMM_WORLD_LOCAL_RANK', '3')
     monkeypatch.setenv('LOCAL_RANK', '0')
     argv = [str(MASK_RCNN), '--launcher', 'mpi']
     train.cli.load_config(train.build_parser().parse_args(argv))

@@ -290,7 +290,7 @@ def test_principal_components():
     expected = (maps[2] - 2.5).double()
     torch.testing.assert_close(components[..., 0], expected)
     assert components[..., 2].abs().max() < 1e-6
-    red = tool.as_colours(components)[..., 0].mean(1)
+    red = tool.as_colors(components)[..., 0].mean(1)
     assert (red.diff() > 0).all() and red[0] < 0.05 and red[-1] > 0.95
 
 

@@ -1,5 +1,7 @@
 """The two blocks of OverLoCK."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +25,9 @@ SMALL_KERNEL_SIZE = 5  # of the dynamic kernels
 NUM_REGIONS = 7  # region centres per axis that dynamic kernels are made from
 
 
-def _feed_forward_layers(in_channels, hidden_channels, out_channels):
+def _feed_forward_layers(
+    in_channels: int, hidden_channels: int, out_channels: int
+) -> tuple[nn.Module, ...]:
     return (
         PointwiseConv(in_channels, hidden_channels),
         nn.GELU(),
@@ -33,7 +37,9 @@ def _feed_forward_layers(in_channels, hidden_channels, out_channels):
     )
 
 
-def _feed_forward(layers, x, excite=None):
+def _feed_forward(
+    layers: Sequence[nn.Module], x: Tensor, excite: SEModule | None = None
+) -> Tensor:
     """Run such layers, behind a squeeze and excitation if there is one.
 
     What these and GRN scale and shift is the input of a 1x1 convolution.
@@ -157,7 +163,9 @@ class FocusBlock(nn.Module):
         groups = 2 * heads
         self.scale = (channels / groups) ** -0.5
 
-        def conv_bn(in_channels, out_channels):
+        def conv_bn(
+            in_channels: int, out_channels: int
+        ) -> tuple[nn.Module, nn.Module]:
             return (
                 PointwiseConv(in_channels, out_channels, bias=False),
                 build_bn(out_channels, **norm_cfg),

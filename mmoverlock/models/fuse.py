@@ -118,7 +118,7 @@ def _fuse_conv_module(module: nn.Module) -> None:
     if module.with_norm and ('conv', 'norm') in pairs:
         fused = _fused_copy(module.conv, module.norm)
         if fused is not None:
-            # What mmcv calls in place of both, whenever it would call both.
+            # mmcv calls it wherever it would call both.
             module.efficient_conv_bn_eval_forward = partial(_run_fused, fused)
 
 
@@ -154,7 +154,7 @@ def _fuse_own(model: nn.Module) -> None:
         for child in module._modules.values()
     )
 
-    def are_own(*parts):
+    def are_own(*parts: nn.Module) -> bool:
         """Whether nothing but their block reads or changes some parts."""
         return all(
             holders[id(module)] == 1 and _is_plain(module)
@@ -162,7 +162,7 @@ def _fuse_own(model: nn.Module) -> None:
             for module in part.modules()
         )
 
-    def move_bias(source, target):
+    def move_bias(source: nn.Module | None, target: nn.Module) -> None:
         """Move the shift of a layer scale to what it is added to."""
         if getattr(source, 'bias', None) is None:
             return
@@ -228,7 +228,7 @@ def _fuse_conv_bn(conv: nn.Module, norm: nn.Module) -> nn.Module:
         norm.bias,
     )
     if conv.groups == 1 and weight.ndim == 4:
-        # What libraries on CPUs take without a copy.
+        # Libraries on CPUs take this layout without a copy.
         weight.data = weight.contiguous(memory_format=torch.channels_last)
     conv.weight, conv.bias = weight, bias
     return conv

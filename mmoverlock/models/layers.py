@@ -1,5 +1,7 @@
 """Small layers that OverLoCK is made of, all on (B, C, H, W) maps."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -152,7 +154,7 @@ class GRN(nn.Module):
         return self.gamma * response + 1, self.beta
 
 
-def _l2_norm(x):
+def _l2_norm(x: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     if x.device.type != 'cpu':
         return torch.linalg.vector_norm(x, 2, (2, 3), True, dtype=dtype)
@@ -169,13 +171,13 @@ class _L2Norm(torch.autograd.Function):
     """Norm over H and W, in single precision at least."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         norm = _l2_norm(x)
         ctx.save_for_backward(x, norm)
         return norm
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         x, norm = ctx.saved_tensors
         # No infinite gradient where a map is zero.
         scale = torch.where(norm > 0, grad / norm, 0)

@@ -9,6 +9,7 @@ where that makes sense; :func:`check_removals` says where it does not.
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from importlib import import_module
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -296,7 +297,8 @@ def attend(
     if exact:
         plan = _each_window(plan, height, width, size)
 
-    def by_tile(maps, index):  # to (B, G * tiles, positions of each, C / G)
+    def by_tile(maps: Tensor, index: Tensor) -> Tensor:
+        # to (B, G * tiles, positions of each, C / G)
         maps = maps.flatten(2).unflatten(1, (groups, -1)).mT
         return maps[:, :, index].flatten(1, 2)
 
@@ -317,7 +319,9 @@ def attend(
     return mixed[:, :, plan.order].mT.reshape(value.shape)
 
 
-def _each_window(plan, height, width, size):
+def _each_window(
+    plan: tiled._Plan, height: int, width: int, size: int
+) -> tiled._Plan:
     """A plan by which every position is a tile, and its window the region."""
     axes = [(length, torch.arange(size)) for length in (height, width)]
     rows, cols = (window_starts(n, size)[:, None] + tap for n, tap in axes)
@@ -376,7 +380,9 @@ class StaticConv(Mixer):
 
     deploy = True
 
-    def build_mixer(self, channels, groups, mixer, settings):
+    def build_mixer(
+        self, channels: int, groups: int, mixer: dict, settings: dict
+    ) -> nn.Module:
         return DilatedReparamConv(
             channels,
             mixer.get('kernel_size', self.kernel_size),
@@ -408,7 +414,9 @@ class WindowAttention(Mixer):
 
     sizes = {'window_size': 1}
 
-    def build_mixer(self, channels, groups, mixer, settings):
+    def build_mixer(
+        self, channels: int, groups: int, mixer: dict, settings: dict
+    ) -> nn.Module:
         module = _import('mmpretrain.models.utils.attention', 'mmpretrain')
         size = mixer.get('window_size', 7)
         return module.ShiftWindowMSA(channels, groups // 2, size)
@@ -432,7 +440,9 @@ class InvolutionConv(Mixer):
         mixer (dict): ``kernel_size``, odd, by default 7 as in its paper.
     """
 
-    def build_mixer(self, channels, groups, mixer, settings):
+    def build_mixer(
+        self, channels: int, groups: int, mixer: dict, settings: dict
+    ) -> nn.Module:
         size = mixer.get('kernel_size', 7)
         return Involution(channels, groups, size, settings['norm_cfg'])
 
@@ -480,7 +490,9 @@ class DeformableConv(Mixer):
         mixer (dict): ``kernel_size``, odd, by default 3.
     """
 
-    def build_mixer(self, channels, groups, mixer, settings):
+    def build_mixer(
+        self, channels: int, groups: int, mixer: dict, settings: dict
+    ) -> nn.Module:
         module = _import('mmcv.ops', 'mmcv with its compiled operators')
         size = mixer.get('kernel_size', 3)
         return module.ModulatedDeformConv2dPack(
@@ -504,7 +516,7 @@ class DeformableConv(Mixer):
         return self.mixer(value.contiguous())
 
 
-def _import(module, needed):
+def _import(module: str, needed: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:
@@ -749,7 +761,7 @@ def check_removals(
             f'remove must be a list of any of {[*REMOVALS]}, got {remove!r}'
         )
 
-    def refuse(name, others, reason):
+    def refuse(name: str, others: Sequence[str], reason: str) -> None:
         clashing = [other for other in others if other in remove]
         if name in remove and clashing:
             raise ValueError(f'remove={[name, *clashing]}: {reason}')
