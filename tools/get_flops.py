@@ -24,11 +24,10 @@ import argparse
 import os
 
 import torch
-from mmengine.registry import MODELS, init_default_scope
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmoverlock import cli
-from mmoverlock.inference import input_channels, scope_of
+from mmoverlock.inference import build_model, input_channels, scope_of
 from mmoverlock.models.blocks import FocusBlock
 
 # Height and width that the field compares at, by default_scope.
@@ -71,9 +70,7 @@ def count(cfg, shape):
         name of the part; the FLOPs of all, which may be more than their sum:
         some are between the parts; and the channels of the image.
     """
-    scope = scope_of(cfg)
-    init_default_scope(scope)
-    model = MODELS.build(cfg.model).eval()
+    model = build_model(cfg).eval()
     for module in model.modules():
         if isinstance(module, FocusBlock):
             # It does what is to be counted.
@@ -97,7 +94,7 @@ def count(cfg, shape):
     counter = FlopCounterMode(display=False)
     costs = {name: costs_of(part, counter) for name, part in parts.items()}
     with torch.no_grad(), counter:
-        infer(model, scope, image)
+        infer(model, scope_of(cfg), image)
     costs['backbone'].append(of_backbone)
     total = of_backbone + counter.get_total_flops()
     # PyTorch counts a multiply-add as two.
