@@ -125,12 +125,14 @@ def run_here(kernels: Callable, *operands) -> bool:
 
     Args:
         kernels (callable): Of the operands, to a tensor or a tuple.
-        operands: Tensors, numbers, None, and tuples and lists of these.
+        operands: A tensor, then tensors, numbers, None, and tuples and lists
+            of these.
     """
     if is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     key = (
         kernels,
+        operands[0].device,
         torch.is_grad_enabled(),
         torch.is_autocast_enabled('cuda') and torch.get_autocast_dtype('cuda'),
         _describe(operands),
@@ -156,7 +158,7 @@ def run_here(kernels: Callable, *operands) -> bool:
 
 def _describe(operands):
     return tuple(
-        (o.device, o.dtype, o.shape, o.requires_grad)
+        (o.dtype, o.shape, o.requires_grad)
         if isinstance(o, Tensor)
         else _describe(o)
         if isinstance(o, tuple | list)
