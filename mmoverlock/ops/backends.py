@@ -119,9 +119,11 @@ def _launch(device):
 def run_here(kernels: Callable, *operands) -> bool:
     """Whether kernels compile and fit on the card, both ways.
 
-    They are tried once for all operands of such shapes and dtypes, on copies:
-    forward and, where there is a gradient, backward. What cannot be tried,
-    since it is traced or recorded, is taken to run.
+    They are tried once for all operands of such dtypes and channels, on
+    copies: forward and, where there is a gradient, backward. What runs for
+    one size of a map is taken to run for all, so that no image of a training
+    is computed twice or goes another way; so is what cannot be tried, since
+    it is traced or recorded.
 
     Args:
         kernels (callable): Of the operands, to a tensor or a tuple.
@@ -135,7 +137,7 @@ def run_here(kernels: Callable, *operands) -> bool:
         operands[0].device,
         torch.is_grad_enabled(),
         torch.is_autocast_enabled('cuda') and torch.get_autocast_dtype('cuda'),
-        _describe(operands),
+        *map(_describe, operands),
     )
     if key not in _runs:
         if torch.cuda.is_initialized() and (
@@ -156,15 +158,18 @@ def run_here(kernels: Callable, *operands) -> bool:
     return _runs[key]
 
 
-def _describe(operands):
-    return tuple(
-        (o.dtype, o.shape, o.requires_grad)
-        if isinstance(o, Tensor)
-        else _describe(o)
-        if isinstance(o, tuple | list)
-        else o
-        for o in operands
-    )
+def _describe(operand):
+    """An operand without the size of a map; of several alike, the first."""
+    if isinstance(operand, Tensor):
+        shape = operand.shape
+        if len(shape) == 4 and shape[1] > 1:
+            shape = shape[1]
+        return operand.dtype, shape, operand.requires_grad
+    if isinstance(operand, list):
+        return len(operand), _describe(operand[0])
+    if isinstance(operand, tuple):
+        return tuple(map(_describe, operand))
+    return operand
 
 
 def _try(kernels, operands):
