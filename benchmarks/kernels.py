@@ -17,6 +17,8 @@ from unittest import mock
 
 import torch
 
+from mmoverlock.ops.common import cdiv
+
 from . import count as counting
 
 MULTIPROCESSORS, SCHEDULERS, HERTZ = 132, 4, 1.755e9  # of an H100 SXM
@@ -125,6 +127,14 @@ def _columns(branch):
     return size, [(size, [])] * (dilation > 2)
 
 
+def _chunks(unit, a):
+    """Products that a unit of a weight gradient sums over, of all programs."""
+    _, _, dilation, _, _, _, columns, *_, windows = unit
+    tiles = dilation * cdiv(cdiv(a['height'], dilation), a['T'])
+    tiles *= a['images'] * cdiv(a['width'], columns)
+    return cdiv(tiles, 16) * windows / a['PARTS']
+
+
 def _trips(name, grid, a):
     """How often the loops of a kernel run, see :meth:`Loop.run`.
 
@@ -143,11 +153,17 @@ def _trips(name, grid, a):
     if name == '_statistics_kernel':
         tiles = a['items'] / grid[0]
         return [(tiles, [_columns(branch)]) for branch in a['BRANCHES']]
-    if name == '_weight_grad_kernel':
-        return [(a['items'] / grid[0], [])]
-    if name == '_weight_grads_kernel':  # a program is of one branch
+    if name == '_columns_kernel':  # a program is of one branch
         tiles = a['items'] / grid[0] / grid[2]
         return [(tiles * size, []) for size, *_ in a['BRANCHES']]
+    if name == '_units_kernel':  # over tiles, and 16 columns of a kernel
+        chunks = sum(_chunks(unit, a) for unit in a['UNITS'])
+        trips = [(chunks / grid[0] / grid[2], [])]
+        sizes = [size for _, size, *_ in a['UNITS']]
+        if max(sizes) > 16:
+            blocks = sum(cdiv(size, 16) for size in sizes) / len(sizes)
+            trips.append((blocks, []))
+        return trips
     if name in ('forward', 'backward_positions') and 'N' not in a:
         return [(a['K'], [])]
     raise KeyError(name)
