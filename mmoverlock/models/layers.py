@@ -1,5 +1,7 @@
 """Small layers that OverLoCK is made of, all on (B, C, H, W) maps."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -152,7 +154,7 @@ class GRN(nn.Module):
         return self.gamma * response + 1, self.beta
 
 
-def _l2_norm(x):
+def _l2_norm(x: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     if x.device.type != 'cpu':
         return torch.linalg.vector_norm(x, 2, (2, 3), True, dtype=dtype)
@@ -169,13 +171,13 @@ class _L2Norm(torch.autograd.Function):
     """Norm over H and W, in single precision at least."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         norm = _l2_norm(x)
         ctx.save_for_backward(x, norm)
         return norm
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         x, norm = ctx.saved_tensors
         # No infinite gradient where a map is zero.
         scale = torch.where(norm > 0, grad / norm, 0)
@@ -228,6 +230,17 @@ class SEModule(nn.Module):
             tuple[Tensor, None]: (B, C, 1, 1), and that nothing is added.
         """
         return self.proj(x), None
+
+
+class StridedConv(nn.Conv2d):
+    """A 3x3 convolution with stride 2 and padding 1.
+
+    On CPUs, PyTorch leaves parts of the weight gradient uninitialized where a
+    map in bfloat16 is one column wide. A column of zeros changes nothing else.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1)) if x.shape[3] == 1 else x)
 
 
 class DWConv(nn.Conv2d):
