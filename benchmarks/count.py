@@ -433,10 +433,22 @@ def main(args=None):
         metavar='N',
         help='the N operators that move most, of every network',
     )
+    parser.add_argument(
+        '--kernels',
+        action='store_true',
+        help='instead, what bounds the kernels of a training step of t; '
+        'compiling them takes minutes',
+    )
     args = parser.parse_args(args)
     torch.set_num_threads(1)
     batch, *sides = args.size
     images = torch.empty(batch, 3, *sides, device='meta')
+    if args.kernels:
+        from . import kernels
+
+        model = build(True, 'triton')
+        print(kernels.describe(kernels.compile_step(model, images)))
+        return 0
     small = torch.randn(2, 3, 224, 224)
     print(
         f'{"bf16; host in fp32, with few channels":40} operators  launches'

@@ -108,16 +108,24 @@ def test_options_of_conv2d():
     assert_close([out], [expected], 1e-6)
 
 
-def test_weight_gradient_is_deterministic_and_split(monkeypatch):
+@pytest.mark.parametrize(
+    'shape, dtype',
+    [((2, 2, 9, 7), torch.float32), ((2, 2, 9, 57), torch.bfloat16)],
+)
+def test_weight_gradient_is_deterministic_and_split(monkeypatch, shape, dtype):
     torch.manual_seed(0)
-    x, grad = draw(2, 9, 7, 2), draw(2, 9, 7, 2)
-    x, grad = (maps.permute(0, 3, 1, 2) for maps in (x, grad))
-    splits = []
-    for programs in (2048, 2048, 9):
-        monkeypatch.setattr(conv2d, 'PROGRAMS', programs)
-        splits.append(conv2d.weight_grad(x, grad, 3, 1))
-    assert torch.equal(*splits[:2])
-    torch.testing.assert_close(splits[0], splits[2])
+    x, grad = (draw(*shape, dtype=dtype) for _ in range(2))
+    x, grad = (conv2d.autocast(maps) for maps in (x, grad))
+    knobs = conv2d.weight_grads.__globals__['KNOBS']
+    parts = []
+    for programs in (2048, 2048, 1):
+        for name in ('column_programs', 'unit_programs'):
+            monkeypatch.setitem(knobs, name, programs)
+        parts.append(conv2d.weight_grads(x, grad[None], ((3, 1, 0),)))
+    assert torch.equal(*parts[:2])
+    assert len(parts[0]) > len(parts[2])
+    sums = [part.double().sum(0) for part in parts[1:]]
+    torch.testing.assert_close(*sums, rtol=0, atol=1e-4)
 
 
 def draw_branches(sizes, channels):

@@ -46,17 +46,15 @@ from .common import (
     autocast,
     convolve,
     load_rows,
-    tap_sums,
     tile_of,
     zeros,
 )
-from .conv2d import convolve_maps, num_splits, weight_grad
+from .conv2d import convolve_maps, weight_grad
+from .weight_grads import num_splits, weight_grads
 
 # Programs of kernels that end in sums, where there is enough to do.
-KNOBS = dict(statistics=528, weight_grads=1024)
-CANDIDATES = dict(  # for benchmarks/gpu_tune.py
-    statistics=(264, 528, 1056), weight_grads=(512, 1024, 2048)
-)
+KNOBS = dict(statistics=528)
+CANDIDATES = dict(statistics=(264, 528, 1056))  # for benchmarks/gpu_tune.py
 BLOCK = tl.constexpr(32)  # channels of kernels that finish sums
 TAPS = tl.constexpr(16)  # and how many taps these take at a time
 
@@ -522,104 +520,6 @@ def _branch_grads_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _weight_grads_kernel(
-    p_x,
-    p_grads,
-    p_parts,
-    channels,
-    height,
-    width,
-    items,
-    images,
-    BRANCHES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ALL_TAPS: tl.constexpr,
-    T: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """Parts of the gradients of the taps of all branches.
-
-    x (B, H, W, C), grads (branches, B, H, W, C), parts (splits, ALL_TAPS, C);
-    grid (splits, blocks of channels, columns of all kernels), COLUMNS the
-    first of each branch.
-    """
-    split = tl.program_id(0)
-    column = tl.program_id(2)
-    channel = tl.program_id(1) * LANES[1] + tl.arange(0, LANES[1])[None]
-    o_branch = tl.cast(images, tl.int64) * height * width * channels
-    p_part = p_parts + tl.cast(split, tl.int64) * ALL_TAPS * channels + channel
-    for b in tl.static_range(len(BRANCHES)):
-        s = column - COLUMNS[b]
-        if (s >= 0) & (s < BRANCHES[b][0]):
-            _weight_grad(
-                p_x,
-                p_grads + b * o_branch,
-                p_part + BRANCHES[b][2] * channels,
-                split,
-                channel,
-                s,
-                channels,
-                height,
-                width,
-                items,
-                BRANCHES[b][0],
-                BRANCHES[b][1],
-                T,
-                LANES,
-            )
-
-
-@triton.jit
-def _weight_grad(
-    p_x,
-    p_grad,
-    p_part,
-    split,
-    channel,
-    s,
-    channels,
-    height,
-    width,
-    items,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    T: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """Column s of the kernel of a branch."""
-    m_channel = channel < channels
-    acc = zeros(K, LANES)
-    for item in range(split, items, tl.num_programs(0)):
-        row, col, _, o_tile = tile_of(item, channels, height, width, T, LANES)
-        b_grad = load_rows(
-            p_grad + o_tile,
-            row,
-            width * channels,
-            height,
-            m_channel & (col < width),
-            T,
-        )
-        acc = tap_sums(
-            acc,
-            p_x + o_tile,
-            b_grad,
-            channels,
-            height,
-            width,
-            channel,
-            row,
-            col,
-            s,
-            K,
-            D,
-            T,
-        )
-    for r in tl.static_range(K):
-        b_sum = tl.sum(acc[r], 0)[None]
-        tl.store(p_part + (r * K + s) * channels, b_sum, mask=m_channel)
-
-
-@triton.jit(do_not_specialize=SIZES)
 def _unpack_kernel(
     p_parts,
     grads,
@@ -664,7 +564,6 @@ class _Plan:
         firsts = [sum(k**2 for k in sizes[:b]) for b in range(len(sizes))]
         self.branches = tuple(zip(sizes, dilations, firsts, strict=True))
         self.taps = sum(k**2 for k in sizes)
-        self.columns = tuple(sum(sizes[:b]) for b in range(len(sizes)))
         self.size = max((k - 1) * d + 1 for k, d, _ in self.branches)
 
 
@@ -835,27 +734,12 @@ def _backward(
                 LANES=layout.lanes,
             )
         grad_x = convolve_maps(grad_ys, taps, branches, flip=True)
-        columns = sum(sizes)
-        splits = num_splits(tiles, blocks * columns, KNOBS['weight_grads'])
-        parts = taps.new_empty(splits, plan.taps, channels)
-        _weight_grads_kernel[splits, blocks, columns](
-            x,
-            grad_ys,
-            parts,
-            *x.shape[1:],
-            tiles,
-            len(x),
-            BRANCHES=branches,
-            COLUMNS=plan.columns,
-            ALL_TAPS=plan.taps,
-            T=layout.rows,
-            LANES=layout.lanes,
-        )
+        parts = weight_grads(x, grad_ys, branches)
         grads = [torch.empty_like(weight) for weight in weights]
         _unpack_kernel[_blocks(channels), plan.taps](
             parts,
             tuple(grads),
-            splits,
+            len(parts),
             channels,
             BRANCHES=branches,
             ALL_TAPS=plan.taps,

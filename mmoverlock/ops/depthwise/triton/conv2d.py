@@ -5,20 +5,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common import cdiv, custom_op
+from ...common import custom_op
 from .common import (
     SIZES,
     Layout,
     autocast,
     convolve,
-    load_rows,
     sum_parts,
-    tap_sums,
     tile_of,
     zeros,
 )
-
-PROGRAMS = 1024  # of the weight gradient, where there is enough to do
+from .weight_grads import weight_grads
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -78,67 +75,6 @@ def _conv2d_kernel(
         )
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _weight_grad_kernel(
-    p_x,
-    p_grad,
-    p_parts,
-    channels,
-    height,
-    width,
-    items,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    T: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """Parts of the gradient of the taps, and of the sum of the gradient.
-
-    ``parts[tap] = sum over n of grad[n] x[n + tap]``
-
-    x and grad (B, H, W, C), parts (splits, K * K + 1, C); grid (splits,
-    blocks of channels, K), a program for a column of the kernel.
-    """
-    split = tl.program_id(0)
-    s = tl.program_id(2)
-    acc = zeros(K, LANES)
-    total = tl.zeros(LANES, tl.float32)
-    channel = tl.program_id(1) * LANES[1] + tl.arange(0, LANES[1])[None]
-    m_channel = channel < channels
-    for item in range(split, items, tl.num_programs(0)):
-        row, col, _, o_tile = tile_of(item, channels, height, width, T, LANES)
-        m_grad = m_channel & (col < width)
-        b_grad = load_rows(
-            p_grad + o_tile, row, width * channels, height, m_grad, T
-        )
-        if s == 0:
-            for t in tl.static_range(T):
-                total += b_grad[t]
-        acc = tap_sums(
-            acc,
-            p_x + o_tile,
-            b_grad,
-            channels,
-            height,
-            width,
-            channel,
-            row,
-            col,
-            s,
-            K,
-            D,
-            T,
-        )
-    o_part = tl.cast(split, tl.int64) * (K * K + 1) * channels
-    p_part = p_parts + o_part + channel
-    for r in tl.static_range(K):
-        b_sum = tl.sum(acc[r], 0)[None]
-        tl.store(p_part + (r * K + s) * channels, b_sum, mask=m_channel)
-    if s == 0:
-        b_sum = tl.sum(total, 0)[None]
-        tl.store(p_part + K * K * channels, b_sum, mask=m_channel)
-
-
 def convolve_maps(
     x: Tensor,
     taps: Tensor,
@@ -183,28 +119,9 @@ def weight_grad(x: Tensor, grad: Tensor, size: int, dilation: int) -> Tensor:
     Returns:
         Tensor: (size^2 + 1, C) in float64.
     """
-    layout = Layout.of(x.shape, size)
-    tiles, blocks = layout.grid(x.shape)
-    splits = num_splits(tiles, blocks * size, PROGRAMS)
-    parts = x.new_empty(splits, size**2 + 1, x.shape[1], dtype=torch.float32)
+    branches = ((size, dilation, 0),)
     with torch.cuda.device_of(x):
-        _weight_grad_kernel[splits, blocks, size](
-            x,
-            grad,
-            parts,
-            *x.shape[1:],
-            tiles,
-            K=size,
-            D=dilation,
-            T=layout.rows,
-            LANES=layout.lanes,
-        )
-        return sum_parts(parts)
-
-
-def num_splits(items: int, others: int, programs: int) -> int:
-    """Number of programs to share some items, beside so many others."""
-    return max(1, min(items, cdiv(programs, others)))
+        return sum_parts(weight_grads(x, grad[None], branches, with_sum=True))
 
 
 @custom_op('mmoverlock::depthwise_conv2d')

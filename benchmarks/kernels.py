@@ -1,0 +1,283 @@
+"""What a step's kernels take if issuing instructions is all that bounds them.
+
+Depthwise convolutions and ContMix are compiled for a GPU that is not there
+(H100), and the instructions of their machine code are counted, those in loops
+as often as they run. A real GPU reaches 60 to 70 % of that rate. Compiling
+all of ``t`` takes some minutes, once: Triton keeps what it compiled.
+"""
+
+import math
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from mmoverlock.ops.common import cdiv
+
+from . import count as counting
+
+MULTIPROCESSORS, SCHEDULERS, HERTZ = 132, 4, 1.755e9  # of an H100 SXM
+FAMILIES = 'depthwise.', 'dynamic_conv.'
+INSTRUCTION = re.compile(
+    r'\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)'
+)
+LABEL = re.compile(r'\s*(\.L_x_\d+):')
+TARGET = re.compile(r'`\((\.L_x_\d+)\)')
+
+
+@dataclass
+class Loop:
+    """A loop of machine code, or all of it.
+
+    Args:
+        first, last (int): Addresses of its instructions.
+        own (Counter): How many there are by name, outside of inner loops.
+        inner (list): Loops.
+    """
+
+    first: int
+    last: int
+    own: Counter = field(default_factory=Counter)
+    inner: list = field(default_factory=list)
+
+    def run(self, trips):
+        """Instructions by name, of one pass.
+
+        Args:
+            trips (list): For each inner loop how often it runs, and the same
+                of the loops in it.
+
+        Raises:
+            ValueError: If there are other loops.
+        """
+        if len(trips) != len(self.inner):
+            raise ValueError(f'{len(self.inner)} loops, trips are {trips}')
+        total = Counter(self.own)
+        for loop, (times, inner) in zip(self.inner, trips, strict=True):
+            for name, number in loop.run(inner).items():
+                total[name] += times * number
+        return total
+
+
+def loops_of(sass: str) -> Loop:
+    """The instructions that nvdisasm prints of a kernel, by loops."""
+    lines, labels, names = [], {}, []
+    for line in sass.splitlines():
+        if match := LABEL.match(line):
+            names.append(match[1])
+        elif match := INSTRUCTION.match(line):
+            address = int(match[1], 16)
+            labels.update(dict.fromkeys(names, address))
+            lines.append((address, match[2], match[3]))
+            names = []
+    loops = []
+    for address, name, operands in lines:
+        target = TARGET.search(operands)
+        first = labels.get(target[1], address) if target else address
+        if name.startswith('BRA') and first < address:
+            loops.append(Loop(first, address))
+    root = Loop(0, lines[-1][0])
+    for loop in sorted(loops, key=lambda x: (x.first, -x.last)):
+        outer = root
+        while outer.inner and loop.last <= outer.inner[-1].last:
+            outer = outer.inner[-1]
+        outer.inner.append(loop)
+    for address, name, _ in lines:
+        loop = root
+        while inside := [
+            x for x in loop.inner if x.first <= address <= x.last
+        ]:
+            loop = inside[0]
+        loop.own[name.split('.')[0]] += 1
+    return root
+
+
+def disassemble(cubin: bytes) -> tuple[int, int, Loop]:
+    """Registers, bytes of local memory, and instructions."""
+    import triton
+
+    tools = Path(triton.__file__).parent / 'backends/nvidia/bin'
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run(
+                [tools / tool, option, file.name],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for tool, option in (
+                ('cuobjdump', '-res-usage'),
+                ('nvdisasm', '-c'),
+            )
+        )
+    registers, stack = re.search(r'REG:(\d+) STACK:(\d+)', usage).groups()
+    return int(registers), int(stack), loops_of(sass)
+
+
+def _columns(branch):
+    """Loops of a convolution, over columns and, with wide gaps, rows."""
+    size, dilation, _ = branch
+    return size, [(size, [])] * (dilation > 2)
+
+
+def _chunks(unit, a):
+    """Products that a unit of a weight gradient sums over, of all programs."""
+    _, _, dilation, _, _, _, columns, *_, windows = unit
+    tiles = dilation * cdiv(cdiv(a['height'], dilation), a['T'])
+    tiles *= a['images'] * cdiv(a['width'], columns)
+    return cdiv(tiles, 16) * windows / a['PARTS']
+
+
+def _trips(name, grid, a):
+    """How often the loops of a kernel run, see :meth:`Loop.run`.
+
+    Args:
+        name (str): The kernel.
+        grid (tuple): Its programs.
+        a (dict): Its arguments.
+
+    Raises:
+        KeyError: If that is not known.
+    """
+    if name == '_conv2d_kernel':
+        return [_columns(branch) for branch in a['BRANCHES']]
+    if name == '_branch_grads_kernel':
+        return [_columns(branch) for branch in a['BRANCHES'][1:]]
+    if name == '_statistics_kernel':
+        tiles = a['items'] / grid[0]
+        return [(tiles, [_columns(branch)]) for branch in a['BRANCHES']]
+    if name == '_columns_kernel':  # a program is of one branch
+        tiles = a['items'] / grid[0] / grid[2]
+        return [(tiles * size, []) for size, *_ in a['BRANCHES']]
+    if name == '_units_kernel':  # over tiles, and 16 columns of a kernel
+        chunks = sum(_chunks(unit, a) for unit in a['UNITS'])
+        trips = [(chunks / grid[0] / grid[2], [])]
+        sizes = [size for _, size, *_ in a['UNITS']]
+        if max(sizes) > 16:
+            blocks = sum(cdiv(size, 16) for size in sizes) / len(sizes)
+            trips.append((blocks, []))
+        return trips
+    if name in ('forward', 'backward_positions') and 'N' not in a:
+        return [(a['K'], [])]
+    raise KeyError(name)
+
+
+@dataclass
+class Kernel:
+    """A compiled kernel and how it is launched.
+
+    Args:
+        name (str): With the module.
+        size (str): Of the map, channels first, where there is one.
+        registers (int): Of a thread.
+        spills (int): Bytes of local memory of a thread.
+        warps (int): Of a launch.
+        issued (Counter | None): Instructions of a warp by name, None where it
+            is not known how often loops run.
+        launches (int): Of a step.
+    """
+
+    name: str
+    size: str
+    registers: int
+    spills: int
+    warps: int
+    issued: Counter | None
+    launches: int = 0
+
+    @classmethod
+    def of(cls, name, grid, arguments, binary):
+        registers, spills, loops = disassemble(binary.asm['cubin'])
+        try:
+            issued = loops.run(_trips(name.split('.')[-1], grid, arguments))
+        except KeyError:
+            issued = None if loops.inner else loops.own
+        warps = binary.metadata.num_warps * math.prod(grid)
+        sizes = [arguments.get(k) for k in ('channels', 'height', 'width')]
+        size = ' x '.join(str(n) for n in sizes if n is not None)
+        return cls(name, size, registers, spills, warps, issued)
+
+    @property
+    def milliseconds(self) -> float:
+        """Of all launches at full issue; 0 where that is not known."""
+        instructions = self.warps * sum((self.issued or Counter()).values())
+        rate = MULTIPROCESSORS * SCHEDULERS * HERTZ
+        return 1e3 * self.launches * instructions / rate
+
+    def share(self, name: str) -> float:
+        """Of an instruction among all that are issued."""
+        issued = self.issued or Counter()
+        return issued[name] / max(1, sum(issued.values()))
+
+
+def compile_step(model, images, dtype=torch.bfloat16) -> list[Kernel]:
+    """Compile the kernels that a training step of a model launches.
+
+    Args:
+        model (nn.Module): Without data, or a part of it.
+        images (Tensor): What it takes, without data.
+        dtype (torch.dtype): Of autocast. Defaults to bfloat16.
+
+    Returns:
+        list[Kernel]: In the order in which they are first launched.
+    """
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    kernels = {}
+    compile_kernel = JITFunction.run
+
+    def launch(kernel, *args, grid, warmup, **kwargs):
+        name = f'{kernel.fn.__module__}.{kernel.fn.__name__}'
+        name = name.removeprefix('mmoverlock.ops.')
+        if not name.startswith(FAMILIES):
+            return
+        binary = compile_kernel(
+            kernel, *args, grid=grid, warmup=True, **kwargs
+        )
+        arguments = {
+            **dict(zip(kernel.arg_names, args, strict=False)),
+            **kwargs,
+        }
+        key = name, binary.hash, tuple(grid)
+        if key not in kernels:
+            kernels[key] = Kernel.of(name, tuple(grid), arguments, binary)
+        kernels[key].launches += 1
+
+    patches = [
+        mock.patch.object(JITFunction, 'run', launch),
+        mock.patch.object(type(driver), 'active', counting._Driver()),
+    ]
+    with counting._on_gpu('meta', patches):
+        counting._step(model, (images,), True, dtype, counting._Autocast())
+    return [*kernels.values()]
+
+
+def describe(kernels: list[Kernel]) -> str:
+    """A table, and the milliseconds of all."""
+    lines = [
+        f'{"kernel":48} {"map":14} launches registers spills'
+        '      ms  FFMA  HMMA'
+    ]
+    for k in kernels:
+        row = (
+            f'{k.name:48} {k.size:14} {k.launches:8} {k.registers:9}'
+            f' {k.spills:6}'
+        )
+        if k.issued:
+            row += f' {k.milliseconds:7.2f}'
+            row += f'{k.share("FFMA"):6.0%}{k.share("HMMA"):6.0%}'
+        lines.append(row)
+    for family in FAMILIES:
+        total = sum(
+            k.milliseconds for k in kernels if k.name.startswith(family)
+        )
+        lines.append(f'{family.rstrip("."):88} {total:7.2f}')
+    return '\n'.join(lines)
