@@ -170,6 +170,12 @@ def build_parser():
         default=[''],
         help='rows whose names contain any of these; default: all',
     )
+    parser.add_argument(
+        '--tune',
+        action='store_true',
+        help='time the settings of kernels in place of the rows, and print '
+        'the best ones; see gpu_tune.py',
+    )
     return parser
 
 
@@ -177,7 +183,7 @@ def main(args=None):
     args = build_parser().parse_args(args)
     import torch  # here, so that processes start with what they need only
 
-    from . import gpu_rows
+    from . import gpu_rows, gpu_tune
 
     if not torch.cuda.is_available():
         print('benchmarks.gpu needs a GPU that torch sees', file=sys.stderr)
@@ -185,13 +191,18 @@ def main(args=None):
     # Ended by a signal, it ends its processes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     device = torch.device('cuda')
+    table_of = {}
+    if args.tune:
+        rows, table_of = gpu_tune.rows(device)
+    else:
+        rows = gpu_rows.rows(device)
     rows = {
         name: row
-        for name, row in gpu_rows.rows(device).items()
+        for name, row in rows.items()
         if any(text in name for text in args.rows)
     }
     with closing(measure(rows, args.seconds)) as lines:
-        for line in lines:
+        for line in gpu_tune.choose(lines, table_of):
             print(json.dumps(line), flush=True)
     return 0
 

@@ -122,6 +122,15 @@ def _class_of(registry: Registry, kind: type | str | None) -> type | None:
 # -------------------------------------------------------------------- models
 
 
+def build_model(cfg: Config) -> nn.Module:
+    """Build the model of a config, with its data preprocessor."""
+    init_default_scope(scope_of(cfg))
+    settings = dict(cfg.model)
+    if cfg.get('data_preprocessor'):
+        settings.setdefault('data_preprocessor', cfg.data_preprocessor)
+    return MODELS.build(settings)
+
+
 def init_model(
     cfg: Config, checkpoint: str | None = None, device: str = 'cpu'
 ) -> nn.Module:
@@ -142,11 +151,7 @@ def init_model(
         CheckpointError: If the checkpoint cannot be read or does not fit.
         ConfigError: See :func:`dataset_meta`.
     """
-    init_default_scope(scope_of(cfg))
-    settings = dict(cfg.model)
-    if cfg.get('data_preprocessor'):
-        settings.setdefault('data_preprocessor', cfg.data_preprocessor)
-    model = MODELS.build(settings)
+    model = build_model(cfg)
     meta = {}
     if checkpoint:
         contents = read(checkpoint)

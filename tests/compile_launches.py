@@ -14,11 +14,13 @@ from unittest.mock import patch
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
 from mmoverlock.models.reparam import BRANCHES
 from mmoverlock.ops import partial_sums
 from mmoverlock.ops.depthwise.triton import branches as sums
+from mmoverlock.ops.dynamic_conv import triton as contmix
 from mmoverlock.ops.feed_forward import triton as feed_forward
 from mmoverlock.ops.layer_norm import triton as layer_norm
 from mmoverlock.ops.residual_conv import triton as residual_conv
@@ -48,7 +50,8 @@ def compile_kernel(kernel, capability, args, constants, options=None):
         options (dict, optional): Such as the number of warps.
 
     Returns:
-        dict: Numbers of registers, and bytes spilled and shared.
+        dict: Numbers of registers, and bytes spilled and shared; these alone
+        where nothing is assembled, see :func:`not_assembled`.
     """
     signature, attributes, constants = {}, {}, dict(constants)
 
@@ -74,6 +77,8 @@ def compile_kernel(kernel, capability, args, constants, options=None):
     source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget('cuda', capability, 32)
     binary = triton.compile(source, target=target, options=options)
+    if not binary.asm['cubin']:
+        return dict(shared=binary.metadata.shared)
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
         file.write(binary.asm['cubin'])
         file.flush()
@@ -89,6 +94,20 @@ def compile_kernel(kernel, capability, args, constants, options=None):
         spills=int(stack),
         shared=binary.metadata.shared,
     )
+
+
+def not_assembled():
+    """Have Triton compile to the assembler's language, no further.
+
+    The assembler takes half of the time.
+    """
+    add_stages = CUDABackend.add_stages
+
+    def add_all_but_the_last(backend, stages, *args):
+        add_stages(backend, stages, *args)
+        stages['cubin'] = lambda *args: b''
+
+    return patch.object(CUDABackend, 'add_stages', add_all_but_the_last)
 
 
 def _types(argument):
@@ -111,8 +130,12 @@ def compile_launches(run, capability):
     uses = []
 
     def compile_launch(kernel, *args, grid, warmup, **kwargs):
-        constants = {n: kwargs.pop(n) for n in kernel.arg_names if n in kwargs}
-        args = [_types(argument) for argument in args]
+        args = dict(zip(kernel.arg_names, args, strict=False))
+        args |= {n: kwargs.pop(n) for n in kernel.arg_names if n in kwargs}
+        constants = {
+            p.name: args[p.name] for p in kernel.params if p.is_constexpr
+        }
+        args = [_types(args[name]) for name in kernel.arg_names]
         use = compile_kernel(kernel, capability, args, constants, kwargs)
         uses.append((kernel.__name__, use))
 
@@ -224,6 +247,31 @@ def compile_feed_forward(capability, dtype, channels):
         )
         out, *saved = feed_forward.feed_forward(x, *parameters)
         feed_forward._feed_forward_backward(out, x, *saved, *parameters)
+
+    return compile_launches(run, capability)
+
+
+def compile_contmix(capability, dtype, height, width, size):
+    """Compile the kernels of ContMix for a map."""
+
+    def run():
+        shapes = (32, height, width), (32, 7, 7), (64, height, width)
+        query, key, value = (
+            _empty_map(2, *shape, dtype=dtype) for shape in shapes
+        )
+        taps = 5**2 + size**2
+        inputs = (
+            query,
+            key,
+            torch.empty(taps, 49),
+            torch.empty(taps),
+            torch.empty(2, 9, 9),
+            torch.empty(2, 2 * size - 1, 2 * size - 1),
+            value,
+            0.25,
+        )
+        out, *saved = contmix._mix.function(*inputs)
+        contmix._mix_backward.function(out, *inputs, out, *saved)
 
     return compile_launches(run, capability)
 

@@ -85,7 +85,8 @@ def never_the_same(monkeypatch):
 
 @pytest.fixture
 def auto_is_triton(monkeypatch):
-    """'auto' takes the kernels here, as it does on a GPU."""
-    monkeypatch.setattr(
-        'mmoverlock.ops.backends.why_not_triton', lambda device: None
-    )
+    """'auto' takes the kernels here, as it does on a GPU, untried."""
+    backends = 'mmoverlock.ops.backends'
+    monkeypatch.setattr(f'{backends}.why_not_triton', lambda device: None)
+    monkeypatch.setattr(f'{backends}._try', lambda *args: None)
+    monkeypatch.setattr(f'{backends}._runs', {})

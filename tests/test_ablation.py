@@ -2,13 +2,12 @@
 
 import os
 import re
-from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from tiny import load_tool
 
 from mmoverlock.models.variants import MIXERS, REMOVALS
 
@@ -16,10 +15,10 @@ pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
 for package in ('mmseg', 'mmpretrain'):
     pytest.importorskip(package)
 
-FOLDER = Path(__file__).parents[1] / 'configs' / 'ablation'
+FOLDER = tiny.ROOT / 'configs' / 'ablation'
 README = (FOLDER / 'README.md').read_text()
 ROWS = re.findall(r'^\| \[.*\]\((.*)\) \| (.*) \| (.*) \|$', README, re.M)
-tool = load_tool('get_flops')
+tool = tiny.load_tool('get_flops')
 
 
 def read(link):
@@ -64,12 +63,13 @@ def test_parameters(link, parameters, flops):
     assert f'{count / 1e6:.2f}' == parameters
 
 
-def test_table(capsys):
+def test_table():
     """A row a config; links are from the folder of the last one."""
     names = '../imagenet/overlock_xt_300e.py', 'overlock_xt_static_300e.py'
-    paths = [str(FOLDER / name) for name in names]
-    tool.main(['--table', *paths, '--shape', '64', '64'])
-    title, line, *rows = capsys.readouterr().out.splitlines()[-4:]
+    paths = [FOLDER / name for name in names]
+    options = '--table', '--shape', '64', '64'
+    out = tiny.run_tool('get_flops', *paths, *options)
+    title, line, *rows = out.splitlines()[-4:]
     assert title == '| Config | Parameters (M) | FLOPs (G) |'
     assert line == '| --- | --- | --- |'
     parameters = {link: value for link, value, _ in ROWS}

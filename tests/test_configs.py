@@ -23,9 +23,7 @@ from torch import nn
 
 from mmoverlock.models import OverLoCK
 
-pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
-for package in ('mmdet', 'mmseg', 'mmpretrain'):
-    pytest.importorskip(package)
+tiny.need_openmmlab()
 
 ROOT = tiny.ROOT
 CONFIGS = ROOT / 'configs'

@@ -6,6 +6,7 @@ That of Triton is slow without a GPU: test_contmix_triton.py has fewer cases.
 import pytest
 import torch
 
+from benchmarks.count import Count, _on_gpu, _Operators
 from mmoverlock.ops import contmix
 from mmoverlock.ops.dynamic_conv import BACKENDS
 from mmoverlock.ops.dynamic_conv.tiled import _choose_tiles
@@ -138,6 +139,35 @@ def test_agrees_with_reference(
     expected = differentiate(operands, 'reference', layout)
     actual = differentiate(operands, backend, layout)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_tiled_on_gpus():
+    """Right in the form for them, of many images and groups at a time."""
+    operands = draw(2, 16, 17, kernel_size=13)
+    expected = differentiate(operands, 'reference')
+    with _on_gpu('cpu', []):
+        actual = differentiate(operands, 'tiled')
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    'shape, groups, most',
+    [((128, 14, 14, 13), 8, 220), ((128, 7, 7, 7), 16, 140)]
+    + [((2, 50, 84, 13), 8, 190)],
+)
+def test_operators_of_tiled_on_gpus(shape, groups, most):
+    """A tenth or a fifth of what a CPU's cache is good for."""
+    operands = {
+        name: operand.detach().to('meta').requires_grad_()
+        for name, operand in draw(1, *shape[1:], groups, (16, 16)).items()
+    }
+    for name in ('query', 'key', 'value'):
+        operand = operands[name].bfloat16().expand(shape[0], -1, -1, -1)
+        operands[name] = operand.detach().requires_grad_()
+    for _ in range(2):  # the first call makes plans
+        with _on_gpu('meta', []), _Operators(Count()) as counted:
+            differentiate(operands, 'tiled')
+    assert 0 < counted.result.operators <= most
 
 
 @pytest.mark.parametrize('backend', FAST)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -258,6 +259,19 @@ def test_offsets_have_64_bits():
         for x in range(4)
         for channel in range(4)
     ]
+
+
+def test_offsets_within_an_image():
+    """By classes they have 32 bits: a map that is too wide is copied."""
+    narrow, wide = (
+        torch.empty_strided((2, 3, 5, 6), (2**40, 1, 2**k, 7), device='meta')
+        for k in (28, 29)
+    )
+    assert contmix_triton._narrow(narrow) is narrow
+    with mock.patch.object(
+        contmix_triton, 'channels_last', lambda x: 'copied'
+    ):
+        assert contmix_triton._narrow(wide) == 'copied'
 
 
 COMPILER = Path(__file__).with_name('compile_contmix.py')

@@ -28,9 +28,7 @@ from mmoverlock.data.checks import (
 )
 from mmoverlock.data.runner import make_split
 
-pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
-for package in ('mmdet', 'mmseg', 'mmpretrain'):
-    pytest.importorskip(package)
+tiny.need_openmmlab()
 
 from mmdet.datasets import CocoDataset  # noqa: E402
 from mmdet.evaluation import CocoMetric  # noqa: E402

@@ -9,9 +9,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
-for package in ('mmdet', 'mmseg', 'mmpretrain'):
-    pytest.importorskip(package)
+tiny.need_openmmlab()
 
 
 @HOOKS.register_module()

@@ -15,9 +15,7 @@ import tiny
 import torch
 from mmengine.config import Config
 
-pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
-for package in ('mmdet', 'mmseg', 'mmpretrain'):
-    pytest.importorskip(package)
+tiny.need_openmmlab()
 
 ROOT = tiny.ROOT
 TOOLS = ROOT / 'tools'

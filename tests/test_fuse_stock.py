@@ -1,12 +1,11 @@
 """Fusion of what mm* packages have: shared parts, parts read from outside."""
 
 import pytest
+import tiny
 from fusion import assert_fuses, far, images
 from mmengine.registry import MODELS, init_default_scope
 
-pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
-for package in ('mmdet', 'mmseg', 'mmpretrain'):
-    pytest.importorskip(package)
+tiny.need_openmmlab()
 from mmcv.cnn import ConvModule  # noqa: E402
 
 BN = dict(type='BN')

@@ -12,9 +12,7 @@ from mmoverlock.models.blocks import FocusBlock
 from mmoverlock.models.layers import ResDWConv
 from mmoverlock.ops import contmix
 
-pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
-for package in ('mmdet', 'mmseg', 'mmpretrain'):
-    pytest.importorskip(package)
+tiny.need_openmmlab()
 
 ROOT = tiny.ROOT
 tool = tiny.load_tool('get_flops')

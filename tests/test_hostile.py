@@ -11,9 +11,7 @@ import torch
 from mmengine.config import Config
 from PIL import Image
 
-pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
-for package in ('mmdet', 'mmseg', 'mmpretrain'):
-    pytest.importorskip(package)
+tiny.need_openmmlab()
 
 MASK_RCNN = tiny.ROOT / 'configs/mask_rcnn/overlock_xt_1x.py'
 

@@ -15,8 +15,7 @@ from mmoverlock import inference
 from mmoverlock.inference import build_pipeline, dataset_meta, load, to_picture
 from mmoverlock.models import OverLoCK
 
-for package in ('mmdet', 'mmseg', 'mmpretrain'):
-    pytest.importorskip(package)
+tiny.need_openmmlab()
 
 
 def concat(*datasets):

@@ -11,9 +11,7 @@ from mmengine.runner import Runner
 from PIL import Image
 from torch import nn
 
-pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
-for package in ('mmdet', 'mmpretrain'):
-    pytest.importorskip(package)
+tiny.need_openmmlab()
 
 IMPORTS = """
 from mmcv.transforms import LoadImageFromFile

@@ -142,6 +142,8 @@ def make_tiny(config):
         loader = cfg[f'{split}_dataloader']
         loader.update(num_workers=0, persistent_workers=False)
         loader.dataset.pipeline = shrink(loader.dataset.pipeline)
+        if split != 'train':
+            loader.dataset.indices = 2
     tiny = config.with_name(f'tiny_{config.name}')
     cfg.dump(tiny)
     return tiny

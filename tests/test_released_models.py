@@ -13,9 +13,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from mmoverlock.models.weights import fit
 
-pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
-for package in ('mmdet', 'mmseg'):
-    pytest.importorskip(package)
+tiny.need_openmmlab()
 
 CONFIGS = tiny.ROOT / 'configs'
 BN = 'weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'

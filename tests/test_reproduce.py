@@ -20,6 +20,21 @@ tool = tiny.load_tool('reproduce')
 LAYOUTS = {'det': 'coco', 'seg': 'ade20k', 'cls': 'imagenet'}
 DATA = ('coco', 'ade20k', 'imagenet')
 FOLDERS = {'det': 'mask_rcnn', 'seg': 'upernet', 'cls': 'imagenet'}
+SIZES = [
+    dict(type='Resize', scale=(width, 64), keep_ratio=True)
+    for width in (64, 96)
+]
+VIEWS = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            SIZES,
+            [dict(type='LoadAnnotations')],
+            [dict(type='PackSegInputs')],
+        ],
+    ),
+]
 URL = 'https://nowhere.invalid/v1'
 
 
@@ -45,9 +60,11 @@ def released(tmp_path_factory):
     for task, layout in LAYOUTS.items():
         folder = root / 'configs' / task
         folder.mkdir(parents=True)
-        loading = dict(num_workers=0, persistent_workers=False)
-        loading = {f'test_dataloader.{k}': v for k, v in loading.items()}
-        _, checkpoint = tiny.write_model(task, folder, loading)
+        options = dict(num_workers=0, persistent_workers=False)
+        options = {f'test_dataloader.{k}': v for k, v in options.items()}
+        if task == 'seg':
+            options['tta_pipeline'] = VIEWS
+        _, checkpoint = tiny.write_model(task, folder, options)
         Path(checkpoint).rename(root / 'weights' / f'{task}_s.pth')
         tiny.load_tool('make_sample_data').main(
             [layout, str(root / layout), '--images=8', '--size=64']

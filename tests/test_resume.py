@@ -27,11 +27,9 @@ from mmoverlock.checkpoint import (
 )
 from mmoverlock.engine.hooks import Reseed
 
-pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
-for package in ('mmdet', 'mmseg', 'mmpretrain'):
-    pytest.importorskip(package)
+tiny.need_openmmlab()
 
-EPOCHS = 12
+EPOCHS = 6
 WORKERS = 'train_dataloader.num_workers=1'
 
 

@@ -18,9 +18,7 @@ from mmoverlock.curves import draw_curves, read_scalars
 from mmoverlock.engine import CurvesHook
 from mmoverlock.inference import color_of
 
-pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
-for package in ('mmdet', 'mmseg', 'mmpretrain'):
-    pytest.importorskip(package)
+tiny.need_openmmlab()
 
 
 tool = tiny.load_tool('summarize')

@@ -18,9 +18,7 @@ from torch import nn
 
 from mmoverlock import cli
 
-pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
-for package in ('mmdet', 'mmseg', 'mmpretrain'):
-    pytest.importorskip(package)
+tiny.need_openmmlab()
 
 ROOT = tiny.ROOT
 MASK_RCNN = ROOT / 'configs' / 'mask_rcnn' / 'overlock_xt_1x.py'
@@ -445,21 +443,6 @@ def test_local_rank_under_mpi(monkeypatch):
     argv = [str(MASK_RCNN), '--launcher', 'mpi']
     train.cli.load_config(train.build_parser().parse_args(argv))
     assert os.environ['LOCAL_RANK'] == '3'
-
-
-def test_amp(monkeypatch):
-    cfg = Config.fromfile(MASK_RCNN)
-    args = train.build_parser().parse_args([str(MASK_RCNN), '--amp'])
-    monkeypatch.setattr(train, 'get_device', lambda: 'mps')
-    with pytest.raises(train.cli.UserError, match='mps'):
-        train.apply_options(cfg, args)
-    monkeypatch.setattr(train, 'get_device', lambda: 'cuda')
-    train.apply_options(cfg, args)
-    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
-    assert cfg.optim_wrapper.loss_scale == 'dynamic'
-    cfg.optim_wrapper.type = 'OptimWrapperDict'
-    with pytest.raises(train.cli.UserError, match='OptimWrapperDict'):
-        train.apply_options(cfg, args)
 
 
 def test_auto_scale_lr_without_base(mistake):

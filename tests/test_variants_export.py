@@ -29,7 +29,7 @@ KERNELS = ['kernel_guidance', 'prior_update', 'small_kernel', 'lepe']
     ],
 )
 @torch.no_grad()
-def test_onnx(variant, tmp_path, capsys):
+def test_onnx(variant, tmp_path):
     """The file has standard operators only, and agrees with the model."""
     settings = {'model.backbone.type': 'OverLoCKVariant'}
     for key, value in variant.items():
@@ -37,7 +37,7 @@ def test_onnx(variant, tmp_path, capsys):
         settings[name] = value
     files = write_model('seg', tmp_path, settings)
     path = tmp_path / 'model.onnx'
-    out = run(files, path, capsys, '--backbone-only', '--shape', '64', '96')
+    out = run(files, path, '--backbone-only', '--shape', '64', '96')
     load_onnx(path)
     # If by more than the tolerance, the tool had ended.
     assert out.count('differs by') == 1

@@ -16,8 +16,7 @@ from mmoverlock.inference import (
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.blocks import FocusBlock
 
-pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
-pytest.importorskip('mmpretrain')
+tiny.need_openmmlab()
 tool = tiny.load_tool('visualize')
 
 
@@ -34,7 +33,6 @@ def files(tmp_path_factory):
 @pytest.fixture
 def det_files(files, tmp_path):
     """Those of a detector, which has outputs at four strides."""
-    pytest.importorskip('mmdet')
     return [*tiny.write_model('det', tmp_path), files[2]]
 
 

@@ -493,19 +493,6 @@ def test_incomplete_checkpoint(safe, training, tmp_path, messages, complete):
         )
 
 
-def test_additional_weights_are_named(safe, training, tmp_path, messages):
-    path = altered(
-        training,
-        tmp_path,
-        lambda c: c['state_dict'].update(more=torch.zeros(1)),
-    )
-    runner = make_runner(tmp_path)
-    load_into(runner, path)
-    ((level, logged),) = messages
-    assert level == logging.WARNING
-    assert logged.endswith('left out: more')
-
-
 @pytest.mark.parametrize('complete', [True, False])
 def test_nothing_fits(safe, tmp_path, complete):
     runner = make_runner(tmp_path, complete)

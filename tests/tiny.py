@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -82,6 +83,12 @@ def load_tool(name, folder='tools'):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def need_openmmlab():
+    """Skip a module of tests where OpenMMLab's packages are not complete."""
+    for package in ('mmcv._ext', 'mmdet', 'mmseg', 'mmpretrain'):
+        pytest.importorskip(package, reason=f'needs {package}')
 
 
 def randomize(model):

@@ -11,7 +11,7 @@ import sys
 from contextlib import redirect_stdout
 from multiprocessing.pool import ThreadPool
 
-from mmengine.registry import EVALUATOR, MODELS, init_default_scope
+from mmengine.registry import EVALUATOR
 from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import track
@@ -20,6 +20,7 @@ from mmoverlock import cli
 from mmoverlock.data import DataError, Finding, check_data, checked
 from mmoverlock.data.checks import CHECKS, THOROUGH
 from mmoverlock.data.runner import make_split
+from mmoverlock.inference import build_model
 
 SHOWN = 5  # entries of every kind
 
@@ -66,13 +67,6 @@ class Report:
             if count > len(first) > 0:
                 print(f'  and {count - len(first)} more')
         return faults
-
-
-def build_model(cfg):
-    settings = dict(cfg.model)
-    if cfg.get('data_preprocessor'):
-        settings.setdefault('data_preprocessor', cfg.data_preprocessor)
-    return MODELS.build(settings)
 
 
 def build_split(cfg, name, model):
@@ -150,7 +144,6 @@ def main(argv=None):
     with cli.user_errors('check_data.py'):
         args = build_parser().parse_args(argv)
         cfg = cli.load_config(args)
-        init_default_scope(cfg.get('default_scope', 'mmengine'))
         report, done = Report(), []
         with cli.explain_failures(cfg, args.cfg_options):
             model = build_model(cfg)

@@ -7,13 +7,12 @@ OpenMMLab's names, and ``init_cfg`` takes any of these files as they are.
 
 import argparse
 import io
-import os
 from pathlib import Path
 
 import torch
 
 from mmoverlock import cli
-from mmoverlock.checkpoint import read
+from mmoverlock.checkpoint import SafeBackend, read
 from mmoverlock.models import OverLoCK, weights
 
 
@@ -75,12 +74,9 @@ def save(contents, path):
     """Write a checkpoint; what was there before stays until it is whole."""
     buffer = io.BytesIO()
     torch.save(contents, buffer)
-    part = path.with_name(f'{path.name}.part')
     try:
-        part.write_bytes(buffer.getbuffer())
-        os.replace(part, path)
+        SafeBackend().put(buffer.getvalue(), path)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise cli.UserError(f'cannot write {path}: {error}') from error
 
 

@@ -24,11 +24,10 @@ import argparse
 import os
 
 import torch
-from mmengine.registry import MODELS, init_default_scope
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmoverlock import cli
-from mmoverlock.inference import input_channels, scope_of
+from mmoverlock.inference import build_model, input_channels, scope_of
 from mmoverlock.models.blocks import FocusBlock
 
 # Height and width that the field compares at, by default_scope.
@@ -71,9 +70,7 @@ def count(cfg, shape):
         name of the part; the FLOPs of all, which may be more than their sum:
         some are between the parts; and the channels of the image.
     """
-    scope = scope_of(cfg)
-    init_default_scope(scope)
-    model = MODELS.build(cfg.model).eval()
+    model, scope = build_model(cfg).eval(), scope_of(cfg)
     for module in model.modules():
         if isinstance(module, FocusBlock):
             # It does what is to be counted.

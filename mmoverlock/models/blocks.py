@@ -45,19 +45,19 @@ def _feed_forward(
     What these and GRN scale and shift is the input of a 1x1 convolution.
     """
     expand, gelu, dwconv, grn, reduce = layers
-    if takes_triton('auto', x):
-        return feed_forward(
-            x if excite is None else excite(x),
-            expand.weight,
-            expand.bias,
-            dwconv.weight,
-            dwconv.bias,
-            grn.gamma,
-            grn.beta,
-            reduce.weight,
-            reduce.bias,
-            dwconv.residual,
-        )
+    parameters = (
+        expand.weight,
+        expand.bias,
+        dwconv.weight,
+        dwconv.bias,
+        grn.gamma,
+        grn.beta,
+        reduce.weight,
+        reduce.bias,
+        dwconv.residual,
+    )
+    if takes_triton('auto', x, feed_forward, x, *parameters):
+        return feed_forward(x if excite is None else excite(x), *parameters)
     scale = () if excite is None else excite.scale_and_shift(x)
     x = dwconv(gelu(expand(x, *scale)))
     return reduce(x, *grn.scale_and_shift(x))

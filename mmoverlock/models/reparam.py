@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..ops import Branch, depthwise_conv2d, sum_of_branches, takes_triton
+from ..ops.depthwise import sum_by_kernels
 from .layers import build_bn
 
 # Kernel size: (size, dilation) of the branches beside the large kernel.
@@ -105,10 +106,10 @@ class DilatedReparamConv(nn.Module):
         if not any(norm.training for _, norm in self._branches()):
             return self._convolve(x, *self.merge())
         groups = {_group(norm) for _, norm in self._branches()}
-        if self._is_summable(x, groups):
-            branches = [self._branch(*m) for m in self._branches()]
+        branches, backend = self._summable_branches(x, groups)
+        if backend:
             torch._foreach_add_([branch.batches for branch in branches], 1)
-            return sum_of_branches(x, branches, self.backend, *groups)
+            return sum_of_branches(x, branches, backend, *groups)
         return sum(
             norm(self._convolve(x, conv.weight, None, conv.dilation[0]))
             for conv, norm in self._branches()
@@ -125,17 +126,24 @@ class DilatedReparamConv(nn.Module):
         for conv, norm in self.branches:
             yield getattr(self, conv), getattr(self, norm)
 
-    def _is_summable(self, x: Tensor, groups: set) -> bool:
+    def _summable_branches(
+        self, x: Tensor, groups: set
+    ) -> tuple[list[Branch] | None, str | None]:
+        """What one operator sums up, and of which backend, None if none."""
         norms = [norm for _, norm in self._branches()]
-        if takes_triton(self.backend, x):
-            possible = len(groups) == 1
-        else:
-            possible = x.device.type == 'cpu' and groups == {None}
-            possible &= all(norm.momentum is not None for norm in norms)
-        return possible and all(
+        if not all(
             type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and norm.training
             for norm in norms
-        )
+        ):
+            return None, None
+        branches = [self._branch(*m) for m in self._branches()]
+        if takes_triton(self.backend, x, sum_by_kernels, x, branches):
+            possible, backend = len(groups) == 1, 'triton'
+        else:
+            possible, backend = groups == {None}, 'reference'
+            possible &= x.device.type == 'cpu'
+            possible &= all(norm.momentum is not None for norm in norms)
+        return branches, backend if possible else None
 
     @staticmethod
     def _branch(conv: nn.Conv2d, norm: nn.Module) -> Branch:

@@ -5,17 +5,23 @@ elsewhere; for tracing and exporting it is plain PyTorch on any device. A form
 that is asked for by name runs or is an error.
 """
 
+import warnings
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .environment import check_triton, is_exporting
+from .environment import check_triton, is_compiling, is_exporting
 
 BACKENDS = ('auto', 'reference', 'triton')
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CAPABILITY = 8, 0
+_runs = {}  # by kernels and what decides how they are compiled
+_warned = set()  # kernels
 
 
 def check_backend(backend: str, backends: tuple = BACKENDS) -> None:
@@ -37,12 +43,18 @@ def check_backend(backend: str, backends: tuple = BACKENDS) -> None:
         check_triton()
 
 
-def takes_triton(backend: str, x: Tensor) -> bool:
+def takes_triton(
+    backend: str, x: Tensor, kernels: Callable | None = None, *operands
+) -> bool:
     """Whether an operator on a map runs its kernels.
 
     Args:
         backend (str): See :func:`check_backend`; others are no kernels.
         x (Tensor): The map.
+        kernels (callable, optional): What would run. For 'auto' it is tried,
+            see :func:`run_here`. Defaults to None: what it takes is known to
+            run, or will be tried where it is called.
+        operands: Of the kernels.
 
     Raises:
         ValueError: If 'triton' cannot take the map.
@@ -62,6 +74,7 @@ def takes_triton(backend: str, x: Tensor) -> bool:
         and x.dtype in DTYPES
         and not is_exporting()
         and not torch.jit.is_tracing()
+        and (kernels is None or run_here(kernels, *operands))
     )
 
 
@@ -101,3 +114,87 @@ def _launch(device):
         add(parts, total)
         if total.item() != 2:
             raise RuntimeError(f'1 + 1 is {total.item()}')
+
+
+def run_here(kernels: Callable, *operands) -> bool:
+    """Whether kernels compile and fit on the card, both ways.
+
+    They are tried once for all operands of such dtypes and channels, on
+    copies: forward and, where there is a gradient, backward. What runs for
+    one size of a map is taken to run for all, so that no image of a training
+    is computed twice or goes another way; so is what cannot be tried, since
+    it is traced or recorded.
+
+    Args:
+        kernels (callable): Of the operands, to a tensor or a tuple.
+        operands: A tensor, then tensors, numbers, None, and tuples and lists
+            of these.
+    """
+    if is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    key = (
+        kernels,
+        operands[0].device,
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled('cuda') and torch.get_autocast_dtype('cuda'),
+        *map(_describe, operands),
+    )
+    if key not in _runs:
+        if torch.cuda.is_initialized() and (
+            torch.cuda.is_current_stream_capturing()
+        ):
+            return True
+        error = _try(kernels, operands)
+        if error is not None and kernels not in _warned:
+            _warned.add(kernels)
+            name = kernels.__module__.removeprefix('mmoverlock.ops.')
+            warnings.warn(
+                f'kernels of {name} do not run here, plain PyTorch does: '
+                f'{type(error).__name__}: {error}',
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        _runs[key] = error is None
+    return _runs[key]
+
+
+def _describe(operand):
+    """An operand without the size of a map; of several alike, the first."""
+    if isinstance(operand, Tensor):
+        shape = operand.shape
+        if len(shape) == 4 and shape[1] > 1:
+            shape = shape[1]
+        return operand.dtype, shape, operand.requires_grad
+    if isinstance(operand, list):
+        return len(operand), _describe(operand[0])
+    if isinstance(operand, tuple):
+        return tuple(map(_describe, operand))
+    return operand
+
+
+def _try(kernels, operands):
+    """The error of kernels, or None."""
+
+    def copy(operand):
+        return operand.detach().clone().requires_grad_(operand.requires_grad)
+
+    operands = tree_map_only(Tensor, copy, operands)
+    # Checkpoints count what is saved for the backward pass; this is not.
+    with saved_tensors_hooks(lambda x: x, lambda x: x):
+        try:
+            out, inputs = (
+                [
+                    t
+                    for t in tree_leaves(tree)
+                    if isinstance(t, Tensor) and t.requires_grad
+                ]
+                for tree in (kernels(*operands), operands)
+            )
+            if out:
+                grads = [*map(torch.zeros_like, out)]
+                torch.autograd.grad(out, inputs, grads, allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of Triton, LLVM or an assembler
+            return error
+    return None

@@ -46,10 +46,8 @@ def depthwise_conv2d(
         Tensor: (B, C, H, W).
     """
     check_backend(backend)
-    if takes_triton(backend, x):
-        from .triton import depthwise_conv2d as convolve
-
-        y = convolve(x, weight, bias, dilation)
+    if takes_triton(backend, x, _convolve, x, weight, bias, dilation):
+        y = _convolve(x, weight, bias, dilation)
         return x + y if residual else y
     if residual:
         if x.device.type != 'cpu' or _autocast_dtype():
@@ -61,6 +59,12 @@ def depthwise_conv2d(
         return _conv2d(x, weight, bias, dilation)
     tensors = _autocast(x, weight, bias)
     return apply(_DepthwiseConv2d, *tensors, dilation)
+
+
+def _convolve(*operands):
+    from .triton import depthwise_conv2d as convolve
+
+    return convolve(*operands)
 
 
 class Branch(NamedTuple):
@@ -105,9 +109,7 @@ def sum_of_branches(
     """
     check_backend(backend)
     if takes_triton(backend, x):
-        from .triton import sum_of_branches as sum_up
-
-        return sum_up(x, branches, group)
+        return sum_by_kernels(x, branches, group)
     if group is not None:
         raise ValueError(
             'there are no statistics over several processes in plain PyTorch'
@@ -120,6 +122,13 @@ def sum_of_branches(
         for tensor in (weight, branch.scale, branch.shift)
     ]
     return apply(_SumOfBranches, x, settings, *tensors)
+
+
+def sum_by_kernels(*operands):
+    """:func:`sum_of_branches` of the backend 'triton'."""
+    from .triton import sum_of_branches as sum_up
+
+    return sum_up(*operands)
 
 
 def _autocast(*tensors):

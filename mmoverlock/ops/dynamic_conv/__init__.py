@@ -82,13 +82,15 @@ def contmix(
         ImportError: If the backend needs what is not installed.
     """
     check_backend(backend, ('auto', *BACKENDS))
-    if backend == 'auto':
-        backend = 'triton' if takes_triton(backend, value) else 'tiled'
     _check_shapes(query, key, value, weight, bias, rpb)
-    if backend == 'triton':  # which converts on the fly
-        return BACKENDS[backend](
-            query, key, value, weight, bias, tuple(rpb), scale
+    operands = query, key, value, weight, bias, tuple(rpb)
+    if backend == 'auto':
+        takes_kernels = takes_triton(
+            backend, value, contmix_triton, *operands, scale
         )
+        backend = 'triton' if takes_kernels else 'tiled'
+    if backend == 'triton':  # which converts on the fly
+        return BACKENDS[backend](*operands, scale)
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, key, weight, bias, *rpb = (
         tensor.to(dtype) for tensor in (query, key, weight, bias, *rpb)

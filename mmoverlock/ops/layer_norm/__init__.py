@@ -36,11 +36,15 @@ def layer_norm(
         ImportError: If the backend needs what is not installed.
     """
     check_backend(backend)
-    if not takes_triton(backend, x):
-        return reference(x, weight, bias, eps)
+    operands = x, weight, bias, eps
+    takes_kernels = takes_triton(backend, x, _kernels, *operands)
+    return (_kernels if takes_kernels else reference)(*operands)
+
+
+def _kernels(*operands):
     from .triton import layer_norm as run
 
-    return run(x, weight, bias, eps)
+    return run(*operands)
 
 
 __all__ = ['layer_norm']

@@ -23,6 +23,17 @@ KNOBS = dict(
         pixels=64, outputs=128, inputs=64, num_warps=4, num_stages=3
     ),
 )
+CANDIDATES = {  # for benchmarks/gpu_tune.py
+    f'{kernel}.{name}': values
+    for kernel in ('product', 'weight_grad')
+    for name, values in dict(
+        pixels=(32, 64, 128),
+        outputs=(64, 128),
+        inputs=(32, 64),
+        num_warps=(4, 8),
+        num_stages=(2, 3, 4),
+    ).items()
+}
 PROGRAMS = 264  # of the gradient of a weight, where there is enough to do
 SIZES = ('pixels', 'tiles', 'items', 'splits', 'count')
 INTERPRET = triton.knobs.runtime.interpret

@@ -49,14 +49,17 @@ def residual_conv(
             f'expected {(x.shape[1], 1, 3, 3)}'
         )
     check_backend(backend)
-    if not takes_triton(backend, x):
-        return reference(x, weight, bias, gelu, residual, squares)
+    operands = x, weight, bias, gelu, residual, squares
+    if not takes_triton(backend, x, _kernels, *operands):
+        return reference(*operands)
+    y, sums = _kernels(*operands)
+    return (y, sums) if squares else y
+
+
+def _kernels(x, *operands):
     from .triton import residual_conv as run
 
-    y, sums = run(
-        cast_as_convolutions(x), weight, bias, gelu, residual, squares
-    )
-    return (y, sums) if squares else y
+    return run(cast_as_convolutions(x), *operands)
 
 
 __all__ = ['residual_conv']

@@ -52,11 +52,15 @@ def scaled_residual(
                 f'expected {tuple(shape)}'
             )
     check_backend(backend)
-    if not takes_triton(backend, x):
-        return reference(x, y, weight, bias, keep)
+    operands = x, y, weight, bias, keep
+    takes_kernels = takes_triton(backend, x, _kernels, *operands)
+    return (_kernels if takes_kernels else reference)(*operands)
+
+
+def _kernels(*operands):
     from .triton import scaled_residual as run
 
-    return run(x, y, weight, bias, keep)
+    return run(*operands)
 
 
 __all__ = ['scaled_residual']

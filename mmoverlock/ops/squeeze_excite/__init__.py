@@ -52,11 +52,15 @@ def squeeze_excite(
                 f'expected {tuple(shape)}'
             )
     check_backend(backend)
-    if not takes_triton(backend, x):
-        return reference(x, weight1, bias1, weight2, bias2, gate)
+    operands = x, weight1, bias1, weight2, bias2, gate
+    takes_kernels = takes_triton(backend, x, _kernels, *operands)
+    return (_kernels if takes_kernels else reference)(*operands)
+
+
+def _kernels(*operands):
     from .triton import squeeze_excite as run
 
-    return run(x, weight1, bias1, weight2, bias2, gate)
+    return run(*operands)
 
 
 __all__ = ['squeeze_excite']

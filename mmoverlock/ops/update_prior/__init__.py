@@ -59,8 +59,11 @@ def update_prior(
             )
     operands = z, initial, weight, bias, initial_weight, initial_bias
     check_backend(backend)
-    if not takes_triton(backend, z):
-        return reference(*operands)
+    takes_kernels = takes_triton(backend, z, _kernels, *operands)
+    return (_kernels if takes_kernels else reference)(*operands)
+
+
+def _kernels(*operands):
     from .triton import update_prior as run
 
     return run(*operands)

@@ -54,6 +54,9 @@ from .conv2d import convolve_maps, num_splits, weight_grad
 
 # Programs of kernels that end in sums, where there is enough to do.
 KNOBS = dict(statistics=528, weight_grads=1024)
+CANDIDATES = dict(  # for benchmarks/gpu_tune.py
+    statistics=(264, 528, 1056), weight_grads=(512, 1024, 2048)
+)
 BLOCK = tl.constexpr(32)  # channels of kernels that finish sums
 TAPS = tl.constexpr(16)  # and how many taps these take at a time
 

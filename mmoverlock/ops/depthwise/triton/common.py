@@ -20,6 +20,11 @@ from ...partial_sums import check_device
 
 # Candidates for tiles of maps; the first one of the least cost is taken.
 KNOBS = dict(rows=(7, 10, 16), channels=(32, 16), lanes=256)
+CANDIDATES = dict(  # for benchmarks/gpu_tune.py
+    rows=((7,), (10,), (16,), (7, 10, 16)),
+    channels=((16,), (32,), (32, 16)),
+    lanes=(128, 256, 512),
+)
 SPARSE = tl.constexpr(3)  # dilation that is too large for rows to be shared
 # Arguments that come in too many values to compile for kinds of them
 SIZES = ('height', 'width', 'items', 'images', 'splits', 'count')

@@ -36,6 +36,15 @@ KNOBS = dict(
     STAGES=1,
     REGISTERS=168,  # at most, for the gradient of the filters
 )
+CANDIDATES = dict(  # for benchmarks/gpu_tune.py
+    POSITIONS=(16, 32, 64),
+    TAPS=(32, 64),
+    ROWS=(32, 64),
+    PIXELS=(16, 32, 64),
+    PROGRAMS=(400, 800, 1600),
+    STAGES=(1, 2, 3),
+    REGISTERS=(128, 168, 255),
+)
 MOST_CLASSES = 9
 
 
@@ -421,7 +430,8 @@ def backward_filters(
         b_df = dot(b_ds.to(FT), b_q, tl.zeros((T, QC), ACC))
         tl.store(
             p_df
-            + ((tile * batch * G + unit) * K * K + o_n)[:, None] * CQ
+            + (tile * batch * G + unit) * K * K * CQ
+            + (o_n * CQ)[:, None]
             + o_q[None, :],
             b_df,
             mask=(o_n < K * K)[:, None] & m_q[None, :],

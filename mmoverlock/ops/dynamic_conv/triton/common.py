@@ -52,6 +52,6 @@ def offsets(y, x, channel, strides):
 
 @triton.jit
 def pixel_offsets(y, x, channel, strides):
-    """Offsets (P, C) of pixels and channels in an image."""
-    pixel = y.to(tl.int64) * strides[2] + x.to(tl.int64) * strides[3]
-    return pixel[:, None] + (channel.to(tl.int64) * strides[1])[None, :]
+    """Offsets (P, C) of pixels and channels in a small image, of 32 bits."""
+    pixel = y * strides[2] + x * strides[3]
+    return pixel[:, None] + (channel * strides[1])[None, :]

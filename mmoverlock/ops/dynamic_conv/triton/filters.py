@@ -24,6 +24,15 @@ KNOBS = dict(
     TERMS=128,  # rows of it
     WARPS=8,
 )
+CANDIDATES = dict(  # for benchmarks/gpu_tune.py
+    ROWS=(32, 64, 128),
+    TAPS=(16, 32, 64),
+    PARTS=(2, 4, 8),
+    ELEMENTS=(512, 1024, 2048),
+    SUMS=(8, 16, 32),
+    TERMS=(64, 128, 256),
+    WARPS=(4, 8),
+)
 
 
 @triton.jit

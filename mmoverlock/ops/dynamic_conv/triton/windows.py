@@ -42,6 +42,13 @@ KNOBS = dict(
     STAGES=2,
     REGISTERS=168,  # at most, backward, for three blocks a multiprocessor
 )
+CANDIDATES = dict(  # for benchmarks/gpu_tune.py
+    ROWS=(2, 4, 8),
+    COLS=(16, 32),
+    PIXELS=(16, 32, 64),
+    STAGES=(1, 2, 3),
+    REGISTERS=(128, 168, 255),
+)
 
 
 @triton.jit

@@ -1,0 +1,182 @@
+"""Kernels that do not compile or fit: plain PyTorch from the first call on."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from kernels import draw
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from mmoverlock.models.blocks import FocusBlock, RepConvBlock
+from mmoverlock.ops import backends, layer_norm
+
+triton = pytest.importorskip('triton', '3.6')
+compiler_errors = pytest.importorskip('triton.compiler.errors')
+errors = pytest.importorskip('triton.runtime.errors')
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason='without a GPU'
+)
+
+ERRORS = dict(
+    fit=errors.OutOfResources(232448, 101376, 'shared memory'),
+    compile=compiler_errors.CompilationError('', None, 'no such type'),
+    lower=RuntimeError('PassManager::run failed'),
+)
+COMMON = dict(drop_path=0.0, norm_cfg=dict(type='BN'), deploy=False)
+
+
+class Launches:
+    """Names of the kernels that are launched, and errors of some."""
+
+    def __init__(self):
+        self.names, self.errors = [], {}
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch):
+    """'auto' takes the kernels here, of which none has been tried."""
+    monkeypatch.setattr(backends, 'why_not_triton', lambda device: None)
+    monkeypatch.setattr(backends, '_runs', {})
+    monkeypatch.setattr(backends, '_warned', set())
+    executor = triton.runtime.interpreter.GridExecutor
+    launch = executor.__call__
+    launches = Launches()
+
+    def run(this, *args, **kwargs):
+        module = this.fn.__module__.removeprefix('mmoverlock.ops.')
+        name = f'{module}.{this.fn.__name__}'
+        if name in launches.errors:
+            raise launches.errors[name]
+        launches.names.append(name)
+        return launch(this, *args, **kwargs)
+
+    monkeypatch.setattr(executor, '__call__', run)
+    return launches
+
+
+def normalize(x, backend='auto'):
+    ones = torch.ones(x.shape[1])
+    return layer_norm(x, ones, ones, backend=backend)
+
+
+@pytest.mark.parametrize('error', ERRORS)
+@pytest.mark.parametrize('direction', ['forward', 'backward'])
+def test_first_call(direction, error, launches):
+    """It falls back, though the error is in the backward pass."""
+    kernel = f'layer_norm.triton._{direction}_kernel'
+    launches.errors[kernel] = ERRORS[error]
+    x = draw(1, 3, 4, 5).requires_grad_()
+    with pytest.warns(RuntimeWarning, match='layer_norm do not') as warned:
+        out = normalize(x)
+    assert len(warned) == 1
+    assert str(ERRORS[error]) in str(warned[0].message)
+    assert torch.equal(out, normalize(x, 'reference'))
+    out.sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        normalize(draw(2, 4, 4, 5).requires_grad_())  # another problem
+        launches.errors.clear()
+        launches.names.clear()
+        normalize(draw(2, 3, 5, 4).requires_grad_()).sum().backward()
+        assert launches.names == []  # it is remembered for maps of all sizes
+        normalize(draw(1, 5, 4, 5).requires_grad_())  # that one runs
+        assert kernel in launches.names
+
+
+def test_by_name(launches):
+    launches.errors['layer_norm.triton._forward_kernel'] = ERRORS['fit']
+    with pytest.raises(errors.OutOfResources):
+        normalize(draw(1, 3, 4, 5), 'triton')
+
+
+def test_tried_once(launches):
+    """Both ways where there is a gradient; then again as they are called."""
+    x = draw(1, 3, 4, 5).requires_grad_()
+    kernel = 'layer_norm.triton._forward_kernel'
+    with torch.no_grad():
+        for _ in range(2):
+            normalize(x)
+    assert launches.names == 3 * [kernel]
+    normalize(x)
+    assert len(launches.names) > 5
+    launches.names.clear()
+    normalize(x)
+    assert launches.names == [kernel]
+
+
+def test_what_is_not_the_kernels_fault(launches):
+    error = torch.OutOfMemoryError('no memory left')
+    launches.errors['layer_norm.triton._forward_kernel'] = error
+    with pytest.raises(torch.OutOfMemoryError):
+        normalize(draw(1, 3, 4, 5))
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        return f(*args, **(kwargs or {}))
+
+
+def test_not_tried_where_watched(launches):
+    with Watching():
+        normalize(draw(1, 3, 4, 5))
+    torch.compile(normalize, backend='eager')(draw(1, 3, 4, 5))
+    assert len(launches.names) == 2
+
+
+def test_checkpoints():
+    """What a trial saves is no part of them."""
+    x = draw(1, 3, 4, 5).requires_grad_()
+    checkpoint(normalize, x, use_reentrant=False).sum().backward()
+
+
+# One of each operator, of the backward pass
+KERNELS = [
+    'residual_conv.triton._backward_kernel',
+    'layer_norm.triton._backward_kernel',
+    'depthwise.triton.branches._unpack_kernel',
+    'squeeze_excite.triton._weights_grad_kernel',
+    'feed_forward.triton._scale_grad_kernel',
+    'scaled_residual.triton._backward_kernel',
+    'update_prior.triton._backward_kernel',
+    'dynamic_conv.triton.filters.finish',
+]
+
+
+def test_every_operator(launches):
+    """Blocks give what they give in double precision, statistics too."""
+    launches.errors = dict.fromkeys(KERNELS, ERRORS['fit'])
+    torch.manual_seed(0)
+    blocks = [
+        (
+            RepConvBlock(4, kernel_size=5, layer_scale=True, **COMMON),
+            [draw(2, 4, 5, 5)],
+        ),
+        (
+            FocusBlock(4, 2, kernel_size=5, heads=1, first=False, **COMMON),
+            [draw(2, 6, 5, 5), draw(2, 2, 5, 5)],
+        ),
+    ]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter('always')
+        for block, maps in blocks:
+            other = copy.deepcopy(block).double()  # which no kernel takes
+            results = []
+            for module, kind in (block, torch.float32), (other, torch.float64):
+                inputs = [x.to(kind).requires_grad_() for x in maps]
+                out = module(*inputs)
+                grads = torch.autograd.grad(
+                    out.sin().sum(), [*inputs, *module.parameters()]
+                )
+                tensors = out, *grads, *module.buffers()
+                results.append([tensor.double() for tensor in tensors])
+            largest = max(value.norm() for value in results[1])
+            for actual, value in zip(*results, strict=True):
+                difference = (actual - value).norm()
+                assert difference < 1e-5 * max(value.norm(), 0.1 * largest)
+    warned = [str(warning.message) for warning in warned]
+    plain = [text.split()[2] for text in warned if 'do not run' in text]
+    names = {kernel.split('.')[0] for kernel in KERNELS}
+    assert sorted(plain) == sorted(names)  # once each
+    assert {name.split('.')[0] for name in launches.names} >= names
