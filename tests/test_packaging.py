@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -107,6 +108,13 @@ def test_stacks_are_extras(metadata):
     requirements = metadata.get_all('Requires-Dist')
     hard = [text for text in requirements if '; extra ==' not in text]
     assert hard == ['safetensors']
+
+
+def test_links_of_the_package_hold_anywhere(metadata):
+    links = re.findall(r'\]\(([^)]+)\)', metadata.get_payload())
+    links += [url.split(', ')[1] for url in metadata.get_all('Project-URL')]
+    assert len(links) > 2
+    assert all(link.startswith('https://') for link in links)
 
 
 @pytest.mark.parametrize('stack', ['onedl', 'openmmlab'])

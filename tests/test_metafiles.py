@@ -1,0 +1,94 @@
+"""FLOPs and parameters in the metafiles are those of the configs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from tiny import load_tool
+
+pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
+for package in ('mmdet', 'mmseg', 'mmpretrain'):
+    pytest.importorskip(package)
+
+ROOT = Path(__file__).parents[1]
+FAMILIES = {
+    path.parent.name: yaml.safe_load(path.read_text())
+    for path in sorted(ROOT.glob('configs/*/metafile.yml'))
+    if path.parent.name != 'ablation'
+}
+METADATA = {
+    model['Config']: model.get('Metadata', {})
+    for family in FAMILIES.values()
+    for model in family['Models']
+}
+QUICK = [
+    'configs/imagenet/overlock_t_300e.py',
+    'configs/mask_rcnn/overlock_xt_1x.py',
+    'configs/upernet/overlock_xt_160k.py',
+]
+
+
+def check_parameters(path):
+    cfg = Config.fromfile(ROOT / path)
+    init_default_scope(cfg.default_scope)
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    count = sum(weight.numel() for weight in model.parameters())
+    assert METADATA[path]['Parameters'] == count, path
+
+
+def check_flops(path):
+    tool = load_tool('get_flops')
+    cfg = Config.fromfile(ROOT / path)
+    _, total, _ = tool.count(cfg, tool.SHAPES[cfg.default_scope])
+    assert METADATA[path]['FLOPs'] == total, path
+
+
+@pytest.mark.parametrize('path', QUICK)
+def test_parameters(path):
+    check_parameters(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', sorted({*METADATA} - {*QUICK}))
+def test_all_parameters(path):
+    check_parameters(path)
+
+
+@pytest.mark.parametrize('arch', ['xt', 't', 's', 'b'])
+def test_flops_of_classifiers(arch):
+    check_flops(f'configs/imagenet/overlock_{arch}_300e.py')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'path',
+    sorted(path for path in METADATA if 'FLOPs' in METADATA[path]),
+)
+def test_all_flops(path):
+    check_flops(path)
+
+
+def test_what_has_none():
+    """FLOPs of the paper's models are there; drop-ins are not counted."""
+    for path, metadata in METADATA.items():
+        counted = 'mini' not in path and 'drop_in' not in path
+        assert ('FLOPs' in metadata) == counted, path
+        assert 'Parameters' in metadata, path
+
+
+def test_collections_have_the_names_of_the_field():
+    names = {
+        folder: [collection['Name'] for collection in family['Collections']]
+        for folder, family in FAMILIES.items()
+    }
+    assert names['mask_rcnn'] == ['Mask R-CNN']
+    assert names['cascade_mask_rcnn'] == ['Cascade Mask R-CNN']
+    assert names['upernet'] == ['UPerNet']
+    assert names['imagenet'] == ['OverLoCK']
+    for folder, family in FAMILIES.items():
+        for model in family['Models']:
+            assert model['In Collection'] in names[folder]
