@@ -22,6 +22,7 @@ from mmoverlock.ops.depthwise.triton import branches as sums
 from mmoverlock.ops.feed_forward import triton as feed_forward
 from mmoverlock.ops.layer_norm import triton as layer_norm
 from mmoverlock.ops.residual_conv import triton as residual_conv
+from mmoverlock.ops.response_norm import triton as response_norm
 from mmoverlock.ops.scaled_residual import triton as scaled_residual
 from mmoverlock.ops.squeeze_excite import triton as squeeze_excite
 from mmoverlock.ops.update_prior import triton as update_prior
@@ -159,8 +160,12 @@ def compile_fused_passes(capability, dtype, channels):
         x = _empty_map(2, channels, 8, 9, dtype=dtype)
         _, state = squeeze_excite.forward(x, *weights, x)
         squeeze_excite.backward(x, x, *weights, x, state)
+        _, *saved = response_norm.forward(x, bias, bias)
+        response_norm.backward(x, x, bias, *saved)
         x = _empty_map(2, channels, 17, 16, dtype=dtype)
         squeeze_excite.forward(x, *weights, x)  # many positions
+        response_norm.forward(x, bias, bias)
+        response_norm.backward(x, x, bias, *saved)
         squeeze_excite.sum_positions(x, x, x)
         keep = torch.empty(2)
         scaled_residual.forward(x, x, weight, bias, keep)

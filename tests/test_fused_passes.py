@@ -12,13 +12,19 @@ from kernels import DEVICE, NHWC
 
 from mmoverlock.models.layers import LayerScale, SEModule
 from mmoverlock.ops import partial_sums
+from mmoverlock.ops.response_norm import response_norm
 from mmoverlock.ops.scaled_residual import scaled_residual
 from mmoverlock.ops.squeeze_excite import squeeze_excite
 from mmoverlock.ops.update_prior import update_prior
 
-squeeze, *_ = (
+squeeze, responses, *_ = (
     pytest.importorskip(f'mmoverlock.ops.{name}.triton', exc_type=ImportError)
-    for name in ('squeeze_excite', 'scaled_residual', 'update_prior')
+    for name in (
+        'squeeze_excite',
+        'response_norm',
+        'scaled_residual',
+        'update_prior',
+    )
 )
 
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -32,6 +38,7 @@ CASES = [  # an operator, and which of its optional operands it gets
     (scaled_residual, 'weight bias keep'),
     (update_prior, ''),
     (update_prior, 'bias'),
+    (response_norm, ''),
 ]
 CASE = pytest.mark.parametrize(
     'run, options', CASES, ids=[f'{c[0].__name__} {c[1]}' for c in CASES]
@@ -70,6 +77,8 @@ def draw_operands(run, options, shape, dtype=torch.float32, other=None):
             draw(channels) if 'bias' in options else None,
             keep if 'keep' in options else None,
         ]
+    elif run is response_norm:
+        operands = [x, draw(1, channels, 1, 1), draw(1, channels, 1, 1)]
     else:
         priors = max(1, channels // 3)
         operands = [
@@ -107,6 +116,11 @@ def define(run, operands):
         if weight is not None:
             x = F.conv2d(x, weight, bias, groups=len(weight))
         return x + (y if keep is None else y * keep[:, None, None, None])
+    if run is response_norm:
+        x, gamma, beta = operands
+        norm = x.square().sum((2, 3), keepdim=True).sqrt()
+        response = norm / (norm.mean(1, keepdim=True) + 1e-6)
+        return x * (gamma * response + 1) + beta
     z, initial, weight, bias, *others = operands
     priors = initial.shape[1]
     z, prior = z[:, :-priors], z[:, -priors:]
@@ -170,7 +184,7 @@ def test_many_images(monkeypatch):
 def test_maps_of_two_dtypes(run, options):
     """The result has the dtype of the first, gradients have their own."""
     shape, half = (2, 6, 3, 4), torch.bfloat16
-    if run is squeeze_excite and not options:
+    if run is response_norm or (run is squeeze_excite and not options):
         pytest.skip('There is one map.')
     assert_right(run, draw_operands(run, options, shape, half, torch.float32))
     operands = draw_operands(run, options, shape, torch.float32, half)
@@ -220,7 +234,8 @@ def test_other_layouts_and_half_weights(run, options):
 def test_deterministic(monkeypatch, run, options):
     """Equal bits twice; close ones with other numbers of programs."""
     results = []
-    monkeypatch.setattr(squeeze, 'FEW', 50)
+    for module in (squeeze, responses):
+        monkeypatch.setattr(module, 'FEW', 50)
     for slots in (3, 3, 1, 17):
         monkeypatch.setattr(partial_sums, 'programs', lambda *_, n=slots: n)
         operands = draw_operands(run, options, (2, 20, 9, 8))
@@ -303,6 +318,9 @@ def test_operators_are_registered_rightly(
         others.append(state)
     elif run is scaled_residual:
         others[0] = others[0].dtype
+    elif run is response_norm:
+        _, *state = responses.forward(x, *others)
+        others[1:] = state
     else:
         del others[2]  # a bias, whose gradient is that of the other
     operator = getattr(operators, f'{name}_backward')
@@ -384,6 +402,7 @@ def test_what_cannot_run():
         (lambda: update_prior(x, x[..., :2], one, c, one, c), 'no part of'),
         (lambda: update_prior(x, x[:, :1], one, c, one, c), 'weight'),
         (lambda: update_prior(x, x, one, c, one, one), 'initial_bias'),
+        (lambda: response_norm(x, one, c), r'gamma.*\(1, 2, 1, 1\)'),
         (lambda: scaled_residual(x, x, backend='cudnn'), "'cudnn'.*'auto'"),
     ):
         with pytest.raises(ValueError, match=message):

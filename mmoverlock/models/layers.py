@@ -5,16 +5,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import (
-    apply,
-    is_compiling,
     layer_norm,
     residual_conv,
+    response_norm,
+    response_scale,
     scaled_residual,
     squeeze_excite,
     takes_triton,
 )
-
-SQUARES = 2**18  # elements of a map that are squared at a time
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -136,7 +134,7 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return scale_shift(x, *self.scale_and_shift(x))
+        return response_norm(x, self.gamma, self.beta)
 
     def scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the module scales its input by, and adds to it.
@@ -147,39 +145,7 @@ class GRN(nn.Module):
         Returns:
             tuple[Tensor, Tensor]: (B, C, 1, 1) and (1, C, 1, 1).
         """
-        response = apply(_L2Norm, x)
-        response = response / (response.mean(1, keepdim=True) + 1e-6)
-        return self.gamma * response + 1, self.beta
-
-
-def _l2_norm(x):
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if x.device.type != 'cpu':
-        return torch.linalg.vector_norm(x, 2, (2, 3), True, dtype=dtype)
-    # There, norms over strided dimensions are slow.
-    parts = [x]
-    if not is_compiling():  # whose maps may be of any size
-        rows = SQUARES // max(1, x[:, :, 0].numel())
-        parts = x.split(max(1, rows), dim=2)
-    squares = (p.to(dtype).square().sum((2, 3), True) for p in parts)
-    return sum(squares).sqrt()
-
-
-class _L2Norm(torch.autograd.Function):
-    """Norm over H and W, in single precision at least."""
-
-    @staticmethod
-    def forward(ctx, x):
-        norm = _l2_norm(x)
-        ctx.save_for_backward(x, norm)
-        return norm
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, norm = ctx.saved_tensors
-        # No infinite gradient where a map is zero.
-        scale = torch.where(norm > 0, grad / norm, 0)
-        return (x * scale).to(x.dtype)
+        return response_scale(x, self.gamma), self.beta
 
 
 class SEModule(nn.Module):

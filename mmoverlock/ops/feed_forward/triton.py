@@ -17,92 +17,13 @@ are those of PyTorch.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .. import partial_sums
-from ..common import channels_last, custom_op, next_power_of_2
+from ..common import channels_last, custom_op
 from ..pointwise.triton import product, weight_grad
 from ..residual_conv import triton as conv
-
-EPS = tl.constexpr(1e-6)
-SIZES = ('parts', 'channels')
-
-
-@triton.jit
-def _sum_parts(p_parts, parts, step, o_channel, m_channel):
-    """Sum of parts (parts, C) that are ``step`` apart."""
-    total = tl.zeros(o_channel.shape, tl.float32)
-    for part in range(parts):
-        p_part = p_parts + part * step + o_channel
-        total += tl.load(p_part, mask=m_channel, other=0)
-    return total
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _scale_kernel(
-    p_squares,
-    p_gamma,
-    p_norm,
-    p_scale,
-    parts,
-    channels,
-    CHANNELS: tl.constexpr,
-):
-    """Norms and scales (B, D) from squares (B, parts, D); grid (B, )."""
-    image = tl.program_id(0).to(tl.int64)
-    o_channel = tl.arange(0, CHANNELS)
-    m_channel = o_channel < channels
-    p_image = p_squares + image * parts * channels
-    b_norm = tl.sqrt(
-        _sum_parts(p_image, parts, channels, o_channel, m_channel)
-    )
-    mean = tl.sum(b_norm, 0) / channels + EPS
-    b_gamma = tl.load(p_gamma + o_channel, mask=m_channel, other=0)
-    b_scale = b_gamma.to(tl.float32) * b_norm / mean + 1
-    o_out = image * channels + o_channel
-    tl.store(p_norm + o_out, b_norm, mask=m_channel)
-    tl.store(p_scale + o_out, b_scale, mask=m_channel)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _scale_grad_kernel(
-    p_sums,
-    p_gamma,
-    p_norm,
-    p_coef,
-    p_parts,
-    parts,
-    channels,
-    CHANNELS: tl.constexpr,
-):
-    """What the norm adds to the gradient of y: ``y * coef``.
-
-    sums (B, parts, 2 D): of the gradient ``ds`` of the scale and ``dt`` of
-    the shift; norm and coef (B, D); parts (B, 2, D) of the gradients of gamma
-    and beta; grid (B, ).
-    """
-    image = tl.program_id(0).to(tl.int64)
-    o_channel = tl.arange(0, CHANNELS)
-    m_channel = o_channel < channels
-    p_image = p_sums + image * parts * 2 * channels
-    ds = _sum_parts(p_image, parts, 2 * channels, o_channel, m_channel)
-    dt = _sum_parts(
-        p_image + channels, parts, 2 * channels, o_channel, m_channel
-    )
-    o_out = image * channels + o_channel
-    b_norm = tl.load(p_norm + o_out, mask=m_channel, other=0)
-    b_gamma = tl.load(p_gamma + o_channel, mask=m_channel, other=0)
-    mean = tl.sum(b_norm, 0) / channels + EPS
-    dr = ds * b_gamma.to(tl.float32)
-    dn = (dr - tl.sum(dr * b_norm, 0) / (mean * channels)) / mean
-    # No infinite gradient where a map is zero.
-    b_coef = tl.where(b_norm > 0, dn / b_norm, 0.0)
-    tl.store(p_coef + o_out, b_coef, mask=m_channel)
-    p_part = p_parts + image * 2 * channels + o_channel
-    tl.store(p_part, ds * b_norm / mean, mask=m_channel)
-    tl.store(p_part + channels, dt, mask=m_channel)
+from ..response_norm import triton as response_norm
 
 
 def _rows(x):
@@ -157,19 +78,9 @@ def feed_forward(
     y, squares = conv.forward(
         h, conv_weight, conv_bias, gelu=True, residual=residual, squares=True
     )
-    norm = squares.new_empty(y.shape[:2])
-    scale = torch.empty_like(norm)
-    channels = y.shape[1]
     with torch.cuda.device_of(x):
-        _scale_kernel[(len(x),)](
-            squares,
-            gamma,
-            norm,
-            scale,
-            squares.shape[1],
-            channels,
-            CHANNELS=next_power_of_2(channels),
-            num_warps=8,
+        norm, scale = response_norm.scales(
+            squares, gamma, y.shape[1], squares.shape[1], square=False
         )
     out, _ = product(y, weight2, bias2, scale, beta)
     return out, h, y, norm, scale
@@ -239,24 +150,13 @@ def _feed_forward_backward(
     x, grad = channels_last(x), channels_last(grad)
     rounded1, rounded2 = _rounded(x.dtype, weight1, weight2)
     grad_scaled, sums = product(grad, rounded2, transposed=True, factor=y)
-    coef = torch.empty_like(norm)
-    batch, channels = norm.shape
-    parts = norm.new_empty(batch, 2, channels)
     grads = [torch.empty_like(t) for t in parameters[1:6]]
     grad_bias1, grad_conv_weight, grad_conv_bias, grad_gamma, grad_beta = grads
     with torch.cuda.device_of(x):
-        _scale_grad_kernel[(batch,)](
-            sums,
-            gamma,
-            norm,
-            coef,
-            parts,
-            sums.shape[1],
-            channels,
-            CHANNELS=next_power_of_2(channels),
-            num_warps=8,
+        coef, parts = response_norm.scale_grads(
+            sums, None, gamma, norm, sums.shape[1]
         )
-    partial_sums.add(parts, grad_gamma.view(channels, 1), grad_beta)
+    partial_sums.add(parts, grad_gamma, grad_beta)
     grad_weight2, grad_bias2 = weight_grad(
         grad, y, weight2, bias2, scale, beta
     )

@@ -257,18 +257,6 @@ def _weights_grad_kernel(
         tiles.store(grad_bias2, channel, sum_bias2, inside)
 
 
-@triton.jit
-def _locate(
-    positions, count, channels, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """A tile of one of ``count`` an image: image, channels and values."""
-    tile, channel, inside = tiles.place(channels, BLOCK)
-    image = (tile // count).to(tl.int64)
-    row = tile % count * ROWS + tl.arange(0, ROWS)[:, None]
-    at = (image * positions + row) * channels + channel[None]
-    return image, channel, inside, at, (row < positions) & inside[None]
-
-
 @triton.jit(do_not_specialize=SIZES)
 def _apply_kernel(
     x,
@@ -282,7 +270,7 @@ def _apply_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    image, channel, inside, at, mask = _locate(
+    image, channel, inside, at, mask = tiles.locate(
         positions, count, channels, ROWS, BLOCK
     )
     state += image * (2 * channels + hidden)
@@ -309,7 +297,7 @@ def _apply_grad_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    image, channel, inside, at, mask = _locate(
+    image, channel, inside, at, mask = tiles.locate(
         positions, count, channels, ROWS, BLOCK
     )
     row = image * (2 * channels + hidden)
@@ -368,22 +356,6 @@ def _knobs(hidden):
     )
 
 
-def _pass(kernel, x, *args):
-    """Launch a kernel on all tiles of a map, tiles of one image each."""
-    batch, channels, height, width = x.shape
-    rows, block = tiles.form(channels)
-    count = cdiv(height * width, rows)
-    kernel[(batch * count * cdiv(channels, block),)](
-        *args,
-        height * width,
-        count,
-        channels,
-        ROWS=rows,
-        BLOCK=block,
-        num_warps=tiles.WARPS,
-    )
-
-
 def forward(
     x: Tensor,
     weight1: Tensor,
@@ -422,7 +394,7 @@ def forward(
             hidden,
             **_knobs(hidden),
         )
-        _pass(_apply_kernel, x, x, gate, state, y, hidden)
+        tiles.launch(_apply_kernel, x, x, gate, state, y, hidden)
     return y, state
 
 
@@ -472,7 +444,7 @@ def backward(
         _weights_grad_kernel[grid](
             state, grads, *weights, batch, channels, hidden, **WEIGHTS
         )
-        _pass(
+        tiles.launch(
             _apply_grad_kernel,
             x,
             grad,
