@@ -138,7 +138,7 @@ def compile_passes(capability, dtype, channels):
         _, partial = residual_conv.backward(
             x, x, weight, y, scale, scale, gelu=True, sum_grad_x=True
         )
-        partial_sums.add(partial, weight, bias, bias)
+        partial_sums.add((partial, weight, bias, bias))
         layer_norm.forward(x, bias, bias, 1e-6)
         layer_norm.backward(x, x, bias, 1e-6)
 

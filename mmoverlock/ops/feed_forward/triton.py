@@ -156,7 +156,7 @@ def _feed_forward_backward(
         coef, parts = response_norm.scale_grads(
             sums, None, gamma, norm, sums.shape[1]
         )
-    partial_sums.add(parts, grad_gamma, grad_beta)
+    partial_sums.add((parts, grad_gamma, grad_beta))
     grad_weight2, grad_bias2 = weight_grad(
         grad, y, weight2, bias2, scale, beta
     )
@@ -171,7 +171,7 @@ def _feed_forward_backward(
         residual=residual,
         sum_grad_x=True,
     )
-    partial_sums.add(parts, grad_conv_weight, grad_conv_bias, grad_bias1)
+    partial_sums.add((parts, grad_conv_weight, grad_conv_bias, grad_bias1))
     grad_x = _map(_rows(grad_h) @ rounded1.flatten(1), x)
     grad_weight1 = _weight_grad(grad_h, x, weight1)
     return [grad_x, grad_weight1, *grads, grad_weight2, grad_bias2]

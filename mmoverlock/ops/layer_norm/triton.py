@@ -190,7 +190,7 @@ def _layer_norm_backward(
     x, weight = channels_last(x), weight.contiguous()
     grad_x, partial = backward(channels_last(grad), x, weight, eps)
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(weight)
-    partial_sums.add(partial, grad_weight, grad_bias)
+    partial_sums.add((partial, grad_weight, grad_bias))
     return grad_x, grad_weight, grad_bias
 
 

@@ -369,7 +369,7 @@ def _response_norm_backward(
     if not x.numel():
         return torch.empty_like(x), grad_gamma.zero_(), grad_beta.zero_()
     grad_x, partial = backward(channels_last(grad), x, gamma, norm, scale)
-    partial_sums.add(partial, grad_gamma, grad_beta)
+    partial_sums.add((partial, grad_gamma, grad_beta))
     return grad_x, grad_gamma, grad_beta
 
 

@@ -166,7 +166,7 @@ def backward(
             num_warps=tiles.WARPS,
         )
     if weight is not None:
-        partial_sums.add(partial, grad_weight, grad_bias)
+        partial_sums.add((partial, grad_weight, grad_bias))
     return results
 
 

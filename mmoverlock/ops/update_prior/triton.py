@@ -231,7 +231,7 @@ def _update_prior_backward(
         channels_last(grad), z, initial, *weights[:2]
     )
     results = [torch.empty_like(t) for t in weights]
-    partial_sums.add(partial, *results)
+    partial_sums.add((partial, *results))
     return grad_z, grad_initial, *results
 
 
