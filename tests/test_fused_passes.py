@@ -31,6 +31,7 @@ TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 CASES = [  # an operator, and which of its optional operands it gets
     (squeeze_excite, ''),
     (squeeze_excite, 'gate'),
+    (squeeze_excite, 'gate silu'),
     (scaled_residual, ''),
     (scaled_residual, 'weight'),
     (scaled_residual, 'keep'),
@@ -67,6 +68,7 @@ def draw_operands(run, options, shape, dtype=torch.float32, other=None):
             draw(channels, hidden, 1, 1) * hidden**-0.5,
             draw(channels),
             draw(*shape, dtype=other) if 'gate' in options else None,
+            'silu' in options,
         ]
     elif run is scaled_residual:
         keep = torch.rand(batch, device=DEVICE).bernoulli() / 0.75
@@ -91,15 +93,19 @@ def draw_operands(run, options, shape, dtype=torch.float32, other=None):
         ]
     without = operands[4:] if run is scaled_residual else ()  # keep
     for tensor in operands:
-        if tensor is not None and not any(tensor is t for t in without):
+        if is_tensor(tensor) and not any(tensor is t for t in without):
             tensor.requires_grad_()
     return operands
+
+
+def is_tensor(operand):
+    return isinstance(operand, torch.Tensor)
 
 
 def exact(operands):
     return [
         t
-        if t is None
+        if not is_tensor(t)
         else t.detach().double().clone().requires_grad_(t.requires_grad)
         for t in operands
     ]
@@ -107,10 +113,12 @@ def exact(operands):
 
 def define(run, operands):
     if run is squeeze_excite:
-        x, weight1, bias1, weight2, bias2, gate = operands
+        x, weight1, bias1, weight2, bias2, gate, silu = operands
         a = F.conv2d(x.mean((2, 3), keepdim=True), weight1, bias1)
         y = x * torch.sigmoid(F.conv2d(F.gelu(a), weight2, bias2))
-        return y if gate is None else gate * y
+        if gate is None:
+            return y
+        return (F.silu(gate) if silu else gate) * y
     if run is scaled_residual:
         x, y, weight, bias, keep = operands
         if weight is not None:
@@ -129,7 +137,7 @@ def define(run, operands):
 
 
 def leaves(operands):
-    return [t for t in operands if t is not None and t.requires_grad]
+    return [t for t in operands if is_tensor(t) and t.requires_grad]
 
 
 def assert_right(run, operands, call=None):
@@ -202,15 +210,15 @@ def test_other_layouts_and_half_weights(run, options):
     operands = draw_operands(run, options, (2, 6, 3, 4))
     others = []
     for tensor in operands:
-        if tensor is None:
-            others.append(None)
+        if not is_tensor(tensor):
+            others.append(tensor)
         elif tensor.dim() == 4 and tensor.shape[-1] > 1:
             others.append(tensor.detach().contiguous())
         else:
             halves = tensor.detach().half()
             others.append(torch.stack([halves, halves], -1)[..., 0])
     for tensor, operand in zip(others, operands, strict=True):
-        if tensor is not None:
+        if is_tensor(tensor):
             tensor.requires_grad_(operand.requires_grad)
     y = run(*others, backend='triton')
     assert y.is_contiguous(memory_format=NHWC)
@@ -312,17 +320,15 @@ def test_operators_are_registered_rightly(
     operators = torch.ops.mmoverlock
     name = run.__name__
     check(getattr(operators, name), operands, test_utils=checks)
-    x, *others = (t if t is None else t.detach() for t in operands)
+    x, *others = (t.detach() if is_tensor(t) else t for t in operands)
     if run is squeeze_excite:
         _, state = squeeze.forward(x, *others)
-        others.append(state)
+        others.insert(-1, state)
     elif run is scaled_residual:
         others[0] = others[0].dtype
     elif run is response_norm:
         _, *state = responses.forward(x, *others)
         others[1:] = state
-    else:
-        del others[2]  # a bias, whose gradient is that of the other
     operator = getattr(operators, f'{name}_backward')
     check(operator, (x, x, *others), test_utils=checks)
 
@@ -366,6 +372,7 @@ def test_reference_is_what_layers_run(dtype):
         pairs = [
             (squeeze_excite(x, *weights), se(x)),
             (squeeze_excite(x, *weights, y), y * se(x)),
+            (squeeze_excite(x, *weights, y, True), F.silu(y) * se(x)),
             (scaled_residual(x, y, scale.weight, scale.bias), scale(x, y)),
             (scaled_residual(x, y), x + y),
             (

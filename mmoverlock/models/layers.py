@@ -1,14 +1,20 @@
 """Small layers that OverLoCK is made of, all on (B, C, H, W) maps."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import (
+    cast_as_convolutions,
+    conv_norm,
     layer_norm,
+    pointwise_conv,
     residual_conv,
     response_norm,
     response_scale,
+    round_parameters,
     scaled_residual,
     squeeze_excite,
     takes_triton,
@@ -46,6 +52,7 @@ class PointwiseConv(nn.Conv2d):
         x: Tensor,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
+        rounded: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:
         """Convolve ``x * scale + shift``.
 
@@ -53,10 +60,15 @@ class PointwiseConv(nn.Conv2d):
             x (Tensor): (B, C, H, W).
             scale (Tensor, optional): (B, C, 1, 1).
             shift (Tensor, optional): (1, C, 1, 1).
+            rounded (tuple, optional): Weight and bias as autocast casts them,
+                where there is neither scale nor shift. Defaults to None: they
+                are cast here.
 
         Returns:
             Tensor: (B, out_channels, H, W).
         """
+        if rounded is not None:
+            return pointwise_conv(x, self.weight, self.bias, *rounded)
         # Of maps in channels_last a matrix product is faster.
         weight, bias = self.weight.flatten(1), self.bias
         size = x.shape[2:]
@@ -166,12 +178,15 @@ class SEModule(nn.Module):
             nn.Sigmoid(),
         )
 
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, gate: Tensor | None = None, silu: bool = False
+    ) -> Tensor:
         """Scale ``x``, and multiply it by a gate if there is one.
 
         Args:
             x (Tensor): (B, C, H, W).
             gate (Tensor, optional): Of the same shape.
+            silu (bool): Whether it is SiLU of the gate. Defaults to False.
 
         Returns:
             Tensor: Of the same shape.
@@ -179,10 +194,18 @@ class SEModule(nn.Module):
         if takes_triton('auto', x):
             _, first, _, second, _ = self.proj
             return squeeze_excite(
-                x, first.weight, first.bias, second.weight, second.bias, gate
+                x,
+                first.weight,
+                first.bias,
+                second.weight,
+                second.bias,
+                gate,
+                silu,
             )
         x = x * self.proj(x)
-        return x if gate is None else gate * x
+        if gate is None:
+            return x
+        return (F.silu(gate) if silu else gate) * x
 
     def scale_and_shift(self, x: Tensor) -> tuple[Tensor, None]:
         """What the module scales its input by.
@@ -248,27 +271,131 @@ class DropPath(nn.Module):
         keep = torch.ones_like(x[:, :1, :1, :1])
         return x * F.dropout(keep, self.drop_prob)
 
-    def draw(self, x: Tensor) -> Tensor | None:
-        """The factor (B, ) of every sample of ``x``; None if it is 1."""
-        if not self.training or self.drop_prob == 0:
-            return None
-        keep = torch.ones(len(x), device=x.device)
-        return F.dropout(keep, self.drop_prob)
+    def draw(self, x: Tensor, count: int) -> Iterable[Tensor | None]:
+        """Factors of the samples of ``x``, for kernels.
+
+        Args:
+            x (Tensor): (B, C, H, W).
+            count (int): How many branches there are to drop.
+
+        Returns:
+            Iterable[Tensor | None]: For every branch (B, ), or None if it is
+            1 or no kernels run.
+        """
+        kept = 1 - self.drop_prob
+        if not self.training or kept == 1 or not takes_triton('auto', x):
+            return (None,) * count
+        keep = torch.empty(count, len(x), device=x.device)
+        return keep.bernoulli_(kept).div_(kept).unbind()
 
     def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob}'
 
 
 def add_residual(
-    x: Tensor, y: Tensor, drop_path: DropPath, scale: LayerScale | None
+    x: Tensor,
+    y: Tensor,
+    drop_path: DropPath,
+    keep: Tensor | None,
+    scale: LayerScale | None,
 ) -> Tensor:
-    """``scale(x) + drop_path(y)``, both maps (B, C, H, W)."""
+    """``scale(x) + drop_path(y)``, both maps (B, C, H, W).
+
+    ``keep`` is what ``drop_path`` drew for this branch.
+    """
     if takes_triton('auto', x):
         weight = None if scale is None else scale.weight
         bias = None if scale is None else scale.bias
-        return scaled_residual(x, y, weight, bias, drop_path.draw(y))
+        return scaled_residual(x, y, weight, bias, keep)
     y = drop_path(y)
     return x + y if scale is None else scale(x, y)
+
+
+def conv_and_norm(
+    conv: ResDWConv, norm: LayerNorm2d, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``conv(x)`` and the norm of it, both (B, C, H, W)."""
+    if takes_triton('auto', x):
+        return conv_norm(
+            x,
+            conv.weight,
+            conv.bias,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            conv.residual,
+        )
+    x = conv(x)
+    return x, norm(x)
+
+
+def run_layers(
+    layers: Iterable[nn.Module], x: Tensor, rounded: dict
+) -> Tensor:
+    """Run layers, with what :func:`prepare` has done for them.
+
+    Args:
+        layers (Iterable[nn.Module]): One after the other.
+        x (Tensor): What the first one takes.
+        rounded (dict): What :func:`prepare` returned.
+    """
+    for layer in layers:
+        if layer not in rounded:
+            x = layer(x)
+        elif isinstance(layer, PointwiseConv):
+            x = layer(x, rounded=rounded[layer])
+        else:
+            x = F.batch_norm(
+                x,
+                layer.running_mean,
+                layer.running_var,
+                layer.weight,
+                layer.bias,
+                True,
+                layer.momentum,
+                layer.eps,
+            )
+    return x
+
+
+def prepare(layers: Iterable[nn.Module], x: Tensor) -> dict:
+    """What kernels do once for all layers of a block, in two launches.
+
+    The weights of 1x1 convolutions are rounded as autocast does, and batch
+    norms count the batch.
+
+    Args:
+        layers (Iterable[nn.Module]): The layers.
+        x (Tensor): Of the dtype that they get, but for autocast.
+
+    Returns:
+        dict: By layer, weight and bias of 1x1 convolutions; None for batch
+        norms. Nothing where no kernels run.
+    """
+    if not takes_triton('auto', x):
+        return {}
+    dtype = cast_as_convolutions(x[:0]).dtype
+    prepared, parameters, counts = {}, [], []
+    for layer in layers:
+        if isinstance(layer, PointwiseConv):
+            prepared[layer] = layer.bias is not None
+            parameters += [layer.weight, layer.bias][: 1 + prepared[layer]]
+        elif (
+            type(layer) is nn.BatchNorm2d
+            and layer.training
+            and layer.track_running_stats
+            and layer.momentum is not None
+        ):
+            prepared[layer] = None
+            counts.append(layer.num_batches_tracked)
+    parameters = iter(round_parameters(dtype, *parameters))
+    for layer, has_bias in prepared.items():
+        if has_bias is not None:
+            weight = next(parameters)
+            prepared[layer] = weight, next(parameters) if has_bias else None
+    if counts:
+        torch._foreach_add_(counts, 1)
+    return prepared
 
 
 def build_bn(

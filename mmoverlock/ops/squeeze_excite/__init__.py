@@ -13,9 +13,10 @@ def squeeze_excite(
     weight2: Tensor,
     bias2: Tensor,
     gate: Tensor | None = None,
+    silu: bool = False,
     backend: str = 'auto',
 ) -> Tensor:
-    """``gate * x * s``, ``s = sigmoid(W2 gelu(W1 mean(x) + b1) + b2)``.
+    """``f(gate) * x * s``, ``s = sigmoid(W2 gelu(W1 mean(x) + b1) + b2)``.
 
     The mean is over H and W. On GPUs the maps are read in the dtypes that
     they have, under autocast too, and in ``torch.channels_last`` (another one
@@ -29,6 +30,7 @@ def squeeze_excite(
         weight2 (Tensor): (C, D, 1, 1).
         bias2 (Tensor): (C, ).
         gate (Tensor, optional): (B, C, H, W).
+        silu (bool): Whether f is SiLU. Defaults to False, the identity.
         backend (str): See :func:`mmoverlock.ops.backends.check_backend`.
             Defaults to 'auto'.
 
@@ -53,10 +55,10 @@ def squeeze_excite(
             )
     check_backend(backend)
     if not takes_triton(backend, x):
-        return reference(x, weight1, bias1, weight2, bias2, gate)
+        return reference(x, weight1, bias1, weight2, bias2, gate, silu)
     from .triton import squeeze_excite as run
 
-    return run(x, weight1, bias1, weight2, bias2, gate)
+    return run(x, weight1, bias1, weight2, bias2, gate, silu)
 
 
 __all__ = ['squeeze_excite']
