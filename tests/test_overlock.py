@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.blocks import FocusBlock
 from mmoverlock.models.layers import DropPath
+from mmoverlock.models.reparam import DilatedReparamConv
 
 TINY = dict(
     depths=(1, 2, 1, 1),
@@ -88,6 +89,31 @@ def test_archs(names, channels):
             model = OverLoCK(name)
         assert model.out_channels == channels
         assert model.out_strides == (4, 8, 16, 32)
+
+
+def test_kernel_sizes():
+    """The Focus-Net has those of stages 3 and 4, of which ContMix has one."""
+
+    def sizes(arch):
+        model = OverLoCK(arch)
+        groups = (getattr(model, group) for group in model.block_groups)
+        blocks = [group[0] for group in groups]
+        convs = [getattr(b, 'lepe', b.proj) for b in blocks]
+        kernels = [
+            module.lk_origin.kernel_size[0]
+            for conv in convs
+            for module in conv
+            if isinstance(module, DilatedReparamConv)
+        ]
+        tables = [len(b.rpb2[0]) for b in blocks[4:]]
+        # It runs with them too.
+        outputs = model.eval()(image(1, 32, 32))
+        assert all(output.isfinite().all() for output in outputs)
+        return kernels, tables
+
+    assert sizes(TINY) == ([17, 15, 13, 7, 13, 7], [25, 13])
+    arch = TINY | dict(kernel_sizes=[5, 9, 11, 19])
+    assert sizes(arch) == ([5, 9, 11, 19, 11, 19], [21, 37])
 
 
 @pytest.mark.parametrize('height, width', [(64, 96), (33, 70), (1, 5)])
@@ -376,6 +402,8 @@ def test_arguments_are_left_alone():
         (dict(arch=dict(TINY, depths=(1, 1, 1, 0))), "'depths'"),
         (dict(arch=dict(TINY, channels=(7, 8, 16, 32))), 'even.*7, 8'),
         (dict(arch=dict(TINY, channels=(8, 8, 12, 32))), '2 .*of 8 .*got 12'),
+        (dict(arch=dict(TINY, kernel_sizes=[7])), r"'kernel_sizes'.*\[7\]"),
+        (dict(arch=dict(TINY, kernel_sizes=(17, 15, 4, 7))), 'size 4.*17'),
         (dict(out_indices=(0, 4)), r'from 0 to 3, got \(0, 4\)'),
         (dict(out_indices=(1, 0)), r'increasing.*\(1, 0\)'),
         (dict(out_indices=()), r'increasing.*\(\)'),

@@ -18,8 +18,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.parametrize import is_parametrized
 
 from .blocks import FocusBlock, RepConvBlock
-from .layers import GRN, DWConv, PointwiseConv, ResDWConv
-from .overlock import OverLoCK, StridedConv
+from .layers import GRN, DWConv, PointwiseConv, ResDWConv, StridedConv
+from .overlock import OverLoCK
 from .reparam import DilatedReparamConv
 
 CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d, PointwiseConv, StridedConv, DWConv

@@ -219,6 +219,17 @@ class SEModule(nn.Module):
         return self.proj(x), None
 
 
+class StridedConv(nn.Conv2d):
+    """A 3x3 convolution with stride 2 and padding 1.
+
+    On CPUs, PyTorch leaves parts of the weight gradient uninitialized where a
+    map in bfloat16 is one column wide. A column of zeros changes nothing else.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1)) if x.shape[3] == 1 else x)
+
+
 class DWConv(nn.Conv2d):
     """A 3x3 depthwise convolution.
 

@@ -5,8 +5,7 @@ are those of the released weights; names in prose are the paper's.
 """
 
 import math
-from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 
 import torch
@@ -16,12 +15,12 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from ..ops import check_backend, is_compiling, why_not_triton
 from ..ops.dynamic_conv import BACKENDS
 from .blocks import FocusBlock, RepConvBlock
-from .layers import LayerNorm2d, LayerScale, build_bn
+from .layers import LayerNorm2d, LayerScale, StridedConv, build_bn
+from .recomputation import recompute
 from .reparam import DilatedReparamConv
 from .weights import load_pretrained
 
@@ -59,6 +58,10 @@ class OverLoCK(BaseModule):
             - **focus_depths** (Sequence[int]): Blocks of the Focus-Net.
             - **focus_heads** (Sequence[int]): Heads of the Focus-Net; each
               makes two groups of dynamic kernels.
+            - **kernel_sizes** (Sequence[int], optional): Sizes of the large
+              kernels of stages 1 to 4, keys of
+              :data:`mmoverlock.models.reparam.BRANCHES`; the Focus-Net has
+              those of stages 3 and 4. Defaults to (17, 15, 13, 7).
         in_channels (int): Channels of the input. Defaults to 3.
         out_indices (Sequence[int]): Which maps to return, increasing: 0 and 1
             are those of stages 1 and 2, 2 and 3 those of the Focus-Net at
@@ -125,7 +128,7 @@ class OverLoCK(BaseModule):
             focus_heads=(6, 9),
         ),
     }
-    kernel_sizes = (17, 15, 13, 7)
+    kernel_sizes = (17, 15, 13, 7)  # where the arch has none
     block_groups = (
         'blocks1',
         'blocks2',
@@ -169,14 +172,161 @@ class OverLoCK(BaseModule):
     ):
         super().__init__(init_cfg)
         arch = self._parse_arch(arch)
+        norm_cfg = norm_cfg or dict(type='BN')
+        self._check_arguments(
+            in_channels=in_channels,
+            out_indices=out_indices,
+            drop_path_rate=drop_path_rate,
+            frozen_stages=frozen_stages,
+            norm_cfg=norm_cfg,
+            init_cfg=init_cfg,
+            fuse_overview=fuse_overview,
+            classifier=classifier,
+            norm_eval=norm_eval,
+            deploy=deploy,
+        )
+        check_backend(contmix_backend, ('auto', *BACKENDS))
+        check_backend(depthwise_backend)
         self.in_channels = in_channels
         self.channels = tuple(arch['channels'])
+        self.prior_channels = self.channels[3] // 4
         self.depths = (*arch['depths'], *arch['focus_depths'])
+        self.focus_heads = tuple(arch['focus_heads'])
+        self.kernel_sizes = tuple(arch.get('kernel_sizes', self.kernel_sizes))
         self.fuse_overview = fuse_overview
         self.classifier = classifier
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.checkpointed = self._parse_with_cp(with_cp)
+        self.out_indices = tuple(out_indices)
+
+        settings = dict(
+            drop_path=self._drop_path_rates(drop_path_rate),
+            norm_cfg=norm_cfg,
+            deploy=deploy,
+            depthwise_backend=depthwise_backend,
+        )
+        blocks = partial(self._blocks, **settings)
+        focus_blocks = partial(
+            self._focus_blocks, contmix_backend=contmix_backend, **settings
+        )
+        downsample = partial(self._downsample, norm_cfg=norm_cfg)
+        channels, last = self.channels, self.out_indices[-1]
+        self.patch_embed1 = self._stem(in_channels, channels[0], norm_cfg)
+        self.blocks1 = blocks(0)
+        if last >= 1:
+            self.patch_embed2 = downsample(*channels[0:2])
+            self.blocks2 = blocks(1)
+        if last >= 2:
+            self.patch_embed3 = downsample(*channels[1:3])
+            self.blocks3 = blocks(2)
+            self.patch_embed4 = downsample(*channels[2:4])
+            self.blocks4 = blocks(3)
+            prior_channels = self.prior_channels
+            self.high_level_proj = nn.Conv2d(channels[3], prior_channels, 1)
+            self.sub_blocks3 = focus_blocks(2)
+        if last >= 3:
+            self.patch_embedx = nn.ModuleDict(
+                dict(
+                    x_proj=downsample(*channels[2:4]),
+                    h_proj=downsample(prior_channels, prior_channels),
+                )
+            )
+            self.sub_blocks4 = focus_blocks(3)
+        if not classifier:
+            self.extra_norm = self._output_norms()
+        if fuse_overview:
+            self.h_proj = nn.Sequential(
+                nn.Conv2d(channels[3], self.out_channels[-1], 1),
+                LayerScale(self.out_channels[-1], init_value=1e-5),
+            )
+        self.apply(self._init_weights)
+        self._freeze()
+
+    @staticmethod
+    def _stem(
+        in_channels: int, out_channels: int, norm_cfg: dict
+    ) -> nn.Sequential:
+        """The image to the map of stage 1, at stride 4."""
+        hidden = out_channels // 2
+        return nn.Sequential(
+            *_conv_bn(in_channels, hidden, norm_cfg),
+            nn.GELU(),
+            *_conv_bn(hidden, hidden, norm_cfg, stride=1),
+            nn.GELU(),
+            *_conv_bn(hidden, out_channels, norm_cfg),
+            nn.GELU(),
+            *_conv_bn(out_channels, out_channels, norm_cfg, stride=1),
+        )
+
+    @staticmethod
+    def _downsample(
+        in_channels: int, out_channels: int, norm_cfg: dict
+    ) -> nn.Sequential:
+        """A map to one of half its height and width."""
+        return nn.Sequential(*_conv_bn(in_channels, out_channels, norm_cfg))
+
+    def _drop_path_rates(self, last_rate: float) -> Iterator[float]:
+        """The rate of every block, in the order of computation."""
+        last = sum(self.depths) - 1
+        return iter([last_rate * i / last for i in range(last + 1)])
+
+    def _blocks(
+        self, stage: int, drop_path: Iterator[float], **settings
+    ) -> nn.ModuleList:
+        """Stage 0 to 2 of the Base-Net, or 3, the Overview-Net."""
+        return nn.ModuleList(
+            RepConvBlock(
+                self.channels[stage],
+                kernel_size=self.kernel_sizes[stage],
+                layer_scale=stage >= 2,
+                drop_path=next(drop_path),
+                **settings,
+            )
+            for _ in range(self.depths[stage])
+        )
+
+    def _focus_blocks(
+        self, stage: int, drop_path: Iterator[float], **settings
+    ) -> nn.ModuleList:
+        """Stage 2 or 3 of the Focus-Net, as wide as that of the Base-Net."""
+        return nn.ModuleList(
+            FocusBlock(
+                self.channels[stage],
+                self.prior_channels,
+                kernel_size=self.kernel_sizes[stage],
+                heads=self.focus_heads[stage - 2],
+                first=stage == 2 and i == 0,
+                drop_path=next(drop_path),
+                **settings,
+            )
+            for i in range(self.depths[stage + 2])
+        )
+
+    def _output_norms(self) -> nn.ModuleDict:
+        """Those of ``out_indices``, and of the maps that others read."""
+        normed = set(self.out_indices)
+        if self.out_indices[-1] >= 2:  # stage 3 reads the norm of output 1
+            normed.add(1)
+        norms = {str(i): LayerNorm2d(self._widths[i]) for i in sorted(normed)}
+        if self.fuse_overview:
+            norms['4'] = LayerNorm2d(self.channels[3])
+        return nn.ModuleDict(norms)
+
+    @staticmethod
+    def _check_arguments(
+        *,
+        in_channels: int,
+        out_indices: Sequence[int],
+        drop_path_rate: float,
+        frozen_stages: int,
+        norm_cfg: dict,
+        init_cfg: dict | list | None,
+        fuse_overview: bool,
+        classifier: bool,
+        **flags: bool,
+    ) -> None:
+        flags.update(fuse_overview=fuse_overview, classifier=classifier)
         if not _are_ints(out_indices, range(1, 5), 0, 3) or (
             sorted({*out_indices}) != [*out_indices]
         ):
@@ -184,13 +334,6 @@ class OverLoCK(BaseModule):
                 'out_indices must be increasing whole numbers from 0 to 3, '
                 f'got {out_indices!r}'
             )
-        self.out_indices = tuple(out_indices)
-        flags = dict(
-            fuse_overview=fuse_overview,
-            classifier=classifier,
-            norm_eval=norm_eval,
-            deploy=deploy,
-        )
         for name, flag in flags.items():
             if not isinstance(flag, bool):
                 raise ValueError(f'{name} must be True or False, got {flag!r}')
@@ -199,16 +342,16 @@ class OverLoCK(BaseModule):
                 'in_channels must be a positive whole number, got '
                 f'{in_channels!r}'
             )
-        if fuse_overview and 3 not in self.out_indices:
+        if fuse_overview and 3 not in out_indices:
             raise ValueError(
                 'fuse_overview adds to output 3, which is not in '
-                f'out_indices {self.out_indices}'
+                f'out_indices {tuple(out_indices)}'
             )
-        if classifier and (fuse_overview or len(self.out_indices) < 4):
+        if classifier and (fuse_overview or len(out_indices) < 4):
             raise ValueError(
                 'classifier=True has outputs of its own; it takes no '
                 'out_indices but (0, 1, 2, 3) and no fuse_overview, got '
-                f'{self.out_indices} and {fuse_overview}'
+                f'{tuple(out_indices)} and {fuse_overview}'
             )
         if not _are_ints([frozen_stages], [1], -1, 4):
             raise ValueError(
@@ -222,9 +365,6 @@ class OverLoCK(BaseModule):
                 'drop_path_rate must be a number in [0, 1), '
                 f'got {drop_path_rate!r}'
             )
-        check_backend(contmix_backend, ('auto', *BACKENDS))
-        check_backend(depthwise_backend)
-        norm_cfg = norm_cfg or dict(type='BN')
         if not isinstance(norm_cfg, dict):
             raise ValueError(
                 "norm_cfg must be a dict such as dict(type='BN'), "
@@ -239,96 +379,6 @@ class OverLoCK(BaseModule):
                 f'checkpoint=FILE), or a list of such, got {init_cfg!r}'
             )
 
-        def conv_bn(in_channels, out_channels, stride=2):
-            conv = StridedConv if stride > 1 else nn.Conv2d
-            return (
-                conv(in_channels, out_channels, 3, stride, 1, bias=False),
-                build_bn(out_channels, **norm_cfg),
-            )
-
-        last = sum(self.depths) - 1
-        drop_path = iter([drop_path_rate * i / last for i in range(last + 1)])
-
-        def blocks(stage):
-            return nn.ModuleList(
-                RepConvBlock(
-                    channels[stage],
-                    kernel_size=self.kernel_sizes[stage],
-                    layer_scale=stage >= 2,
-                    drop_path=next(drop_path),
-                    norm_cfg=norm_cfg,
-                    deploy=deploy,
-                    depthwise_backend=depthwise_backend,
-                )
-                for _ in range(self.depths[stage])
-            )
-
-        def focus_blocks(stage):
-            return nn.ModuleList(
-                FocusBlock(
-                    channels[stage],
-                    prior_channels,
-                    kernel_size=self.kernel_sizes[stage],
-                    heads=arch['focus_heads'][stage - 2],
-                    first=stage == 2 and i == 0,
-                    drop_path=next(drop_path),
-                    norm_cfg=norm_cfg,
-                    deploy=deploy,
-                    contmix_backend=contmix_backend,
-                    depthwise_backend=depthwise_backend,
-                )
-                for i in range(self.depths[stage + 2])
-            )
-
-        channels = self.channels
-        prior_channels = channels[3] // 4
-        self.patch_embed1 = nn.Sequential(
-            *conv_bn(in_channels, channels[0] // 2),
-            nn.GELU(),
-            *conv_bn(channels[0] // 2, channels[0] // 2, stride=1),
-            nn.GELU(),
-            *conv_bn(channels[0] // 2, channels[0]),
-            nn.GELU(),
-            *conv_bn(channels[0], channels[0], stride=1),
-        )
-        self.blocks1 = blocks(0)
-        if self.out_indices[-1] >= 1:
-            self.patch_embed2 = nn.Sequential(*conv_bn(*channels[0:2]))
-            self.blocks2 = blocks(1)
-        if self.out_indices[-1] >= 2:
-            self.patch_embed3 = nn.Sequential(*conv_bn(*channels[1:3]))
-            self.blocks3 = blocks(2)
-            self.patch_embed4 = nn.Sequential(*conv_bn(*channels[2:4]))
-            self.blocks4 = blocks(3)
-            self.high_level_proj = nn.Conv2d(channels[3], prior_channels, 1)
-            self.sub_blocks3 = focus_blocks(2)
-        if self.out_indices[-1] >= 3:
-            self.patch_embedx = nn.ModuleDict(
-                dict(
-                    x_proj=nn.Sequential(*conv_bn(*channels[2:4])),
-                    h_proj=nn.Sequential(
-                        *conv_bn(prior_channels, prior_channels)
-                    ),
-                )
-            )
-            self.sub_blocks4 = focus_blocks(3)
-
-        if not classifier:
-            normed = set(self.out_indices)
-            if self.out_indices[-1] >= 2:  # stage 3 reads the norm of output 1
-                normed.add(1)
-            self.extra_norm = nn.ModuleDict(
-                {str(i): LayerNorm2d(self._widths[i]) for i in sorted(normed)}
-            )
-        if fuse_overview:
-            self.extra_norm['4'] = LayerNorm2d(channels[3])
-            self.h_proj = nn.Sequential(
-                nn.Conv2d(channels[3], self.out_channels[-1], 1),
-                LayerScale(self.out_channels[-1], init_value=1e-5),
-            )
-        self.apply(self._init_weights)
-        self._freeze()
-
     @classmethod
     def _parse_arch(cls, arch: str | dict) -> dict:
         if isinstance(arch, str):
@@ -341,12 +391,14 @@ class OverLoCK(BaseModule):
                 f'expected a dict or one of {sum(cls.arch_zoo, ())}'
             )
         lengths = dict(depths=4, channels=4, focus_depths=2, focus_heads=2)
-        if set(arch) != set(lengths):
+        optional = dict(kernel_sizes=4)
+        if set(arch) - set(optional) != set(lengths):
             raise ValueError(
                 f'arch has the keys {sorted(arch)}, expected {sorted(lengths)}'
+                f' and optionally {sorted(optional)}'
             )
-        for key, length in lengths.items():
-            if not _are_ints(arch[key], [length], 1):
+        for key, length in (lengths | optional).items():
+            if key in arch and not _are_ints(arch[key], [length], 1):
                 raise ValueError(
                     f'arch[{key!r}] must be {length} positive whole numbers, '
                     f'got {arch[key]!r}'
@@ -402,7 +454,8 @@ class OverLoCK(BaseModule):
     def _widths(self) -> tuple[int, int, int, int]:
         """Channels of the four maps; the Focus-Net's carry the prior."""
         first, second, third, fourth = self.channels
-        return first, second, third + fourth // 4, fourth + fourth // 4
+        prior = self.prior_channels
+        return first, second, third + prior, fourth + prior
 
     @property
     def out_channels(self) -> tuple[int, ...]:
@@ -523,13 +576,7 @@ class OverLoCK(BaseModule):
     def _run(self, group: str, x: Tensor, *args: Tensor) -> Tensor:
         for i, block in enumerate(getattr(self, group)):
             if i < self.checkpointed[group] and torch.is_grad_enabled():
-                x = checkpoint(
-                    block,
-                    x,
-                    *args,
-                    use_reentrant=False,
-                    context_fn=partial(_recompute_contexts, block),
-                )
+                x = recompute(block, x, *args)
             else:
                 x = block(x, *args)
         return x
@@ -595,15 +642,12 @@ class OverLoCK(BaseModule):
         return 1 + before + index, num_layers
 
 
-class StridedConv(nn.Conv2d):
-    """A 3x3 convolution with stride 2 and padding 1.
-
-    On CPUs, PyTorch leaves parts of the weight gradient uninitialized where a
-    map in bfloat16 is one column wide. A column of zeros changes nothing else.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (0, 1)) if x.shape[3] == 1 else x)
+def _conv_bn(in_channels, out_channels, norm_cfg, stride=2):
+    conv = StridedConv if stride > 1 else nn.Conv2d
+    return (
+        conv(in_channels, out_channels, 3, stride, 1, bias=False),
+        build_bn(out_channels, **norm_cfg),
+    )
 
 
 @lru_cache
@@ -621,26 +665,3 @@ def _are_ints(values, lengths, low, high=math.inf):
         and len(values) in lengths
         and all(isinstance(v, int) and low <= v <= high for v in values)
     )
-
-
-def _recompute_contexts(block: nn.Module):
-    """Contexts of the first and of the repeated forward of a checkpoint."""
-    return nullcontext(), _fixed_statistics(block)
-
-
-@contextmanager
-def _fixed_statistics(block: nn.Module):
-    """Keep batch norms in training mode from counting a batch twice."""
-    norms = [
-        (module, module.momentum, module.num_batches_tracked.clone())
-        for module in block.modules()
-        if isinstance(module, _BatchNorm) and module.training
-    ]
-    for norm, _, _ in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum, num_batches in norms:
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(num_batches)

@@ -73,13 +73,12 @@ def arch_of(state: State, zoo: dict) -> str | None:
     if not is_release(state):
         return None
     groups = ['blocks1', 'blocks2', 'blocks3', 'blocks4']
-    layers = ['1.9', '2.0', '3.0', '4.0']
     depths = [
         len({name.split('.')[0] for name in take(state, f'{group}.')})
         for group in [*groups, 'sub_blocks3', 'sub_blocks4']
     ]
     channels = [
-        len(state.get(f'patch_embed{layer}.weight', ())) for layer in layers
+        len(state.get(f'{group}.0.dwconv.weight', ())) for group in groups
     ]
     for names, arch in zoo.items():
         wanted = *arch['depths'], *arch['focus_depths'], *arch['channels']
