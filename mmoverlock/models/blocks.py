@@ -1,5 +1,6 @@
 """The two blocks of OverLoCK."""
 
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import contmix, feed_forward, takes_triton, update_prior
+from .compilation import run
 from .layers import (
     GRN,
     DropPath,
@@ -38,7 +40,7 @@ def _feed_forward_layers(in_channels, hidden_channels, out_channels):
     )
 
 
-def _feed_forward(layers, x, identity, drop_path, keep, scale, excite=None):
+def _feed_forward(layers, x, identity, keep, scale, excite=None):
     """Run such layers and add their result to the scaled identity.
 
     A squeeze and excitation may come first. What this and GRN scale and shift
@@ -65,7 +67,7 @@ def _feed_forward(layers, x, identity, drop_path, keep, scale, excite=None):
     scales = () if excite is None else excite.scale_and_shift(x)
     x = dwconv(gelu(expand(x, *scales)))
     x = reduce(x, *grn.scale_and_shift(x))
-    return add_residual(identity, x, drop_path, keep, scale)
+    return add_residual(identity, x, keep, scale)
 
 
 class RepConvBlock(nn.Module):
@@ -110,11 +112,14 @@ class RepConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
-        norm, conv, bn, excite, *layers, drop_path = self.proj
+        return run(self, self.proj[-1].draw(x, 1), x)
+
+    def compute(self, keep: Sequence[Tensor | None], x: Tensor) -> Tensor:
+        """The same, with what :meth:`DropPath.draw` has drawn."""
+        norm, conv, bn, excite, *layers, _ = self.proj
         x, y = conv_and_norm(self.dwconv, norm, x)
         y = bn(conv(y))
-        (keep,) = drop_path.draw(y, 1)
-        return _feed_forward(layers, y, x, drop_path, keep, self.ls, excite)
+        return _feed_forward(layers, y, x, keep[0], self.ls, excite)
 
 
 class FocusBlock(nn.Module):
@@ -224,6 +229,15 @@ class FocusBlock(nn.Module):
         Returns:
             Tensor: Of the shape of ``z``.
         """
+        return run(self, self.drop_path.draw(z, 2), z, initial_prior)
+
+    def compute(
+        self,
+        keep: Sequence[Tensor | None],
+        z: Tensor,
+        initial_prior: Tensor,
+    ) -> Tensor:
+        """The same, with what :meth:`DropPath.draw` has drawn."""
         if not self.first:
             z = update_prior(
                 z,
@@ -252,10 +266,9 @@ class FocusBlock(nn.Module):
         gate = run_layers(layers, fused, prepared)
         y = self.se_layer(y, gate, silu=True)
         y = run_layers(self.proj, y, prepared)
-        keep1, keep2 = self.drop_path.draw(y, 2)
-        z = add_residual(identity, y, self.drop_path, keep1, self.ls1)
+        z = add_residual(identity, y, keep[0], self.ls1)
         z, y = conv_and_norm(self.dwconv2, self.norm2, z)
-        return _feed_forward(self.mlp, y, z, self.drop_path, keep2, self.ls2)
+        return _feed_forward(self.mlp, y, z, keep[1], self.ls2)
 
     def dynamic_conv(
         self, z: Tensor, value: Tensor, prepared: dict | None = None

@@ -1,6 +1,6 @@
 """Small layers that OverLoCK is made of, all on (B, C, H, W) maps."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -277,48 +277,52 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.drop_prob == 0:
-            return x
-        keep = torch.ones_like(x[:, :1, :1, :1])
-        return x * F.dropout(keep, self.drop_prob)
+        (keep,) = self.draw(x, 1)
+        return _scale_samples(x, keep)
 
-    def draw(self, x: Tensor, count: int) -> Iterable[Tensor | None]:
-        """Factors of the samples of ``x``, for kernels.
+    def draw(self, x: Tensor, count: int) -> Sequence[Tensor | None]:
+        """What to scale the samples of so many branches by.
 
         Args:
             x (Tensor): (B, C, H, W).
-            count (int): How many branches there are to drop.
+            count (int): Branches that are dropped on their own.
 
         Returns:
-            Iterable[Tensor | None]: For every branch (B, ), or None if it is
-            1 or no kernels run.
+            Sequence[Tensor | None]: (B, ) for each, or None where it is 1.
         """
         kept = 1 - self.drop_prob
-        if not self.training or kept == 1 or not takes_triton('auto', x):
+        if not self.training or kept == 1:
             return (None,) * count
-        keep = torch.empty(count, len(x), device=x.device)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        keep = torch.empty(count, len(x), dtype=dtype, device=x.device)
         return keep.bernoulli_(kept).div_(kept).unbind()
 
     def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob}'
 
 
-def add_residual(
-    x: Tensor,
-    y: Tensor,
-    drop_path: DropPath,
-    keep: Tensor | None,
-    scale: LayerScale | None,
-) -> Tensor:
-    """``scale(x) + drop_path(y)``, both maps (B, C, H, W).
+def _scale_samples(x: Tensor, keep: Tensor | None) -> Tensor:
+    return x if keep is None else x * keep.to(x.dtype)[:, None, None, None]
 
-    ``keep`` is what ``drop_path`` drew for this branch.
+
+def add_residual(
+    x: Tensor, y: Tensor, keep: Tensor | None, scale: LayerScale | None
+) -> Tensor:
+    """``scale(x) + y * keep``.
+
+    Args:
+        x, y (Tensor): (B, C, H, W).
+        keep (Tensor, optional): See :meth:`DropPath.draw`.
+        scale (LayerScale, optional): The scale and shift of x.
+
+    Returns:
+        Tensor: (B, C, H, W).
     """
     if takes_triton('auto', x):
         weight = None if scale is None else scale.weight
         bias = None if scale is None else scale.bias
         return scaled_residual(x, y, weight, bias, keep)
-    y = drop_path(y)
+    y = _scale_samples(y, keep)
     return x + y if scale is None else scale(x, y)
 
 
