@@ -104,7 +104,7 @@ def _empty_outputs(x, weight1, weight2, identity):
 
 @feed_forward.register_fake
 def _(x, weight1, *args):
-    return _empty_outputs(x, weight1, args[6], args[8])
+    return _empty_outputs(x, weight1, args[5], args[7])
 
 
 @custom_op('mmoverlock::feed_forward_backward', differentiable=False)
