@@ -1,6 +1,5 @@
 """The two blocks of OverLoCK."""
 
-from collections.abc import Sequence
 from itertools import chain
 
 import torch
@@ -8,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import contmix, feed_forward, takes_triton, update_prior
-from .compilation import run
 from .layers import (
     GRN,
     DropPath,
@@ -112,14 +110,11 @@ class RepConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
-        return run(self, self.proj[-1].draw(x, 1), x)
-
-    def compute(self, keep: Sequence[Tensor | None], x: Tensor) -> Tensor:
-        """The same, with what :meth:`DropPath.draw` has drawn."""
-        norm, conv, bn, excite, *layers, _ = self.proj
+        norm, conv, bn, excite, *layers, drop_path = self.proj
         x, y = conv_and_norm(self.dwconv, norm, x)
         y = bn(conv(y))
-        return _feed_forward(layers, y, x, keep[0], self.ls, excite)
+        (keep,) = drop_path.draw(y, 1)
+        return _feed_forward(layers, y, x, keep, self.ls, excite)
 
 
 class FocusBlock(nn.Module):
@@ -229,15 +224,6 @@ class FocusBlock(nn.Module):
         Returns:
             Tensor: Of the shape of ``z``.
         """
-        return run(self, self.drop_path.draw(z, 2), z, initial_prior)
-
-    def compute(
-        self,
-        keep: Sequence[Tensor | None],
-        z: Tensor,
-        initial_prior: Tensor,
-    ) -> Tensor:
-        """The same, with what :meth:`DropPath.draw` has drawn."""
         if not self.first:
             z = update_prior(
                 z,
@@ -266,9 +252,10 @@ class FocusBlock(nn.Module):
         gate = run_layers(layers, fused, prepared)
         y = self.se_layer(y, gate, silu=True)
         y = run_layers(self.proj, y, prepared)
-        z = add_residual(identity, y, keep[0], self.ls1)
+        keeps = self.drop_path.draw(y, 2)
+        z = add_residual(identity, y, keeps[0], self.ls1)
         z, y = conv_and_norm(self.dwconv2, self.norm2, z)
-        return _feed_forward(self.mlp, y, z, keep[1], self.ls2)
+        return _feed_forward(self.mlp, y, z, keeps[1], self.ls2)
 
     def dynamic_conv(
         self, z: Tensor, value: Tensor, prepared: dict | None = None

@@ -19,7 +19,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..ops import check_backend, is_compiling, why_not_triton
 from ..ops.dynamic_conv import BACKENDS
 from .blocks import FocusBlock, RepConvBlock
-from .compilation import set_region
 from .layers import LayerNorm2d, LayerScale, StridedConv, build_bn
 from .recomputation import recompute
 from .reparam import DilatedReparamConv
@@ -96,9 +95,6 @@ class OverLoCK(BaseModule):
             'auto'.
         depthwise_backend (str): Of the large depthwise convolutions, see
             :func:`mmoverlock.ops.backends.check_backend`. Defaults to 'auto'.
-        compile (bool | dict): Whether the blocks run compiled, each by itself,
-            for images of any size; or arguments of ``torch.compile``.
-            Defaults to False.
         init_cfg (dict, optional): See :class:`mmengine.model.BaseModule`.
 
     Raises:
@@ -172,7 +168,6 @@ class OverLoCK(BaseModule):
         deploy: bool = False,
         contmix_backend: str = 'auto',
         depthwise_backend: str = 'auto',
-        compile: bool | dict = False,
         init_cfg: dict | None = None,
     ):
         super().__init__(init_cfg)
@@ -192,11 +187,6 @@ class OverLoCK(BaseModule):
         )
         check_backend(contmix_backend, ('auto', *BACKENDS))
         check_backend(depthwise_backend)
-        if not isinstance(compile, bool | dict):
-            raise ValueError(
-                'compile must be a bool or arguments of torch.compile, '
-                f'got {compile!r}'
-            )
         self.in_channels = in_channels
         self.channels = tuple(arch['channels'])
         self.prior_channels = self.channels[3] // 4
@@ -252,11 +242,6 @@ class OverLoCK(BaseModule):
             )
         self.apply(self._init_weights)
         self._freeze()
-        if compile or compile == {}:
-            options = {} if compile is True else compile
-            for group in self.block_groups:
-                for block in getattr(self, group, ()):
-                    set_region(block, group, options)
 
     @staticmethod
     def _stem(
