@@ -21,10 +21,11 @@ lint: env
 	$(VENV)/bin/lint-imports --no-cache
 
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 demo: env
-	$(PY) tools/make_sample_data.py coco data/shapes --images 800 --size 160
+	test -e data/shapes || $(PY) tools/make_sample_data.py coco data/shapes \
+	    --images 800 --size 160
 	$(PY) tools/train.py configs/mask_rcnn/overlock_mini_shapes.py \
 	    --work-dir work_dirs/demo
 	$(PY) tools/summarize.py work_dirs/demo

@@ -1,4 +1,4 @@
-"""Sets up a stack pinned in setup.py, the tools of the tests, mmoverlock.
+"""Sets up a stack pinned in requirements/, the tools of the tests, mmoverlock.
 
 `make env` runs this. The default stack goes to .venv; with STACK=openmmlab in
 the environment, the other one goes to .venv-openmmlab. A finished environment
@@ -6,7 +6,6 @@ is recognised at once, and an interrupted run goes on where it stopped; changed
 pins start a new one.
 """
 
-import ast
 import contextlib
 import hashlib
 import importlib.util
@@ -53,16 +52,16 @@ class SetupError(Exception):
     """What is wrong and what to do."""
 
 
-def read_pins(setup_py):
-    """Returns the extras of a setup.py, requirements by name by extra."""
-    for node in ast.parse(setup_py).body:
-        if isinstance(node, ast.Assign) and node.targets[0].id == 'EXTRAS':
-            extras = ast.literal_eval(node.value)
-            return {
-                extra: {re.match(r'[\w-]+', pin)[0]: pin for pin in pins}
-                for extra, pins in extras.items()
-            }
-    raise ValueError('setup.py has no EXTRAS')
+def read_pins(folder):
+    """Returns the requirements by name, of every file of a folder."""
+    return {
+        path.stem: {
+            re.match(r'[\w-]+', line)[0]: line.split('#')[0].strip()
+            for line in path.read_text().splitlines()
+            if not line.startswith('#')
+        }
+        for path in sorted(folder.glob('*.txt'))
+    }
 
 
 def check_host():
@@ -265,8 +264,8 @@ def main():
             f'There is no stack {STACK!r}: STACK is one of '
             f'{", ".join(NEWEST_PYTHON)}.'
         )
-    setup_py = (ROOT / 'setup.py').read_text()
-    inputs = ROOT, setup_py, Path(__file__).read_text(), SHIM.read_text()
+    pins_of = read_pins(ROOT / 'requirements')
+    inputs = ROOT, pins_of, Path(__file__).read_text(), SHIM.read_text()
     digest = hashlib.sha256(repr(inputs).encode()).hexdigest()
     started, complete = VENV / 'started', VENV / 'complete'
     if is_current(complete, digest):
@@ -280,8 +279,7 @@ def main():
     for log in VENV.glob('*.log'):
         log.unlink()
 
-    extras = read_pins(setup_py)
-    pins = extras[STACK]
+    pins = pins_of[STACK]
     base = [pins.get(name, name) for name in ('torch', 'numpy', *BUILD_TOOLS)]
     follow({pins['torch']: lambda: pip('torch', 'install', *base)})
     build, flags, cpu_only = inspect_torch()
@@ -293,8 +291,11 @@ def main():
     cached = any(cache.glob('*.whl'))
     # Side by side, because these packages replace nothing that the build of
     # mmcv uses: torch, numpy and the build tools are there as pinned.
-    packages = {**extras['tests'], **pins}.values()
+    packages = {**pins_of['tests'], **pins}.values()
     jobs = {'packages': lambda: pip('packages', 'install', *packages)}
+    # Apart: mmseg imports it where it finds it, which takes a second.
+    timm = '--no-deps', '-t', VENV / 'timm', *pins_of['timm'].values()
+    jobs['timm'] = lambda: pip('timm', 'install', *timm)
     if not cached:
         jobs[mmcv] = lambda: build_mmcv(mmcv, folder, flags, cpu_only)
     follow(jobs)

@@ -14,7 +14,7 @@ import torch
 
 from mmoverlock.models import OverLoCK
 
-COLOURS = {'Base': '#cfe2f3', 'Overview': '#fde9c9', 'Focus': '#d5ecd4'}
+COLORS = {'Base': '#cfe2f3', 'Overview': '#fde9c9', 'Focus': '#d5ecd4'}
 WIDTH, HEIGHT = 2.1, 1.15
 TOP, BOTTOM = 2.9, 0.7  # of the lower edges of boxes
 
@@ -52,7 +52,7 @@ def draw(arch):
             kernels = f'dynamic 5 x 5 and {kernel} x {kernel}'
             channels = f'{channels} + {prior}'
         x = columns[stage]
-        box(axes, x, y, COLOURS[title.partition('-')[0]])
+        box(axes, x, y, COLORS[title.partition('-')[0]])
         axes.text(
             *(x + WIDTH / 2, y + HEIGHT - 0.2, title),
             **dict(ha='center', va='center', size=8, weight='bold'),
@@ -102,11 +102,11 @@ def draw(arch):
     return figure
 
 
-def box(axes, x, y, colour):
+def box(axes, x, y, color):
     axes.add_patch(
         plt.matplotlib.patches.FancyBboxPatch(
             *((x, y), WIDTH, HEIGHT),
-            **dict(boxstyle='round,pad=0', fc=colour, ec='0.4'),
+            **dict(boxstyle='round,pad=0', fc=color, ec='0.4'),
         )
     )
 

@@ -1,4 +1,4 @@
-"""What the C library does with memory that is freed."""
+"""Memory that is freed, and the C library."""
 
 import ctypes
 import os

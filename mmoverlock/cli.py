@@ -1,4 +1,4 @@
-"""What the command-line tools share: options, configs and user mistakes."""
+"""Options, configs and user mistakes, as all command-line tools treat them."""
 
 import contextlib
 import difflib
@@ -9,8 +9,10 @@ import os
 import re
 import sys
 import traceback
-from importlib.metadata import version
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -21,6 +23,7 @@ from mmengine.registry import RUNNERS, registry
 from mmengine.runner import Runner
 from mmengine.utils import get_object_from_string
 
+from . import config
 from .allocator import keep_freed_memory
 from .checkpoint import CheckpointError, load_safely, save_safely
 from .data import DataError, checked
@@ -29,8 +32,8 @@ from .inference import ConfigError, scope_of
 from .models import OverLoCK
 
 
-def object_of(path):
-    """What a dotted path names, as in the configs that trainings dump.
+def object_of(path: str) -> Any:
+    """The object of a dotted path, as in the configs that trainings dump.
 
     mmengine's own function finds ``smooth_l1_loss``, the function, in place
     of the module of that name, and so not the ``L1Loss`` in it.
@@ -41,6 +44,20 @@ def object_of(path):
     except (ImportError, AttributeError, ValueError):
         return get_object_from_string(path)
 
+
+def config_of(path: str, filename: str) -> tuple[str, str | None]:
+    """Where a base config is, and the scope that its types get.
+
+    mmengine's own function knows no ``mmoverlock::``, and would look for all
+    types in a registry of that name.
+    """
+    package, _, name = path.partition('::')
+    if package == 'mmoverlock':
+        return config(name), None
+    return _get_cfg_path(path, filename)
+
+
+_get_cfg_path = Config._get_cfg_path
 
 # Runner's arguments, and what else mm* packages read from the top level.
 TOP_LEVEL_KEYS = {
@@ -62,28 +79,6 @@ TOP_LEVEL_KEYS = {
 UNSAFE_FILES = ('.pkl', '.pickle', '.p', '.np', '.yml', '.yaml')
 RESULTS = ('out_file_path', 'proposals_file')  # of metrics, which write them
 
-# What launchers tell their processes, first which of them it is; and what
-# starts such.
-LAUNCHERS = {
-    'pytorch': (
-        ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'),
-        'torchrun, as tools/dist_train.sh does',
-    ),
-    'slurm': (
-        ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_NODELIST'),
-        'srun, as tools/slurm_train.sh does',
-    ),
-    'mpi': (
-        (
-            'OMPI_COMM_WORLD_RANK',
-            'OMPI_COMM_WORLD_SIZE',
-            'OMPI_COMM_WORLD_LOCAL_RANK',
-            'MASTER_ADDR',
-        ),
-        "Open MPI's mpirun -x MASTER_ADDR=(the first machine)",
-    ),
-}
-
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -91,50 +86,38 @@ class UserError(Exception):
     """A mistake of the user; its message is all that is shown."""
 
 
-def set_up():
+def set_up() -> None:
     """Set up the process of a tool: its memory, and how it treats files."""
     keep_freed_memory()
     load_safely()
     save_safely()
     registry.get_object_from_string = object_of
+    Config._get_cfg_path = staticmethod(config_of)
 
 
 @contextlib.contextmanager
-def user_errors(tool):
+def user_errors(tool: str) -> Iterator[None]:
     """Report user mistakes on stderr, after the tool's name, with status 2.
 
     They are `UserError`, `CheckpointError`, `ConfigError` and `DataError`.
     """
     try:
-        with _explain_imports():
-            yield
+        yield
     except (UserError, CheckpointError, ConfigError, DataError) as error:
         print(f'{tool}: {error}', file=sys.stderr)
         sys.exit(2)
 
 
-@contextlib.contextmanager
-def _explain_imports():
-    try:
-        yield
-    except TypeError as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        module = frame.f_globals.get('__name__', '')
-        if not module.startswith('mmpretrain.') or (
-            str(error) != 'NoneType takes no arguments'
-        ):
-            raise
-        raise UserError(
-            'mmpretrain, which mmdet and mmseg import too, cannot be imported '
-            f'beside transformers {version("transformers")}; it needs '
-            "transformers before 5, or none: pip install 'transformers<5'"
-        ) from error
-
-
 class ConfigOptions(DictAction):
     """mmengine's ``DictAction``, with `UserError` for a malformed item."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: ArgumentParser,
+        namespace: Namespace,
+        values: list[str],
+        option_string: str | None = None,
+    ) -> None:
         for value in values:
             if not re.match('[^=]+=', value):
                 raise UserError(
@@ -158,7 +141,7 @@ class ConfigOptions(DictAction):
                 raise UserError(f'{option_string} {value}: {error}') from error
 
 
-def add_config_options(parser, example=''):
+def add_config_options(parser: ArgumentParser, example: str = '') -> None:
     """Add --cfg-options; its help ends with the example."""
     parser.add_argument(
         '--cfg-options',
@@ -170,13 +153,13 @@ def add_config_options(parser, example=''):
     )
 
 
-def add_config_arguments(parser, example=''):
+def add_config_arguments(parser: ArgumentParser, example: str = '') -> None:
     """Add what `load_config` reads in tools that run one process."""
     add_config_options(parser, example)
     parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
 
 
-def add_arguments(parser):
+def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments that all tools share to an ``ArgumentParser``."""
     parser.add_argument(
         'config', help='config file; it is code, so use what you trust'
@@ -193,7 +176,7 @@ def add_arguments(parser):
     )
     parser.add_argument(
         '--launcher',
-        choices=['none', *LAUNCHERS],
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
         help='what starts the processes of distributed runs; default: none',
     )
@@ -206,7 +189,7 @@ def add_arguments(parser):
     )
 
 
-def load_config(args):
+def load_config(args: Namespace) -> Config:
     """Load the config and apply the arguments that all tools share.
 
     Args:
@@ -218,7 +201,11 @@ def load_config(args):
     Raises:
         UserError: If the file, an option or an installed package is bad.
     """
-    path = Path(args.config)
+    package, _, name = args.config.partition('::')
+    try:
+        path = Path(config(name) if package == 'mmoverlock' else args.config)
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from error
     if not path.is_file():
         near = {*path.parent.glob('*.py'), *Path('configs').glob('[!_]*/*.py')}
         raise UserError(
@@ -238,14 +225,13 @@ def load_config(args):
     cfg.work_dir = args.work_dir or cfg.get('work_dir')
     cfg.work_dir = cfg.work_dir or os.path.join('work_dirs', path.stem)
     cfg.launcher = args.launcher
-    check_launcher(args.launcher)
     if args.launcher == 'mpi':  # mmengine reads both, and sets neither
         os.environ['LOCAL_RANK'] = os.environ['OMPI_COMM_WORLD_LOCAL_RANK']
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return cfg
 
 
-def complete_scope(cfg):
+def complete_scope(cfg: Config) -> None:
     """Set the default scope where types are classes, and check for the ops.
 
     Args:
@@ -254,15 +240,10 @@ def complete_scope(cfg):
     Raises:
         UserError: If mmcv lacks the ops that the config needs.
     """
-    try:
-        scope = scope_of(cfg)
-        lacking = scope in ('mmdet', 'mmseg') and not importlib.util.find_spec(
-            'mmcv._ext'
-        )
-    except ImportError as error:  # on the way to a class
-        scope, lacking = 'its model', 'mmcv._ext' in str(error)
-        if not lacking:
-            raise
+    scope = scope_of(cfg)
+    lacking = scope in ('mmdet', 'mmseg') and not importlib.util.find_spec(
+        'mmcv._ext'
+    )
     if lacking:
         raise UserError(
             f'mmcv has no compiled ops, which {scope} needs (no module '
@@ -274,35 +255,7 @@ def complete_scope(cfg):
         cfg.default_scope = scope
 
 
-def check_launcher(launcher):
-    """Check that a process was started by what --launcher names.
-
-    Args:
-        launcher (str): A key of `LAUNCHERS`, or ``'none'``.
-
-    Raises:
-        UserError: If it was not, or if it is one of several that would not
-            know of each other.
-    """
-    if launcher == 'none':
-        # Of torchrun alone, and of this machine.
-        count = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-        if count > 1:
-            raise UserError(
-                f'torchrun started {count} processes, and each would run on '
-                'its own: add --launcher pytorch'
-            )
-        return
-    names, starter = LAUNCHERS[launcher]
-    missing = [name for name in names if name not in os.environ]
-    if missing:
-        raise UserError(
-            f'--launcher {launcher} is for processes started by {starter}; '
-            f'not set here: {", ".join(missing)}'
-        )
-
-
-def check_files(cfg):
+def check_files(cfg: Config) -> None:
     """Check that no file of the data that the config names could run code.
 
     Raises:
@@ -319,7 +272,7 @@ def check_files(cfg):
                 )
 
 
-def check_options(cfg, options):
+def check_options(cfg: Config, options: dict) -> None:
     """Check that every key of --cfg-options leads somewhere.
 
     The last part of a key may be new: an argument that the config leaves at
@@ -349,7 +302,7 @@ def check_options(cfg, options):
                 )
 
 
-def _key_problem(cfg, key):
+def _key_problem(cfg: Config, key: str) -> str | None:
     top, *parts = key.split('.')
     if top not in TOP_LEVEL_KEYS:
         if top in cfg:
@@ -383,18 +336,18 @@ def _key_problem(cfg, key):
     return None
 
 
-def name_of(kind):
+def name_of(kind: type | str) -> str:
     """The name of a type, which a config has as a name, path or class."""
     return getattr(kind, '__name__', str(kind)).split('.')[-1]
 
 
-def check_file(path, what):
+def check_file(path: str, what: str) -> None:
     """Raise `UserError` if a file, not a URL, does not exist."""
     if '://' not in path and not os.path.isfile(os.path.expanduser(path)):
         raise UserError(f'{what} {path} does not exist')
 
 
-def start_checkpoints(cfg):
+def start_checkpoints(cfg: Config) -> dict[str, str]:
     """Return the checkpoints that training starts from, path by key."""
     found = {
         key: value
@@ -406,7 +359,7 @@ def start_checkpoints(cfg):
     return found
 
 
-def build_runner(cfg, complete):
+def build_runner(cfg: Config, complete: bool) -> Runner:
     """Build the runner; a distributed one works without a GPU too.
 
     It has the hooks of :mod:`mmoverlock.engine`.
@@ -432,7 +385,7 @@ def build_runner(cfg, complete):
     return runner
 
 
-def _prepare_cpu_launch(cfg):
+def _prepare_cpu_launch(cfg: Config) -> None:
     # mmengine selects a CUDA device when it starts distributed training.
     if cfg.launcher != 'pytorch':
         raise UserError(
@@ -447,19 +400,19 @@ def _prepare_cpu_launch(cfg):
         **(cfg.get('model_wrapper_cfg') or {}),
         'device_ids': None,
     }
-    synchronised = [
+    synchronized = [
         key
         for key, value in _leaves(cfg.model, 'model')
         if name_of(value) in ('SyncBN', 'MMSyncBN', 'SyncBatchNorm')
     ]
-    cfg.merge_from_dict(dict.fromkeys(synchronised, 'BN'))
+    cfg.merge_from_dict(dict.fromkeys(synchronized, 'BN'))
     sync_bn = cfg.pop('sync_bn', None)
-    if (sync_bn or synchronised) and is_main_process():
+    if (sync_bn or synchronized) and is_main_process():
         print('SyncBN is left out: it needs GPUs')
 
 
 @contextlib.contextmanager
-def explain_failures(cfg, options):
+def explain_failures(cfg: Config, options: dict) -> Iterator[None]:
     """Raise `UserError` where building or running fails by user mistake.
 
     Args:
@@ -499,7 +452,7 @@ def explain_failures(cfg, options):
         ) from error
 
 
-def _leaves(node, key):
+def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
     """Yield (key, value) of all that is no dict or list in a config."""
     if isinstance(node, dict):
         children = node.items()
@@ -512,7 +465,7 @@ def _leaves(node, key):
         yield from _leaves(child, f'{key}.{name}')
 
 
-def _uses(cfg, variable):
+def _uses(cfg: Config, variable: str) -> str:
     """List keys whose strings start with the value of a config variable."""
     value = cfg[variable]
     if not isinstance(value, str) or not value:
@@ -526,6 +479,6 @@ def _uses(cfg, variable):
     return f': {", ".join(sorted(keys))}' if keys else ''
 
 
-def _did_you_mean(word, words):
+def _did_you_mean(word: str, words: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, words, cutoff=0.5)
     return f'; did you mean {" or ".join(near)}?' if near else ''

@@ -4,7 +4,9 @@ import json
 import re
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 NO_METRICS = ('data_time', 'time', 'step', 'epoch', 'iter')
@@ -100,11 +102,11 @@ def draw_curves(work_dir: Path, batch_size: int) -> dict:
     return last
 
 
-def _names(records, start):
+def _names(records: list[dict], start: str) -> list[str]:
     names = dict.fromkeys(name for record in records for name in record)
     return [name for name in names if name.startswith(start)]
 
 
-def _plot(axes, records, name, **options):
+def _plot(axes: Axes, records: list[dict], name: str, **options: Any) -> None:
     points = [(r['step'], r[name]) for r in records if name in r]
     axes.plot(*zip(*points, strict=True), label=name, **options)

@@ -1,6 +1,7 @@
-"""Trained models on images of the user: what the tools share."""
+"""Trained models on images of the user, as all tools run them."""
 
 import os
+from collections.abc import Callable, Sequence
 from colorsys import hsv_to_rgb
 from glob import glob
 from pathlib import Path
@@ -13,11 +14,16 @@ from mmengine.registry import (
     DATASETS,
     MODELS,
     TRANSFORMS,
+    VISUALIZERS,
+    Registry,
     init_default_scope,
 )
+from mmengine.structures import BaseDataElement
+from mmengine.visualization import Visualizer
 from torch import Tensor, nn
 
 from .checkpoint import read
+from .data import unwrap
 from .models.weights import fit
 
 IMAGES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
@@ -30,7 +36,7 @@ class ConfigError(ValueError):
 
 
 class UnreadableImage(ValueError):
-    """What cannot be read as an image; the message says why."""
+    """A file that cannot be read as an image; the message says why."""
 
 
 # ------------------------------------------------------------------- configs
@@ -70,27 +76,8 @@ def dataset_of(cfg: Config, *splits: str) -> ConfigDict | None:
     return next(filter(None, (item.get('dataset') for item in loaders)), None)
 
 
-def unwrap(dataset) -> list:
-    """The datasets in wrappers, such as those of a ``ConcatDataset``.
-
-    Args:
-        dataset (Dataset | ConfigDict): A dataset, or the config of one.
-
-    Returns:
-        list: Datasets or configs.
-    """
-    leaves = [leaf for item in _inside(dataset) for leaf in unwrap(item)]
-    return leaves or [dataset]
-
-
-def _inside(dataset):
-    one = getattr(dataset, 'dataset', None)
-    several = getattr(dataset, 'datasets', None) or ()
-    return [*several] if one is None else [one]
-
-
 def dataset_meta(cfg: Config) -> dict:
-    """What a config says of its classes.
+    """The classes of a config, and other metadata.
 
     Args:
         cfg (Config): The config.
@@ -103,12 +90,12 @@ def dataset_meta(cfg: Config) -> dict:
         ConfigError: If a file of classes does not exist.
     """
     init_default_scope(scope_of(cfg))
-    dataset = dataset_of(cfg, 'test', 'val', 'train') or ConfigDict()
-    metas = map(_meta_of, unwrap(dataset))
+    datasets = unwrap(dataset_of(cfg, 'test', 'val', 'train'))
+    metas = (_meta_of(dataset) for _, dataset in datasets)
     return next((meta for meta in metas if meta.get('classes')), {})
 
 
-def _meta_of(dataset):
+def _meta_of(dataset: ConfigDict) -> dict:
     given = dict(dataset.get('metainfo') or {})
     if dataset.get('classes'):  # as datasets of mmpretrain take them too
         given.setdefault('classes', dataset.classes)
@@ -124,7 +111,7 @@ def _meta_of(dataset):
     return meta
 
 
-def _class_of(registry, kind):
+def _class_of(registry: Registry, kind: type | str | None) -> type | None:
     """The class that a type is or names."""
     if not isinstance(kind, str):
         return kind
@@ -141,7 +128,7 @@ def init_model(
     """Build the model of a config for inference, branches merged.
 
     Args:
-        cfg (Config): The config of a detector, segmenter or classifier.
+        cfg (Config): The config of a detector, segmentor or classifier.
         checkpoint (str, optional): A file or URL with all weights of the
             model. Defaults to None: as initialized.
         device (str): Where the model goes. Defaults to 'cpu'.
@@ -205,7 +192,7 @@ class Pipeline(Compose):
             once it is loaded.
     """
 
-    def __init__(self, transforms, pictures: list):
+    def __init__(self, transforms: Sequence[dict | Callable], pictures: list):
         super().__init__(transforms)
         self.pictures = pictures
 
@@ -249,16 +236,17 @@ def build_pipeline(cfg: Config) -> Pipeline:
     return Pipeline([step for step in map(_local, steps) if step], [])
 
 
-def _steps(dataset):
+def _steps(dataset: ConfigDict) -> list:
     """The pipeline of a dataset, then those of what is wrapped around it."""
-    inner = _inside(dataset)
+    inside = dataset.get('dataset'), *(dataset.get('datasets') or ())
+    inner = next(filter(None, inside), None)
     return [
-        *(_steps(inner[0]) if inner else ()),
+        *(_steps(inner) if inner else ()),
         *(dataset.get('pipeline') or ()),
     ]
 
 
-def _local(step):
+def _local(step: dict | Callable) -> dict | Callable | None:
     """A step for local files without a truth; None if it loads the truth."""
     if not isinstance(step, dict):
         return step
@@ -353,7 +341,7 @@ def to_picture(image: np.ndarray) -> np.ndarray:
 
     Returns:
         np.ndarray: (H, W, 3), uint8: the first three channels, or the first
-        in grey where there are fewer. What is not whole numbers from 0 to 255
+        in gray where there are fewer. What is not whole numbers from 0 to 255
         is stretched to these from the 1st to the 99th percentile.
     """
     image = np.atleast_3d(image)
@@ -371,7 +359,7 @@ def to_picture(image: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, data: dict):
+def predict(model: nn.Module, data: dict) -> BaseDataElement:
     """Predict one image.
 
     Args:
@@ -386,7 +374,7 @@ def predict(model: nn.Module, data: dict):
 
 
 def network_input(model: nn.Module, data: dict) -> tuple[Tensor, np.ndarray]:
-    """What a network sees of an image.
+    """Make the input of a network of an image.
 
     Args:
         model (nn.Module): Of :func:`init_model`.
@@ -402,14 +390,72 @@ def network_input(model: nn.Module, data: dict) -> tuple[Tensor, np.ndarray]:
     return batch['inputs'], picture
 
 
-def colour_of(label: int) -> tuple[float, float, float]:
-    """A colour that no other label has, far from those of labels near it.
+# ------------------------------------------------------------------ pictures
+
+VISUALIZERS_OF = {
+    'mmdet': 'DetLocalVisualizer',
+    'mmseg': 'SegLocalVisualizer',
+    'mmpretrain': 'UniversalVisualizer',
+}
+
+
+def build_visualizer(scope: str, meta: dict) -> Visualizer:
+    """Build the visualizer of a package.
+
+    Args:
+        scope (str): One of ``SCOPES``.
+        meta (dict): The ``dataset_meta`` of a model, with its classes; a
+            palette for fewer or more of them is replaced.
+    """
+    visualizer = VISUALIZERS.build(
+        dict(type=VISUALIZERS_OF[scope], name=scope)
+    )
+    count = len(meta['classes'])
+    if len(meta.get('palette') or ()) != count:
+        meta = meta | {'palette': [*map(color_of, range(count))]}
+    visualizer.dataset_meta = meta
+    return visualizer
+
+
+def draw(
+    visualizer: Visualizer,
+    image: np.ndarray,
+    sample: BaseDataElement,
+    path: Path,
+    score_thr: float,
+    truth: bool = False,
+) -> None:
+    """Write a picture of what is predicted.
+
+    Args:
+        visualizer (Visualizer): Of :func:`build_visualizer`.
+        image (np.ndarray): (H, W, 3), uint8, BGR.
+        sample (BaseDataElement): Of :func:`predict`.
+        path (Path): The file.
+        score_thr (float): Objects below this score are left out.
+        truth (bool): Whether to draw the truth of the sample too: on the
+            left or, of a classifier, as text. Defaults to False.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = np.ascontiguousarray(image[..., ::-1])
+    options = dict(draw_gt=truth, out_file=str(path))
+    if 'pred_score' in sample:
+        visualizer.visualize_cls(image, sample, **options)
+        return
+    if 'pred_instances' in sample:
+        options['pred_score_thr'] = score_thr
+    visualizer.add_datasample('', image, sample, **options)
+
+
+def color_of(label: int) -> tuple[int, int, int]:
+    """A color that no other label has, far from those of labels near it.
 
     Args:
         label (int): Number of a class.
 
     Returns:
-        tuple[float, float, float]: Red, green and blue, from 0 to 1.
+        tuple[int, int, int]: Red, green and blue, from 0 to 255.
     """
     turn = label * 0.618034 % 1  # the golden ratio leaves no two close
-    return hsv_to_rgb(turn, 0.95 - label % 3 * 0.2, 0.9 - label % 2 * 0.25)
+    color = hsv_to_rgb(turn, 0.95 - label % 3 * 0.2, 0.9 - label % 2 * 0.25)
+    return tuple(round(255 * part) for part in color)

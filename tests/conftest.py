@@ -1,11 +1,12 @@
 """What every test gets."""
 
+import functools
 import itertools
 import os
 
 import pytest
+import tiny
 import torch
-from mmengine.utils import ManagerMixin
 from torch import Tensor
 
 # Without a GPU, Triton's kernels run in its interpreter; it looks at this
@@ -16,16 +17,43 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def fresh_instances():
-    """Runners that start in the same second would share a logger.
-
-    MMEngine keeps loggers and their kind by the name of the run, which ends
-    in the second of its start.
-    """
+    """Nothing that MMEngine keeps by a run's name outlasts a test."""
     yield
-    kinds = [ManagerMixin]
-    for kind in kinds:
-        kinds += kind.__subclasses__()
-        kind._instance_dict.clear()
+    tiny.forget_instances()
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+    """Trains a tiny model once; its config, its work dir and the log.
+
+    By 'classifier', 'detector' or 'segmentor'.
+    """
+
+    @functools.cache
+    def train(kind):
+        folder = tmp_path_factory.mktemp(kind)
+        config, work_dir = getattr(tiny, kind)(folder), folder / 'work'
+        argv = 'train', config, '--work-dir', work_dir
+        return config, work_dir, tiny.run_tool(*argv, curves=True)
+
+    return train
+
+
+@pytest.fixture
+def mistake(tmp_path, monkeypatch):
+    """Runs a tool where it must fail; returns the one line that it prints."""
+    cwd = tmp_path / 'cwd'
+    cwd.mkdir()
+    monkeypatch.chdir(cwd)
+
+    def fail(name, *argv):
+        message = tiny.run_tool(name, *argv, status=2)
+        assert message.startswith(f'{name}.py: ')
+        assert message.count('\n') == 1
+        assert not any(cwd.iterdir())
+        return message
+
+    return fail
 
 
 def fill_new_memory(monkeypatch, fill):

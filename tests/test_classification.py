@@ -1,15 +1,11 @@
 """The classifiers: parity with the release, losses, recipe and a real run."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import golden
 import pytest
 import torch
 from mmengine.config import Config
-from tiny import HALF_FORMATS
+from tiny import ARCH as TINY
+from tiny import HALF_FORMATS, ROOT, run_tool
 
 from mmoverlock.models import OverLoCK
 
@@ -21,20 +17,7 @@ from mmpretrain.structures import DataSample
 
 from mmoverlock.models.classification import OverLoCKClsHead
 
-ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / 'configs' / 'imagenet'
-ARCHS = {
-    'xt': dict(channels=[336, 420], drop_path=0.1, scale=242),
-    't': dict(channels=[512, 640], drop_path=0.15, scale=235),
-    's': dict(channels=[512, 640], drop_path=0.4, scale=235),
-    'b': dict(channels=[576, 720], drop_path=0.5, scale=229),
-}
-TINY = dict(
-    depths=(1, 1, 1, 1),
-    channels=(8, 16, 16, 32),
-    focus_depths=(1, 1),
-    focus_heads=(2, 2),
-)
 
 
 def config(arch):
@@ -290,123 +273,23 @@ def test_head_without_classifier():
 # ----------------------------------------------------------------- recipe
 
 
-@pytest.mark.parametrize('arch', ARCHS)
-def test_archs(arch):
-    expected, cfg = ARCHS[arch], config(arch)
-    assert cfg.model.backbone == dict(
-        type='OverLoCK',
-        arch=arch,
-        drop_path_rate=expected['drop_path'],
-        classifier=True,
-    )
-    assert cfg.model.head.in_channels == expected['channels']
-    for loader in (cfg.val_dataloader, cfg.test_dataloader):
-        _, resize, crop, _ = loader.dataset.pipeline
-        assert resize == dict(
-            type='ResizeEdge',
-            scale=expected['scale'],
-            edge='short',
-            backend='pillow',
-            interpolation='bicubic',
-        )
-        assert crop == dict(type='CenterCrop', crop_size=224)
-    with torch.device('meta'):
-        assert (
-            list(classifier(arch).backbone.out_channels)
-            == (expected['channels'])
-        )
-
-
-def test_recipe():
-    """The figures of the release: 300 epochs of 8 x 256 images a step."""
-    cfg = config('t')
-    assert cfg.train_cfg.max_epochs == 300
-    assert cfg.train_dataloader.batch_size == 256
-    assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=8 * 256)
-    wrapper = cfg.optim_wrapper
-    assert wrapper.optimizer == dict(
-        type='AdamW',
-        lr=1e-3 * 2048 / 1024,
-        betas=(0.9, 0.999),
-        weight_decay=0.05,
-    )
-    assert wrapper.clip_grad == dict(max_norm=5.0)
-    assert wrapper.paramwise_cfg.custom_keys['norm'] == dict(decay_mult=0.0)
-    warm_up, cosine = cfg.param_scheduler
-    assert warm_up.start_factor * wrapper.optimizer.lr == pytest.approx(1e-6)
-    assert (warm_up.begin, warm_up.end) == (0, 5)
-    assert cosine.type == 'CosineAnnealingLR' and cosine.eta_min == 1e-5
-    assert (cosine.begin, cosine.end) == (5, 300)
-    assert all(
-        s.by_epoch and s.convert_to_iter_based for s in (warm_up, cosine)
-    )
-    (ema,) = cfg.custom_hooks
-    assert ema.type == 'EMAHook' and ema.momentum == pytest.approx(1 - 0.9999)
-    assert ema.update_buffers
-    assert cfg.model.train_cfg.augments == [
-        dict(type='Mixup', alpha=0.8),
-        dict(type='CutMix', alpha=1.0),
-    ]
-    assert cfg.model.head.loss == dict(
-        type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'
-    )
-    _, crop, flip, augment, erase, _ = cfg.train_dataloader.dataset.pipeline
-    assert crop.scale == 224 and crop.interpolation == 'bicubic'
-    assert flip == dict(type='RandomFlip', prob=0.5)
-    assert augment.policies == 'timm_increasing'
-    assert (augment.magnitude_level, augment.magnitude_std) == (9, 0.5)
-    assert (augment.num_policies, augment.total_level) == (2, 10)
-    assert erase.erase_prob == 0.25 and erase.mode == 'rand'
-    assert cfg.val_evaluator == dict(type='Accuracy', topk=(1, 5))
-
-
-def run(*command):
-    paths = [str(ROOT), os.environ.get('PYTHONPATH', '')]
-    env = os.environ | {
-        'PYTHONPATH': os.pathsep.join(filter(None, paths)),
-        'OMP_NUM_THREADS': '1',
-        'CUDA_VISIBLE_DEVICES': '',
-    }
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_tools(tmp_path):
     """An iteration of the unmodified recipe on ImageNet's layout."""
     data, work_dir = tmp_path / 'imagenet', tmp_path / 'work'
-    run(
-        *(ROOT / 'tools/make_sample_data.py', 'imagenet', data),
-        *('--images=4', '--size=96'),
-    )
-    options = [
-        'train_dataloader.batch_size=4',
-        'train_cfg.max_epochs=1',
-        'default_hooks.logger.interval=1',
-        'train_dataloader.dataset.pipeline.1.scale=64',
-    ]
+    run_tool('make_sample_data', 'imagenet', data, '--images=4', '--size=96')
+    cfg = config('xt')
+    cfg.model.backbone.arch = TINY
+    cfg.model.head.in_channels = [32, 40]
     for split in ('train', 'val', 'test'):
-        loader = f'{split}_dataloader'
-        options += [
-            f'{loader}.dataset.data_root={data}',
-            f'{loader}.num_workers=0',
-            f'{loader}.persistent_workers=False',
-        ]
+        loader = cfg[f'{split}_dataloader']
+        loader.update(batch_size=4, num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = str(data)
+        loader.dataset.pipeline[1].scale = 64
         if split != 'train':
-            options += [
-                f'{loader}.dataset.pipeline.1.scale=68',
-                f'{loader}.dataset.pipeline.2.crop_size=64',
-            ]
-    log = run(
-        *(ROOT / 'tools/train.py', CONFIGS / 'overlock_xt_300e.py'),
-        *('--work-dir', work_dir, '--cfg-options', *options),
-    )
+            loader.dataset.pipeline[2].crop_size = 64
+    cfg.train_cfg.max_epochs = cfg.default_hooks.logger.interval = 1
+    cfg.dump(tmp_path / 'config.py')
+    log = run_tool('train', tmp_path / 'config.py', '--work-dir', work_dir)
     assert 'Epoch(train) [1][1/1]' in log
     assert 'loss_cls' in log and 'loss_aux' in log and 'grad_norm' in log
     assert 'accuracy/top5' in log
@@ -414,9 +297,8 @@ def test_tools(tmp_path):
     averaged, trained = checkpoint['state_dict'], checkpoint['ema_state_dict']
     names = {f'module.{name}' for name in averaged}
     assert names == set(trained) - {'steps'}
-    log = run(
-        *(ROOT / 'tools/test.py', CONFIGS / 'overlock_xt_300e.py'),
-        *(work_dir / 'epoch_1.pth', '--work-dir', work_dir / 'test'),
-        *('--cfg-options', *options),
+    log = run_tool(
+        *('test', tmp_path / 'config.py', work_dir / 'epoch_1.pth'),
+        *('--work-dir', work_dir / 'test'),
     )
     assert 'accuracy/top1' in log

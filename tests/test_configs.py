@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from fusion import assert_fuses, far
 from mmengine.config import Config
@@ -18,7 +19,6 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
-from tiny import load_tool
 from torch import nn
 
 from mmoverlock.models import OverLoCK
@@ -27,7 +27,7 @@ pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)
 
-ROOT = Path(__file__).parents[1]
+ROOT = tiny.ROOT
 CONFIGS = ROOT / 'configs'
 PATHS = sorted(
     path.relative_to(CONFIGS).as_posix()
@@ -36,15 +36,6 @@ PATHS = sorted(
 )
 DROP_IN = [path for path in PATHS if path.startswith('drop_in/')]
 RELEASE = 'https://github.com/LMMMEng/OverLoCK/releases/download/v1/'
-ARCHS = 'xt', 't', 's', 'b'
-DETECTION = {'xt': 0.1, 't': 0.2, 's': 0.4, 'b': 0.6}
-DROP_PATH = {
-    'mask_rcnn': DETECTION,
-    'cascade_mask_rcnn': DETECTION,
-    'upernet': {'xt': 0.1, 't': 0.2, 's': 0.3, 'b': 0.5},
-    'imagenet': {'xt': 0.1, 't': 0.15, 's': 0.4, 'b': 0.5},
-    'drop_in': DETECTION,
-}
 
 
 def read(path):
@@ -72,44 +63,32 @@ def channels_for(reader, channels):
 # ----------------------------------------------------------------- as built
 
 
-@pytest.fixture(scope='module', params=PATHS)
-def built(request):
-    """The path of a config, the config and its model, without values."""
-    cfg = read(request.param)
-    with torch.device('meta'):
-        return request.param, cfg, MODELS.build(cfg.model)
-
-
-@pytest.mark.parametrize(
-    'folder, schedule',
-    [
-        ('mask_rcnn', '1x'),
-        ('mask_rcnn', '3x'),
-        ('cascade_mask_rcnn', 'cascade_3x'),
-        ('upernet', '160k'),
-    ],
-)
-def test_there_are_configs(folder, schedule):
-    for arch in ARCHS:
+def test_there_are_configs():
+    """Of every arch; a name is a work dir's, and what mim finds it by."""
+    for arch, (folder, schedule) in itertools.product(
+        ('xt', 't', 's', 'b'),
+        [
+            ('mask_rcnn', '1x'),
+            ('mask_rcnn', '3x'),
+            ('cascade_mask_rcnn', 'cascade_3x'),
+            ('upernet', '160k'),
+            ('imagenet', '300e'),
+        ],
+    ):
         assert f'{folder}/overlock_{arch}_{schedule}.py' in PATHS
-
-
-def test_names_are_unique():
-    """A config's name is its work dir's, and what mim finds it by."""
     names = [Path(path).name for path in PATHS]
     assert sorted(names) == sorted({*names})
 
 
-def test_heads_fit_backbone(built):
-    _, cfg, model = built
+@pytest.mark.parametrize('path', PATHS)
+def test_backbone(path):
+    """Of the arch that the name says, with heads that fit it."""
+    cfg = read(path)
+    with torch.device('meta'):
+        channels = MODELS.build(cfg.model.backbone).out_channels
     assert readers(cfg.model)
     for reader in readers(cfg.model):
-        expected = channels_for(reader, model.backbone.out_channels)
-        assert reader.in_channels == expected
-
-
-def test_name_says_arch(built):
-    path, cfg, _ = built
+        assert reader.in_channels == channels_for(reader, channels)
     folder, arch = re.fullmatch(r'(.*)/overlock_(\w+?)_\w+\.py', path).groups()
     backbone = cfg.model.backbone
     if arch == 'mini':  # no arch of the paper: there are no weights for it
@@ -117,8 +96,7 @@ def test_name_says_arch(built):
         assert 'init_cfg' not in backbone
         return
     assert backbone.arch == arch
-    assert backbone.drop_path_rate == DROP_PATH[folder][arch]
-    if folder == 'imagenet':
+    if cfg.default_scope == 'mmpretrain':
         assert 'init_cfg' not in backbone
         return
     assert cfg.sync_bn == 'torch'
@@ -127,12 +105,17 @@ def test_name_says_arch(built):
         'checkpoint': f'{RELEASE}overlock_{arch}_in1k_224.pth',
     }
     if folder != 'drop_in':
-        assert backbone.get('fuse_overview', False) == (folder != 'upernet')
+        fused = folder in ('mask_rcnn', 'cascade_mask_rcnn')
+        assert backbone.get('fuse_overview', False) == fused
 
 
-def test_optimizer(built):
-    """No parameter with norm in its name decays, and all others do."""
-    path, cfg, model = built
+@pytest.mark.parametrize('path', PATHS)
+def test_optimizer(path):
+    """No norm and no table of position biases decays, and all others do."""
+    cfg = read(path)
+    cfg.model.backbone.arch = tiny.ARCH  # the rule is one for all
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
     wrapper = cfg.optim_wrapper.to_dict()  # a ConfigDict takes long
     optimizer = build_optim_wrapper(model, wrapper).optimizer
     decays = {
@@ -145,130 +128,49 @@ def test_optimizer(built):
         return  # the rule is that of another recipe
     decay = cfg.optim_wrapper.optimizer.weight_decay
     for name, parameter in model.named_parameters():
-        expected = 0 if 'norm' in name else decay
+        spared = 'norm' in name or 'relative_position_bias_table' in name
+        expected = 0 if spared else decay
         assert decays.pop(id(parameter)) == expected, name
     assert not decays
 
 
 # ------------------------------------------------------------------ recipes
 
-
-@pytest.mark.parametrize(
-    'path, lr, epochs, steps',
-    [
-        ('mask_rcnn/overlock_t_1x.py', 2e-4, 12, [8, 11]),
-        ('mask_rcnn/overlock_t_3x.py', 1e-4, 36, [27, 33]),
-        ('cascade_mask_rcnn/overlock_t_cascade_3x.py', 1e-4, 36, [27, 33]),
-    ],
-)
-def test_detection_recipe(path, lr, epochs, steps):
-    cfg = read(path)
-    assert cfg.train_cfg == {
-        'type': 'EpochBasedTrainLoop',
-        'max_epochs': epochs,
-        'val_interval': 1,
-    }
-    warm_up, decay = cfg.param_scheduler
-    assert warm_up == {
-        'type': 'LinearLR',
-        'start_factor': 1e-3,
-        'by_epoch': False,
-        'begin': 0,
-        'end': 500,
-    }
-    assert decay == {
-        'type': 'MultiStepLR',
-        'by_epoch': True,
-        'begin': 0,
-        'end': epochs,
-        'milestones': steps,
-        'gamma': 0.1,
-    }
-    assert cfg.optim_wrapper.optimizer == {
-        'type': 'AdamW',
-        'lr': lr,
-        'betas': (0.9, 0.999),
-        'weight_decay': 0.05,
-    }
-    assert cfg.auto_scale_lr == {'enable': False, 'base_batch_size': 16}
-    assert cfg.train_dataloader.batch_size == 2
-    assert cfg.model.neck.out_channels == 256
-    assert cfg.model.neck.num_outs == 5
+# By config, what the paper and the release say.
+EPOCHS = 'train_cfg.max_epochs'
+LR = 'optim_wrapper.optimizer.lr'
+DECAY = 'optim_wrapper.optimizer.weight_decay'
+WARM_UP, STEPS = 'param_scheduler.0.end', 'param_scheduler.1.milestones'
+DROP_PATH = 'model.backbone.drop_path_rate'
+THREE_TIMES = {EPOCHS: 36, LR: 1e-4, DECAY: 0.05, STEPS: [27, 33]}
+RECIPES = {
+    'mask_rcnn/overlock_t_1x': {
+        **{EPOCHS: 12, LR: 2e-4, DECAY: 0.05, WARM_UP: 500, STEPS: [8, 11]},
+        DROP_PATH: 0.2,
+    },
+    'mask_rcnn/overlock_xt_3x': THREE_TIMES | {DROP_PATH: 0.1},
+    'cascade_mask_rcnn/overlock_b_cascade_3x': THREE_TIMES | {DROP_PATH: 0.6},
+    'upernet/overlock_s_160k': {
+        'train_cfg.max_iters': 160_000,
+        **{LR: 6e-5, DECAY: 0.01, WARM_UP: 1500, DROP_PATH: 0.3},
+    },
+    'imagenet/overlock_b_300e': {
+        **{EPOCHS: 300, LR: 2e-3, DECAY: 0.05, DROP_PATH: 0.5},
+        'auto_scale_lr.base_batch_size': 2048,
+        'optim_wrapper.clip_grad.max_norm': 5.0,
+        'test_dataloader.dataset.pipeline.1.scale': 229,
+    },
+}
 
 
-@pytest.mark.parametrize(
-    'path',
-    [
-        'mask_rcnn/overlock_t_3x.py',
-        'cascade_mask_rcnn/overlock_t_cascade_3x.py',
-    ],
-)
-def test_multi_scale_and_crop(path):
-    cfg = read(path)
-    *_, choice, pack = cfg.train_dataloader.dataset.pipeline
-    assert (choice.type, pack.type) == ('RandomChoice', 'PackDetInputs')
-    [resize], [first, crop, second] = choice.transforms
-    assert resize == second
-    shorts = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
-    assert resize.scales == [(short, 1333) for short in shorts]
-    assert first.scales == [(400, 1333), (500, 1333), (600, 1333)]
-    assert crop.crop_type == 'absolute_range'
-    assert crop.crop_size == (384, 600)
-
-
-def test_cascade_heads():
-    model = read('cascade_mask_rcnn/overlock_t_cascade_3x.py').model
-    stds = [0.1, 0.2], [0.05, 0.1], [0.033, 0.067]
-    for head, (xy, wh) in zip(model.roi_head.bbox_head, stds, strict=True):
-        assert head.type == 'Shared4Conv1FCBBoxHead'
-        assert head.norm_cfg.type == 'BN'  # sync_bn makes it SyncBN
-        assert head.reg_decoded_bbox
-        assert head.loss_bbox == {'type': 'GIoULoss', 'loss_weight': 10.0}
-        assert head.bbox_coder.target_stds == [xy, xy, wh, wh]
-    ious = [stage.assigner.pos_iou_thr for stage in model.train_cfg.rcnn]
-    assert ious == [0.5, 0.6, 0.7]
-
-
-def test_upernet_recipe():
-    cfg = read('upernet/overlock_t_160k.py')
-    assert cfg.train_cfg == {
-        'type': 'IterBasedTrainLoop',
-        'max_iters': 160_000,
-        'val_interval': 16_000,
-    }
-    warm_up, decay = cfg.param_scheduler
-    assert warm_up == {
-        'type': 'LinearLR',
-        'start_factor': 1e-6,
-        'by_epoch': False,
-        'begin': 0,
-        'end': 1500,
-    }
-    assert decay == {
-        'type': 'PolyLR',
-        'power': 1.0,
-        'eta_min': 0.0,
-        'by_epoch': False,
-        'begin': 1500,
-        'end': 160_000,
-    }
-    assert cfg.optim_wrapper.optimizer == {
-        'type': 'AdamW',
-        'lr': 6e-5,
-        'betas': (0.9, 0.999),
-        'weight_decay': 0.01,
-    }
-    assert cfg.auto_scale_lr == {'enable': False, 'base_batch_size': 16}
-    assert cfg.train_dataloader.batch_size == 2
-    crops = [t for t in cfg.train_pipeline if t.type == 'RandomCrop']
-    assert [crop.crop_size for crop in crops] == [(512, 512)]
-    assert cfg.model.data_preprocessor.size == (512, 512)
-    head, auxiliary = cfg.model.decode_head, cfg.model.auxiliary_head
-    assert (head.channels, head.num_classes) == (512, 150)
-    assert (auxiliary.type, auxiliary.in_index) == ('FCNHead', 2)
-    assert auxiliary.loss_decode.loss_weight == 0.4
-    assert cfg.default_hooks.checkpoint.interval == 16_000
-    assert not cfg.default_hooks.checkpoint.by_epoch
+@pytest.mark.parametrize('path', RECIPES)
+def test_recipe(path):
+    cfg = read(f'{path}.py')
+    for key, expected in RECIPES[path].items():
+        value = cfg
+        for part in key.split('.'):
+            value = value[int(part) if part.isdigit() else part]
+        assert value == expected, key
 
 
 def test_upernet_test_sizes():
@@ -327,43 +229,6 @@ def test_metafiles():
     assert len(set(listed.values())) == len(listed)
 
 
-PUBLISHED = {
-    'mask_rcnn_overlock_t_1x': (48.3, 43.3),
-    'mask_rcnn_overlock_s_1x': (49.4, 44.0),
-    'mask_rcnn_overlock_b_1x': (49.9, 44.4),
-    'mask_rcnn_overlock_t_3x': (49.6, 43.9),
-    'mask_rcnn_overlock_s_3x': (51.0, 45.0),
-    'mask_rcnn_overlock_b_3x': (51.4, 45.3),
-    'upernet_overlock_t_160k': (50.3,),
-    'upernet_overlock_s_160k': (51.3,),
-    'upernet_overlock_b_160k': (51.7,),
-}
-
-
-def test_published_results():
-    """Results and weights are where the authors have some."""
-    names = {'t': 'tiny', 's': 'small', 'b': 'base'}
-    found = {}
-    for folder in ('mask_rcnn', 'cascade_mask_rcnn', 'upernet', 'drop_in'):
-        for model in load(CONFIGS / folder / 'metafile.yml')['Models']:
-            if 'Results' not in model:
-                assert 'Weights' not in model
-                continue
-            found[model['Name']] = tuple(
-                value
-                for result in model['Results']
-                for value in result['Metrics'].values()
-            )
-            *_, arch, schedule = model['Name'].split('_')
-            file = (
-                f'upernet_overlock_{names[arch]}_ade20k.pth'
-                if folder == 'upernet'
-                else f'maskrcnn{schedule}_overlock_{names[arch]}_coco.pth'
-            )
-            assert model['Weights'] == RELEASE + file
-    assert found == PUBLISHED
-
-
 # ------------------------------------------------------------------ drop-in
 
 # Smaller heads, and as many queries as 64 px images have positions for.
@@ -415,11 +280,11 @@ def random_batch(scope):
 
 
 def check_training(cfg):
-    """One loss and backward of a config, with arch xt for the sake of time."""
+    """One loss and backward of a config, with a tiny backbone."""
     torch.manual_seed(0)
     init_default_scope(cfg.default_scope)
     model = cfg.model
-    model.backbone.update(arch='xt', init_cfg=None)
+    model.backbone.update(arch=tiny.ARCH, init_cfg=None)
     with torch.device('meta'):
         backbone = MODELS.build(model.backbone)
     for reader in readers(model):
@@ -508,18 +373,6 @@ def test_recipe_of_readme(scope, tmp_path):
 # --------------------------------------------------------------------- runs
 
 
-@pytest.fixture(scope='module', autouse=True)
-def plain_dumps():
-    """Write configs unformatted: that takes longer than the runs."""
-
-    def text(cfg):
-        return ''.join(f'{k} = {v!r}\n' for k, v in cfg.to_dict().items())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Config, 'pretty_text', property(text))
-        yield
-
-
 def shrunk(node):
     """The config of a pipeline with all sizes divided by 8."""
     if isinstance(node, dict):
@@ -538,107 +391,52 @@ def eighth(size):
     return type(size)(eighth(side) for side in size)
 
 
-def write_small(path, folder, dataset, **options):
-    """Write a config for arch xt, small sample data and one iteration.
-
-    Returns:
-        Path: The config file. ``folder/data`` holds the data.
-    """
-    data = folder / 'data'
-    load_tool('make_sample_data').main(
-        [dataset, str(data), '--images=2', '--size=96']
-    )
-    cfg = read(path)
-    cfg.model.backbone.init_cfg = None
-    cfg.default_hooks.logger.interval = 1
-    cfg.default_hooks.checkpoint.save_optimizer = False
-    for split in ('train', 'val', 'test'):
-        loader = cfg[f'{split}_dataloader']
-        loader.update(num_workers=0, persistent_workers=False)
-        loader.dataset.data_root = str(data)
-        loader.dataset.pipeline = shrunk(loader.dataset.pipeline)
-        loader.dataset.indices = 2
-        if split != 'train' and 'ann_file' in cfg[f'{split}_evaluator']:
-            cfg[f'{split}_evaluator'].ann_file = str(
-                data / loader.dataset.ann_file
-            )
-    if 'tta_pipeline' in cfg:
-        cfg.tta_pipeline = shrunk(cfg.tta_pipeline)
-    cfg.merge_from_dict(options)
-    file = folder / Path(path).name
-    cfg.dump(file)
-    return file
-
-
-def scalars(work_dir):
-    """What a run logged: the last value of every name."""
-    [log] = work_dir.glob('*/vis_data/scalars.json')
-    lines = log.read_text().splitlines()
-    return {k: v for line in lines for k, v in json.loads(line).items()}
-
-
 def test_run_cascade(tmp_path):
     """One iteration with multi-scale and crop, and the validation after it.
 
     test_tools.py does the same with Mask R-CNN.
     """
-    sampling = {f'model.train_cfg.rcnn.{i}.sampler.num': 8 for i in range(3)}
-    config = write_small(
-        'cascade_mask_rcnn/overlock_xt_cascade_3x.py',
-        tmp_path,
-        'coco',
-        **sampling,
-        **{
-            'train_cfg.max_epochs': 1,
-            'default_hooks.checkpoint.save_best': None,
-            'model.test_cfg.rpn.max_per_img': 20,
-            'model.test_cfg.rcnn.score_thr': 0.0,
-            'model.test_cfg.rcnn.max_per_img': 5,
-        },
-    )
-    work_dir = tmp_path / 'work'
-    load_tool('train').main([str(config), '--work-dir', str(work_dir)])
-    logged = scalars(work_dir)
+    data, work_dir = tmp_path / 'data', tmp_path / 'work'
+    tiny.run_tool('make_sample_data', 'coco', data, '--images=2', '--size=96')
+    cfg = read('cascade_mask_rcnn/overlock_xt_cascade_3x.py')
+    cfg.model.backbone.update(arch=tiny.ARCH, init_cfg=None)
+    cfg.model.neck.in_channels = [8, 16, 32, 40]
+    for head in cfg.model.roi_head.bbox_head:
+        head.update(conv_out_channels=16, fc_out_channels=32)
+    for stage in cfg.model.train_cfg.rcnn:
+        stage.sampler.num = 8
+    for split in ('train', 'val', 'test'):
+        loader = cfg[f'{split}_dataloader']
+        loader.update(num_workers=0, persistent_workers=False)
+        loader.dataset.update(data_root=str(data), indices=2)
+        loader.dataset.pipeline = shrunk(loader.dataset.pipeline)
+        if split != 'train':
+            ann_file = str(data / loader.dataset.ann_file)
+            cfg[f'{split}_evaluator'].ann_file = ann_file
+    cfg.default_hooks.logger.interval = 1
+    cfg.train_cfg.max_epochs = 1
+    cfg.model.test_cfg.rpn.max_per_img = 20
+    cfg.model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=5)
+    cfg.dump(tmp_path / 'cascade.py')
+    tiny.run_tool('train', tmp_path / 'cascade.py', '--work-dir', work_dir)
+    [log] = work_dir.glob('*/vis_data/scalars.json')
+    lines = log.read_text().splitlines()
+    logged = {k: v for line in lines for k, v in json.loads(line).items()}
     for name in ('s0.loss_cls', 's1.loss_bbox', 's2.loss_mask', 'loss'):
         assert np.isfinite(logged[name])
     assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= logged.keys()
     assert (work_dir / 'epoch_1.pth').exists()
 
 
-@pytest.fixture(scope='module')
-def segmentor(tmp_path_factory):
-    """Config and work dir of UperNet after one iteration."""
-    folder = tmp_path_factory.mktemp('upernet')
-    config = write_small(
-        'upernet/overlock_xt_160k.py',
-        folder,
-        'ade20k',
-        **{
-            'model.data_preprocessor.size': (64, 64),
-            'train_cfg.max_iters': 1,
-            'train_cfg.val_interval': 1,
-            'default_hooks.checkpoint.interval': 1,
-        },
-    )
-    load_tool('train').main([str(config), '--work-dir', str(folder / 'work')])
-    return config, folder / 'work'
-
-
-def test_run_upernet(segmentor):
-    _, work_dir = segmentor
-    logged = scalars(work_dir)
-    for name in ('decode.loss_ce', 'aux.loss_ce', 'loss'):
-        assert np.isfinite(logged[name])
-    assert 'mIoU' in logged
-    assert (work_dir / 'iter_1.pth').exists()
-    assert list(work_dir.glob('best_mIoU_iter_1.pth'))
-
-
-def test_tta(segmentor, tmp_path, monkeypatch):
+def test_tta(trained, tmp_path, monkeypatch):
     """--tta averages twelve views of an image."""
     from mmseg.models import EncoderDecoder
 
-    config, work_dir = segmentor
+    path, work_dir, _ = trained('segmentor')
+    assert [*work_dir.glob('best_mIoU_iter_2.pth')]
+    cfg = Config.fromfile(path)
+    cfg.tta_pipeline = shrunk(cfg.tta_pipeline)
+    cfg.dump(tmp_path / 'config.py')
     sizes = []
     predict = EncoderDecoder.predict
 
@@ -647,12 +445,10 @@ def test_tta(segmentor, tmp_path, monkeypatch):
         return predict(self, inputs, data_samples)
 
     monkeypatch.setattr(EncoderDecoder, 'predict', spy)
-    load_tool('test').main(
-        [
-            *(str(config), str(work_dir / 'iter_1.pth'), '--tta'),
-            *('--work-dir', str(tmp_path), '--out', str(tmp_path / 'out.pkl')),
-            *('--cfg-options', 'test_dataloader.dataset.indices=1'),
-        ]
+    tiny.run_tool(
+        *('test', tmp_path / 'config.py', work_dir / 'iter_2.pth', '--tta'),
+        *('--work-dir', tmp_path, '--out', tmp_path / 'out.pkl'),
+        *('--cfg-options', 'test_dataloader.dataset.indices=1'),
     )
     assert len(sizes) == 12
     assert len(set(sizes)) > 2
@@ -663,19 +459,12 @@ def test_tta(segmentor, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('key', ['tta_model', 'tta_pipeline'])
-def test_tta_without_config(segmentor, tmp_path, capsys, key):
-    config, work_dir = segmentor
-    cfg = Config.fromfile(config)
+def test_tta_without_config(trained, tmp_path, mistake, key):
+    path, work_dir, _ = trained('segmentor')
+    cfg = Config.fromfile(path)
     cfg.pop(key)
     cfg.dump(tmp_path / 'config.py')
-    with pytest.raises(SystemExit) as stop:
-        load_tool('test').main(
-            [
-                *(str(tmp_path / 'config.py'), str(work_dir / 'iter_1.pth')),
-                *('--tta', '--work-dir', str(tmp_path / 'work')),
-            ]
-        )
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
+    message = mistake(
+        *('test', tmp_path / 'config.py', work_dir / 'iter_2.pth', '--tta')
+    )
     assert f'there is no {key}' in message
-    assert message.count('\n') == 1

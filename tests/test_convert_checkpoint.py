@@ -4,20 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import load_tool
+from tiny import ARCH as TINY
+from tiny import run_tool
 from torch import nn
 
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.weights import add_prefixes, merge
-
-tool = load_tool('convert_checkpoint')
-
-TINY = dict(
-    depths=(1, 1, 1, 1),
-    channels=(8, 16, 16, 32),
-    focus_depths=(1, 1),
-    focus_heads=(2, 2),
-)
 
 
 @pytest.fixture(scope='module')
@@ -31,15 +23,15 @@ def classifier():
 
 
 @pytest.fixture
-def convert(tmp_path, capsys):
+def convert(tmp_path):
     """Save weights, convert them, load the result."""
 
     def run(contents, *options):
         torch.save(contents, tmp_path / 'src.pth')
-        arguments = [str(tmp_path / name) for name in ('src.pth', 'dst.pth')]
-        tool.main([*arguments, *options])
+        argv = tmp_path / 'src.pth', tmp_path / 'dst.pth', *options
+        said = run_tool('convert_checkpoint', *argv)
         result = torch.load(tmp_path / 'dst.pth', weights_only=True)
-        return result, capsys.readouterr().out
+        return result, said
 
     return run
 
@@ -62,7 +54,7 @@ def test_release_to_openmmlab(classifier, convert, tmp_path):
     assert_same(result['state_dict'], expected)
     assert said == (
         f'{tmp_path}/dst.pth: OverLoCK of depths [1, 1, 1, 1, 1, 1] and '
-        f'channels [8, 16, 16, 32], classifier, {len(classifier)} tensors, '
+        f'channels [8, 16, 24, 32], classifier, {len(classifier)} tensors, '
         'with the names of OpenMMLab\n'
     )
 
@@ -130,17 +122,19 @@ def test_reparam(classifier, convert):
     assert_same(again['state_dict'], result['state_dict'])
 
 
-def test_what_converts_loads(tmp_path, capsys):
+def test_what_converts_loads(tmp_path):
     """Both forms, by init_cfg."""
-    source = OverLoCK('xt')
+    source = OverLoCK(TINY)
     for parameter in source.parameters():
         parameter.data.uniform_(0.1, 1)
     torch.save(source.state_dict(), tmp_path / 'a.pth')
-    tool.main([str(tmp_path / 'a.pth'), str(tmp_path / 'b.pth')])
-    assert 'OverLoCK xt, backbone' in capsys.readouterr().out
+    said = run_tool(
+        'convert_checkpoint', tmp_path / 'a.pth', tmp_path / 'b.pth'
+    )
+    assert 'channels [8, 16, 24, 32], backbone' in said
     for name in ('a.pth', 'b.pth'):
         init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / name))
-        model = OverLoCK('xt', init_cfg=init_cfg)
+        model = OverLoCK(TINY, init_cfg=init_cfg)
         model.init_weights()
         assert_same(model.state_dict(), source.state_dict())
 
@@ -149,7 +143,7 @@ def test_what_converts_loads(tmp_path, capsys):
 
 
 @pytest.fixture
-def mistake(tmp_path, capsys):
+def mistake(tmp_path):
     """Convert; return the one line of stderr. DST is left as it was."""
 
     def run(contents, dst='dst.pth', *options):
@@ -157,12 +151,9 @@ def mistake(tmp_path, capsys):
         if contents is not None:
             torch.save(contents, src)
         before = dst.read_bytes() if dst.exists() else None
-        with pytest.raises(SystemExit) as stop:
-            tool.main([str(src), str(dst), *options])
-        assert stop.value.code == 2
+        message = run_tool('convert_checkpoint', src, dst, *options, status=2)
         assert before == (dst.read_bytes() if dst.exists() else None)
         assert not [*tmp_path.glob('*.part')]
-        message = capsys.readouterr().err
         assert message.startswith('convert_checkpoint.py: ')
         assert message.count('\n') == 1
         return message

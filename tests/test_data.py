@@ -1,19 +1,19 @@
 """Faulty data: what is said of it names the file and the entry."""
 
+import itertools
 import json
 import re
 from pathlib import Path
 
-import forked
 import numpy as np
 import pytest
+import tiny
 import torch
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
-from tiny import ROOT, load_tool
 from torch import nn
 
 from mmoverlock import data
@@ -39,8 +39,6 @@ from mmseg.datasets.transforms import (  # noqa: E402
     LoadAnnotations as MMSegLoadAnnotations,
 )
 from pycocotools.mask import decode, frPyObjects  # noqa: E402
-
-WORKERS = pytest.mark.parametrize('workers', [0, 1])
 
 
 def load(scope, dataset, workers=0):
@@ -93,27 +91,15 @@ FAULTS = {
 }
 
 
-@WORKERS
-@pytest.mark.parametrize('problem', FAULTS)
-def test_faulty_image(images, problem, workers):
-    dataset, path = images
-    assert len(load('mmpretrain', dataset, workers)) == 3
-    dataset = dict(type='RepeatDataset', times=2, dataset=dataset)
-    if problem == 'does not exist':  # a file that is listed
-        listed = path.parents[1] / 'list.txt'
-        listed.write_text('a/0.jpg 0\n')
-        dataset['dataset']['ann_file'] = 'list.txt'
-    FAULTS[problem](path)
-    with pytest.raises(DataError) as error:
-        load('mmpretrain', dataset, workers)
-    assert str(error.value).startswith(f'{path} ')
-    assert problem in str(error.value)
-    assert '\n' not in str(error.value)
-
-
-@pytest.mark.parametrize('share', [0.3, 0.9, 0.999])
 @pytest.mark.parametrize(
-    'options', [{}, {'progressive': True}, {'exif': True}, {'format': 'PNG'}]
+    ('share', 'options'),
+    [
+        (0.3, {}),
+        (0.999, {}),
+        (0.9, {'progressive': True}),
+        (0.999, {'exif': True}),
+        (0.9, {'format': 'PNG'}),
+    ],
 )
 def test_cut_off(images, share, options):
     """Wherever it is cut, with a thumbnail inside too."""
@@ -149,7 +135,7 @@ def test_unknown_label(images):
         load('mmpretrain', dataset)
 
 
-@WORKERS
+@pytest.mark.parametrize('workers', [0, 1])
 def test_faulty_pipeline(images, workers):
     """Not the fault of data: the traceback stays, and names the file."""
     dataset, path = images
@@ -242,31 +228,18 @@ def test_format_that_opencv_does_not_read(images):
     assert len(load('mmpretrain', dataset)) == 1
 
 
-@WORKERS
-@pytest.mark.parametrize('problem', FAULTS)
-def test_faulty_label_map(segmentation, problem, workers):
-    dataset, _, path = segmentation
-    assert len(load('mmseg', dataset, workers)) == 3
-    FAULTS[problem](path)
-    with pytest.raises(DataError) as error:
-        load('mmseg', dataset, workers)
-    assert str(error.value).startswith(f'{path} ')
-    assert problem.replace('cut off', 'damaged') in str(error.value)
-
-
-@WORKERS
-def test_label_map_of_another_size(segmentation, workers):
+def test_label_map_of_another_size(segmentation):
     dataset, image, path = segmentation
     draw(path, size=(24, 20), mode='L')
     with pytest.raises(DataError) as error:
-        load('mmseg', dataset, workers)
+        load('mmseg', dataset)
     assert str(error.value) == (
         f'{path} has another size than its image (24 x 20 pixels, and 48 x 40 '
         f'of {image})'
     )
     dataset['pipeline'].pop(1)  # where labels are not read
     path.unlink()
-    assert len(load('mmseg', dataset, workers)) == 3
+    assert len(load('mmseg', dataset)) == 3
 
 
 def test_rotated_image(segmentation):
@@ -296,7 +269,7 @@ def test_unknown_label_in_a_map(segmentation):
         load('mmseg', dataset)
 
 
-@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'LA', 'P', 'L', '1'])
+@pytest.mark.parametrize('mode', ['RGB', 'LA', 'P', 'L', '1'])
 def test_channels_of_a_label_map(segmentation, mode):
     dataset, image, path = segmentation
     draw(path, mode=mode)
@@ -313,7 +286,7 @@ def test_channels_of_a_label_map(segmentation, mode):
     )
 
 
-@pytest.mark.parametrize('top', [255, 256, 300])
+@pytest.mark.parametrize('top', [255, 256])
 def test_label_map_of_16_bits(segmentation, top):
     dataset, image, path = segmentation
     labels = np.ones((40, 48), np.uint16)
@@ -339,9 +312,7 @@ def test_label_map_of_16_bits(segmentation, top):
         ((0, 255), False, False),
         ((255,), False, False),
         ((0,), False, True),  # nothing is lost
-        ((0, 1, 255), False, True),
         ((0, 1), False, True),
-        ((0, 255), True, False),
         ((0, 1, 255), True, False),  # 0 is ignored, and 1 is class 0
         ((1, 2), True, True),
     ],
@@ -434,17 +405,36 @@ def coco(tmp_path):
     return dataset, contents, write
 
 
-@WORKERS
-@pytest.mark.parametrize('problem', FAULTS)
-def test_faulty_coco_image(coco, problem, workers):
-    dataset, _, _ = coco
-    assert len(load('mmdet', dataset, workers)) == 3
-    path = Path(dataset['data_prefix']['img'], '2.jpg')
+@pytest.mark.parametrize(
+    ('kind', 'problem', 'workers'),
+    [
+        *itertools.product(['images', 'segmentation', 'coco'], FAULTS, [0]),
+        ('images', 'cut off', 1),
+    ],
+)
+def test_faulty_file(request, kind, problem, workers):
+    """An image of each task, or a label map."""
+    dataset, *rest = request.getfixturevalue(kind)
+    scope, path = {
+        'images': ('mmpretrain', rest[0]),
+        'segmentation': ('mmseg', rest[-1]),
+        'coco': ('mmdet', None),
+    }[kind]
+    path = path or Path(dataset['data_prefix']['img'], '2.jpg')
+    assert len(load(scope, dataset, workers)) == 3
+    if kind == 'images':
+        if problem == 'does not exist':  # a file that is listed
+            (path.parents[1] / 'list.txt').write_text('a/0.jpg 0\n')
+            dataset['ann_file'] = 'list.txt'
+        dataset = dict(type='RepeatDataset', times=2, dataset=dataset)
     FAULTS[problem](path)
     with pytest.raises(DataError) as error:
-        load('mmdet', dataset, workers)
+        load(scope, dataset, workers)
     assert str(error.value).startswith(f'{path} ')
+    if path.suffix == '.png':
+        problem = problem.replace('cut off', 'damaged')
     assert problem in str(error.value)
+    assert '\n' not in str(error.value)
 
 
 EMPTY = 'annotations with a box of less than a pixel'
@@ -452,14 +442,12 @@ OUTSIDE = 'annotations with a box outside the image'
 LEFT_OUT = [
     (dict(bbox=[0, 0, 0, 0]), EMPTY),
     (dict(bbox=[1, 1, 20, 0.5]), EMPTY),
-    (dict(bbox=[1, 1, -20, 5]), EMPTY),
     (dict(bbox=[48, 0, 9, 9]), OUTSIDE),
     (dict(bbox=[0, 40, 9, 9]), OUTSIDE),
     (dict(bbox=[-9, 5, 9, 9]), OUTSIDE),
     (dict(bbox=[5, -9, 9, 9]), OUTSIDE),
     (dict(area=0), 'annotations of area 0'),
     (dict(category_id=7), 'annotations of category 7, which is no class'),
-    (dict(category_id=99), 'annotations of category 99, which is no class'),
     (dict(image_id=9), 'annotations of images that are not listed'),
 ]
 
@@ -507,19 +495,14 @@ UNUSABLE = [
     (b'\xff\xfe', 'is cut off or no JSON file '),
     (b'[' * 100_000, 'is cut off or no JSON file '),
     (b'{}', "KeyError: 'images'"),
-    (b'[]', 'is not in the format of COCO'),
     ({'images': []}, 'has no images'),
     ({'images': 3}, 'is not in the format of COCO'),
     (dict(bbox=[]), 'ValueError'),
-    (dict(bbox=[1, 2, 3]), 'ValueError'),
     (dict(bbox='wide'), 'TypeError'),
-    (dict(bbox=None), 'TypeError'),
-    (dict(area=None), 'TypeError'),
 ]
 # What mmdet loads without an error.
 UNSOUND = [
     (dict(bbox=[float('nan')] * 4), r'is no \[x, y, width, height\]'),
-    (dict(bbox=[0, 0, float('inf'), 9]), r'is no \[x, y, width, height\]'),
     (
         dict(segmentation=dict(size=[5, 5], counts=[25])),
         r'a mask of \[5, 5\] pixels, not \[40, 48\]',
@@ -687,7 +670,6 @@ UNSCORABLE = [
     (dict(iscrowd=...), 'has annotations without iscrowd', KeyError),
     (dict(segmentation=...), MASK, KeyError),
     (dict(segmentation=[]), MASK, IndexError),
-    (dict(segmentation=[[]]), MASK, Exception),
     (dict(segmentation=[[1, 2]]), MASK, Exception),
     (dict(segmentation=[[1, 2, 3, 4]]), MASK, TypeError),
 ]
@@ -779,7 +761,6 @@ def test_evaluation_of_other_images(coco):
 
 
 NAMES = [
-    (['cat'], []),
     (['cat', 'other'], []),
     (
         ['other', 'cat'],
@@ -801,18 +782,7 @@ NAMES = [
             )
         ],
     ),
-    (
-        ['cat', 'others'],
-        [
-            (
-                'has no category for a class',
-                "'others'; is it 'other' there?",
-                True,
-            )
-        ],
-    ),
     (['cat', 'zebra'], [('has no category for a class', "'zebra'", False)]),
-    (['zebra', 'cat'], [('has no category for a class', "'zebra'", True)]),
 ]
 
 
@@ -869,9 +839,10 @@ def test_head_classes(coco, classes, words):
 def test_heads_of_the_configs():
     """Every model of the project takes 80, 133, 150 or 1000 classes."""
     dataset = nn.Module()
-    for path in sorted((ROOT / 'configs').glob('[!_]*/*_t_*.py')):
+    for path in sorted((tiny.ROOT / 'configs').glob('[!_]*/*_t_*.py')):
         cfg = Config.fromfile(path)
         init_default_scope(cfg.default_scope)
+        cfg.model.backbone.arch = tiny.ARCH
         inner = cfg.test_dataloader.dataset
         with DATASETS.switch_scope_and_registry(cfg.default_scope) as registry:
             classes = inner.get('metainfo', {}).get('classes')
@@ -911,7 +882,8 @@ def test_no_images(images, segmentation, tmp_path):
         load('mmpretrain', dataset | dict(ann_file='list.txt'))
     for path in (tmp_path / 'data').glob('*/*'):
         path.unlink()
-    with pytest.raises(DataError, match=f'nothing to load in {tmp_path}/data'):
+    where = f'{tmp_path}/data/ cannot be loaded: Found 0 files'
+    with pytest.raises(DataError, match=where):
         load('mmpretrain', dataset)
 
 
@@ -951,28 +923,18 @@ def drawn(tmp_path, monkeypatch):
 
     def draw(kind):
         config, folder = STOCK[kind]
-        load_tool('make_sample_data').main(
+        tiny.load_tool('make_sample_data').main(
             [kind, f'data/{folder}', '--images=4', '--size=64']
         )
-        return ROOT / f'configs/{config}.py'
+        return tiny.ROOT / f'configs/{config}.py'
 
     return draw
 
 
-def check_data(*argv):
-    """Run tools/check_data.py; return its exit status."""
-    try:
-        load_tool('check_data').main([str(arg) for arg in argv])
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
 @pytest.mark.parametrize('kind', STOCK)
-def test_drawn_data(drawn, kind, capsys):
+def test_drawn_data(drawn, kind):
     """The configs of the project and drawn data raise nothing."""
-    assert check_data(drawn(kind)) == 0
-    out = capsys.readouterr().out
+    out = tiny.run_tool('check_data', drawn(kind))
     classes = dict(coco=80, ade20k=150, imagenet=1000)[kind]
     for split, count in (('train', 4), ('val', 8), ('test', 8)):
         line = f'{split}_dataloader.dataset: {count} samples, {classes} '
@@ -981,7 +943,7 @@ def test_drawn_data(drawn, kind, capsys):
     assert out.endswith('Nothing would break or mislead a training.\n')
 
 
-def test_check_data(drawn, capsys):
+def test_check_data(drawn):
     """Every dataset, inside wrappers too, every kind, the first of each."""
     stock = drawn('coco')
     train, val = (
@@ -1018,8 +980,9 @@ model = dict(roi_head=dict(mask_head=dict(num_classes=81)))
     )
     options = 'model.roi_head.bbox_head.num_classes=79', 'test_dataloader=None'
     options += 'test_evaluator=None', 'test_cfg=None'
-    assert check_data('wrapped.py', '--cfg-options', *options) == 1
-    out = capsys.readouterr().out
+    out = tiny.run_tool(
+        'check_data', 'wrapped.py', '--cfg-options', *options, status=1
+    )
     first, second = 'datasets.0.dataset', 'datasets.1'
     for key in (first, second):
         line = f'train_dataloader.dataset.{key}: 4 samples, 80 classes\n'
@@ -1043,11 +1006,10 @@ model = dict(roi_head=dict(mask_head=dict(num_classes=81)))
     assert out.endswith('\n9 faults would break or mislead a training.\n')
 
 
-def test_check_data_that_is_missing(drawn, capsys):
+def test_check_data_that_is_missing(drawn):
     config = drawn('imagenet')
     Path('data/imagenet/val').rename('data/imagenet/elsewhere')
-    assert check_data(config) == 1
-    out = capsys.readouterr().out
+    out = tiny.run_tool('check_data', config, status=1)
     assert 'train_dataloader.dataset: 4 samples' in out
     assert 'data missing: data/imagenet/val does not exist (val_' in out
     assert out.endswith('2 faults would break or mislead a training.\n')
@@ -1058,13 +1020,12 @@ def test_check_data_that_is_missing(drawn, capsys):
 
 def test_training_stops(tmp_path):
     """tools/train.py, before the first iteration."""
-    config = forked.classifier(tmp_path)
+    config = tiny.classifier(tmp_path)
     path = tmp_path / 'data/train/b/1.png'
     path.write_bytes(path.read_bytes()[:500])
-    output = forked.run(
-        *(config, '--work-dir', tmp_path, '--cfg-options'),
+    output = tiny.run_tool(
+        *('train', config, '--work-dir', tmp_path, '--cfg-options'),
         'train_dataloader.num_workers=2',
-        log=tmp_path / 'log',
         status=2,
     )
     assert f'\ntrain.py: {path} is damaged or no image' in output
@@ -1073,12 +1034,10 @@ def test_training_stops(tmp_path):
 
 def test_training_does_not_start(tmp_path):
     """What is cheap is checked before the first iteration."""
-    config = forked.detector(
+    config = tiny.detector(
         tmp_path, **{'model.roi_head.bbox_head.num_classes': 79}
     )
-    output = forked.run(
-        config, '--work-dir', tmp_path, log=tmp_path / 'log', status=2
-    )
+    output = tiny.run_tool('train', config, '--work-dir', tmp_path, status=2)
     assert output.splitlines()[-1].startswith(
         'train.py: train_dataloader.dataset has more classes than a head (80, '
         'and roi_head.bbox_head.num_classes is 79): '

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import forked
 import pytest
+import tiny
 import torch
 from mmengine.config import Config
 
@@ -19,7 +19,7 @@ pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)
 
-ROOT = Path(__file__).parents[1]
+ROOT = tiny.ROOT
 TOOLS = ROOT / 'tools'
 LEFT_OUT = 'SyncBN is left out: it needs GPUs\n'
 IMPORTS = ['mmoverlock.models', 'rank_hooks']
@@ -46,7 +46,7 @@ def as_rank(rank, port):
     )
 
 
-def fork_two(*argv, folder, tool='train'):
+def fork_two(*argv, folder, tool='train', failure=False):
     """Run a tool in two processes; return the output of the first."""
     port = free_port()
     logs = [folder / f'log_{rank}' for rank in (0, 1)]
@@ -62,7 +62,8 @@ def fork_two(*argv, folder, tool='train'):
     for process in processes:
         process.join(600)
     output = [log.read_text() for log in logs]
-    assert [p.exitcode for p in processes] == [0, 0], '\n'.join(output)
+    for process in processes:
+        assert bool(process.exitcode) == failure, '\n'.join(output)
     assert LEFT_OUT not in output[1]
     return output[0]
 
@@ -144,7 +145,7 @@ def classifier(folder, **options):
 
     There are seven images to test: of two processes, one repeats an image.
     """
-    path = forked.classifier(folder, **HOOKS)
+    path = tiny.classifier(folder, **HOOKS)
     (folder / 'data/val/a/0.png').unlink()
     cfg = Config.fromfile(path)
     del cfg.model.neck, cfg.model.backbone.out_indices
@@ -186,7 +187,7 @@ def test_classifier(tmp_path):
     two, one = tmp_path / 'two.pkl', tmp_path / 'one.pkl'
     log = fork_two(*test, two, folder=tmp_path, tool='test')
     assert metric(log, 'accuracy/top1') == validated
-    log = forked.run(*test, one, log=tmp_path / 'log', tool='test')
+    log = tiny.run_tool('test', *test, one)
     assert metric(log, 'accuracy/top1') == validated
     results = [pickle.loads(path.read_bytes()) for path in (two, one)]
     assert len(results[0]) == 7
@@ -197,7 +198,7 @@ def test_classifier(tmp_path):
 
 def test_segmentor(tmp_path):
     """SyncBN that a config builds by itself is left out as well."""
-    config = forked.segmentor(
+    config = tiny.segmentor(
         tmp_path,
         **HOOKS,
         **{
@@ -211,44 +212,34 @@ def test_segmentor(tmp_path):
     assert_in_step(work_dir, 'iter_2.pth')
     validated = metric(log, 'mIoU')
     test = config, work_dir / 'iter_2.pth', '--work-dir', tmp_path / 'test'
-    log = forked.run(*test, log=tmp_path / 'log', tool='test')
+    log = tiny.run_tool('test', *test)
     assert metric(log, 'mIoU') == validated
 
 
 def detector(folder, **options):
-    return forked.detector(
+    return tiny.detector(
         folder,
         **HOOKS,
         **{
             'train_dataloader.batch_size': 1,
             'test_dataloader.dataset.indices': 3,
-            'model.train_cfg.rcnn.sampler.num': 32,
             **options,
         },
     )
 
 
 def test_detector(tmp_path):
-    """By the scripts: in step, and tested as one process does."""
+    """In step, and tested as one process does."""
     config, work_dir = detector(tmp_path), tmp_path / 'work'
-    log = finish(
-        launch(tmp_path, 'dist_train.sh', config, 2, '--work-dir', work_dir)
-    )
+    log = fork_two(config, '--work-dir', work_dir, folder=tmp_path)
     assert log.count(LEFT_OUT) == 1
     assert_in_step(work_dir, 'epoch_1.pth')
     checkpoint = work_dir / 'epoch_1.pth'
     options = '--work-dir', tmp_path / 'test', '--out'
     two, one = tmp_path / 'two.pkl', tmp_path / 'one.pkl'
-    log = finish(
-        launch(
-            *(tmp_path, 'dist_test.sh', config, checkpoint, 2, *options, two)
-        )
-    )
-    alone = forked.run(
-        *(config, checkpoint, *options, one),
-        log=tmp_path / 'log',
-        tool='test',
-    )
+    argv = config, checkpoint, *options
+    log = fork_two(*argv, two, folder=tmp_path, tool='test')
+    alone = tiny.run_tool('test', *argv, one)
     for name in ('coco/bbox_mAP_50', 'coco/segm_mAP_50'):
         assert metric(log, name) == metric(alone, name)
     results = [pickle.loads(path.read_bytes()) for path in (two, one)]
@@ -324,16 +315,12 @@ def test_weights_of_another_arch(tmp_path):
     torch.save({'state_dict': OverLoCK('xt').state_dict()}, weights)
     init = dict(type='Pretrained', checkpoint=str(weights))
     config = classifier(tmp_path, **{'model.backbone.init_cfg': init})
-    options = '--work-dir', tmp_path / 'work'
-    log = forked.run(config, *options, log=tmp_path / 'log', status=2)
-    assert log.count(WRONG_ARCH) == 1 and 'Traceback' not in log
-    log = finish(
-        launch(tmp_path, 'dist_train.sh', config, 2, *options), failure=True
-    )
-    assert log.count(WRONG_ARCH) in (1, 2)  # torchrun may end one before
-    tracebacks = log.split('Traceback')[1:]  # torchrun's own
-    assert not any('train.py", line' in text for text in tracebacks)
-    assert 'exitcode  : 2' in log
+    argv = config, '--work-dir', tmp_path / 'work'
+    for log in (
+        tiny.run_tool('train', *argv, status=2),
+        fork_two(*argv, folder=tmp_path, failure=True),
+    ):
+        assert log.count(WRONG_ARCH) == 1 and 'Traceback' not in log
 
 
 def test_unread_maps(tmp_path):
@@ -352,21 +339,9 @@ def test_unread_maps(tmp_path):
         'model.decode_head': dict(head, _delete_=True, in_index=3),
         'model.auxiliary_head.in_index': 2,
     }
-    argv = '--work-dir', tmp_path / 'work', '--launcher', 'pytorch'
-    config = forked.segmentor(tmp_path, **options)
-    port = free_port()
-    processes = [
-        forked.start(
-            *(config, *argv),
-            log=tmp_path / f'log_{rank}',
-            prepare=partial(as_rank, rank, port),
-        )
-        for rank in (0, 1)
-    ]
-    for process in processes:
-        process.join(600)
-    assert 0 not in [process.exitcode for process in processes]
-    log = (tmp_path / 'log_0').read_text()
+    config = tiny.segmentor(tmp_path, **options)
+    argv = config, '--work-dir', tmp_path / 'work'
+    log = fork_two(*argv, folder=tmp_path, failure=True)
     assert 'train.py: the backbone has maps (0, 1, 2, 3), and only' in log
     assert 'model.backbone.out_indices=(2, 3)' in log
 
@@ -382,8 +357,8 @@ def test_unread_maps(tmp_path):
 
 def test_wrong_backbone(tmp_path):
     config = classifier(tmp_path, **{'model.backbone.drop_path_rate': 2})
-    options = '--work-dir', tmp_path / 'work'
-    log = forked.run(config, *options, log=tmp_path / 'log', status=2)
+    argv = 'train', config, '--work-dir', tmp_path / 'work'
+    log = tiny.run_tool(*argv, status=2)
     assert 'Traceback' not in log
     assert 'train.py: the OverLoCK of the config: drop_path_rate' in log
 
@@ -397,7 +372,6 @@ def test_fsdp(tmp_path):
     options = {
         'custom_hooks': [dict(type='SaveUnits')],
         'train_dataloader.batch_size': 1,
-        'model.train_cfg.rcnn.sampler.num': 32,
         'param_scheduler': None,
         'optim_wrapper.optimizer': dict(
             _delete_=True, type='SGD', lr=0.02, momentum=0.9, weight_decay=0.05
@@ -413,7 +387,7 @@ def test_fsdp(tmp_path):
             ),
         ),
     }
-    config = forked.detector(tmp_path, 'drop_in/overlock_b_fsdp.py', **options)
+    config = tiny.detector(tmp_path, 'drop_in/overlock_b_fsdp.py', **options)
     cfg = Config.fromfile(config)
     cfg.custom_imports.imports.append('rank_hooks')
     cfg.dump(config)
@@ -559,25 +533,6 @@ def test_slurm_work_dir(fakes):
         *('config.py', '--launcher', 'slurm'),
         *('--work-dir', 'my work', '--amp'),
     ]
-
-
-def test_slurm_runs_the_tool(tmp_path, fakes):
-    """What srun starts has its launcher's variables."""
-    (fakes / 'srun').write_text(
-        '#!/bin/sh\nwhile [ "$1" != --kill-on-bad-exit=1 ]; do shift; done\n'
-        'shift\nexport SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_NODELIST=here\n'
-        'exec "$@"\n'
-    )
-    done = run_script(
-        *(TOOLS / 'slurm_train.sh', 'part', 'job', classifier(tmp_path)),
-        path=fakes,
-        PYTHON=sys.executable,
-        PYTHONPATH=f'{ROOT}{os.pathsep}{ROOT / "tests"}',
-        CUDA_VISIBLE_DEVICES='',
-    )
-    assert done.returncode == 2
-    message = done.stderr.splitlines()[-1]
-    assert message.startswith('train.py: --launcher slurm needs GPUs')
 
 
 def test_installed_scripts(fakes):

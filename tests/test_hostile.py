@@ -3,7 +3,6 @@
 import os
 import pickle
 
-import forked
 import mmengine
 import numpy as np
 import pytest
@@ -36,22 +35,11 @@ def marker(tmp_path):
     assert not (tmp_path / 'marker').exists()
 
 
-@pytest.fixture
-def refuse(capsys, monkeypatch, tmp_path):
+def refused(tool, *argv):
     """Run a tool, which must end with a message; return that."""
-    monkeypatch.setenv('LOCAL_RANK', '0')
-    (tmp_path / 'cwd').mkdir()
-    monkeypatch.chdir(tmp_path / 'cwd')
-
-    def run(name, *argv):
-        with pytest.raises(SystemExit) as stop:
-            tiny.load_tool(name).main([str(arg) for arg in argv])
-        assert stop.value.code == 2
-        message = capsys.readouterr().err
-        assert f'{name}.py: ' in message and 'Traceback' not in message
-        return message
-
-    return run
+    message = tiny.run_tool(tool, *argv, status=2)
+    assert f'{tool}.py: ' in message and 'Traceback' not in message
+    return message
 
 
 # ------------------------------------------------------------ checkpoints
@@ -62,7 +50,7 @@ def models(tmp_path_factory):
     """A folder with a config, an image, and a config with data to train."""
     folder = tmp_path_factory.mktemp('models')
     tiny.write_model('cls', folder)
-    cfg = Config.fromfile(forked.classifier(folder))
+    cfg = Config.fromfile(tiny.classifier(folder))
     for part in (cfg.model.backbone, cfg.model.head):
         part.init_cfg = dict(type='Pretrained', checkpoint='any.pth')
     cfg.test_dataloader, cfg.test_cfg = cfg.val_dataloader, {}
@@ -91,7 +79,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize('command', COMMANDS)
-def test_checkpoints(models, refuse, marker, tmp_path, command):
+def test_checkpoints(models, marker, tmp_path, command):
     """Wherever a tool takes one."""
     work = tmp_path / 'work'
     work.mkdir()
@@ -104,7 +92,7 @@ def test_checkpoints(models, refuse, marker, tmp_path, command):
         log.parent.mkdir(parents=True)
         log.write_text('{"step": 1, "loss": 1.0, "lr": 0.1, "time": 1.0}')
     argv = command.format(folder=models, file=file, work=work).split()
-    message = refuse(*argv)
+    message = refused(*argv)
     assert str(file) in message and 'refused: it asks for posix.mk' in message
 
 
@@ -118,13 +106,14 @@ NAMED_FILES = [
 
 
 @pytest.mark.parametrize(('tool', 'key', 'suffix'), NAMED_FILES)
-def test_unsafe_files(refuse, marker, tmp_path, tool, key, suffix):
+def test_unsafe_files(marker, tmp_path, tool, key, suffix):
     file = tmp_path / f'file.{suffix}'
     file.write_bytes(pickle.dumps(Attack(marker)))
     checkpoint = ['a.pth'] * (tool == 'test')
     argv = [MASK_RCNN, *checkpoint, '--cfg-options', f'{key}={file}']
-    message = refuse(tool, *argv)
+    message = refused(tool, *argv)
     assert f'{key}={file} is not read, because it could run' in message
+    assert 'save what it holds as .json' in message
 
 
 def test_unsafe_files_are_real(tmp_path):
@@ -151,7 +140,7 @@ def test_files_in_a_list_and_results(tmp_path):
         cli.check_files(cfg)
 
 
-def test_summarize_reads_no_unsafe_data(models, refuse, marker, tmp_path):
+def test_summarize_reads_no_unsafe_data(models, marker, tmp_path):
     """It builds the dataset of a config that another tool wrote."""
     work = tmp_path / 'work'
     work.mkdir()
@@ -160,4 +149,4 @@ def test_summarize_reads_no_unsafe_data(models, refuse, marker, tmp_path):
     cfg = Config.fromfile(models / 'classifier.py')
     cfg.val_dataloader.dataset.ann_file = str(file)
     cfg.dump(work / 'config.py')
-    assert 'file.pkl is not read' in refuse('summarize', work)
+    assert 'file.pkl is not read' in refused('summarize', work)

@@ -1,7 +1,6 @@
 """mmoverlock.inference: what a config says, and images as tests see them."""
 
 import cv2
-import forked
 import numpy as np
 import pytest
 import tifffile
@@ -79,7 +78,7 @@ def write_data(tmp_path, kind):
     name, write, step, channels = KINDS[kind]
     write(tmp_path / name)
     (tmp_path / 'list.txt').write_text(f'{name} 1')
-    cfg = Config.fromfile(forked.classifier(tmp_path))
+    cfg = Config.fromfile(tiny.classifier(tmp_path))
     cfg.model.data_preprocessor = dict(
         num_classes=2, mean=[9.0] * channels, std=[50.0] * channels
     )
@@ -233,8 +232,10 @@ def config(scope='mmdet', **splits):
 
 
 @pytest.mark.parametrize('name', WRAPPED)
-@pytest.mark.parametrize('splits', [{}, dict(test=None), dict(train=LEAF)])
-@pytest.mark.parametrize('split', ['test', 'val'])
+@pytest.mark.parametrize(
+    ('splits', 'split'),
+    [({}, 'val'), (dict(test=None), 'val'), (dict(train=LEAF), 'test')],
+)
 def test_datasets(name, splits, split):
     """In any wrapper, for testing or else validating."""
     cfg = config(**splits | {split: WRAPPED[name]})

@@ -7,18 +7,13 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
+from tiny import DEEPER as TINY
 from torch import nn
 
 from mmoverlock.engine import LayerDecayOptimWrapperConstructor
 from mmoverlock.models import OverLoCK
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
-TINY = dict(
-    depths=(1, 2, 1, 1),
-    channels=(8, 16, 24, 32),
-    focus_depths=(2, 1),
-    focus_heads=(2, 2),
-)
 RATE, LR, DECAY = 0.5, 1e-3, 0.05
 # Layers from the last: which power of the rate.
 POWERS = {
@@ -100,21 +95,6 @@ def test_rates(path, head):
     assert groups[head]['lr'] == LR
     rates = {group['lr'] for group in groups.values()}
     assert len(rates) == 10
-
-
-def test_classifier():
-    pytest.importorskip('mmpretrain')
-    init_default_scope('mmpretrain')
-    classifier = MODELS.build(
-        dict(
-            type='ImageClassifier',
-            backbone=dict(type='OverLoCK', arch=TINY, out_indices=(3,)),
-            neck=dict(type='GlobalAveragePooling'),
-            head=dict(type='LinearClsHead', num_classes=2, in_channels=40),
-        )
-    )
-    for name, group in build(classifier, layer_decay_rate=RATE).items():
-        assert group['lr'] == pytest.approx(LR * RATE ** power(name)), name
 
 
 def wrapped(**kwargs):

@@ -110,20 +110,3 @@ def test_runs(monkeypatch):
     cfg = Config(dict(launcher='pytorch', model=norms))
     cli._prepare_cpu_launch(cfg)
     assert [norm['type'] for norm in cfg.model.values()] == ['BN'] * 4
-
-
-def test_ops_missing(folder, monkeypatch):
-    """An import on the way to a class fails without them."""
-    train = tiny.load_tool('train')
-    errors = ["No module named 'mmcv._ext'", "No module named 'other'"]
-
-    def scope_of(cfg):
-        raise ImportError(f'Failed to import MaskRCNN for {errors[0]}')
-
-    monkeypatch.setattr(train.cli, 'scope_of', scope_of)
-    args = train.build_parser().parse_args([str(folder / 'new.py')])
-    with pytest.raises(train.cli.UserError, match='no compiled ops'):
-        train.cli.load_config(args)
-    errors.pop(0)
-    with pytest.raises(ImportError, match='other'):
-        train.cli.load_config(args)

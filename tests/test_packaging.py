@@ -7,9 +7,12 @@ import subprocess
 import sys
 import zipfile
 from email import message_from_bytes
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from tiny import load_tool
 
 import mmoverlock
 
@@ -92,14 +95,51 @@ def test_wheel_from_sdist_is_the_same(clone, wheel, tmp_path):
     assert set(again.namelist()) == set(wheel.namelist())
 
 
-def test_stacks_are_extras(wheel):
+@pytest.fixture(scope='module')
+def metadata(wheel):
     info = f'mmoverlock-{mmoverlock.__version__}.dist-info/METADATA'
-    metadata = message_from_bytes(wheel.read(info))
+    return message_from_bytes(wheel.read(info))
+
+
+def test_stacks_are_extras(metadata):
     extras = set(metadata.get_all('Provides-Extra'))
-    assert extras == {'onedl', 'openmmlab', 'tests'}
+    assert extras == {'onedl', 'openmmlab'}
     requirements = metadata.get_all('Requires-Dist')
     hard = [text for text in requirements if '; extra ==' not in text]
     assert hard == ['safetensors']
+
+
+@pytest.mark.parametrize('stack', ['onedl', 'openmmlab'])
+def test_extras_are_ranges_with_the_pins_in_them(metadata, stack):
+    """A torch that is there, of any release that will do, stays."""
+    requirements = [
+        requirement
+        for requirement in map(Requirement, metadata.get_all('Requires-Dist'))
+        if str(requirement.marker) == f'extra == "{stack}"'
+    ]
+    assert len(requirements) > 9
+    setup_env = load_tool('setup_env', 'dev')
+    pins = setup_env.read_pins(ROOT / 'requirements')[stack]
+    for requirement in requirements:
+        assert '==' not in str(requirement.specifier), requirement
+        [pin] = Requirement(pins[requirement.name]).specifier or [None]
+        if pin and pin.operator == '==':
+            assert requirement.specifier.contains(pin.version), requirement
+    [torch] = [item for item in requirements if item.name == 'torch']
+    assert str(torch.specifier) == '>=2.6'
+
+
+def test_extras_replace_nothing(wheel):
+    """Where the stack is installed, an extra adds nothing to it."""
+    found = {d.metadata['Name'].lower() for d in distributions()}
+    stack = 'onedl' if 'onedl-mmcv' in found else 'openmmlab'
+    if not {'mmcv', 'onedl-mmcv'} & found:
+        pytest.skip('no stack is installed')
+    command = [sys.executable, '-m', 'pip', 'install', '--dry-run', '-q']
+    command += ['--no-index', '--report', '-', f'{wheel.filename}[{stack}]']
+    report = json.loads(subprocess.check_output(command, text=True))
+    names = [item['metadata']['name'] for item in report['install']]
+    assert names == ['mmoverlock']
 
 
 def test_installed(wheel, tmp_path):
@@ -124,7 +164,7 @@ for path in (mim / 'configs').glob('[!_]*/*.py'):
     name = path.relative_to(mim / 'configs').as_posix()
     found[name] = get_config(f'mmoverlock::{name}').to_dict()
 tools = {path.stem: runpy.run_path(path) for path in mim.glob('tools/*.py')}
-tools['get_flops']['main']([f'{mim}/configs/imagenet/overlock_xt_300e.py'])
+tools['get_flops']['main'](['mmoverlock::imagenet/overlock_xt_300e.py'])
 own = [m for name, m in sys.modules.items() if name.startswith('mmoverlock')]
 print(json.dumps([found, [*tools], [module.__file__ for module in own]]))
 """
@@ -183,7 +223,7 @@ def state():
 before = state()
 import mmoverlock
 for module in pkgutil.walk_packages(mmoverlock.__path__, 'mmoverlock.'):
-    if '.triton' not in module.name:
+    if '.triton' not in module.name and module.name != 'mmoverlock.timm':
         __import__(module.name)
 print(state() == before)
 from mmoverlock import cli

@@ -228,19 +228,19 @@ def test_failures_lose_nothing(models, photos, tmp_path, monkeypatch, capsys):
     assert len(json.loads(file.read_text())['images']) == 1
 
 
-def test_inputs_among_results(models, photos, tmp_path, capsys):
+def test_inputs_among_results(models, photos, tmp_path):
     """A second run does not replace its inputs, nor predict its results."""
     (tmp_path / 'pictures').mkdir()
     image = tmp_path / 'pictures' / 'a.png'
     image.write_bytes((photos / 'a.png').read_bytes())
     for given in (image, tmp_path):
         argv = [*models['cls'], str(given), '--out', str(tmp_path)]
-        assert 'where results go' in fail(argv, capsys)
+        assert 'where results go' in fail(argv)
     assert image.read_bytes() == (photos / 'a.png').read_bytes()
 
 
 @pytest.mark.parametrize('task', ['det', 'seg'])
-def test_colours(models, photos, tmp_path, monkeypatch, task):
+def test_colors(models, photos, tmp_path, monkeypatch, task):
     """The dataset's, or distinct ones for other classes."""
     metas = []
     monkeypatch.setattr(
@@ -288,26 +288,23 @@ def test_progress(models, photos, tmp_path, monkeypatch):
     assert bars == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def fail(argv, capsys):
-    with pytest.raises(SystemExit) as stop:
-        tool.main(argv)
-    assert stop.value.code == 2
-    message = capsys.readouterr().err.splitlines()[-1]
+def fail(argv):
+    message = tiny.run_tool('predict', *argv, status=2).splitlines()[-1]
     assert message.startswith('predict.py: ')
     return message
 
 
-def test_mistakes(models, tmp_path, capsys):
+def test_mistakes(models, tmp_path):
     config, checkpoint = models['cls']
     rest = ['x.png', '--out', str(tmp_path / 'out')]
-    message = fail([config, 'no.pth', *rest], capsys)
+    message = fail([config, 'no.pth', *rest])
     assert 'checkpoint no.pth does not exist' in message
-    message = fail([config, models['seg'][1], *rest], capsys)
+    message = fail([config, models['seg'][1], *rest])
     assert 'does not fit the model' in message
     options = ['--cfg-options', 'test_dataloader.dataset.type=CustomDataset']
-    message = fail([config, checkpoint, *rest, *options], capsys)
+    message = fail([config, checkpoint, *rest, *options])
     assert 'names the classes' in message
     options = ['--cfg-options', 'default_scope=mmpose']
-    message = fail([config, checkpoint, *rest, *options], capsys)
+    message = fail([config, checkpoint, *rest, *options])
     assert 'default_scope mmpose' in message
     assert not (tmp_path / 'out').exists()

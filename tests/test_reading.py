@@ -109,9 +109,7 @@ def test_arrays(tmp_path, array):
     assert result.flags.f_contiguous == array.flags.f_contiguous
 
 
-@pytest.mark.parametrize(
-    'dtype', [torch.float64, torch.bfloat16, torch.int64, torch.bool]
-)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.int64])
 def test_tensors(tmp_path, dtype):
     base = torch.arange(24).reshape(4, 6).to(dtype)
     state = {
@@ -200,7 +198,7 @@ def test_home_folder(tmp_path, monkeypatch):
     assert read('~/a.pth')['state_dict']['weight'] == 1
 
 
-@pytest.mark.parametrize('share', [0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize('share', [0.1, 0.999])
 def test_truncated(tmp_path, share):
     path = saved(tmp_path / 'a.pth', training_state())
     data = (tmp_path / 'a.pth').read_bytes()

@@ -14,10 +14,10 @@ from unittest import mock
 import forked
 import numpy as np
 import pytest
+import tiny
 import torch
 from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
-from tiny import load_tool
 
 from mmoverlock.checkpoint import (
     CheckpointError,
@@ -54,11 +54,10 @@ def assert_equal_states(path, other):
 def undisturbed(tmp_path_factory):
     """Config and work dir of a run of two epochs, with a seed."""
     folder = tmp_path_factory.mktemp('undisturbed')
-    config = forked.classifier(folder)
-    forked.run(
-        *(config, '--work-dir', folder / 'work', '--seed', 7),
+    config = tiny.classifier(folder)
+    tiny.run_tool(
+        *('train', config, '--work-dir', folder / 'work', '--seed', 7),
         *('--cfg-options', WORKERS),
-        log=folder / 'log',
     )
     return config, folder / 'work'
 
@@ -66,11 +65,10 @@ def undisturbed(tmp_path_factory):
 def test_resumed_is_undisturbed(undisturbed, tmp_path):
     """Random numbers too: of flips, crops, dropped paths and the order."""
     config, work_dir = undisturbed
-    argv = config, '--work-dir', tmp_path / 'work', '--seed', 7
+    argv = 'train', config, '--work-dir', tmp_path / 'work', '--seed', 7
     argv = *argv, '--resume', '--cfg-options', WORKERS
-    stop_early = 'train_cfg.max_epochs=1'
-    forked.run(*argv, stop_early, log=tmp_path / 'log')
-    log = forked.run(*argv, log=tmp_path / 'log')
+    tiny.run_tool(*argv, 'train_cfg.max_epochs=1')
+    log = tiny.run_tool(*argv)
     assert 'resumed epoch: 1' in log
     assert_equal_states(
         tmp_path / 'work' / 'epoch_2.pth', work_dir / 'epoch_2.pth'
@@ -83,15 +81,14 @@ def test_resumed_is_undisturbed(undisturbed, tmp_path):
 )
 def test_resumed_by_iterations(tmp_path):
     """A training whose data have no epochs."""
-    config = forked.segmentor(tmp_path)
-    log, weights = tmp_path / 'log', []
+    config = tiny.segmentor(tmp_path)
+    weights = []
     for runs in ((4,), (2, 4)):
         work_dir = tmp_path / f'work_{len(runs)}'
         for iters in runs:
-            output = forked.run(
-                *(config, '--work-dir', work_dir, '--seed', 7, '--resume'),
-                *('--cfg-options', f'train_cfg.max_iters={iters}'),
-                log=log,
+            output = tiny.run_tool(
+                *('train', config, '--work-dir', work_dir, '--seed', 7),
+                *('--resume', '--cfg-options', f'train_cfg.max_iters={iters}'),
             )
         weights.append(work_dir / 'iter_4.pth')
     assert 'resumed epoch: 0, iter: 2' in output
@@ -113,8 +110,8 @@ def test_disk_is_full(undisturbed, tmp_path):
     """A short message; the last good checkpoint is intact."""
     config, _ = undisturbed
     argv = config, '--work-dir', tmp_path / 'work'
-    stop_early = ['--cfg-options', 'train_cfg.max_epochs=1']
-    forked.run(*argv, *stop_early, log=tmp_path / 'log')
+    stop_early = '--cfg-options', 'train_cfg.max_epochs=1'
+    tiny.run_tool('train', *argv, *stop_early)
     before = (tmp_path / 'work/epoch_1.pth').read_bytes()
     (tmp_path / 'work/best_epoch_0.pth.part').touch()  # killed meanwhile
     log = forked.run(
@@ -211,7 +208,7 @@ def test_nothing_whole(tmp_path, damage):
 
 
 def test_seed_is_a_seed(capsys):
-    train = load_tool('train')
+    train = tiny.load_tool('train')
     for seed in ('-1', str(2**32)):
         args = train.build_parser().parse_args(['c', '--seed', seed])
         with pytest.raises(train.cli.UserError, match=rf'--seed {seed} is'):
@@ -283,7 +280,7 @@ def half_written(work_dir):
 )
 def test_kills(tmp_path, kills):
     """SIGKILLs, every other one while a checkpoint is being written."""
-    config = forked.classifier(tmp_path)
+    config = tiny.classifier(tmp_path)
     log = tmp_path / 'log'
     epochs = ['--cfg-options', f'train_cfg.max_epochs={EPOCHS}']
     argv = config, '--seed', 7, *epochs, '--work-dir'

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def load():
-    return load_tool('setup_env', 'dev')
+    return load_tool.__wrapped__('setup_env', 'dev')
 
 
 @pytest.fixture
@@ -30,16 +30,18 @@ def setup_env(tmp_path, monkeypatch):
     return module
 
 
-def test_pins_come_from_setup_py(setup_env):
-    extras = setup_env.read_pins((ROOT / 'setup.py').read_text())
-    assert extras['onedl']['torch'].startswith('torch==')
-    assert extras['onedl']['onedl-mmcv'].startswith('onedl-mmcv==')
-    assert {*setup_env.NEWEST_PYTHON, 'tests'} == set(extras)
+def test_pins_come_from_files(setup_env, tmp_path):
+    pins = setup_env.read_pins(ROOT / 'requirements')
+    assert pins['onedl']['torch'].startswith('torch==')
+    assert pins['onedl']['onedl-mmcv'].startswith('onedl-mmcv==')
+    assert {*setup_env.NEWEST_PYTHON, 'tests', 'timm'} == set(pins)
     for name in ('torch', 'torchvision', 'numpy'):
-        one, other = (extras[s][name] for s in ('onedl', 'openmmlab'))
+        one, other = (pins[s][name] for s in ('onedl', 'openmmlab'))
         assert one == other
-    with pytest.raises(ValueError, match='EXTRAS'):
-        setup_env.read_pins('pins = {}')
+    (tmp_path / 'a.txt').write_text('# note\none<2  # why\ntwo-x==1\n')
+    assert setup_env.read_pins(tmp_path) == {
+        'a': {'one': 'one<2', 'two-x': 'two-x==1'}
+    }
 
 
 def break_python(monkeypatch, module):
@@ -87,7 +89,7 @@ def test_unfit_host_is_told_what_to_install(
 )
 def test_unfit_host_ends_with_one_paragraph(tmp_path, stack, words):
     shutil.copytree(ROOT / 'dev', tmp_path / 'dev')
-    shutil.copy(ROOT / 'setup.py', tmp_path)
+    shutil.copytree(ROOT / 'requirements', tmp_path / 'requirements')
     done = subprocess.run(
         [sys.executable, tmp_path / 'dev' / 'setup_env.py'],
         env={**os.environ, 'CXX': 'no-such-c++', 'STACK': stack},
@@ -97,7 +99,10 @@ def test_unfit_host_ends_with_one_paragraph(tmp_path, stack, words):
     assert done.returncode == 2
     assert words in done.stderr
     assert done.stderr.count('\n') == 1
-    assert {path.name for path in tmp_path.iterdir()} == {'dev', 'setup.py'}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        'dev',
+        'requirements',
+    }
 
 
 def test_stacks_have_environments_of_their_own(monkeypatch):

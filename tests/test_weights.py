@@ -13,6 +13,7 @@ from golden import load, state_dict
 from mmengine.hooks import EMAHook
 from mmengine.model import BaseModel, BaseTTAModel
 from mmengine.runner import CheckpointLoader, Runner
+from tiny import ARCH as TINY
 from torch import nn
 
 from mmoverlock.checkpoint import CheckpointError, load_safely
@@ -23,15 +24,8 @@ from mmoverlock.models.weights import (
     arch_of,
     load_pretrained,
     merge,
-    remove_prefixes,
 )
 
-TINY = dict(
-    depths=(1, 1, 1, 1),
-    channels=(8, 16, 16, 32),
-    focus_depths=(1, 1),
-    focus_heads=(2, 2),
-)
 HEADS = ('head.', 'aux_head.')
 OUTPUTS = ('extra_norm.', 'h_proj.')
 
@@ -212,8 +206,7 @@ def test_merged_weights_do_not_train(released):
     'kind, arch, kwargs',
     [
         ('cls', 't', {}),
-        ('cls', 's', {'fuse_overview': True}),
-        ('det', 'b', {}),
+        ('det', 's', {'fuse_overview': True}),
         ('cls', 't', {'deploy': True}),
         ('reparam', 't', {'deploy': True}),
     ],
@@ -239,7 +232,7 @@ def test_arch_of():
             assert arch_of(state, zoo) == arch
             assert arch_of(add_prefixes(state), zoo) == arch
     assert arch_of(tiny().state_dict(), zoo) == (
-        'of depths [1, 1, 1, 1, 1, 1] and channels [8, 16, 16, 32]'
+        'of depths [1, 1, 1, 1, 1, 1] and channels [8, 16, 24, 32]'
     )
     assert arch_of(nn.Linear(1, 1).state_dict(), zoo) is None
 
@@ -349,25 +342,6 @@ def test_incomplete(tmp_path, damage, words):
     with pytest.raises(CheckpointError, match=words):
         load_pretrained(model, saved(tmp_path, state))
     assert_loaded(model, tiny().state_dict())
-
-
-def test_other_network(tmp_path):
-    path = saved(
-        tmp_path, {'conv1.weight': torch.ones(2), 'fc.w': torch.ones(1)}
-    )
-    with pytest.raises(CheckpointError) as error:
-        load_pretrained(tiny(), path)
-    assert 'it has no OverLoCK, but conv1.weight, fc.w' in str(error.value)
-
-
-def test_prefixes(released):
-    """The names that mmpretrain's classifiers have, and back."""
-    weights = released[0]['cls']
-    renamed = add_prefixes(weights)
-    assert list(remove_prefixes(renamed)) == list(weights)
-    for old, new in zip(weights, renamed, strict=True):
-        assert new == ('head.' if old.startswith(HEADS) else 'backbone.') + old
-        assert weights[old] is renamed[new]
 
 
 # ---------------------------------------------------------------- in runners

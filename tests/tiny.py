@@ -1,22 +1,34 @@
-"""Tiny models of the project's configs, with random weights."""
+"""Tiny models of the project's configs, their data, and runs of the tools."""
 
+import contextlib
+import functools
 import importlib.util
+import io
+import os
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.utils import ManagerMixin
+from PIL import Image
+from yapf.yapflib import yapf_api
+
+# MMEngine formats the configs that it writes, which takes longer than a tiny
+# training.
+yapf_api.FormatCode = lambda text, **options: (text, False)
 
 ROOT = Path(__file__).parents[1]
-BACKBONE = {
-    'init_cfg': None,
-    'arch._delete_': True,
-    'arch.depths': [1, 1, 1, 1],
-    'arch.channels': [8, 16, 24, 32],
-    'arch.focus_depths': [1, 1],
-    'arch.focus_heads': [2, 2],
-}
+ARCH = dict(
+    depths=(1, 1, 1, 1),
+    channels=(8, 16, 24, 32),
+    focus_depths=(1, 1),
+    focus_heads=(2, 2),
+)
 HALF_FORMATS = [torch.bfloat16, torch.float16]
+DEEPER = ARCH | dict(depths=(1, 2, 1, 1), focus_depths=(2, 1))
 TEST_SET = 'test_dataloader.dataset'
 # Config files, and what makes their models tiny and their images small.
 CONFIGS = {
@@ -33,8 +45,10 @@ CONFIGS = {
             'model.roi_head.mask_roi_extractor.out_channels': 16,
             'model.roi_head.mask_head.in_channels': 16,
             'model.roi_head.mask_head.conv_out_channels': 16,
+            'model.train_cfg.rcnn.sampler.num': 32,
             'model.test_cfg.rcnn.score_thr': 0.0,
             'model.test_cfg.rcnn.max_per_img': 5,
+            'default_hooks.visualization.score_thr': 0.0,
             f'{TEST_SET}.pipeline.1.scale': (96, 96),
         },
     ),
@@ -60,6 +74,7 @@ CONFIGS = {
 }
 
 
+@functools.cache
 def load_tool(name, folder='tools'):
     """The module of tools/<name>.py, or of a script in another folder."""
     path = ROOT / folder / f'{name}.py'
@@ -67,6 +82,55 @@ def load_tool(name, folder='tools'):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def randomize(model):
+    """Give norms, scales and biases values, which initially are 0 or 1."""
+    generator = torch.Generator().manual_seed(0)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and tensor.std(correction=0) == 0:
+            noise = torch.rand(tensor.shape, generator=generator)
+            tensor.data.copy_(noise + 0.5)
+    return model
+
+
+def forget_instances():
+    """Forget MMEngine's loggers and their kind.
+
+    It keeps them by the name of the run, which ends in the second of its
+    start: runners that start in the same second would share a logger.
+    """
+    kinds = [ManagerMixin]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        kind._instance_dict.clear()
+
+
+def no_curves():
+    """Leave the curves of a training out, which take as long as it does."""
+    return mock.patch('mmoverlock.engine.hooks.draw_curves', lambda *args: {})
+
+
+def run_tool(name, *argv, status=0, curves=False):
+    """Run ``tools/NAME.py ARGV`` in this process; return what it prints.
+
+    forked.py runs them in processes of their own.
+    """
+    output = io.StringIO()
+    code = 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, LOCAL_RANK='0'))
+        stack.enter_context(contextlib.redirect_stdout(output))
+        stack.enter_context(contextlib.redirect_stderr(output))
+        stack.callback(forget_instances)
+        if not curves:
+            stack.enter_context(no_curves())
+        try:
+            load_tool(name).main([str(arg) for arg in argv])
+        except SystemExit as stop:
+            code = stop.code
+    assert code == status, output.getvalue()
+    return output.getvalue()
 
 
 def write_model(task, folder, settings=None):
@@ -82,8 +146,8 @@ def write_model(task, folder, settings=None):
     """
     name, options = CONFIGS[task]
     cfg = Config.fromfile(ROOT / 'configs' / name)
-    backbone = {f'model.backbone.{k}': v for k, v in BACKBONE.items()}
-    cfg.merge_from_dict(backbone | options | (settings or {}))
+    cfg.model.backbone.update(arch=ARCH, init_cfg=None)
+    cfg.merge_from_dict(options | (settings or {}))
     init_default_scope(cfg.default_scope)
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
@@ -94,3 +158,155 @@ def write_model(task, folder, settings=None):
     cfg.dump(config)
     torch.save({'state_dict': model.state_dict()}, checkpoint)
     return str(config), str(checkpoint)
+
+
+def classifier(folder, **settings):
+    """Write the config and the images of a tiny classifier.
+
+    Its training draws random numbers in the data pipeline and the model.
+
+    Args:
+        folder (Path): Where to.
+        settings: What else is in the config, or other than here.
+
+    Returns:
+        Path: The config.
+    """
+    random = np.random.default_rng(0)
+    for name in ('train/a', 'train/b', 'val/a', 'val/b'):
+        images = folder / 'data' / name
+        images.mkdir(parents=True, exist_ok=True)
+        for i in range(4):
+            pixels = random.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(images / f'{i}.png')
+    pipeline = [
+        dict(type='LoadImageFromFile'),
+        dict(type='RandomFlip', prob=0.5, direction='horizontal'),
+        dict(type='RandomResizedCrop', scale=64),
+        dict(type='PackInputs'),
+    ]
+
+    def loader(split, pipeline):
+        return dict(
+            batch_size=4,
+            num_workers=0,
+            dataset=dict(
+                type='CustomDataset',
+                data_root=str(folder / 'data'),
+                data_prefix=split,
+                pipeline=pipeline,
+            ),
+            sampler=dict(type='DefaultSampler', shuffle=split == 'train'),
+        )
+
+    config = dict(
+        default_scope='mmpretrain',
+        custom_imports=dict(imports=['mmoverlock.models']),
+        model=dict(
+            type='ImageClassifier',
+            data_preprocessor=dict(
+                num_classes=2, mean=[127.5] * 3, std=[64.0] * 3, to_rgb=True
+            ),
+            backbone=dict(
+                type='OverLoCK',
+                arch=ARCH,
+                out_indices=(3,),
+                drop_path_rate=0.3,
+            ),
+            neck=dict(type='GlobalAveragePooling'),
+            head=dict(
+                type='LinearClsHead', num_classes=2, in_channels=40, topk=(1,)
+            ),
+        ),
+        train_dataloader=loader('train', pipeline),
+        val_dataloader=loader('val', [pipeline[0], pipeline[-1]]),
+        val_evaluator=dict(type='Accuracy'),
+        test_dataloader=loader('val', [pipeline[0], pipeline[-1]]),
+        test_evaluator=dict(type='Accuracy'),
+        train_cfg=dict(by_epoch=True, max_epochs=2),
+        val_cfg=dict(),
+        test_cfg=dict(),
+        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3)),
+        default_hooks=dict(
+            logger=dict(type='LoggerHook', interval=1),
+            checkpoint=dict(
+                type='CheckpointHook',
+                interval=1,
+                max_keep_ckpts=1,
+                save_best='auto',
+            ),
+        ),
+    )
+    config.update(settings)
+    path = Path(folder) / 'classifier.py'
+    Config(config).dump(path)
+    return path
+
+
+def _shrunk(config, options, data_root, scale, images):
+    """A config with a tiny backbone, small images and few to evaluate on."""
+    cfg = Config.fromfile(ROOT / 'configs' / config)
+    cfg.model.backbone.update(arch=ARCH, init_cfg=None)
+    cfg.merge_from_dict(options)
+    cfg.default_hooks.logger.interval = 1
+    for split, resize in (('train', 2), ('val', 1), ('test', 1)):
+        loader = cfg[f'{split}_dataloader']
+        loader.update(num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = str(data_root)
+        loader.dataset.pipeline[resize].scale = scale
+        if split != 'train':
+            loader.dataset.indices = images
+    return cfg
+
+
+def detector(folder, config=CONFIGS['det'][0], **options):
+    """Write the config of a tiny Mask R-CNN, and draw COCO-style data.
+
+    Args:
+        folder (Path): Where to; the data are in ``folder / 'coco'``.
+        config (str): The config it is made of, relative to configs/.
+        options: What else is in the config, by dotted keys.
+
+    Returns:
+        Path: The config.
+    """
+    data_root = folder / 'coco'
+    run_tool('make_sample_data', 'coco', data_root, '--images=4', '--size=96')
+    cfg = _shrunk(config, CONFIGS['det'][1], data_root, (96, 96), 2)
+    ann_file = str(data_root / 'annotations' / 'instances_val2017.json')
+    for split in ('val', 'test'):
+        cfg[f'{split}_evaluator'].ann_file = ann_file
+    cfg.merge_from_dict({'train_cfg.max_epochs': 1, **options})
+    path = Path(folder) / 'detector.py'
+    cfg.dump(path)
+    return path
+
+
+def segmentor(folder, **options):
+    """Write the config of a tiny UperNet, and draw data in ADE20K's layout.
+
+    Args:
+        folder (Path): Where to; the data are in ``folder / 'ade20k'``.
+        options: What else is in the config, by dotted keys.
+
+    Returns:
+        Path: The config.
+    """
+    data_root = folder / 'ade20k'
+    run_tool(
+        'make_sample_data', 'ade20k', data_root, '--images=4', '--size=96'
+    )
+    cfg = _shrunk(*CONFIGS['seg'], data_root, (96, 64), 3)
+    cfg.model.data_preprocessor.size = (64, 64)
+    cfg.train_dataloader.dataset.pipeline[3].crop_size = (64, 64)
+    cfg.merge_from_dict(
+        {
+            'train_cfg.max_iters': 2,
+            'train_cfg.val_interval': 2,
+            'default_hooks.checkpoint.interval': 2,
+            **options,
+        }
+    )
+    path = Path(folder) / 'segmentor.py'
+    cfg.dump(path)
+    return path

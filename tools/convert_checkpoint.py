@@ -1,7 +1,7 @@
 """Convert checkpoints: ``python tools/convert_checkpoint.py SRC DST``.
 
 Between the names of the release and those of OpenMMLab's models, either way;
-which way, the names in SRC tell. Released detectors and segmenters have
+which way, the names in SRC tell. Released detectors and segmentors have
 OpenMMLab's names, and ``init_cfg`` takes any of these files as they are.
 """
 
@@ -65,7 +65,7 @@ def convert(state, backbone_only):
     if other:
         raise cli.UserError(
             f'there is no other form of SRC, which has '
-            f'{weights.outline(other)}: released detectors and segmenters '
+            f'{weights.outline(other)}: released detectors and segmentors '
             "have OpenMMLab's names; --backbone-only writes their backbone"
         )
     return weights.remove_prefixes(state), True

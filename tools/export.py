@@ -1,12 +1,12 @@
 """Export a model: ``python tools/export.py CONFIG [CHECKPOINT] --out FILE``.
 
-What is exported is, of a classifier, the image to the logits; of a segmenter,
-the image to the logits at the image's size; of a detector, the image to the
-maps of its neck; with --backbone-only, of any model, the image to the maps of
-its backbone. Norms, branches and residuals are fused into convolutions. The
-image is (1, C, H, W), as the test pipeline of the config makes it, and then
-normalized; the order of the channels, their mean and their deviation are
-printed, and stored in ONNX files as metadata.
+The file takes an image. It returns the logits of a classifier, the logits of a
+segmentor at the image's size, or the maps of a detector's neck; with
+--backbone-only, the maps of any model's backbone. Norms, branches and
+residuals are fused into convolutions. The image is (1, C, H, W), as the test
+pipeline of the config makes it, and normalized; the order of the channels,
+their mean and their deviation are printed, and stored in ONNX files as
+metadata.
 
 The size is fixed, to --shape, because ContMix is laid out for it, unless
 --dynamic is given: then H and W may be any multiples of 32 from 224 to 4096,
@@ -47,7 +47,7 @@ TOLERANCE = 1e-4  # of differences, to the largest value of an output
 
 
 class PlainConv(nn.Module):
-    """What `PointwiseConv` does where it has no choice by the map's size."""
+    """`PointwiseConv` without its choice by the map's size."""
 
     def __init__(self, conv):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Count FLOPs and parameters: ``python tools/get_flops.py CONFIG``.
+"""Count FLOPs and parameters: ``python tools/get_flops.py CONFIG...``.
 
 FLOPs are multiply-adds, as papers count them, of inference on one image: of
 all convolutions and matrix products, and of ContMix by its definition,
@@ -21,6 +21,7 @@ norm.
 """
 
 import argparse
+import os
 
 import torch
 from mmengine.registry import MODELS, init_default_scope
@@ -39,7 +40,13 @@ def build_parser():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('config', help='config file')
+    parser.add_argument('configs', nargs='+', help='config files')
+    parser.add_argument(
+        '--table',
+        action='store_true',
+        help='print a table of Markdown without auxiliary heads, for a page '
+        'beside the last config',
+    )
     parser.add_argument(
         '--shape',
         nargs=2,
@@ -147,35 +154,63 @@ def infer(model, scope, image):
         model(image)
 
 
-def main(argv=None):
-    cli.set_up()
-    with cli.user_errors('get_flops.py'):
-        args = build_parser().parse_args(argv)
-        cfg = cli.load_config(args)
-        shape = args.shape or SHAPES.get(cfg.get('default_scope'))
-        if not shape or min(shape) < 1:
-            raise cli.UserError(
-                f'--shape takes a height and a width in pixels, not {shape}'
-            )
-        with cli.explain_failures(cfg, args.cfg_options):
-            parts, total, channels = count(cfg, tuple(shape))
+def is_auxiliary(name):
+    """Whether a part is a head for training only."""
+    return name.split('.')[-1].startswith('aux')
+
+
+def show(config, parts, total, channels, shape):
+    """Print what `count` has counted."""
     rows = [(name, *counts) for name, counts in parts.items()]
     rows.append(('total', sum(row[1] for row in rows), total))
     trained = sum(
-        counts[0]
-        for name, counts in parts.items()
-        if name.split('.')[-1].startswith('aux')
+        counts[0] for name, counts in parts.items() if is_auxiliary(name)
     )
     if trained:
         name = 'without auxiliary head'
         rows.append((name, rows[-1][1] - trained, total))
     width = max(len(row[0]) for row in rows)
-    print(f'{args.config}, {channels} x {shape[0]} x {shape[1]}')
+    print(f'{config}, {channels} x {shape[0]} x {shape[1]}')
     print(f'{"":{width}}  parameters       FLOPs')
     for name, parameters, flops in rows:
         print(
             f'{name:{width}}  {parameters / 1e6:8.2f} M  {flops / 1e9:8.2f} G'
         )
+
+
+def table_row(link, parts, total):
+    """A row of Markdown, without auxiliary heads."""
+    parameters = sum(
+        counts[0] for name, counts in parts.items() if not is_auxiliary(name)
+    )
+    name = os.path.basename(link)
+    return f'| [{name}]({link}) | {parameters / 1e6:.2f} | {total / 1e9:.2f} |'
+
+
+def main(argv=None):
+    cli.set_up()
+    with cli.user_errors('get_flops.py'):
+        args = build_parser().parse_args(argv)
+        rows = ['| Config | Parameters (M) | FLOPs (G) |', '| --- ' * 3 + '|']
+        for config in args.configs:
+            args.config = config
+            cfg = cli.load_config(args)
+            shape = args.shape or SHAPES.get(cfg.get('default_scope'))
+            if not shape or min(shape) < 1:
+                raise cli.UserError(
+                    '--shape takes a height and a width in pixels, '
+                    f'not {shape}'
+                )
+            with cli.explain_failures(cfg, args.cfg_options):
+                parts, total, channels = count(cfg, tuple(shape))
+            if args.table:
+                folder = os.path.dirname(args.configs[-1]) or '.'
+                link = os.path.relpath(config, folder)
+                rows.append(table_row(link, parts, total))
+            else:
+                show(config, parts, total, channels, shape)
+        if args.table:
+            print(*rows, sep='\n')
 
 
 if __name__ == '__main__':

@@ -6,7 +6,7 @@ videos, whose frames are predicted one by one. DIR gets
 - ``pictures/``, the images with what was predicted drawn in, and
 - ``predictions.json``: for detectors in COCO's format, boxes [x, y, w, h] and
   masks with a ``score``, where category_id counts the classes from 1; for
-  segmenters which file of ``label_maps/`` belongs to which image, PNGs whose
+  segmentors which file of ``label_maps/`` belongs to which image, PNGs whose
   pixels are the numbers of classes, from 0; for classifiers the five likeliest
   classes and their scores.
 
@@ -25,7 +25,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 from mmengine.device import get_device
-from mmengine.registry import VISUALIZERS
 from PIL import Image
 from pycocotools import mask as coco_masks
 from rich.console import Console
@@ -36,7 +35,8 @@ from mmoverlock.inference import (
     VIDEOS,
     UnreadableImage,
     build_pipeline,
-    colour_of,
+    build_visualizer,
+    draw,
     find_files,
     init_model,
     load,
@@ -44,11 +44,6 @@ from mmoverlock.inference import (
 )
 from mmoverlock.models.fuse import fuse
 
-VISUALIZER = {
-    'mmdet': 'DetLocalVisualizer',
-    'mmseg': 'SegLocalVisualizer',
-    'mmpretrain': 'UniversalVisualizer',
-}
 TOP = 5  # classes of a classifier
 
 
@@ -173,7 +168,7 @@ class Detections:
 
 
 class LabelMaps:
-    """Writes what a segmenter predicts as PNGs."""
+    """Writes what a segmentor predicts as PNGs."""
 
     def __init__(self, folder, classes, score_thr):
         self.folder = folder
@@ -218,24 +213,6 @@ class Classes:
 COLLECTORS = {'mmdet': Detections, 'mmseg': LabelMaps, 'mmpretrain': Classes}
 
 
-def draw(visualizer, image, sample, path, score_thr):
-    """Write the picture of an image (H, W, 3), BGR, and its predictions."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image, path = np.ascontiguousarray(image[..., ::-1]), str(path)
-    if 'pred_score' in sample:
-        visualizer.visualize_cls(
-            *(image, sample, visualizer.dataset_meta['classes']),
-            **dict(draw_gt=False, out_file=path),
-        )
-        return
-    options = {}
-    if 'pred_instances' in sample:
-        options['pred_score_thr'] = score_thr
-    visualizer.add_datasample(
-        '', image, sample, draw_gt=False, out_file=path, **options
-    )
-
-
 def run(args, cfg):
     """Predict all inputs.
 
@@ -257,13 +234,7 @@ def run(args, cfg):
             'test_dataloader = dict(dataset=dict(metainfo=dict(classes=[...])'
             ')) into the config'
         )
-    visualizer = VISUALIZERS.build(dict(type=VISUALIZER[scope], name='tool'))
-    visualizer.dataset_meta = dict(model.dataset_meta)
-    if len(visualizer.dataset_meta.get('palette') or ()) != len(classes):
-        visualizer.dataset_meta['palette'] = [
-            tuple(round(255 * part) for part in colour_of(label))
-            for label in range(len(classes))
-        ]
+    visualizer = build_visualizer(scope, model.dataset_meta)
     # Of labels that reach over the edge, which is no concern of the user.
     warnings.filterwarnings('ignore', '.* out of bounds, the drawn')
     collector = COLLECTORS[scope](args.out, classes, args.score_thr)

@@ -2,31 +2,35 @@
 
 Writes two pictures into the work dir of a ``tools/train.py``: ``curves.png``,
 losses, metrics, learning rate, throughput and memory over time, and
-``predictions.png``, predictions beside the truth for validation images.
+``predictions.png``, the truth and, on its right, predictions for validation
+images; of a classifier, both as text.
 """
 
 import argparse
+import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import matplotlib
 
 matplotlib.use('Agg')
 
 import matplotlib.pyplot as plt
-import numpy as np
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import DATASETS
 
 from mmoverlock import cli
 from mmoverlock.curves import draw_curves
+from mmoverlock.data import unwrap
 from mmoverlock.inference import (
     Pipeline,
-    colour_of,
+    build_visualizer,
     dataset_of,
+    draw,
     init_model,
     predict,
-    unwrap,
+    scope_of,
 )
 
 
@@ -46,81 +50,6 @@ def checkpoints(work_dir, cfg):
     return Path(out_dir, name) if out_dir else work_dir
 
 
-def write_on(axes, text, x, y, colour):
-    axes.annotate(
-        text,
-        (max(x, 0), max(y, 0)),
-        fontsize=7,
-        color='white',
-        bbox=dict(pad=1, ec='none', fc=colour),
-    )
-
-
-def draw_instances(axes, instances, classes):
-    """Draw boxes, masks, class names and scores, if there are any."""
-    boxes = instances.bboxes
-    boxes = getattr(boxes, 'tensor', boxes).tolist()
-    masks = instances.get('masks', [None] * len(boxes))
-    scores = instances.get('scores', [None] * len(boxes))
-    for label, box, mask, score in zip(
-        instances.labels.tolist(),
-        boxes,
-        getattr(masks, 'masks', masks),
-        scores,
-        strict=True,
-    ):
-        colour = colour_of(label)
-        if mask is not None:
-            overlay = np.zeros((*mask.shape, 4))
-            overlay[np.asarray(mask) > 0] = (*colour, 0.45)
-            axes.imshow(overlay, interpolation='nearest')
-        x, y, right, bottom = box
-        axes.add_patch(
-            plt.Rectangle((x, y), right - x, bottom - y, fill=False, ec=colour)
-        )
-        text = classes[label] + ('' if score is None else f' {score:.2f}')
-        write_on(axes, text, x, y, colour)
-
-
-def draw_labels(axes, labels, classes):
-    """Draw a label map (H, W); the names of the five largest parts."""
-    overlay = np.zeros((*labels.shape, 4))
-    found = np.unique(labels[labels < len(classes)], return_counts=True)
-    parts = sorted(zip(*found, strict=True), key=lambda part: -part[1])
-    for i, (label, _) in enumerate(parts):
-        inside = labels == label
-        overlay[inside] = (*colour_of(label), 0.6)
-        if i < 5:
-            rows, columns = inside.nonzero()
-            middle = len(rows) // 2
-            place = columns[middle], rows[middle]
-            write_on(axes, classes[label], *place, colour_of(label))
-    axes.imshow(overlay, interpolation='nearest')
-
-
-def draw_sample(axes, sample, classes, score_thr, predicted):
-    """Draw the truth or prediction of a data sample; returns a title."""
-    kind = 'pred' if predicted else 'gt'
-    if f'{kind}_instances' in sample:
-        instances = sample.get(f'{kind}_instances')
-        if predicted:
-            instances = instances[instances.scores >= score_thr]
-        draw_instances(axes, instances, classes)
-        return f'predicted, score >= {score_thr}' if predicted else 'truth'
-    if f'{kind}_sem_seg' in sample:
-        # Of two classes in one channel, mmseg predicts floats.
-        labels = sample.get(f'{kind}_sem_seg').data[0].long().numpy()
-        draw_labels(axes, labels, classes)
-        return 'predicted' if predicted else 'truth'
-    labels = sample.get(f'{kind}_label').tolist()  # may be several, or none
-    names = [
-        classes[label] + (f' {sample.pred_score[label]:.2f}' * predicted)
-        for label in labels
-    ]
-    text = ', '.join(names) or 'none'
-    return f'predicted: {text}' if predicted else f'truth: {text}'
-
-
 def draw_predictions(cfg, checkpoint, path, count, score_thr):
     """Draw predictions beside the truth of validation images.
 
@@ -134,24 +63,29 @@ def draw_predictions(cfg, checkpoint, path, count, score_thr):
     model = init_model(cfg, str(checkpoint), get_device())
     dataset = DATASETS.build(dataset_of(cfg, 'val', 'test'))
     pictures = []
-    for leaf in unwrap(dataset):
+    for _, leaf in unwrap(dataset):
         leaf.pipeline = Pipeline(leaf.pipeline.transforms, pictures)
-    classes = unwrap(dataset)[0].metainfo['classes']
+    meta = model.dataset_meta | {'classes': leaf.metainfo['classes']}
+    visualizer = build_visualizer(scope_of(cfg), meta)
+    # Of labels that reach over the edge, which is no concern of the user.
+    warnings.filterwarnings('ignore', '.* out of bounds, the drawn')
     count = min(count, len(dataset))
     rows = -(-count // 2)
     figure, grid = plt.subplots(
-        rows, 4, figsize=(13, 3.2 * rows), squeeze=False, layout='constrained'
+        rows, 2, figsize=(13, 3.2 * rows), squeeze=False, layout='constrained'
     )
     for axes in grid.flat:
         axes.axis('off')
-    for i in range(count):
-        sample = predict(model, dataset[i * len(dataset) // count])
-        name = Path(sample.img_path).name
-        for j, axes in enumerate(grid.reshape(-1, 2)[i]):
-            axes.imshow(pictures[-1][..., ::-1])
-            title = draw_sample(axes, sample, classes, score_thr, j == 1)
-            axes.set_title(title if j else f'{name}, {title}', fontsize=9)
-        pictures.clear()
+    with TemporaryDirectory() as folder:
+        drawn = Path(folder, 'drawn.png')
+        for i, axes in zip(range(count), grid.flat, strict=False):
+            sample = predict(model, dataset[i * len(dataset) // count])
+            draw(
+                visualizer, pictures[-1], sample, drawn, score_thr, truth=True
+            )
+            pictures.clear()
+            axes.imshow(plt.imread(drawn))
+            axes.set_title(Path(sample.img_path).name, fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -72,7 +72,7 @@ def apply_options(cfg, args):
         cfg.randomness.seed = args.seed
     if args.deterministic:
         cfg.randomness.deterministic = True
-        # What cuBLAS needs for it, before it is loaded.
+        # cuBLAS needs it, before it is loaded.
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     if args.amp:
         mix_precision(cfg)

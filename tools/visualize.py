@@ -45,7 +45,7 @@ STYLE = {
     'savefig.dpi': 300,
 }
 SHARES = (0.2, 0.3, 0.5, 0.99)  # of the contributions, for area ratios
-COLOURS = plt.get_cmap('tab10').colors
+COLORS = plt.get_cmap('tab10').colors
 
 
 # ------------------------------------------------------------------ helpers
@@ -97,7 +97,7 @@ def principal_components(maps):
     return components.reshape(*size, 3), shares
 
 
-def as_colours(components):
+def as_colors(components):
     """(H, W, 3) to an RGB picture, from the 1st to the 99th percentile."""
     flat = components.flatten(0, 1)
     low, high = (flat.quantile(q, dim=0) for q in (0.01, 0.99))
@@ -143,18 +143,18 @@ def show_maps(maps, picture, padded, path):
         'below: the first one,\non the image, and its\nshare of the variance'
     )
     grid[1, 0].text(0, 0.5, explanation, size=6, va='center')
-    grey = picture.mean(2) / 2 + 127  # light, for colours to show
+    gray = picture.mean(2) / 2 + 127  # light, for colors to show
     for (title, map_), (above, below) in zip(
         maps.items(), grid.T[1:], strict=True
     ):
         components, shares = principal_components(map_)
         lay_over(
-            *(above, as_colours(components), picture, padded),
+            *(above, as_colors(components), picture, padded),
             interpolation='nearest',
         )
         channels, *size = map_.shape
         above.set_title(f'{title}\n{channels} channels, {size[0]} x {size[1]}')
-        below.imshow(grey, cmap='gray', vmin=0, vmax=255)
+        below.imshow(gray, cmap='gray', vmin=0, vmax=255)
         shown = lay_over(
             *(below, components[..., 0], picture, padded),
             **dict(cmap='inferno', alpha=0.7, interpolation='nearest'),
@@ -192,11 +192,10 @@ def draw_prior(backbone, images, args):
     for name, inputs, picture in images:
         with recording(overview=overview, focus=focus) as outputs:
             backbone(inputs)
-        updated = outputs['focus'].split(focus.splits, dim=1)[1]
-        maps = {
-            'context prior P0': outputs['overview'][0],
-            'P after stage 3': updated[0],
-        }
+        updated = outputs['focus'][:, backbone.channels[2] :]
+        maps = {'context prior P0': outputs['overview'][0]}
+        if updated.shape[1]:  # which a variant may not have
+            maps['P after stage 3'] = updated[0]
         path = args.out / f'{name}_prior.png'
         show_maps(maps, picture, inputs.shape[2:], path)
 
@@ -240,7 +239,7 @@ def dynamic_kernels(block, query, key, position):
 def draw_kernels(backbone, images, args):
     """The dynamic kernels that ContMix makes at pixels, by group.
 
-    Colours are ratios to the weights of a plain average; a ring is where the
+    Colors are ratios to the weights of a plain average; a ring is where the
     pixel is in its window.
     """
     blocks = find_module(backbone, f'sub_blocks{args.stage}')
@@ -250,6 +249,10 @@ def draw_kernels(backbone, images, args):
             f'{len(blocks) - 1}; negative numbers count from the last'
         )
     block = blocks[args.block]
+    if not hasattr(block, 'weight_query') or not hasattr(block, 'rpb1'):
+        raise cli.UserError(
+            'the blocks of this variant do not make kernels of two sizes'
+        )
     for name, inputs, picture in images:
         with recording(query=block.weight_query, key=block.weight_key) as got:
             backbone(inputs)
@@ -325,7 +328,7 @@ def show_kernels(found, picture, steps):
                     (left * steps[1] - 0.5, top * steps[0] - 0.5),
                     *(size * steps[1], size * steps[0]),
                     fill=False,
-                    ec=COLOURS[j],
+                    ec=COLORS[j],
                     lw=1.2,
                     clip_on=False,
                     zorder=3,
@@ -340,7 +343,7 @@ def show_kernels(found, picture, steps):
                 )
                 cells[-1].set(xticks=[], yticks=[])
                 for spine in cells[-1].spines.values():
-                    spine.set(color=COLOURS[j], linewidth=1)
+                    spine.set(color=COLORS[j], linewidth=1)
                 if group == 0:
                     cells[-1].set_ylabel(f'{size} x {size}')
                 if i == j == 0:
@@ -355,7 +358,7 @@ def show_kernels(found, picture, steps):
 
 
 def effective_field(backbone, modules, images, size):
-    """Sum the contributions of input pixels to the centres of maps.
+    """Sum the contributions of input pixels to the centers of maps.
 
     Args:
         backbone (OverLoCK): The backbone.
@@ -365,9 +368,9 @@ def effective_field(backbone, modules, images, size):
 
     Returns:
         tuple[dict, dict]: By name, the contributions (size, size), and the
-        pixel that is the centre of the position, a row or column.
+        pixel that is the center of the position, a row or column.
     """
-    sums, centres = {}, {}
+    sums, centers = {}, {}
     backbone.requires_grad_(False)
     for _, inputs, picture in images:
         height, width = picture.shape[:2]
@@ -382,31 +385,31 @@ def effective_field(backbone, modules, images, size):
             backbone(square)
             for name, output in maps.items():
                 middle = output.shape[-1] // 2
-                centre = output[0, :, middle, middle].sum()
+                center = output[0, :, middle, middle].sum()
                 (grad,) = torch.autograd.grad(
-                    centre, square, retain_graph=True
+                    center, square, retain_graph=True
                 )
                 found = grad[0].clamp_min(0).sum(0).double().cpu()
                 sums[name] = sums.get(name, 0) + found
                 stride = size / output.shape[-1]
-                centres[name] = (middle + 0.5) * stride - 0.5
-    return sums, centres
+                centers[name] = (middle + 0.5) * stride - 0.5
+    return sums, centers
 
 
-def area_ratios(contributions, centre):
-    """Shares of the image that the centred squares of `SHARES` take.
+def area_ratios(contributions, center):
+    """Shares of the image that the centered squares of `SHARES` take.
 
     Args:
         contributions (Tensor): (size, size), not negative.
-        centre (float): The row and column of the centre.
+        center (float): The row and column of the center.
 
     Returns:
         list[float]: For each of `SHARES`, the area in the image of the
-        smallest square around the centre that has this share of the
+        smallest square around the center that has this share of the
         contributions.
     """
     size = len(contributions)
-    distance = (torch.arange(size) - centre).abs()
+    distance = (torch.arange(size) - center).abs()
     ring = torch.maximum(distance[:, None], distance)
     order = ring.flatten().argsort()
     share = contributions.flatten()[order].cumsum(0)
@@ -424,8 +427,8 @@ def draw_erf(backbone, images, args):
 
     The gradient, with respect to the image, of the central position of the
     last block's output, summed over its channels; where positive, summed over
-    colours and images (RepLKNet, CVPR 2022). The areas are those of the
-    smallest centred squares with the given shares of the sum itself, not of
+    colors and images (RepLKNet, CVPR 2022). The areas are those of the
+    smallest centered squares with the given shares of the sum itself, not of
     logarithms.
     """
     modules = {
@@ -433,7 +436,7 @@ def draw_erf(backbone, images, args):
         for stage in (3, 4)
     }
     images = list(images)
-    sums, centres = effective_field(backbone, modules, images, args.size)
+    sums, centers = effective_field(backbone, modules, images, args.size)
     figure, grid = plt.subplots(
         1, len(sums), figsize=(0.8 * WIDTH, 2.9), layout='constrained'
     )
@@ -441,7 +444,7 @@ def draw_erf(backbone, images, args):
     print(' ' * 7, *(f'{share:6.0%}' for share in SHARES))
     shares = ' / '.join(f'{share:.0%}'.strip('%') for share in SHARES)
     for axes, (name, found) in zip(grid, sums.items(), strict=True):
-        ratios = area_ratios(found, centres[name])
+        ratios = area_ratios(found, centers[name])
         print(name, *(f'{ratio:6.1%}' for ratio in ratios))
         shown = axes.imshow(
             found / found.max().clamp_min(1e-300),

@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 from urllib.parse import urlparse
 
 import numpy as np
@@ -68,7 +69,9 @@ def load_safely() -> None:
     stores, such as ``torchvision://``, are closed.
     """
 
-    def load_from_file_or_url(filename, map_location=None, logger=None):
+    def load_from_file_or_url(
+        filename: str, map_location: Any = None, logger: Any = None
+    ) -> dict:
         return read(filename)
 
     for prefix in [*CheckpointLoader._schemes]:
@@ -114,7 +117,7 @@ def latest_checkpoint(work_dir: str) -> str | None:
     return None
 
 
-def _fetch(source):
+def _fetch(source: str) -> str:
     source = os.path.expanduser(source)
     if '://' not in source:
         return source
@@ -136,7 +139,7 @@ def _fetch(source):
     return str(path)
 
 
-def _read_file(path):
+def _read_file(path: str) -> dict:
     with open(path, 'rb') as file:
         head = file.read(4)
     if head == b'PK\3\4':
@@ -153,7 +156,7 @@ def _read_file(path):
     )
 
 
-def _read_zip(path):
+def _read_zip(path: str) -> dict:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if any(name.endswith('/constants.pkl') for name in names):
@@ -173,7 +176,7 @@ def _read_zip(path):
         return torch.load(path, 'cpu', weights_only=True)
 
 
-def _normalize(checkpoint):
+def _normalize(checkpoint: dict) -> dict:
     """Bring what a file holds into mmengine's form, and check the weights."""
     checkpoint = dict(checkpoint)
     if 'state_dict' not in checkpoint:
@@ -210,18 +213,18 @@ def _normalize(checkpoint):
 class _History(HistoryBuffer):
     """Made with its own methods, not with those that a pickle asks for."""
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict) -> None:
         self.__class__ = HistoryBuffer
         self.__init__(
             state['_log_history'], state['_count_history'], state['max_length']
         )
 
 
-def _getattr(owner, name):
+def _getattr(owner: object, name: str) -> None:
     """Asked for by the methods of a HistoryBuffer."""
 
 
-def _dtype(code, *_):
+def _dtype(code: str, *_: object) -> np.dtype:
     # Others have fields, or objects in place of bytes. A copy could be given
     # such.
     if not re.fullmatch('b1|[iu][1248]|f[248]', code):
@@ -229,11 +232,11 @@ def _dtype(code, *_):
     return np.dtype(code)
 
 
-def _array(*_):
+def _array(*_: object) -> np.ndarray:
     return np.empty(0)
 
 
-def _scalar(dtype, data):
+def _scalar(dtype: np.dtype, data: bytes) -> np.generic:
     return np.frombuffer(data, dtype)[0]
 
 

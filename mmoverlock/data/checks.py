@@ -8,7 +8,7 @@ Every check yields a `Finding` for each fault. Those of `CHECKS` and
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -30,7 +30,7 @@ BROKEN = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 @dataclass
 class Split:
-    """What a training or test reads, built.
+    """The datasets of a training or test, and what scores and learns them.
 
     Attributes:
         datasets (dict[str, Dataset]): By key of the config, wrapped ones too.
@@ -42,18 +42,6 @@ class Split:
     datasets: dict[str, Dataset]
     metrics: list[tuple] = field(default_factory=list)
     model: nn.Module | None = None
-
-
-def unwrap(dataset: Dataset, key: str) -> Iterator[tuple[str, Dataset]]:
-    """Yield the datasets in a dataset or wrapper, and their keys."""
-    dataset = getattr(dataset, '_dataset', dataset)  # what mmengine slices
-    if hasattr(dataset, 'datasets'):
-        for i, inner in enumerate(dataset.datasets):
-            yield from unwrap(inner, f'{key}.datasets.{i}')
-    elif hasattr(dataset, 'dataset'):
-        yield from unwrap(dataset.dataset, f'{key}.dataset')
-    else:
-        yield key, dataset
 
 
 def is_coco(dataset: Dataset) -> bool:
@@ -124,7 +112,7 @@ def category_names(
         )
 
 
-def _classes(dataset):
+def _classes(dataset: Dataset) -> Sequence[str] | None:
     return getattr(dataset, 'metainfo', {}).get('classes')
 
 
@@ -166,7 +154,7 @@ def head_classes(split: Split) -> Iterator[Finding]:
 # -------------------------------------------------------------- evaluators
 
 
-def _coco_metrics(split):
+def _coco_metrics(split: Split) -> Iterator[tuple]:
     """Those like CocoMetric that have a file: name, metric, API, datasets."""
     for name, metric, datasets in split.metrics:
         api = getattr(metric, '_coco_api', None)
@@ -235,7 +223,7 @@ def evaluated_annotations(split: Split) -> Iterator[Finding]:
                     yield Finding(name, what, entry, effect)
 
 
-def _unscorable(annotation, masks):
+def _unscorable(annotation: dict, masks: bool) -> Iterator[tuple[str, str]]:
     number = annotation['id']
     if not isinstance(number, int | float):
         yield 'has ids that are no numbers', 'the evaluation ends in an error'
@@ -256,7 +244,7 @@ def _unscorable(annotation, masks):
 NO_MASK = 'has annotations without a mask, or polygons of one or two points'
 
 
-def _is_mask(mask):
+def _is_mask(mask: list | dict | None) -> bool:
     """Whether pycocotools reads a segmentation as a mask."""
     # By the length of the first polygon it tells polygons from boxes.
     return isinstance(mask, dict) or bool(mask and len(mask[0]) > 4)
@@ -371,7 +359,7 @@ def annotation_file(
             yield _left_out(path, what, f'image {i}')
 
 
-def _not_coco(path, error, entry=''):
+def _not_coco(path: str, error: Exception, entry: dict | str = '') -> Finding:
     if isinstance(entry, dict):  # a mask may be long
         entry = {k: v for k, v in entry.items() if k != 'segmentation'}
     where = entry and f' in {shorten(str(entry), 200)}'
@@ -382,11 +370,16 @@ def _not_coco(path, error, entry=''):
     )
 
 
-def _left_out(path, what, entry, effect='MMDetection leaves them out'):
+def _left_out(
+    path: str,
+    what: str,
+    entry: str,
+    effect: str = 'MMDetection leaves them out',
+) -> Finding:
     return Finding(path, f'has {what}', entry, effect, fault=False)
 
 
-def _repeated(path, kind, entries):
+def _repeated(path: str, kind: str, entries: list[dict]) -> Iterator[Finding]:
     seen = set()
     for entry in entries:
         if entry['id'] in seen:
@@ -399,7 +392,9 @@ def _repeated(path, kind, entries):
         seen.add(entry['id'])
 
 
-def _annotation(path, annotation, images, known):
+def _annotation(
+    path: str, annotation: dict, images: dict[int, dict], known: set[int]
+) -> Iterator[Finding]:
     if annotation.get('ignore'):
         return  # as the file asks
     entry = f'annotation {annotation["id"]!r}'

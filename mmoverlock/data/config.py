@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
+from torch.utils.data import Dataset
 
 from .files import DataError
 
@@ -38,7 +40,8 @@ def check_data(cfg: Config, *splits: str) -> None:
     """
     for split in splits:
         loader = cfg.get(f'{split}_dataloader') or {}
-        for key, dataset in _datasets(loader, f'{split}_dataloader'):
+        where = f'{split}_dataloader.dataset'
+        for key, dataset in unwrap(loader.get('dataset'), where):
             for path in _paths(dataset):
                 if '://' not in path and not os.path.exists(path):
                     raise DataError(
@@ -49,6 +52,30 @@ def check_data(cfg: Config, *splits: str) -> None:
             path = evaluator.get('ann_file') or ''
             if path and '://' not in path and not os.path.isfile(path):
                 raise DataError(f'{key}.ann_file {path} does not exist')
+
+
+def unwrap(
+    dataset: Dataset | ConfigDict | None, key: str = 'dataset'
+) -> Iterator[tuple[str, Any]]:
+    """The datasets in wrappers, such as those of a ``ConcatDataset``.
+
+    Args:
+        dataset (Dataset | ConfigDict | None): A dataset, or the config of one.
+        key (str): Where it is in a config. Defaults to 'dataset'.
+
+    Yields:
+        tuple[str, Dataset | ConfigDict]: A key and a dataset or config that
+        wraps no other.
+    """
+    dataset = getattr(dataset, '_dataset', dataset)  # what mmengine slices
+    one = getattr(dataset, 'dataset', None)
+    several = getattr(dataset, 'datasets', None) or ()
+    for i, inner in enumerate(several):
+        yield from unwrap(inner, f'{key}.datasets.{i}')
+    if one is not None:
+        yield from unwrap(one, f'{key}.dataset')
+    elif dataset is not None and not several:
+        yield key, dataset
 
 
 def evaluators(cfg: Config, split: str) -> Iterator[tuple[str, dict]]:
@@ -63,26 +90,12 @@ def evaluators(cfg: Config, split: str) -> Iterator[tuple[str, dict]]:
         yield from ((f'{key}.{i}', item) for i, item in enumerate(found))
 
 
-def _datasets(config, key):
-    """Yield (key, config) of the datasets in a dataloader or wrapper."""
-    inner = {
-        f'{key}.datasets.{i}': dataset
-        for i, dataset in enumerate(config.get('datasets', []))
-    }
-    if 'dataset' in config:
-        inner[f'{key}.dataset'] = config['dataset']
-    for inner_key, dataset in inner.items():
-        yield from _datasets(dataset, inner_key)
-    if config and not inner:
-        yield key, config
-
-
-def _type(dataset):
+def _type(dataset: ConfigDict) -> str:
     """The name of a type, which new configs hold as a class."""
     return getattr(dataset['type'], '__name__', str(dataset['type']))
 
 
-def _paths(dataset):
+def _paths(dataset: ConfigDict) -> list[str]:
     if _type(dataset) in DOWNLOADED:
         return []
     root = dataset.get('data_root') or ''
@@ -98,7 +111,7 @@ def _paths(dataset):
     return [os.path.join(root, name) for name in names or [''] if root or name]
 
 
-def _help(dataset):
+def _help(dataset: ConfigDict) -> str:
     root = (dataset.get('data_root') or 'its data_root').rstrip('/')
     for name, text in DATASET_HELP.items():
         if name in _type(dataset):

@@ -2,8 +2,9 @@
 
 import json
 import os
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import mmcv
@@ -13,7 +14,7 @@ from PIL import Image
 
 
 class Finding(NamedTuple):
-    """What is wrong with data.
+    """A fault of data, or a remark.
 
     Attributes:
         file (str): The file, or the key of the config.
@@ -30,7 +31,7 @@ class Finding(NamedTuple):
     effect: str = ''
     fault: bool = True
 
-    def __str__(self):
+    def __str__(self) -> str:
         entry = self.entry and f' ({self.entry})'
         effect = self.effect and f': {self.effect}'
         return f'{self.file} {self.what}{entry}{effect}'.strip()
@@ -44,13 +45,13 @@ class DataError(ValueError):
             at the end of a traceback.
     """
 
-    def __init__(self, finding):
+    def __init__(self, finding: Finding | str):
         super().__init__(str(finding))
         if isinstance(finding, str):
             finding = Finding('', finding)
         self.finding = finding
 
-    def __str__(self):
+    def __str__(self) -> str:
         return super().__str__().rpartition('DataError: ')[2].strip()
 
 
@@ -76,7 +77,7 @@ class CheckedPipeline(Compose):
         """Only load a sample, without what changes or packs it."""
         return self._run(filter(_loads, self.transforms), data)
 
-    def _run(self, steps, data):
+    def _run(self, steps: Iterable[Callable], data: dict) -> dict | None:
         files = [data.get('img_path'), data.get('seg_map_path')]
         files = [file for file in files if isinstance(file, str)]
         size = data.get('height'), data.get('width')
@@ -89,20 +90,21 @@ class CheckedPipeline(Compose):
             if 'gt_label' in data:
                 self._check_labels(np.asarray(data['gt_label']), files)
             for step in steps:
-                labelled = 'gt_seg_map' in data
+                labeled = 'gt_seg_map' in data
                 data = step(data)
                 if data is None:
                     return None
                 if _loads(step):
                     _check_size(data, files, size)
-                    if 'gt_seg_map' in data and not labelled:
+                    if 'gt_seg_map' in data and not labeled:
                         self._check_label_map(step, data, files)
         except DataError:
             raise
         except Exception as error:
             for file in files:
                 check_image(file)
-            if 'failed to load image' in str(error):  # of mmcv
+            # What Pillow decodes, OpenCV may not.
+            if files and _loads(step) and cv2.imread(files[0]) is None:
                 what = 'is damaged'
                 if not cv2.haveImageReader(files[0]):
                     what = (
@@ -118,7 +120,9 @@ class CheckedPipeline(Compose):
             ) from error
         return data
 
-    def _check_label_map(self, step, data, files):
+    def _check_label_map(
+        self, step: Callable, data: dict, files: list[str]
+    ) -> None:
         labels, shape = data['gt_seg_map'], data.get('ori_shape')
         path = files[-1]
         if labels.ndim > 2:
@@ -158,7 +162,7 @@ class CheckedPipeline(Compose):
         if self.ignored is not None:
             self._check_labels(labels, files)
 
-    def _check_labels(self, labels, files):
+    def _check_labels(self, labels: np.ndarray, files: list[str]) -> None:
         if not self.classes or labels.dtype.kind not in 'iu':
             return
         unknown = (labels >= self.classes) & (labels != self.ignored)
@@ -173,21 +177,21 @@ class CheckedPipeline(Compose):
             )
 
 
-def _loads(step):
+def _loads(step: Callable) -> bool:
     return type(step).__name__.startswith('Load')
 
 
-def _wraps(step):
+def _wraps(step: Callable) -> bool:
     """Whether a step keeps 8 bits of labels, as MMSegmentation's does."""
     load = getattr(type(step), '_load_seg_map', None)
     return getattr(load, '__module__', '').startswith('mmseg.')
 
 
-def _size(shape):
+def _size(shape: Sequence[int]) -> str:
     return f'{shape[1]} x {shape[0]}'
 
 
-def _check_size(data, files, size):
+def _check_size(data: dict, files: list[str], size: tuple) -> None:
     shape = data.get('ori_shape')
     if None not in size and shape and tuple(shape) != size:
         raise DataError(
@@ -201,7 +205,7 @@ def _check_size(data, files, size):
         )
 
 
-def _check_end(path):
+def _check_end(path: str) -> None:
     with open(path, 'rb') as file:
         if file.read(2) != b'\xff\xd8':  # no JPEG
             return
@@ -243,7 +247,7 @@ def check_image(path: str) -> None:
             ) from error
 
 
-def read_json(path: str):
+def read_json(path: str) -> Any:
     """Read a JSON file.
 
     Raises:

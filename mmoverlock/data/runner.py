@@ -2,14 +2,17 @@
 
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
+from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
-from mmengine.runner import BaseLoop
-from torch.utils.data import DataLoader
+from mmengine.runner import BaseLoop, Runner
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from .checks import (
     CHECKS,
@@ -18,14 +21,19 @@ from .checks import (
     category_names,
     is_coco,
     some_samples,
-    unwrap,
 )
-from .config import evaluators
-from .files import CheckedPipeline, DataError, read_json
+from .config import evaluators, unwrap
+from .files import CheckedPipeline, DataError, Finding, read_json
 
 
-def make_split(cfg: Config, name: str, dataset, evaluator, model) -> Split:
-    """Collect what a training, validation or test reads.
+def make_split(
+    cfg: Config,
+    name: str,
+    dataset: Dataset,
+    evaluator: Evaluator | None,
+    model: nn.Module | None,
+) -> Split:
+    """Collect the datasets, metrics and model of a split.
 
     Args:
         cfg (Config): The config that all is built from.
@@ -50,7 +58,7 @@ def make_split(cfg: Config, name: str, dataset, evaluator, model) -> Split:
 class CheckData(Hook):
     """Runs the cheap checks before training and testing."""
 
-    def before_run(self, runner) -> None:
+    def before_run(self, runner: Runner) -> None:
         """Check what is built.
 
         Raises:
@@ -70,7 +78,7 @@ class CheckData(Hook):
                     _raise_first(check(split))
 
 
-def _raise_first(findings):
+def _raise_first(findings: Iterable[Finding]) -> None:
     for finding in findings:
         if finding.fault:
             raise DataError(finding)
@@ -88,12 +96,14 @@ def checked(runner_type: type) -> type:
     """
 
     class CheckedRunner(runner_type):
-        def __init__(self, *args, **kwargs):
+        def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
             self.register_hook(CheckData())
 
         @classmethod
-        def build_dataloader(cls, dataloader, *args, **kwargs):
+        def build_dataloader(
+            cls, dataloader: DataLoader | dict, *args: Any, **kwargs: Any
+        ) -> DataLoader:
             try:
                 with _kept_categories() as kept:
                     loader = super().build_dataloader(
@@ -102,7 +112,7 @@ def checked(runner_type: type) -> type:
             except Exception as error:
                 _explain(error)
                 raise
-            for _, dataset in unwrap(loader.dataset, ''):
+            for _, dataset in unwrap(loader.dataset):
                 if isinstance(dataset, BaseDataset) and not isinstance(
                     dataset.pipeline, CheckedPipeline
                 ):
@@ -123,7 +133,7 @@ def _kept_categories() -> Iterator[dict]:
         return
     kept, init = {}, COCO.__init__
 
-    def read(self, annotation_file=None):
+    def read(self: COCO, annotation_file: str | None = None) -> None:
         init(self, annotation_file)
         kept[annotation_file] = self.dataset.get('categories')
 
@@ -134,14 +144,16 @@ def _kept_categories() -> Iterator[dict]:
         COCO.__init__ = init
 
 
-def _explain(error):
+def _explain(error: Exception) -> None:
     """Raise `DataError` if data are why a loader could not be built."""
-    dataset = None
+    dataset, emptied = None, False
     for frame, _ in traceback.walk_tb(error.__traceback__):
         owner = frame.f_locals.get('self')
         name = frame.f_code.co_name
         if name == 'full_init' and isinstance(owner, BaseDataset):
             dataset = owner
+        elif name == '_serialize_data':
+            emptied = not owner.data_list
         elif (
             name == '__init__'
             and isinstance(owner, DataLoader)
@@ -162,20 +174,20 @@ def _explain(error):
             categories = contents['categories']
             _raise_first(category_names(path, categories, dataset))
     where = ' and '.join(files)
-    empty = 'at least one array' in str(error)  # which numpy concatenates
-    if empty or 'Found 0 files' in str(error):
+    if emptied:
         raise DataError(
             f'nothing to load in {where}: there are no images, or none has '
             'annotations of the classes of the dataset'
         ) from error
-    if isinstance(error, ValueError):  # as for a line that lacks its label
+    # As for a line that lacks its label, or a folder without images.
+    if isinstance(error, ValueError | RuntimeError):
         raise DataError(f'{where} cannot be loaded: {error}') from error
 
 
-def _files(dataset):
+def _files(dataset: Dataset) -> list[str]:
     """The folders and the annotation file of datasets."""
     names = []
-    for _, inner in unwrap(dataset, ''):
+    for _, inner in unwrap(dataset):
         prefix = getattr(inner, 'data_prefix', None) or {}
         names += [*prefix.values(), getattr(inner, 'ann_file', '')]
     return [str(name) for name in names if name]

@@ -5,11 +5,12 @@ All are in mmengine's registry, for any config that imports this package.
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from mmengine.dist import all_reduce_params, get_rank, master_only
-from mmengine.hooks import EMAHook, Hook
+from mmengine.hooks import EMAHook, Hook, LoggerHook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
@@ -34,7 +35,7 @@ class LoadingCheck(Hook):
     def __init__(self, complete: bool):
         self.complete = complete
 
-    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         _forget_foreign_files(checkpoint, runner.work_dir)
         if not isinstance(runner, Runner):  # the model may be sharded
             return
@@ -49,7 +50,7 @@ class LoadingCheck(Hook):
         )
 
 
-def _forget_foreign_files(checkpoint, work_dir):
+def _forget_foreign_files(checkpoint: dict, work_dir: str) -> None:
     """CheckpointHook deletes the last best one, which a checkpoint names."""
     hub = checkpoint.get('message_hub', {})
     for key, path in list(hub.get('runtime_info', {}).items()):
@@ -74,7 +75,7 @@ class AverageStatistics(Hook):
 
     priority = 'NORMAL'  # after EMAHook, before CheckpointHook
 
-    def after_train_epoch(self, runner) -> None:
+    def after_train_epoch(self, runner: Runner) -> None:
         models = [runner.model]
         models += [h.ema_model for h in runner.hooks if isinstance(h, EMAHook)]
         statistics = [
@@ -85,7 +86,9 @@ class AverageStatistics(Hook):
         ]
         all_reduce_params(statistics, op='mean')
 
-    def after_train_iter(self, runner, *args, **kwargs) -> None:
+    def after_train_iter(
+        self, runner: Runner, *args: Any, **kwargs: Any
+    ) -> None:
         loop = runner.train_loop
         if isinstance(loop, IterBasedTrainLoop):
             if self.every_n_train_iters(runner, loop.val_interval):
@@ -104,21 +107,27 @@ class Reseed(Hook):
 
     priority = 'LOWEST'
 
-    def before_train_epoch(self, runner) -> None:
+    def before_train_epoch(self, runner: Runner) -> None:
         self._seed(runner.seed, runner.iter)
 
-    def before_train_iter(self, runner, *args, **kwargs) -> None:
+    def before_train_iter(
+        self, runner: Runner, *args: Any, **kwargs: Any
+    ) -> None:
         # Starting to load data has drawn numbers.
         self._seed(runner.seed, runner.iter)
 
-    def after_train_iter(self, runner, *args, **kwargs) -> None:
+    def after_train_iter(
+        self, runner: Runner, *args: Any, **kwargs: Any
+    ) -> None:
         self._seed(runner.seed, runner.iter + 1)
 
-    def after_val_epoch(self, runner, metrics=None) -> None:
+    def after_val_epoch(
+        self, runner: Runner, metrics: dict | None = None
+    ) -> None:
         self._seed(runner.seed, runner.iter)
 
     @staticmethod
-    def _seed(*numbers):
+    def _seed(*numbers: int) -> None:
         sequence = np.random.SeedSequence([*numbers, get_rank()])
         seed = int(sequence.generate_state(1)[0])
         random.seed(seed)
@@ -128,12 +137,21 @@ class Reseed(Hook):
 
 @HOOKS.register_module(force=True)
 class CurvesHook(Hook):
-    """Draws the curves when a training is over."""
+    """Draws the curves when a training is over.
+
+    A training of fewer iterations than are logged is logged more often.
+    """
 
     priority = 'LOWEST'  # when all else is logged
 
+    def before_train(self, runner: Runner) -> None:
+        for hook in runner.hooks:
+            if isinstance(hook, LoggerHook):
+                half = max(runner.max_iters // 2, 1)
+                hook.interval = min(hook.interval, half)
+
     @master_only
-    def after_train(self, runner) -> None:
+    def after_train(self, runner: Runner) -> None:
         batch_size = runner.cfg.train_dataloader.batch_size
         last = draw_curves(Path(runner.work_dir), batch_size)
         if last:

@@ -1,8 +1,10 @@
 """Optimizers: mixed precision on CPUs, and layer-wise learning rates."""
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 import torch
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
@@ -21,12 +23,12 @@ class CPUAmpOptimWrapper(OptimWrapper):
     Arguments are those of :class:`mmengine.optim.OptimWrapper`.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         _keep_in_single_precision()
 
     @contextmanager
-    def optim_context(self, model: nn.Module):
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
         with super().optim_context(model), autocast('cpu'):
             yield
 
@@ -42,8 +44,8 @@ def _keep_in_single_precision() -> None:
         roi_align.roi_align = _in_single_precision(roi_align.roi_align)
 
 
-def _in_single_precision(function):
-    def call(x, *args):
+def _in_single_precision(function: Callable) -> Callable:
+    def call(x: Tensor, *args: Any) -> Tensor:
         args = (
             arg.float()
             if isinstance(arg, Tensor) and arg.dtype == torch.bfloat16

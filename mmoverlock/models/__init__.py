@@ -1,3 +1,4 @@
 from .overlock import OverLoCK
+from .variants import OverLoCKVariant
 
-__all__ = ['OverLoCK']
+__all__ = ['OverLoCK', 'OverLoCKVariant']

@@ -1,5 +1,6 @@
 """The two blocks of OverLoCK."""
 
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
@@ -28,7 +29,9 @@ SMALL_KERNEL_SIZE = 5  # of the dynamic kernels
 NUM_REGIONS = 7  # region centres per axis that dynamic kernels are made from
 
 
-def _feed_forward_layers(in_channels, hidden_channels, out_channels):
+def _feed_forward_layers(
+    in_channels: int, hidden_channels: int, out_channels: int
+) -> tuple[nn.Module, ...]:
     return (
         PointwiseConv(in_channels, hidden_channels),
         nn.GELU(),
@@ -38,7 +41,14 @@ def _feed_forward_layers(in_channels, hidden_channels, out_channels):
     )
 
 
-def _feed_forward(layers, x, identity, keep, scale, excite=None):
+def _feed_forward(
+    layers: Sequence[nn.Module],
+    x: Tensor,
+    identity: Tensor,
+    keep: Tensor | None,
+    scale: LayerScale | None,
+    excite: SEModule | None = None,
+) -> Tensor:
     """Run such layers and add their result to the scaled identity.
 
     A squeeze and excitation may come first. What this and GRN scale and shift
@@ -137,6 +147,9 @@ class FocusBlock(nn.Module):
             'auto'.
         contmix_backend (str): See :func:`mmoverlock.ops.contmix`. Defaults to
             'auto'.
+        key_channels (int, optional): Channels, the last of those that
+            :meth:`dynamic_conv` is given, that keys are made from. Defaults
+            to those of the prior.
     """
 
     def __init__(
@@ -152,9 +165,12 @@ class FocusBlock(nn.Module):
         deploy: bool,
         depthwise_backend: str = 'auto',
         contmix_backend: str = 'auto',
+        key_channels: int | None = None,
     ):
         super().__init__()
-        self.splits = (channels, prior_channels)
+        if key_channels is None:
+            key_channels = prior_channels
+        self.splits = (channels, key_channels)
         self.first = first
         self.kernel_size = kernel_size
         self.contmix_backend = contmix_backend
@@ -162,7 +178,9 @@ class FocusBlock(nn.Module):
         groups = 2 * heads
         self.scale = (channels / groups) ** -0.5
 
-        def conv_bn(in_channels, out_channels):
+        def conv_bn(
+            in_channels: int, out_channels: int
+        ) -> tuple[nn.Module, nn.Module]:
             return (
                 PointwiseConv(in_channels, out_channels, bias=False),
                 build_bn(out_channels, **norm_cfg),
@@ -190,7 +208,7 @@ class FocusBlock(nn.Module):
         self.weight_query = nn.Sequential(*conv_bn(channels, channels // 2))
         self.weight_key = nn.Sequential(
             nn.AdaptiveAvgPool2d(NUM_REGIONS),
-            *conv_bn(prior_channels, channels // 2),
+            *conv_bn(key_channels, channels // 2),
         )
         # The logits of both kernels, from the affinities to the regions.
         self.weight_proj = nn.Conv2d(

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from mmpretrain.models.heads import ClsHead
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
-from torch import Tensor, nn
+from torch import Tensor
+
+from .heads import aux_class_head, class_head
 
 
 @MODELS.register_module(force=True)  # a notebook may reload it
@@ -27,8 +29,6 @@ class OverLoCKClsHead(ClsHead):
             Defaults to truncated normal weights with std 0.02.
     """
 
-    hidden_channels = 1024
-
     def __init__(
         self,
         num_classes: int,
@@ -45,18 +45,8 @@ class OverLoCKClsHead(ClsHead):
         overview, focus = in_channels
         self.num_classes = num_classes
         self.aux_loss_weight = aux_loss_weight
-        self.head = nn.Sequential(
-            nn.Conv2d(focus, self.hidden_channels, 1, bias=False),
-            nn.BatchNorm2d(self.hidden_channels),
-            nn.SiLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(self.hidden_channels, num_classes, 1),
-        )
-        self.aux_head = nn.Sequential(
-            nn.BatchNorm2d(overview),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(overview, num_classes, 1),
-        )
+        self.head = class_head(focus, num_classes)
+        self.aux_head = aux_class_head(overview, num_classes)
 
     def pre_logits(self, feats: Sequence[Tensor]) -> Tensor:
         """Two (B, C, H, W) maps to what the last layer reads, (B, 1024)."""
@@ -93,10 +83,44 @@ class OverLoCKClsHead(ClsHead):
         return {'loss_cls': loss, 'loss_aux': self.aux_loss_weight * aux_loss}
 
     @staticmethod
-    def _unpack(feats):
+    def _unpack(feats: Sequence[Tensor]) -> Sequence[Tensor]:
         if len(feats) != 2:
             raise ValueError(
                 'OverLoCKClsHead takes the two maps of '
                 f'OverLoCK(classifier=True), got {len(feats)}'
             )
         return feats
+
+
+@MODELS.register_module(force=True)
+class OverLoCKFocusClsHead(OverLoCKClsHead):
+    """The head without the auxiliary one, for variants without its loss.
+
+    Args:
+        num_classes (int): Number of classes.
+        in_channels (Sequence[int]): Channels of the one map of such a
+            variant, its ``out_channels``.
+        kwargs (dict): ``loss`` and ``init_cfg``, see
+            :class:`OverLoCKClsHead`.
+    """
+
+    def __init__(self, num_classes: int, in_channels: Sequence[int], **kwargs):
+        super().__init__(num_classes, (1, *in_channels), **kwargs)
+        del self.aux_head
+
+    def loss(
+        self, feats: Sequence[Tensor], data_samples: list[DataSample]
+    ) -> dict[str, Tensor]:
+        """See :class:`OverLoCKClsHead`; there is ``loss_cls`` only."""
+        logits = self(feats).float()
+        loss = self._get_loss(logits, data_samples)['loss']
+        return {'loss_cls': loss}
+
+    @staticmethod
+    def _unpack(feats: Sequence[Tensor]) -> tuple[None, Tensor]:
+        if len(feats) != 1:
+            raise ValueError(
+                'OverLoCKFocusClsHead takes the one map of a classifier '
+                f'without the auxiliary loss, got {len(feats)}'
+            )
+        return None, *feats

@@ -21,6 +21,7 @@ from .blocks import FocusBlock, RepConvBlock
 from .layers import GRN, DWConv, PointwiseConv, ResDWConv, StridedConv
 from .overlock import OverLoCK
 from .reparam import DilatedReparamConv
+from .variants import OverLoCKVariant, Variant
 
 CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d, PointwiseConv, StridedConv, DWConv
 try:
@@ -117,7 +118,7 @@ def _fuse_conv_module(module: nn.Module) -> None:
     if module.with_norm and ('conv', 'norm') in pairs:
         fused = _fused_copy(module.conv, module.norm)
         if fused is not None:
-            # What mmcv calls in place of both, whenever it would call both.
+            # mmcv calls it wherever it would call both.
             module.efficient_conv_bn_eval_forward = partial(_run_fused, fused)
 
 
@@ -153,7 +154,7 @@ def _fuse_own(model: nn.Module) -> None:
         for child in module._modules.values()
     )
 
-    def are_own(*parts):
+    def are_own(*parts: nn.Module) -> bool:
         """Whether nothing but their block reads or changes some parts."""
         return all(
             holders[id(module)] == 1 and _is_plain(module)
@@ -161,7 +162,7 @@ def _fuse_own(model: nn.Module) -> None:
             for module in part.modules()
         )
 
-    def move_bias(source, target):
+    def move_bias(source: nn.Module | None, target: nn.Module) -> None:
         """Move the shift of a layer scale to what it is added to."""
         if getattr(source, 'bias', None) is None:
             return
@@ -178,15 +179,16 @@ def _fuse_own(model: nn.Module) -> None:
         elif type(module) is ResDWConv and are_own(module):
             module.absorb_residual()
     for module in modules:
-        if type(module) not in (OverLoCK, RepConvBlock, FocusBlock):
+        own = OverLoCK, OverLoCKVariant, RepConvBlock, FocusBlock
+        if type(module) not in own and not isinstance(module, Variant):
             continue
         downsampling = getattr(module, 'patch_embedx', {}).values()
         for part in (*module.children(), *downsampling):
             if type(part) is nn.Sequential and are_own(part):
                 _merge(part)
-        if type(module) is RepConvBlock:
+        if isinstance(module, RepConvBlock):
             move_bias(module.ls, module.proj[-2])
-        elif type(module) is FocusBlock:
+        elif isinstance(module, FocusBlock):
             move_bias(module.ls1, module.proj[-1])
             move_bias(module.ls2, module.mlp[-1])
             if not module.first:
@@ -226,7 +228,7 @@ def _fuse_conv_bn(conv: nn.Module, norm: nn.Module) -> nn.Module:
         norm.bias,
     )
     if conv.groups == 1 and weight.ndim == 4:
-        # What libraries on CPUs take without a copy.
+        # Libraries on CPUs take this layout without a copy.
         weight.data = weight.contiguous(memory_format=torch.channels_last)
     conv.weight, conv.bias = weight, bias
     return conv

@@ -7,6 +7,7 @@ are those of the released weights; names in prose are the paper's.
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +138,10 @@ class OverLoCK(BaseModule):
         'sub_blocks3',
         'sub_blocks4',
     )
-    # What each step of `frozen_stages` adds, from 0 to 4.
+    block_type = RepConvBlock
+    focus_block_type = FocusBlock
+    optional_weights = ()  # may be missing from what `init_cfg` loads
+    # Modules that each step of `frozen_stages` adds, from 0 to 4.
     freezing_steps = (
         ('patch_embed1',),
         ('blocks1',),
@@ -272,11 +276,11 @@ class OverLoCK(BaseModule):
         return iter([last_rate * i / last for i in range(last + 1)])
 
     def _blocks(
-        self, stage: int, drop_path: Iterator[float], **settings
+        self, stage: int, drop_path: Iterator[float], **settings: Any
     ) -> nn.ModuleList:
         """Stage 0 to 2 of the Base-Net, or 3, the Overview-Net."""
         return nn.ModuleList(
-            RepConvBlock(
+            self.block_type(
                 self.channels[stage],
                 kernel_size=self.kernel_sizes[stage],
                 layer_scale=stage >= 2,
@@ -287,11 +291,11 @@ class OverLoCK(BaseModule):
         )
 
     def _focus_blocks(
-        self, stage: int, drop_path: Iterator[float], **settings
+        self, stage: int, drop_path: Iterator[float], **settings: Any
     ) -> nn.ModuleList:
         """Stage 2 or 3 of the Focus-Net, as wide as that of the Base-Net."""
         return nn.ModuleList(
-            FocusBlock(
+            self.focus_block_type(
                 self.channels[stage],
                 self.prior_channels,
                 kernel_size=self.kernel_sizes[stage],
@@ -509,7 +513,7 @@ class OverLoCK(BaseModule):
         # Other memory formats are misread by mmcv's operators, in silence.
         return tuple(out.contiguous() for out in outs)
 
-    def _check_input(self, x):
+    def _check_input(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_channels or 0 in x.shape[2:]:
             raise ValueError(
                 f'expected images of shape (B, {self.in_channels}, H, W), H '
@@ -642,7 +646,9 @@ class OverLoCK(BaseModule):
         return 1 + before + index, num_layers
 
 
-def _conv_bn(in_channels, out_channels, norm_cfg, stride=2):
+def _conv_bn(
+    in_channels: int, out_channels: int, norm_cfg: dict, stride: int = 2
+) -> tuple[nn.Module, nn.Module]:
     conv = StridedConv if stride > 1 else nn.Conv2d
     return (
         conv(in_channels, out_channels, 3, stride, 1, bias=False),
@@ -651,14 +657,16 @@ def _conv_bn(in_channels, out_channels, norm_cfg, stride=2):
 
 
 @lru_cache
-def _say_backend(device):
+def _say_backend(device: torch.device) -> None:
     reason = why_not_triton(device)
     form = 'kernels of Triton' if reason is None else 'plain PyTorch'
     why = '' if reason is None else f': {reason}'
     print_log(f'OverLoCK on {device} runs {form}{why}', logger='current')
 
 
-def _are_ints(values, lengths, low, high=math.inf):
+def _are_ints(
+    values: Any, lengths: Sequence[int], low: int, high: float = math.inf
+) -> bool:
     """Whether values are so many whole numbers from low to high."""
     return (
         isinstance(values, Sequence)

@@ -1,6 +1,7 @@
 """Recomputing blocks in the backward pass, for memory."""
 
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 from torch import Tensor, nn
@@ -18,13 +19,15 @@ def recompute(block: nn.Module, *args: Tensor) -> Tensor:
     )
 
 
-def _contexts(block):
+def _contexts(
+    block: nn.Module,
+) -> tuple[AbstractContextManager, AbstractContextManager]:
     """Contexts of the first and of the repeated forward."""
     return nullcontext(), _fixed_statistics(block)
 
 
 @contextmanager
-def _fixed_statistics(block):
+def _fixed_statistics(block: nn.Module) -> Iterator[None]:
     """Keep batch norms in training mode from counting a batch twice."""
     norms = [
         (module, module.momentum, module.num_batches_tracked.clone())

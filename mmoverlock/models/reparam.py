@@ -1,5 +1,8 @@
 """The dilated reparameterized convolution (UniRepLKNet, CVPR 2024)."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, distributed, nn
 
@@ -19,7 +22,7 @@ BRANCHES = {
 }
 
 
-def _group(norm):
+def _group(norm: nn.Module) -> Any:
     """The processes that a batch norm has statistics of, None for its own."""
     if type(norm) is nn.SyncBatchNorm and distributed.is_available():
         if distributed.is_initialized():
@@ -64,7 +67,9 @@ class DilatedReparamConv(nn.Module):
                 f'expected one of {list(BRANCHES)}'
             )
 
-        def depthwise(size, dilation=1, bias=False):
+        def depthwise(
+            size: int, dilation: int = 1, bias: bool = False
+        ) -> nn.Conv2d:
             return nn.Conv2d(
                 channels,
                 channels,
@@ -109,16 +114,18 @@ class DilatedReparamConv(nn.Module):
             for conv, norm in self._branches()
         )
 
-    def _convolve(self, x, weight, bias, dilation=1):
+    def _convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1
+    ) -> Tensor:
         return depthwise_conv2d(
             x, weight, bias, dilation, backend=self.backend
         )
 
-    def _branches(self):
+    def _branches(self) -> Iterator[tuple[nn.Conv2d, nn.Module]]:
         for conv, norm in self.branches:
             yield getattr(self, conv), getattr(self, norm)
 
-    def _is_summable(self, x, groups):
+    def _is_summable(self, x: Tensor, groups: set) -> bool:
         norms = [norm for _, norm in self._branches()]
         if takes_triton(self.backend, x):
             possible = len(groups) == 1
@@ -131,7 +138,7 @@ class DilatedReparamConv(nn.Module):
         )
 
     @staticmethod
-    def _branch(conv, norm):
+    def _branch(conv: nn.Conv2d, norm: nn.Module) -> Branch:
         return Branch(
             conv.weight,
             norm.weight,
@@ -161,6 +168,12 @@ class DilatedReparamConv(nn.Module):
             taps = slice(centre - reach, centre + reach + 1, conv.dilation[0])
             merged[..., taps, taps] += conv.weight * scale[:, None, None, None]
         return merged, bias
+
+    def drop_dilated(self) -> None:
+        """Leave the large kernel and its batch norm alone."""
+        for name in sum(self.branches[1:], ()):
+            delattr(self, name)
+        del self.branches[1:]
 
     @torch.no_grad()
     def switch_to_deploy(self) -> None:

@@ -2,7 +2,7 @@
 
 Names of weights: the release's classifiers have those of the backbone at the
 top, beside ``head.`` and ``aux_head.``; models of OpenMMLab, the release's
-detectors and segmenters among them, have ``backbone.`` and, in classifiers,
+detectors and segmentors among them, have ``backbone.`` and, in classifiers,
 ``head.head.`` and ``head.aux_head.``. *Merged* weights, which the release
 calls reparam, are those of ``OverLoCK(deploy=True)``.
 """
@@ -108,6 +108,8 @@ def merge(state: State, eps: float = 1e-5) -> State:
             conv = DilatedReparamConv(
                 len(large), large.shape[-1], dict(type='BN', eps=eps)
             ).to(large.dtype)
+            if not any(name.startswith('dil_') for name in branches):
+                conv.drop_dilated()  # of a variant without
             conv.load_state_dict(branches)
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
@@ -122,7 +124,7 @@ def merge(state: State, eps: float = 1e-5) -> State:
     return merged
 
 
-def _adapt(state, model, source):
+def _adapt(state: State, model: nn.Module, source: str) -> State:
     """Bring weights to the names of a model, and merge them if it is."""
     if is_release(state) and not is_release(model.state_dict()):
         state = add_prefixes(state)
@@ -187,7 +189,7 @@ def outline(names: list[str]) -> str:
     """The parts of a model that names are of, and how many of each."""
     parts = {}
     for name in names:
-        # What is below the backbone says more than that it is the backbone.
+        # Of a backbone, the part below it says more.
         depth = 2 if name.startswith('backbone.') else 1
         parts.setdefault('.'.join(name.split('.')[:depth]), []).append(name)
     texts = [
@@ -197,7 +199,7 @@ def outline(names: list[str]) -> str:
     return _first(texts, 12)
 
 
-def _first(texts, count):
+def _first(texts: list[str], count: int) -> str:
     rest = len(texts) - count
     return ', '.join(texts[:count]) + (f' and {rest} more' * (rest > 0))
 
@@ -271,6 +273,7 @@ def load_pretrained(
     if prefix or not is_release(state):
         prefix = (prefix or 'backbone').removesuffix('.') + '.'
         state = take(state, prefix) or state
-    optional = *OUTPUT_LAYERS, *({STEM} & state.keys())
+    stem = {STEM} & state.keys()
+    optional = *OUTPUT_LAYERS, *stem, *backbone.optional_weights
     fitting = fit(state, backbone, checkpoint, optional)
     backbone.load_state_dict(fitting, strict=False)

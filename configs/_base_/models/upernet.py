@@ -1,16 +1,17 @@
 # UperNet with an auxiliary FCN head. A config adds model.backbone and the
 # in_channels of both heads.
+data_preprocessor = dict(  # where tools of mmseg read it
+    type='SegDataPreProcessor',
+    mean=[123.675, 116.28, 103.53],
+    std=[58.395, 57.12, 57.375],
+    bgr_to_rgb=True,
+    pad_val=0,
+    seg_pad_val=255,
+    size=(512, 512),
+)
 model = dict(
     type='EncoderDecoder',
-    data_preprocessor=dict(
-        type='SegDataPreProcessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=255,
-        size=(512, 512),
-    ),
+    data_preprocessor=data_preprocessor,
     decode_head=dict(
         type='UPerHead',
         in_index=[0, 1, 2, 3],

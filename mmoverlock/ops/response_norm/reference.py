@@ -1,5 +1,7 @@
 """The definition, in plain PyTorch."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,20 +28,20 @@ class _L2Norm(torch.autograd.Function):
     """Norm over H and W, in single precision at least."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         norm = _l2_norm(x)
         ctx.save_for_backward(x, norm)
         return norm
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         x, norm = ctx.saved_tensors
         # No infinite gradient where a map is zero.
         scale = torch.where(norm > 0, grad / norm, 0)
         return (x * scale).to(x.dtype)
 
 
-def _l2_norm(x):
+def _l2_norm(x: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     if x.device.type != 'cpu':
         return torch.linalg.vector_norm(x, 2, (2, 3), True, dtype=dtype)

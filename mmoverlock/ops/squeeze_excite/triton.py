@@ -530,7 +530,7 @@ def _squeeze_excite_backward(
     bias2: Tensor,
     gate: Tensor | None,
     state: Tensor,
-    silu: bool = False,
+    silu: bool,
 ) -> list[Tensor]:
     """See :func:`backward`."""
     weights = [t.contiguous() for t in (weight1, bias1, weight2, bias2)]

@@ -1,0 +1,3 @@
+_base_ = '../imagenet/overlock_xt_300e.py'
+
+model = dict(backbone=dict(type='OverLoCKVariant', mixer='dilated_reparam'))

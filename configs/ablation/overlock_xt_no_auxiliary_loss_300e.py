@@ -1,0 +1,6 @@
+_base_ = '../imagenet/overlock_xt_300e.py'
+
+model = dict(
+    backbone=dict(type='OverLoCKVariant', remove=['auxiliary_loss']),
+    head=dict(type='OverLoCKFocusClsHead', in_channels=[420]),
+)

@@ -1,0 +1,5 @@
+_base_ = '../imagenet/overlock_xt_300e.py'
+
+model = dict(
+    backbone=dict(type='OverLoCKVariant', remove=['gate']),
+)
