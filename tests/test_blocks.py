@@ -96,3 +96,17 @@ def test_network(auto_is_triton):
     for out, value in zip(outs, expected, strict=True):
         assert out.is_contiguous()
         assert relative_error(out, value) < 1e-5
+
+
+def test_hooks(auto_is_triton):
+    """They see what runs with kernels, too; batches are counted once."""
+    block, maps = make_block('focus')
+    expected = copy.deepcopy(block)(*maps)
+    seen = []
+    for module in (block.weight_query, block.gate, block.proj[0]):
+        module.register_forward_hook(lambda *args: seen.append(args[2].shape))
+    assert torch.equal(block(*maps), expected)
+    assert [shape[1] for shape in seen] == [8, 16, 16]
+    for name, buffer in block.named_buffers():
+        if name.endswith('num_batches_tracked'):
+            assert buffer == 1, name

@@ -1,7 +1,6 @@
 """The two blocks of OverLoCK."""
 
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -261,14 +260,14 @@ class FocusBlock(nn.Module):
             self.dyconv_proj,
             self.proj,
         )
-        prepared = prepare(chain(*sequences), z)
+        prepared = prepare(sequences, z)
         fused = run_layers(self.fusion, z, prepared)
         mixed = self.dynamic_conv(z, fused, prepared)
         y = run_layers(self.dyconv_proj, mixed, prepared)
         y = y + run_layers(self.lepe, fused, prepared)
-        *layers, _ = self.gate  # SiLU, which the next one runs
-        gate = run_layers(layers, fused, prepared)
-        y = self.se_layer(y, gate, silu=True)
+        silu = self.gate in prepared  # which is left to the next one
+        gate = run_layers(self.gate, fused, prepared, -1 if silu else None)
+        y = self.se_layer(y, gate, silu)
         y = run_layers(self.proj, y, prepared)
         keeps = self.drop_path.draw(y, 2)
         z = add_residual(identity, y, keeps[0], self.ls1)

@@ -345,20 +345,23 @@ def conv_and_norm(
 
 
 def run_layers(
-    layers: Iterable[nn.Module], x: Tensor, rounded: dict
+    layers: nn.Sequential, x: Tensor, prepared: dict, end: int | None = None
 ) -> Tensor:
     """Run layers, with what :func:`prepare` has done for them.
 
     Args:
-        layers (Iterable[nn.Module]): One after the other.
+        layers (nn.Sequential): One after the other.
         x (Tensor): What the first one takes.
-        rounded (dict): What :func:`prepare` returned.
+        prepared (dict): What :func:`prepare` returned.
+        end (int, optional): Which prepared layer is the first not to be run.
     """
-    for layer in layers:
-        if layer not in rounded:
+    if layers not in prepared:
+        return layers(x)
+    for layer in [*layers][:end]:
+        if layer not in prepared:
             x = layer(x)
         elif isinstance(layer, PointwiseConv):
-            x = layer(x, rounded=rounded[layer])
+            x = layer(x, rounded=prepared[layer])
         else:
             x = F.batch_norm(
                 x,
@@ -373,44 +376,58 @@ def run_layers(
     return x
 
 
-def prepare(layers: Iterable[nn.Module], x: Tensor) -> dict:
+def prepare(sequences: Iterable[nn.Sequential], x: Tensor) -> dict:
     """What kernels do once for all layers of a block, in two launches.
 
     The weights of 1x1 convolutions are rounded as autocast does, and batch
-    norms count the batch.
+    norms count the batch. What has hooks is left to run as it is.
 
     Args:
-        layers (Iterable[nn.Module]): The layers.
+        sequences (Iterable[nn.Sequential]): The layers.
         x (Tensor): Of the dtype that they get, but for autocast.
 
     Returns:
         dict: By layer, weight and bias of 1x1 convolutions; None for batch
-        norms. Nothing where no kernels run.
+        norms and for the sequences. Nothing where no kernels run.
     """
     if not takes_triton('auto', x):
         return {}
     dtype = cast_as_convolutions(x[:0]).dtype
-    prepared, parameters, counts = {}, [], []
-    for layer in layers:
-        if isinstance(layer, PointwiseConv):
-            prepared[layer] = layer.bias is not None
-            parameters += [layer.weight, layer.bias][: 1 + prepared[layer]]
-        elif (
-            type(layer) is nn.BatchNorm2d
-            and layer.training
-            and layer.track_running_stats
-            and layer.momentum is not None
-        ):
-            prepared[layer] = None
-            counts.append(layer.num_batches_tracked)
-    parameters = iter(round_parameters(dtype, *parameters))
-    for layer, has_bias in prepared.items():
-        if has_bias is not None:
-            weight = next(parameters)
-            prepared[layer] = weight, next(parameters) if has_bias else None
+    prepared, convs, parameters, counts = {}, [], [], []
+    for sequence in filter(_has_no_hooks, sequences):
+        prepared[sequence] = None
+        for layer in sequence:
+            if isinstance(layer, PointwiseConv):
+                convs.append(layer)
+                parameters.append(layer.weight)
+                if layer.bias is not None:
+                    parameters.append(layer.bias)
+            elif _counts_batches(layer):
+                prepared[layer] = None
+                counts.append(layer.num_batches_tracked)
+    rounded = iter(round_parameters(dtype, *parameters))
+    for conv in convs:
+        weight = next(rounded)
+        bias = None if conv.bias is None else next(rounded)
+        prepared[conv] = weight, bias
     if counts:
         torch._foreach_add_(counts, 1)
     return prepared
+
+
+def _has_no_hooks(module: nn.Module) -> bool:
+    return not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def _counts_batches(layer: nn.Module) -> bool:
+    """Whether a layer is a batch norm of which no more than that is asked."""
+    return (
+        type(layer) is nn.BatchNorm2d
+        and layer.training
+        and layer.track_running_stats
+        and layer.momentum is not None
+        and _has_no_hooks(layer)
+    )
 
 
 def build_bn(
