@@ -384,6 +384,9 @@ def build_peer(train, channels=None):
 def blocks(model, batch=128):
     """A block of either kind, and what it takes of images of 224 x 224.
 
+    Maps are in bfloat16, as autocast leaves them inside of the network; the
+    context prior is in single precision, as it leaves what is upsampled.
+
     Args:
         model (OverLoCK): t.
         batch (int): Defaults to 128.
@@ -395,10 +398,12 @@ def blocks(model, batch=128):
     rep, focus = model.blocks1[-1], model.sub_blocks3[-1]
     maps = (model.channels[0], 56, 56), (sum(focus.splits), 14, 14)
     x, z = (
-        torch.empty(batch, *size, device='meta').contiguous(**layout)
+        torch.empty(
+            batch, *size, dtype=torch.bfloat16, device='meta'
+        ).contiguous(**layout)
         for size in maps
     )
-    prior = z[:, : focus.splits[1]].contiguous(**layout)
+    prior = z[:, : focus.splits[1]].float().contiguous(**layout)
     if model.training:
         x.requires_grad_()
         z.requires_grad_()

@@ -24,6 +24,7 @@ from mmoverlock.ops.dynamic_conv import triton as contmix
 from mmoverlock.ops.feed_forward import triton as feed_forward
 from mmoverlock.ops.layer_norm import triton as layer_norm
 from mmoverlock.ops.residual_conv import triton as residual_conv
+from mmoverlock.ops.response_norm import triton as response_norm
 from mmoverlock.ops.scaled_residual import triton as scaled_residual
 from mmoverlock.ops.squeeze_excite import triton as squeeze_excite
 from mmoverlock.ops.update_prior import triton as update_prior
@@ -160,9 +161,9 @@ def compile_passes(capability, dtype, channels):
         _, partial = residual_conv.backward(
             x, x, weight, y, scale, scale, gelu=True, sum_grad_x=True
         )
-        partial_sums.add(partial, weight, bias, bias)
+        partial_sums.add((partial, weight, bias, bias))
         layer_norm.forward(x, bias, bias, 1e-6)
-        layer_norm.backward(x, x, bias, 1e-6)
+        layer_norm.backward(x, x, bias, 1e-6, x)
 
     return compile_launches(run, capability)
 
@@ -180,14 +181,18 @@ def compile_fused_passes(capability, dtype, channels):
             bias,
         )
         x = _empty_map(2, channels, 8, 9, dtype=dtype)
-        _, state = squeeze_excite.forward(x, *weights, x)
-        squeeze_excite.backward(x, x, *weights, x, state)
+        _, state = squeeze_excite.forward(x, *weights, x, True)
+        squeeze_excite.backward(x, x, *weights, x, state, True)
+        _, *saved = response_norm.forward(x, bias, bias)
+        response_norm.backward(x, x, bias, *saved)
         x = _empty_map(2, channels, 17, 16, dtype=dtype)
         squeeze_excite.forward(x, *weights, x)  # many positions
-        squeeze_excite.sum_positions(x, x, x)
+        response_norm.forward(x, bias, bias)
+        response_norm.backward(x, x, bias, *saved)
+        squeeze_excite.sum_positions(x, x, x, True)
         keep = torch.empty(2)
         scaled_residual.forward(x, x, weight, bias, keep)
-        scaled_residual.backward(x, x, dtype, weight, bias, keep)
+        scaled_residual.backward(x, x, dtype, weight, keep)
         prior = _empty_map(2, channels, 17, 16, dtype=dtype)
         z = _empty_map(2, 4 * channels, 17, 16, dtype=dtype)
         operands = z, prior, weight, bias, weight, bias
@@ -234,6 +239,7 @@ def compile_feed_forward(capability, dtype, channels):
         x = _empty_map(2, channels, 8, 9, dtype=dtype)
         hidden = 4 * channels
         vector = torch.empty(hidden)
+        bias = torch.empty(channels)
         parameters = (
             torch.empty(hidden, channels, 1, 1),
             vector,
@@ -242,7 +248,11 @@ def compile_feed_forward(capability, dtype, channels):
             torch.empty(1, hidden, 1, 1),
             torch.empty(1, hidden, 1, 1),
             torch.empty(channels, hidden, 1, 1),
-            torch.empty(channels),
+            bias,
+            x,
+            torch.empty(channels, 1, 1, 1),
+            bias,
+            torch.empty(2),
             True,
         )
         out, *saved = feed_forward.feed_forward(x, *parameters)

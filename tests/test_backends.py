@@ -83,7 +83,7 @@ def test_launch(monkeypatch):
     with FakeTensorMode():
         backends._launch(torch.device(device))
     monkeypatch.setattr(
-        'mmoverlock.ops.partial_sums.add', lambda parts, out: out.fill_(3)
+        'mmoverlock.ops.partial_sums.add', lambda job: job[1].fill_(3)
     )
     with pytest.raises(RuntimeError, match='1 . 1 is 3'):
         backends._launch(torch.device(device))

@@ -42,7 +42,7 @@ def test_block(name, auto_is_triton):
     maps = [x.requires_grad_() for x in maps]
     others = [exact(x) for x in maps]
     out, expected = block(*maps), other(*others)
-    assert 'scaled_residual' in str(out.grad_fn)
+    assert 'feed_forward' in str(out.grad_fn)
     assert relative_error(out, expected) < 2e-6
     if 'first' in name:  # does not read it
         maps, others = maps[:1], others[:1]
@@ -96,3 +96,17 @@ def test_network(auto_is_triton):
     for out, value in zip(outs, expected, strict=True):
         assert out.is_contiguous()
         assert relative_error(out, value) < 1e-5
+
+
+def test_hooks(auto_is_triton):
+    """They see what runs with kernels, too; batches are counted once."""
+    block, maps = make_block('focus')
+    expected = copy.deepcopy(block)(*maps)
+    seen = []
+    for module in (block.weight_query, block.gate, block.proj[0]):
+        module.register_forward_hook(lambda *args: seen.append(args[2].shape))
+    assert torch.equal(block(*maps), expected)
+    assert [shape[1] for shape in seen] == [8, 16, 16]
+    for name, buffer in block.named_buffers():
+        if name.endswith('num_batches_tracked'):
+            assert buffer == 1, name

@@ -27,12 +27,12 @@ BACKEND = 'triton'
 # Of t in bf16 on 128 images of 224 x 224: operators of PyTorch and launches
 # of Triton, GB, and GB of mixed layouts, at most.
 BOUNDS = {
-    ('t', True): (2016, 1478, 113.9, 5.9),
-    ('t', False): (538, 393, 27.9, 0.5),
-    ('RepConv block', True): (16, 38, 6.7, 0.2),
-    ('RepConv block', False): (3, 10, 1.8, 0.0),
-    ('Focus block', True): (122, 62, 4.7, 0.5),
-    ('Focus block', False): (34, 17, 1.2, 0.1),
+    ('t', True): (1003, 1385, 106.4, 5.9),
+    ('t', False): (244, 391, 26.2, 0.5),
+    ('RepConv block', True): (10, 33, 6.0, 0.2),
+    ('RepConv block', False): (2, 9, 1.5, 0.0),
+    ('Focus block', True): (52, 61, 4.1, 0.4),
+    ('Focus block', False): (12, 18, 1.0, 0.1),
 }
 TINY = dict(
     depths=[1, 1, 1, 1],

@@ -345,6 +345,6 @@ def test_kernels_compile_without_spills(capability, tmp_path):
         TRITON_CACHE_DIR=str(tmp_path),
     )
     uses = json.loads(out.splitlines()[-1])
-    assert len({name for name, _ in uses}) == 19
+    assert len({name for name, _ in uses}) == 18
     for name, use in uses:
         assert use['spills'] == 0, (name, use)

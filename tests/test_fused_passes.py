@@ -12,19 +12,26 @@ from kernels import DEVICE, NHWC
 
 from mmoverlock.models.layers import LayerScale, SEModule
 from mmoverlock.ops import partial_sums
+from mmoverlock.ops.response_norm import response_norm
 from mmoverlock.ops.scaled_residual import scaled_residual
 from mmoverlock.ops.squeeze_excite import squeeze_excite
 from mmoverlock.ops.update_prior import update_prior
 
-squeeze, *_ = (
+squeeze, responses, *_ = (
     pytest.importorskip(f'mmoverlock.ops.{name}.triton', exc_type=ImportError)
-    for name in ('squeeze_excite', 'scaled_residual', 'update_prior')
+    for name in (
+        'squeeze_excite',
+        'response_norm',
+        'scaled_residual',
+        'update_prior',
+    )
 )
 
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 CASES = [  # an operator, and which of its optional operands it gets
     (squeeze_excite, ''),
     (squeeze_excite, 'gate'),
+    (squeeze_excite, 'gate silu'),
     (scaled_residual, ''),
     (scaled_residual, 'weight'),
     (scaled_residual, 'keep'),
@@ -32,6 +39,7 @@ CASES = [  # an operator, and which of its optional operands it gets
     (scaled_residual, 'weight bias keep'),
     (update_prior, ''),
     (update_prior, 'bias'),
+    (response_norm, ''),
 ]
 CASE = pytest.mark.parametrize(
     'run, options', CASES, ids=[f'{c[0].__name__} {c[1]}' for c in CASES]
@@ -60,6 +68,7 @@ def draw_operands(run, options, shape, dtype=torch.float32, other=None):
             draw(channels, hidden, 1, 1) * hidden**-0.5,
             draw(channels),
             draw(*shape, dtype=other) if 'gate' in options else None,
+            'silu' in options,
         ]
     elif run is scaled_residual:
         keep = torch.rand(batch, device=DEVICE).bernoulli() / 0.75
@@ -70,6 +79,8 @@ def draw_operands(run, options, shape, dtype=torch.float32, other=None):
             draw(channels) if 'bias' in options else None,
             keep if 'keep' in options else None,
         ]
+    elif run is response_norm:
+        operands = [x, draw(1, channels, 1, 1), draw(1, channels, 1, 1)]
     else:
         priors = max(1, channels // 3)
         operands = [
@@ -82,15 +93,19 @@ def draw_operands(run, options, shape, dtype=torch.float32, other=None):
         ]
     without = operands[4:] if run is scaled_residual else ()  # keep
     for tensor in operands:
-        if tensor is not None and not any(tensor is t for t in without):
+        if is_tensor(tensor) and not any(tensor is t for t in without):
             tensor.requires_grad_()
     return operands
+
+
+def is_tensor(operand):
+    return isinstance(operand, torch.Tensor)
 
 
 def exact(operands):
     return [
         t
-        if t is None
+        if not is_tensor(t)
         else t.detach().double().clone().requires_grad_(t.requires_grad)
         for t in operands
     ]
@@ -98,15 +113,22 @@ def exact(operands):
 
 def define(run, operands):
     if run is squeeze_excite:
-        x, weight1, bias1, weight2, bias2, gate = operands
+        x, weight1, bias1, weight2, bias2, gate, silu = operands
         a = F.conv2d(x.mean((2, 3), keepdim=True), weight1, bias1)
         y = x * torch.sigmoid(F.conv2d(F.gelu(a), weight2, bias2))
-        return y if gate is None else gate * y
+        if gate is None:
+            return y
+        return (F.silu(gate) if silu else gate) * y
     if run is scaled_residual:
         x, y, weight, bias, keep = operands
         if weight is not None:
             x = F.conv2d(x, weight, bias, groups=len(weight))
         return x + (y if keep is None else y * keep[:, None, None, None])
+    if run is response_norm:
+        x, gamma, beta = operands
+        norm = x.square().sum((2, 3), keepdim=True).sqrt()
+        response = norm / (norm.mean(1, keepdim=True) + 1e-6)
+        return x * (gamma * response + 1) + beta
     z, initial, weight, bias, *others = operands
     priors = initial.shape[1]
     z, prior = z[:, :-priors], z[:, -priors:]
@@ -115,7 +137,7 @@ def define(run, operands):
 
 
 def leaves(operands):
-    return [t for t in operands if t is not None and t.requires_grad]
+    return [t for t in operands if is_tensor(t) and t.requires_grad]
 
 
 def assert_right(run, operands, call=None):
@@ -170,7 +192,7 @@ def test_many_images(monkeypatch):
 def test_maps_of_two_dtypes(run, options):
     """The result has the dtype of the first, gradients have their own."""
     shape, half = (2, 6, 3, 4), torch.bfloat16
-    if run is squeeze_excite and not options:
+    if run is response_norm or (run is squeeze_excite and not options):
         pytest.skip('There is one map.')
     assert_right(run, draw_operands(run, options, shape, half, torch.float32))
     operands = draw_operands(run, options, shape, torch.float32, half)
@@ -188,15 +210,15 @@ def test_other_layouts_and_half_weights(run, options):
     operands = draw_operands(run, options, (2, 6, 3, 4))
     others = []
     for tensor in operands:
-        if tensor is None:
-            others.append(None)
+        if not is_tensor(tensor):
+            others.append(tensor)
         elif tensor.dim() == 4 and tensor.shape[-1] > 1:
             others.append(tensor.detach().contiguous())
         else:
             halves = tensor.detach().half()
             others.append(torch.stack([halves, halves], -1)[..., 0])
     for tensor, operand in zip(others, operands, strict=True):
-        if tensor is not None:
+        if is_tensor(tensor):
             tensor.requires_grad_(operand.requires_grad)
     y = run(*others, backend='triton')
     assert y.is_contiguous(memory_format=NHWC)
@@ -220,7 +242,8 @@ def test_other_layouts_and_half_weights(run, options):
 def test_deterministic(monkeypatch, run, options):
     """Equal bits twice; close ones with other numbers of programs."""
     results = []
-    monkeypatch.setattr(squeeze, 'FEW', 50)
+    for module in (squeeze, responses):
+        monkeypatch.setattr(module, 'FEW', 50)
     for slots in (3, 3, 1, 17):
         monkeypatch.setattr(partial_sums, 'programs', lambda *_, n=slots: n)
         operands = draw_operands(run, options, (2, 20, 9, 8))
@@ -297,14 +320,15 @@ def test_operators_are_registered_rightly(
     operators = torch.ops.mmoverlock
     name = run.__name__
     check(getattr(operators, name), operands, test_utils=checks)
-    x, *others = (t if t is None else t.detach() for t in operands)
+    x, *others = (t.detach() if is_tensor(t) else t for t in operands)
     if run is squeeze_excite:
         _, state = squeeze.forward(x, *others)
-        others.append(state)
+        others.insert(-1, state)
     elif run is scaled_residual:
         others[0] = others[0].dtype
-    else:
-        del others[2]  # a bias, whose gradient is that of the other
+    elif run is response_norm:
+        _, *state = responses.forward(x, *others)
+        others[1:] = state
     operator = getattr(operators, f'{name}_backward')
     check(operator, (x, x, *others), test_utils=checks)
 
@@ -348,6 +372,7 @@ def test_reference_is_what_layers_run(dtype):
         pairs = [
             (squeeze_excite(x, *weights), se(x)),
             (squeeze_excite(x, *weights, y), y * se(x)),
+            (squeeze_excite(x, *weights, y, True), F.silu(y) * se(x)),
             (scaled_residual(x, y, scale.weight, scale.bias), scale(x, y)),
             (scaled_residual(x, y), x + y),
             (
@@ -384,6 +409,7 @@ def test_what_cannot_run():
         (lambda: update_prior(x, x[..., :2], one, c, one, c), 'no part of'),
         (lambda: update_prior(x, x[:, :1], one, c, one, c), 'weight'),
         (lambda: update_prior(x, x, one, c, one, one), 'initial_bias'),
+        (lambda: response_norm(x, one, c), r'gamma.*\(1, 2, 1, 1\)'),
         (lambda: scaled_residual(x, x, backend='cudnn'), "'cudnn'.*'auto'"),
     ):
         with pytest.raises(ValueError, match=message):

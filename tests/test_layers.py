@@ -1,5 +1,7 @@
 """The small layers against their definitions."""
 
+from importlib import import_module
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,8 @@ from mmoverlock.models.layers import (
     ResDWConv,
     SEModule,
 )
+
+reference = import_module('mmoverlock.ops.response_norm.reference')
 
 
 def randomized(module):
@@ -67,7 +71,7 @@ def test_scale_and_shift(kind):
 
 @pytest.mark.parametrize('squares', [1, 30, 1000])  # a row, two rows, all
 def test_grn_is_its_definition(squares, monkeypatch):
-    monkeypatch.setattr('mmoverlock.models.layers.SQUARES', squares)
+    monkeypatch.setattr(reference, 'SQUARES', squares)
     grn = randomized(GRN(5))
     x = maps(2, 5, 4, 3)
     norm = x.square().sum((2, 3), keepdim=True).sqrt()

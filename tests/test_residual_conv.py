@@ -145,7 +145,7 @@ def test_gradient_made_while_loading(gelu):
     )
     sums = torch.empty(5, 1, 3, 3), torch.empty(5), torch.empty(5)
     sums = [t.to(DEVICE) for t in sums]
-    partial_sums.add(partial, *sums)
+    partial_sums.add((partial, *sums))
     others = exact(x, weight, bias)
     g = grad.double() * scale[..., None, None] + y * coef[..., None, None]
     expected = torch.autograd.grad(define(*others, gelu), others, g.double())

@@ -18,6 +18,9 @@ from .layers import (
     SEModule,
     add_residual,
     build_bn,
+    conv_and_norm,
+    prepare,
+    run_layers,
 )
 from .reparam import DilatedReparamConv
 
@@ -38,11 +41,17 @@ def _feed_forward_layers(
 
 
 def _feed_forward(
-    layers: Sequence[nn.Module], x: Tensor, excite: SEModule | None = None
+    layers: Sequence[nn.Module],
+    x: Tensor,
+    identity: Tensor,
+    keep: Tensor | None,
+    scale: LayerScale | None,
+    excite: SEModule | None = None,
 ) -> Tensor:
-    """Run such layers, behind a squeeze and excitation if there is one.
+    """Run such layers and add their result to the scaled identity.
 
-    What these and GRN scale and shift is the input of a 1x1 convolution.
+    A squeeze and excitation may come first. What this and GRN scale and shift
+    is the input of a 1x1 convolution.
     """
     expand, gelu, dwconv, grn, reduce = layers
     parameters = (
@@ -55,12 +64,17 @@ def _feed_forward(
         reduce.weight,
         reduce.bias,
         dwconv.residual,
+        identity,
+        None if scale is None else scale.weight,
+        None if scale is None else scale.bias,
+        keep,
     )
     if takes_triton('auto', x, feed_forward, x, *parameters):
         return feed_forward(x if excite is None else excite(x), *parameters)
-    scale = () if excite is None else excite.scale_and_shift(x)
-    x = dwconv(gelu(expand(x, *scale)))
-    return reduce(x, *grn.scale_and_shift(x))
+    scales = () if excite is None else excite.scale_and_shift(x)
+    x = dwconv(gelu(expand(x, *scales)))
+    x = reduce(x, *grn.scale_and_shift(x))
+    return add_residual(identity, x, keep, scale)
 
 
 class RepConvBlock(nn.Module):
@@ -106,10 +120,10 @@ class RepConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
         norm, conv, bn, excite, *layers, drop_path = self.proj
-        x = self.dwconv(x)
-        y = bn(conv(norm(x)))
-        y = _feed_forward(layers, y, excite)
-        return add_residual(x, y, drop_path, self.ls)
+        x, y = conv_and_norm(self.dwconv, norm, x)
+        y = bn(conv(y))
+        (keep,) = drop_path.draw(y, 1)
+        return _feed_forward(layers, y, x, keep, self.ls, excite)
 
 
 class FocusBlock(nn.Module):
@@ -236,18 +250,33 @@ class FocusBlock(nn.Module):
                 self.h_scale.weight,
                 self.h_scale.bias,
             )
-        z = self.dwconv1(z)
-        identity = z
-        z = self.norm1(z)
-        fused = self.fusion(z)
-        y = self.dyconv_proj(self.dynamic_conv(z, fused)) + self.lepe(fused)
-        y = self.se_layer(y, self.gate(fused))
-        z = add_residual(identity, self.proj(y), self.drop_path, self.ls1)
-        z = self.dwconv2(z)
-        y = _feed_forward(self.mlp, self.norm2(z))
-        return add_residual(z, y, self.drop_path, self.ls2)
+        identity, z = conv_and_norm(self.dwconv1, self.norm1, z)
+        sequences = (
+            self.fusion,
+            self.gate,
+            self.lepe,
+            self.weight_query,
+            self.weight_key,
+            self.dyconv_proj,
+            self.proj,
+        )
+        prepared = prepare(sequences, z)
+        fused = run_layers(self.fusion, z, prepared)
+        mixed = self.dynamic_conv(z, fused, prepared)
+        y = run_layers(self.dyconv_proj, mixed, prepared)
+        y = y + run_layers(self.lepe, fused, prepared)
+        silu = self.gate in prepared  # which is left to the next one
+        gate = run_layers(self.gate, fused, prepared, -1 if silu else None)
+        y = self.se_layer(y, gate, silu)
+        y = run_layers(self.proj, y, prepared)
+        keeps = self.drop_path.draw(y, 2)
+        z = add_residual(identity, y, keeps[0], self.ls1)
+        z, y = conv_and_norm(self.dwconv2, self.norm2, z)
+        return _feed_forward(self.mlp, y, z, keeps[1], self.ls2)
 
-    def dynamic_conv(self, z: Tensor, value: Tensor) -> Tensor:
+    def dynamic_conv(
+        self, z: Tensor, value: Tensor, prepared: dict | None = None
+    ) -> Tensor:
         """Mix ``value`` with kernels made from ``z``.
 
         A map with a side shorter than the kernel is enlarged for it.
@@ -255,10 +284,13 @@ class FocusBlock(nn.Module):
         Args:
             z (Tensor): Normalized features and prior, (B, C + P, H, W).
             value (Tensor): (B, C, H, W).
+            prepared (dict, optional): See
+                :func:`mmoverlock.models.layers.prepare`.
 
         Returns:
             Tensor: (B, C, H, W).
         """
+        prepared = prepared or {}
         size = value.shape[-2:]
         short, long = min(size), max(size)
         if short < self.kernel_size:
@@ -273,7 +305,11 @@ class FocusBlock(nn.Module):
                 for maps in (z, value)
             )
         x, prior = z.split(self.splits, dim=1)
-        mixed = self.mix(self.weight_query(x), self.weight_key(prior), value)
+        mixed = self.mix(
+            run_layers(self.weight_query, x, prepared),
+            run_layers(self.weight_key, prior, prepared),
+            value,
+        )
         if short < self.kernel_size:
             mixed = F.adaptive_avg_pool2d(mixed, size)
         return mixed

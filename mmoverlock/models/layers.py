@@ -1,22 +1,24 @@
 """Small layers that OverLoCK is made of, all on (B, C, H, W) maps."""
 
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import (
-    apply,
-    is_compiling,
+    cast_as_convolutions,
+    conv_norm,
     layer_norm,
+    pointwise_conv,
     residual_conv,
+    response_norm,
+    response_scale,
+    round_parameters,
     scaled_residual,
     squeeze_excite,
     takes_triton,
 )
-
-SQUARES = 2**18  # elements of a map that are squared at a time
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -50,6 +52,7 @@ class PointwiseConv(nn.Conv2d):
         x: Tensor,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
+        rounded: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:
         """Convolve ``x * scale + shift``.
 
@@ -57,10 +60,15 @@ class PointwiseConv(nn.Conv2d):
             x (Tensor): (B, C, H, W).
             scale (Tensor, optional): (B, C, 1, 1).
             shift (Tensor, optional): (1, C, 1, 1).
+            rounded (tuple, optional): Weight and bias as autocast casts them,
+                where there is neither scale nor shift. Defaults to None: they
+                are cast here.
 
         Returns:
             Tensor: (B, out_channels, H, W).
         """
+        if rounded is not None:
+            return pointwise_conv(x, self.weight, self.bias, *rounded)
         # Of maps in channels_last a matrix product is faster.
         weight, bias = self.weight.flatten(1), self.bias
         size = x.shape[2:]
@@ -138,7 +146,7 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return scale_shift(x, *self.scale_and_shift(x))
+        return response_norm(x, self.gamma, self.beta)
 
     def scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the module scales its input by, and adds to it.
@@ -149,39 +157,7 @@ class GRN(nn.Module):
         Returns:
             tuple[Tensor, Tensor]: (B, C, 1, 1) and (1, C, 1, 1).
         """
-        response = apply(_L2Norm, x)
-        response = response / (response.mean(1, keepdim=True) + 1e-6)
-        return self.gamma * response + 1, self.beta
-
-
-def _l2_norm(x: Tensor) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if x.device.type != 'cpu':
-        return torch.linalg.vector_norm(x, 2, (2, 3), True, dtype=dtype)
-    # There, norms over strided dimensions are slow.
-    parts = [x]
-    if not is_compiling():  # whose maps may be of any size
-        rows = SQUARES // max(1, x[:, :, 0].numel())
-        parts = x.split(max(1, rows), dim=2)
-    squares = (p.to(dtype).square().sum((2, 3), True) for p in parts)
-    return sum(squares).sqrt()
-
-
-class _L2Norm(torch.autograd.Function):
-    """Norm over H and W, in single precision at least."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        norm = _l2_norm(x)
-        ctx.save_for_backward(x, norm)
-        return norm
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        x, norm = ctx.saved_tensors
-        # No infinite gradient where a map is zero.
-        scale = torch.where(norm > 0, grad / norm, 0)
-        return (x * scale).to(x.dtype)
+        return response_scale(x, self.gamma), self.beta
 
 
 class SEModule(nn.Module):
@@ -202,12 +178,15 @@ class SEModule(nn.Module):
             nn.Sigmoid(),
         )
 
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, gate: Tensor | None = None, silu: bool = False
+    ) -> Tensor:
         """Scale ``x``, and multiply it by a gate if there is one.
 
         Args:
             x (Tensor): (B, C, H, W).
             gate (Tensor, optional): Of the same shape.
+            silu (bool): Whether it is SiLU of the gate. Defaults to False.
 
         Returns:
             Tensor: Of the same shape.
@@ -215,10 +194,18 @@ class SEModule(nn.Module):
         if takes_triton('auto', x):
             _, first, _, second, _ = self.proj
             return squeeze_excite(
-                x, first.weight, first.bias, second.weight, second.bias, gate
+                x,
+                first.weight,
+                first.bias,
+                second.weight,
+                second.bias,
+                gate,
+                silu,
             )
         x = x * self.proj(x)
-        return x if gate is None else gate * x
+        if gate is None:
+            return x
+        return (F.silu(gate) if silu else gate) * x
 
     def scale_and_shift(self, x: Tensor) -> tuple[Tensor, None]:
         """What the module scales its input by.
@@ -290,32 +277,157 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.drop_prob == 0:
-            return x
-        keep = torch.ones_like(x[:, :1, :1, :1])
-        return x * F.dropout(keep, self.drop_prob)
+        (keep,) = self.draw(x, 1)
+        return _scale_samples(x, keep)
 
-    def draw(self, x: Tensor) -> Tensor | None:
-        """The factor (B, ) of every sample of ``x``; None if it is 1."""
-        if not self.training or self.drop_prob == 0:
-            return None
-        keep = torch.ones(len(x), device=x.device)
-        return F.dropout(keep, self.drop_prob)
+    def draw(self, x: Tensor, count: int) -> Sequence[Tensor | None]:
+        """What to scale the samples of so many branches by.
+
+        Args:
+            x (Tensor): (B, C, H, W).
+            count (int): Branches that are dropped on their own.
+
+        Returns:
+            Sequence[Tensor | None]: (B, ) for each, or None where it is 1.
+        """
+        kept = 1 - self.drop_prob
+        if not self.training or kept == 1:
+            return (None,) * count
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        keep = torch.empty(count, len(x), dtype=dtype, device=x.device)
+        return keep.bernoulli_(kept).div_(kept).unbind()
 
     def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob}'
 
 
+def _scale_samples(x: Tensor, keep: Tensor | None) -> Tensor:
+    return x if keep is None else x * keep.to(x.dtype)[:, None, None, None]
+
+
 def add_residual(
-    x: Tensor, y: Tensor, drop_path: DropPath, scale: LayerScale | None
+    x: Tensor, y: Tensor, keep: Tensor | None, scale: LayerScale | None
 ) -> Tensor:
-    """``scale(x) + drop_path(y)``, both maps (B, C, H, W)."""
+    """``scale(x) + y * keep``.
+
+    Args:
+        x, y (Tensor): (B, C, H, W).
+        keep (Tensor, optional): See :meth:`DropPath.draw`.
+        scale (LayerScale, optional): The scale and shift of x.
+
+    Returns:
+        Tensor: (B, C, H, W).
+    """
     if takes_triton('auto', x):
         weight = None if scale is None else scale.weight
         bias = None if scale is None else scale.bias
-        return scaled_residual(x, y, weight, bias, drop_path.draw(y))
-    y = drop_path(y)
+        return scaled_residual(x, y, weight, bias, keep)
+    y = _scale_samples(y, keep)
     return x + y if scale is None else scale(x, y)
+
+
+def conv_and_norm(
+    conv: ResDWConv, norm: LayerNorm2d, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``conv(x)`` and the norm of it, both (B, C, H, W)."""
+    if takes_triton('auto', x):
+        return conv_norm(
+            x,
+            conv.weight,
+            conv.bias,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            conv.residual,
+        )
+    x = conv(x)
+    return x, norm(x)
+
+
+def run_layers(
+    layers: nn.Sequential, x: Tensor, prepared: dict, end: int | None = None
+) -> Tensor:
+    """Run layers, with what :func:`prepare` has done for them.
+
+    Args:
+        layers (nn.Sequential): One after the other.
+        x (Tensor): What the first one takes.
+        prepared (dict): What :func:`prepare` returned.
+        end (int, optional): Which prepared layer is the first not to be run.
+    """
+    if layers not in prepared:
+        return layers(x)
+    for layer in [*layers][:end]:
+        if layer not in prepared:
+            x = layer(x)
+        elif isinstance(layer, PointwiseConv):
+            x = layer(x, rounded=prepared[layer])
+        else:
+            x = F.batch_norm(
+                x,
+                layer.running_mean,
+                layer.running_var,
+                layer.weight,
+                layer.bias,
+                True,
+                layer.momentum,
+                layer.eps,
+            )
+    return x
+
+
+def prepare(sequences: Iterable[nn.Sequential], x: Tensor) -> dict:
+    """What kernels do once for all layers of a block, in two launches.
+
+    The weights of 1x1 convolutions are rounded as autocast does, and batch
+    norms count the batch. What has hooks is left to run as it is.
+
+    Args:
+        sequences (Iterable[nn.Sequential]): The layers.
+        x (Tensor): Of the dtype that they get, but for autocast.
+
+    Returns:
+        dict: By layer, weight and bias of 1x1 convolutions; None for batch
+        norms and for the sequences. Nothing where no kernels run.
+    """
+    if not takes_triton('auto', x):
+        return {}
+    dtype = cast_as_convolutions(x[:0]).dtype
+    prepared, convs, parameters, counts = {}, [], [], []
+    for sequence in filter(_has_no_hooks, sequences):
+        prepared[sequence] = None
+        for layer in sequence:
+            if isinstance(layer, PointwiseConv):
+                convs.append(layer)
+                parameters.append(layer.weight)
+                if layer.bias is not None:
+                    parameters.append(layer.bias)
+            elif _counts_batches(layer):
+                prepared[layer] = None
+                counts.append(layer.num_batches_tracked)
+    rounded = iter(round_parameters(dtype, *parameters))
+    for conv in convs:
+        weight = next(rounded)
+        bias = None if conv.bias is None else next(rounded)
+        prepared[conv] = weight, bias
+    if counts:
+        torch._foreach_add_(counts, 1)
+    return prepared
+
+
+def _has_no_hooks(module: nn.Module) -> bool:
+    return not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def _counts_batches(layer: nn.Module) -> bool:
+    """Whether a layer is a batch norm of which no more than that is asked."""
+    return (
+        type(layer) is nn.BatchNorm2d
+        and layer.training
+        and layer.track_running_stats
+        and layer.momentum is not None
+        and _has_no_hooks(layer)
+    )
 
 
 def build_bn(

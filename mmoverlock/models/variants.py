@@ -26,7 +26,13 @@ from .blocks import (
     RepConvBlock,
     _feed_forward,
 )
-from .layers import PointwiseConv, SEModule, add_residual, build_bn
+from .layers import (
+    PointwiseConv,
+    SEModule,
+    add_residual,
+    build_bn,
+    conv_and_norm,
+)
 from .overlock import OverLoCK
 from .reparam import DilatedReparamConv
 
@@ -42,8 +48,8 @@ class VariantFocusBlock(Variant, FocusBlock):
     """
 
     def forward(self, z: Tensor, initial_prior: Tensor | None) -> Tensor:
-        z = self.dwconv1(self.read(z, initial_prior))
-        identity, z = z, self.norm1(z)
+        z = self.read(z, initial_prior)
+        identity, z = conv_and_norm(self.dwconv1, self.norm1, z)
         fused = self.fusion(z)
         y = self.dynamic_conv(self.guides(z, initial_prior), fused)
         y = self.dyconv_proj(y)
@@ -51,9 +57,10 @@ class VariantFocusBlock(Variant, FocusBlock):
             y = y + self.lepe(fused)
         gate = None if self.gate is None else self.gate(fused)
         y = self.proj(self.se_layer(y, gate))
-        z = self.dwconv2(add_residual(identity, y, self.drop_path, self.ls1))
-        y = _feed_forward(self.mlp, self.norm2(z))
-        return add_residual(z, y, self.drop_path, self.ls2)
+        keeps = self.drop_path.draw(y, 2)
+        z = add_residual(identity, y, keeps[0], self.ls1)
+        z, y = conv_and_norm(self.dwconv2, self.norm2, z)
+        return _feed_forward(self.mlp, y, z, keeps[1], self.ls2)
 
     def read(self, z: Tensor, initial_prior: Tensor | None) -> Tensor:
         """What the block works on, of its inputs."""
@@ -162,8 +169,12 @@ class WithoutSE(Variant):
 class NoExcitation(nn.Module):
     """In the place of :class:`SEModule`; what is left is the gate."""
 
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        return x if gate is None else gate * x
+    def forward(
+        self, x: Tensor, gate: Tensor | None = None, silu: bool = False
+    ) -> Tensor:
+        if gate is None:
+            return x
+        return (F.silu(gate) if silu else gate) * x
 
     def scale_and_shift(self, x: Tensor) -> tuple[None, None]:
         return None, None

@@ -111,7 +111,7 @@ def _launch(device):
     with _disable_current_modes():  # a compiler may be tracing
         parts = torch.ones(2, 1, 1, device=device)
         total = torch.empty(1, 1, device=device)
-        add(parts, total)
+        add((parts, total))
         if total.item() != 2:
             raise RuntimeError(f'1 + 1 is {total.item()}')
 

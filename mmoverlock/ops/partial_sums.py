@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .common import cdiv
 
-CHANNELS = 32  # of a program that adds partial sums
-PARTS = 128  # that it loads at a time
+VALUES = 4096  # that a program which adds partial sums has at a time
+PARTS = 128, 16  # of a column that it has at a time: of many, of a few
 
 
 @lru_cache
@@ -32,40 +32,65 @@ def programs(device: torch.device, resident: int) -> int:
     return resident * properties.multi_processor_count
 
 
-@triton.jit(do_not_specialize=('parts',))
-def _add_kernel(
-    partial,
-    first,
-    second,
-    third,
+@triton.jit
+def _add(
+    p_parts,
+    p_out,
     parts,
+    step,
+    block,
+    count,
     channels,
-    SUMS: tl.constexpr,
-    FIRST: tl.constexpr,
     PARTS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    k = tl.program_id(1)
-    inside = channel < channels
+    o_out = block * COLUMNS + tl.arange(0, COLUMNS)
+    m_out = o_out < count
     part = tl.arange(0, PARTS)[:, None]
-    stride = tl.cast(channels, tl.int64) * SUMS
-    partial += k * channels + part * stride + channel[None]
-    total = tl.zeros((PARTS, CHANNELS), tl.float32)
+    p_part = p_parts + part * tl.cast(step, tl.int64) + o_out[None]
+    acc = tl.zeros((PARTS, COLUMNS), tl.float32)
     for start in range(0, parts, PARTS):
-        mask = (start + part < parts) & inside[None]
-        total += tl.load(partial + start * stride, mask=mask, other=0)
-    total = tl.sum(total, 0)
-    if k < FIRST:
-        out = first + channel * FIRST + k
-        tl.store(out, total.to(first.dtype.element_ty), mask=inside)
-    elif k == FIRST:
-        if second is not None:
-            out = second + channel
-            tl.store(out, total.to(second.dtype.element_ty), mask=inside)
-    elif third is not None:
-        out = third + channel
-        tl.store(out, total.to(third.dtype.element_ty), mask=inside)
+        mask = (start + part < parts) & m_out[None]
+        acc += tl.load(p_part, mask=mask, other=0)
+        p_part += PARTS * tl.cast(step, tl.int64)
+    b_out = tl.sum(acc, 0).to(p_out.dtype.element_ty)
+    p_out += o_out % channels * (count // channels) + o_out // channels
+    tl.store(p_out, b_out, mask=m_out)
+
+
+@triton.jit
+def _add_kernel(
+    p_parts,
+    p_outs,
+    odds,
+    steps,
+    counts,
+    channels,
+    PARTS: tl.constexpr,
+    VALUES: tl.constexpr,
+):
+    """``out[c, k] = sum over i of parts[i, k, c]`` for some outputs.
+
+    Of each, a pointer to (parts, step) in a tuple, of which k and c are the
+    first count = K C; grid (blocks of all counts, ). Odd numbers 2 parts + 1
+    keep Triton from compiling for kinds of them.
+    """
+    block = tl.program_id(0)
+    for i in tl.static_range(len(p_outs)):
+        blocks = tl.cdiv(counts[i], VALUES // PARTS[i])
+        if (block >= 0) & (block < blocks):
+            _add(
+                p_parts[i],
+                p_outs[i],
+                odds[i] // 2,
+                steps[i],
+                block,
+                counts[i],
+                channels[i],
+                PARTS[i],
+                VALUES // PARTS[i],
+            )
+        block -= blocks
 
 
 def check_device(x: Tensor) -> None:
@@ -80,31 +105,40 @@ def check_device(x: Tensor) -> None:
         )
 
 
-def add(
-    partial: Tensor,
-    first: Tensor,
-    second: Tensor | None = None,
-    third: Tensor | None = None,
-) -> None:
-    """Write sums of partial sums.
+def add(*jobs: tuple[Tensor | None, ...]) -> None:
+    """Write sums of partial sums, all in one launch.
 
     Args:
-        partial (Tensor): (parts, sums, C), in single precision.
-        first (Tensor): (C, ...): all sums but those of the other two.
-        second, third (Tensor, optional): (C, ): the sums behind.
+        jobs (tuple): Partial sums (parts, sums, C), contiguous and in single
+            precision, and what takes them: an output (C, ...) takes as many
+            sums as it has values a channel, None leaves one out.
     """
-    parts, sums, channels = partial.shape
-    grid = cdiv(channels, CHANNELS), sums
-    with torch.cuda.device_of(partial):
-        _add_kernel[grid](
-            partial,
-            first,
-            second,
-            third,
-            parts,
+    outs, parts, sizes = [], [], []
+    for partial, *targets in jobs:
+        count, sums, channels = partial.shape
+        flat, first = partial.view(count, -1), 0
+        for out in targets:
+            size = channels if out is None else out.numel()
+            if out is not None:
+                outs.append(out)
+                parts.append(flat[:, first : first + size])
+                sizes.append((count, sums * channels, size, channels))
+            first += size
+    counts, steps, lengths, channels = zip(*sizes, strict=True)
+    many, few = PARTS
+    forms = tuple(few if count <= few else many for count in counts)
+    grid = sum(
+        cdiv(length, VALUES // form)
+        for length, form in zip(lengths, forms, strict=True)
+    )
+    with torch.cuda.device_of(outs[0]):
+        _add_kernel[(grid,)](
+            tuple(parts),
+            tuple(outs),
+            tuple(2 * count + 1 for count in counts),
+            steps,
+            lengths,
             channels,
-            SUMS=sums,
-            FIRST=first.numel() // channels,
-            PARTS=PARTS,
-            CHANNELS=CHANNELS,
+            PARTS=forms,
+            VALUES=VALUES,
         )

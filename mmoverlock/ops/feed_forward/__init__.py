@@ -16,12 +16,17 @@ def feed_forward(
     weight2: Tensor,
     bias2: Tensor,
     residual: bool = True,
+    identity: Tensor | None = None,
+    gain: Tensor | None = None,
+    offset: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """Expand, mix neighbors, normalize the response, reduce::
 
         f = gelu(weight1 x + bias1)
         y = f + conv(f)
         out = weight2 (y (gamma r + 1) + beta) + bias2
+    out = out keep + identity gain + offset
 
     with the response r of a channel, its norm over the map divided by the
     mean norm of all channels (GRN, ConvNeXt V2). Kernels alone: elsewhere the
@@ -39,6 +44,12 @@ def feed_forward(
         bias2 (Tensor): (C', ).
         residual (bool): Whether f is added to its convolution. Defaults to
             True.
+        identity (Tensor, optional): (B, C', H, W), which the result is added
+            to, in its dtype.
+        gain (Tensor, optional): (C', 1, 1, 1).
+        offset (Tensor, optional): (C', ), where there is a gain.
+        keep (Tensor, optional): (B, ), in single precision; it gets no
+            gradient.
 
     Returns:
         Tensor: (B, C', H, W).
@@ -55,6 +66,10 @@ def feed_forward(
         beta,
         weight2,
         bias2,
+        identity,
+        gain,
+        offset,
+        keep,
         residual,
     )
     return out

@@ -5,7 +5,7 @@ With H positions, D hidden channels, g the gradient of the result::
     h = W1 x + b1
     y = f + conv(f) + b,  f = gelu(h)
     n = |y| over an image,  r = n / (mean of n over channels + eps)
-    out = W2 (y s + beta) + b2,  s = gamma r + 1
+    out = k (W2 (y s + beta) + b2) + identity w + b3,  s = gamma r + 1
 
 Forward, the hidden map is written twice and read twice: ``h`` by the first
 product, ``y`` and its sums of squares by the convolution, and the second
@@ -17,121 +17,15 @@ are those of PyTorch.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .. import partial_sums
-from ..common import channels_last, custom_op, next_power_of_2
+from ..common import channels_last, custom_op
+from ..pointwise import product_weight_grad, round_parameters, rows, to_map
 from ..pointwise.triton import product, weight_grad
 from ..residual_conv import triton as conv
-
-EPS = tl.constexpr(1e-6)
-SIZES = ('parts', 'channels')
-
-
-@triton.jit
-def _sum_parts(p_parts, parts, step, o_channel, m_channel):
-    """Sum of parts (parts, C) that are ``step`` apart."""
-    total = tl.zeros(o_channel.shape, tl.float32)
-    for part in range(parts):
-        p_part = p_parts + part * step + o_channel
-        total += tl.load(p_part, mask=m_channel, other=0)
-    return total
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _scale_kernel(
-    p_squares,
-    p_gamma,
-    p_norm,
-    p_scale,
-    parts,
-    channels,
-    CHANNELS: tl.constexpr,
-):
-    """Norms and scales (B, D) from squares (B, parts, D); grid (B, )."""
-    image = tl.program_id(0).to(tl.int64)
-    o_channel = tl.arange(0, CHANNELS)
-    m_channel = o_channel < channels
-    p_image = p_squares + image * parts * channels
-    b_norm = tl.sqrt(
-        _sum_parts(p_image, parts, channels, o_channel, m_channel)
-    )
-    mean = tl.sum(b_norm, 0) / channels + EPS
-    b_gamma = tl.load(p_gamma + o_channel, mask=m_channel, other=0)
-    b_scale = b_gamma.to(tl.float32) * b_norm / mean + 1
-    o_out = image * channels + o_channel
-    tl.store(p_norm + o_out, b_norm, mask=m_channel)
-    tl.store(p_scale + o_out, b_scale, mask=m_channel)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _scale_grad_kernel(
-    p_sums,
-    p_gamma,
-    p_norm,
-    p_coef,
-    p_parts,
-    parts,
-    channels,
-    CHANNELS: tl.constexpr,
-):
-    """What the norm adds to the gradient of y: ``y * coef``.
-
-    sums (B, parts, 2 D): of the gradient ``ds`` of the scale and ``dt`` of
-    the shift; norm and coef (B, D); parts (B, 2, D) of the gradients of gamma
-    and beta; grid (B, ).
-    """
-    image = tl.program_id(0).to(tl.int64)
-    o_channel = tl.arange(0, CHANNELS)
-    m_channel = o_channel < channels
-    p_image = p_sums + image * parts * 2 * channels
-    ds = _sum_parts(p_image, parts, 2 * channels, o_channel, m_channel)
-    dt = _sum_parts(
-        p_image + channels, parts, 2 * channels, o_channel, m_channel
-    )
-    o_out = image * channels + o_channel
-    b_norm = tl.load(p_norm + o_out, mask=m_channel, other=0)
-    b_gamma = tl.load(p_gamma + o_channel, mask=m_channel, other=0)
-    mean = tl.sum(b_norm, 0) / channels + EPS
-    dr = ds * b_gamma.to(tl.float32)
-    dn = (dr - tl.sum(dr * b_norm, 0) / (mean * channels)) / mean
-    # No infinite gradient where a map is zero.
-    b_coef = tl.where(b_norm > 0, dn / b_norm, 0.0)
-    tl.store(p_coef + o_out, b_coef, mask=m_channel)
-    p_part = p_parts + image * 2 * channels + o_channel
-    tl.store(p_part, ds * b_norm / mean, mask=m_channel)
-    tl.store(p_part + channels, dt, mask=m_channel)
-
-
-def _rows(x):
-    """(B, C, H, W) in channels_last as (B * H * W, C)."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _map(rows, like):
-    batch, _, height, width = like.shape
-    return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
-
-
-def _rounded(dtype, *parameters):
-    """Parameters in the dtype of a map, in one launch."""
-    if all(parameter.dtype == dtype for parameter in parameters):
-        return parameters
-    rounded = [torch.empty_like(p, dtype=dtype) for p in parameters]
-    torch._foreach_copy_(rounded, parameters)
-    return rounded
-
-
-def _weight_grad(grad, x, weight):
-    """Gradient of a weight (O, I, 1, 1) of a product without a scale."""
-    grad, x = _rows(grad).mT, _rows(x)
-    if grad.is_cuda and weight.dtype == torch.float32 != grad.dtype:
-        out = torch.mm(grad, x, out_dtype=torch.float32)
-    else:
-        out = torch.mm(grad.to(weight.dtype), x.to(weight.dtype))
-    return out.view(weight.shape)
+from ..response_norm import triton as response_norm
+from ..scaled_residual import triton as scaled_residual
 
 
 @custom_op('mmoverlock::feed_forward')
@@ -145,62 +39,72 @@ def feed_forward(
     beta: Tensor | None,
     weight2: Tensor,
     bias2: Tensor,
+    identity: Tensor | None,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    keep: Tensor | None,
     residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The result, and h, y, the norms and the scales for the gradient."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The result; h, y, the norms and the scales; both weights, rounded.
+
+    The weights are empty if they are what they were.
+    """
     x = channels_last(x)
     if not x.numel():
-        return _empty_outputs(x, weight1, weight2)
-    weight1, bias1, weight2 = _rounded(x.dtype, weight1, bias1, weight2)
-    h = torch.addmm(bias1, _rows(x), weight1.flatten(1).mT)
-    h = _map(h, x)
+        return _empty_outputs(x, weight1, weight2, identity)
+    rounded = round_parameters(x.dtype, weight1, weight2, bias1)
+    h = to_map(torch.addmm(rounded[2], *_factors(x, rounded[0])), x)
     y, squares = conv.forward(
         h, conv_weight, conv_bias, gelu=True, residual=residual, squares=True
     )
-    norm = squares.new_empty(y.shape[:2])
-    scale = torch.empty_like(norm)
-    channels = y.shape[1]
     with torch.cuda.device_of(x):
-        _scale_kernel[(len(x),)](
-            squares,
-            gamma,
-            norm,
-            scale,
-            squares.shape[1],
-            channels,
-            CHANNELS=next_power_of_2(channels),
-            num_warps=8,
+        norm, scale = response_norm.scales(
+            squares, gamma, y.shape[1], squares.shape[1], square=False
         )
-    out, _ = product(y, weight2, bias2, scale, beta)
-    return out, h, y, norm, scale
+    out, _ = product(
+        y,
+        rounded[1],
+        bias2,
+        scale,
+        beta,
+        keep=keep,
+        identity=None if identity is None else channels_last(identity),
+        gain=gain,
+        offset=offset,
+    )
+    if x.dtype == weight1.dtype:
+        rounded = [x.new_empty(0) for _ in range(2)]
+    return out, h, y, norm, scale, *rounded[:2]
 
 
-def _empty_outputs(x, weight1, weight2):
+def _factors(x, weight):
+    return rows(x), weight.flatten(1).mT
+
+
+def _empty_outputs(x, weight1, weight2, identity):
     batch, _, height, width = x.shape
+    dtypes = x.dtype if identity is None else identity.dtype, x.dtype, x.dtype
     out, h, y = (
-        x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
-        for channels in (len(weight2), len(weight1), len(weight1))
+        x.new_empty(batch, height, width, channels, dtype=dtype)
+        for channels, dtype in zip(
+            (len(weight2), len(weight1), len(weight1)), dtypes, strict=True
+        )
     )
     norm, scale = (
         x.new_empty(batch, len(weight1), dtype=torch.float32) for _ in range(2)
     )
-    return out, h, y, norm, scale
+    same = x.dtype == weight1.dtype
+    rounded = (
+        x.new_empty(0) if same else torch.empty_like(weight, dtype=x.dtype)
+        for weight in (weight1, weight2)
+    )
+    maps = (t.permute(0, 3, 1, 2) for t in (out, h, y))
+    return *maps, norm, scale, *rounded
 
 
 @feed_forward.register_fake
-def _(
-    x,
-    weight1,
-    bias1,
-    conv_weight,
-    conv_bias,
-    gamma,
-    beta,
-    weight2,
-    bias2,
-    residual,
-):
-    return _empty_outputs(x, weight1, weight2)
+def _(x, weight1, *args):
+    return _empty_outputs(x, weight1, args[5], args[7])
 
 
 @custom_op('mmoverlock::feed_forward_backward', differentiable=False)
@@ -211,6 +115,8 @@ def _feed_forward_backward(
     y: Tensor,
     norm: Tensor,
     scale: Tensor,
+    rounded1: Tensor,
+    rounded2: Tensor,
     weight1: Tensor,
     bias1: Tensor,
     conv_weight: Tensor,
@@ -219,12 +125,20 @@ def _feed_forward_backward(
     beta: Tensor | None,
     weight2: Tensor,
     bias2: Tensor,
+    identity: Tensor | None,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    keep: Tensor | None,
     residual: bool,
 ) -> list[Tensor]:
-    """Gradients of the first nine arguments of :func:`feed_forward`."""
+    """Gradients of the first nine arguments of :func:`feed_forward`.
+
+    With a gain, those of identity, gain and, if there is one, offset follow;
+    without one, that of an identity is ``grad``.
+    """
     if beta is None:
         raise NotImplementedError('a fused model has no gradients')
-    parameters = (
+    parameters = [
         weight1,
         bias1,
         conv_weight,
@@ -233,33 +147,38 @@ def _feed_forward_backward(
         beta,
         weight2,
         bias2,
-    )
+    ]
+    others = _scaled(identity, gain, offset)
     if not x.numel():
-        return [torch.zeros_like(t) for t in (x, *parameters)]
+        return [torch.zeros_like(t) for t in (x, *parameters, *others)]
     x, grad = channels_last(x), channels_last(grad)
-    rounded1, rounded2 = _rounded(x.dtype, weight1, weight2)
-    grad_scaled, sums = product(grad, rounded2, transposed=True, factor=y)
-    coef = torch.empty_like(norm)
-    batch, channels = norm.shape
-    parts = norm.new_empty(batch, 2, channels)
-    grads = [torch.empty_like(t) for t in parameters[1:6]]
-    grad_bias1, grad_conv_weight, grad_conv_bias, grad_gamma, grad_beta = grads
-    with torch.cuda.device_of(x):
-        _scale_grad_kernel[(batch,)](
-            sums,
-            gamma,
-            norm,
-            coef,
-            parts,
-            sums.shape[1],
-            channels,
-            CHANNELS=next_power_of_2(channels),
-            num_warps=8,
-        )
-    partial_sums.add(parts, grad_gamma.view(channels, 1), grad_beta)
-    grad_weight2, grad_bias2 = weight_grad(
-        grad, y, weight2, bias2, scale, beta
+    grads = [torch.empty_like(t) for t in parameters[1:]]
+    grad_bias1, grad_conv_weight, grad_conv_bias, grad_gamma, grad_beta = (
+        grads[:5]
     )
+    jobs, grad_others = [], []
+    if others:
+        grad_identity, _, parts = scaled_residual.backward(
+            grad, channels_last(identity), grad.dtype, gain
+        )
+        grad_others = [torch.empty_like(t) for t in others[1:]]
+        jobs.append((parts, *grad_others))
+        grad_others.insert(0, grad_identity)
+    grad = grad.to(x.dtype)
+    if not rounded1.numel():
+        rounded1, rounded2 = weight1, weight2
+    grad_scaled, sums = product(
+        grad, rounded2, transposed=True, factor=y, keep=keep
+    )
+    with torch.cuda.device_of(x):
+        coef, parts = response_norm.scale_grads(
+            sums, None, gamma, norm, sums.shape[1]
+        )
+    jobs.append((parts, grad_gamma, grad_beta))
+    for parts, out in zip(
+        weight_grad(grad, y, scale, beta, keep), grads[5:], strict=True
+    ):
+        jobs.append((parts, out))
     grad_h, parts = conv.backward(
         grad_scaled,
         h,
@@ -271,31 +190,53 @@ def _feed_forward_backward(
         residual=residual,
         sum_grad_x=True,
     )
-    partial_sums.add(parts, grad_conv_weight, grad_conv_bias, grad_bias1)
-    grad_x = _map(_rows(grad_h) @ rounded1.flatten(1), x)
-    grad_weight1 = _weight_grad(grad_h, x, weight1)
-    return [grad_x, grad_weight1, *grads, grad_weight2, grad_bias2]
+    jobs.append((parts, grad_conv_weight, grad_conv_bias, grad_bias1))
+    partial_sums.add(*jobs)
+    grad_x = to_map(rows(grad_h) @ rounded1.flatten(1), x)
+    grad_weight1 = product_weight_grad(grad_h, x, weight1)
+    return [grad_x, grad_weight1, *grads, *grad_others]
+
+
+def _scaled(identity, gain, offset):
+    """What gets gradients of its own in the sum."""
+    if gain is None:
+        return []
+    return [t for t in (identity, gain, offset) if t is not None]
 
 
 @_feed_forward_backward.register_fake
-def _(grad, x, h, y, norm, scale, *parameters_and_residual):
-    return [
-        torch.empty_like(channels_last(x)),
-        *map(torch.empty_like, parameters_and_residual[:-1]),
-    ]
+def _(grad, x, h, y, norm, scale, rounded1, rounded2, *args):
+    *parameters, identity, gain, offset, _, _ = args
+    tensors = channels_last(x), *parameters
+    if gain is not None:
+        identity = channels_last(identity)
+    tensors += tuple(_scaled(identity, gain, offset))
+    return [torch.empty_like(tensor) for tensor in tensors]
 
 
 def _save(ctx, inputs, output):
-    x, *parameters, ctx.residual = inputs
+    x, *parameters, identity, gain, offset, keep, ctx.residual = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *output[1:], *parameters)
+    ctx.has_identity = identity is not None
+    ctx.save_for_backward(
+        x,
+        *output[1:],
+        *parameters,
+        None if gain is None else identity,
+        gain,
+        offset,
+        keep,
+    )
 
 
 def _differentiate(ctx, grad, *_):
     if grad is None:
-        return (None,) * 10
+        return (None,) * 14
     grads = _feed_forward_backward(grad, *ctx.saved_tensors, ctx.residual)
-    return *grads, None
+    others = [*grads[9:], None, None, None][:3]
+    if ctx.has_identity and others[0] is None:
+        others[0] = grad
+    return *grads[:9], *others, None, None
 
 
 feed_forward.register_autograd(_differentiate, setup_context=_save)

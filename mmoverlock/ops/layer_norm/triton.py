@@ -60,6 +60,7 @@ def _backward_kernel(
     grad,
     x,
     weight,
+    other,
     grad_x,
     partial,
     count,
@@ -68,7 +69,10 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``partial`` is (programs, 2, C): gradients of weight and bias."""
+    """``partial`` is (programs, 2, C): gradients of weight and bias.
+
+    ``other``, if there is one, is added to the gradient of x.
+    """
     program = tl.program_id(0)
     channel = tl.arange(0, BLOCK)[None]
     inside = channel < channels
@@ -88,6 +92,8 @@ def _backward_kernel(
         mean = tl.sum(g, 1)[:, None] / channels
         slope = tl.sum(g * value, 1)[:, None] / channels
         g = rstd * (g - mean - value * slope)
+        if other is not None:
+            g += tl.load(other + at, mask=real, other=0).to(tl.float32)
         tl.store(grad_x + at, g.to(grad_x.dtype.element_ty), mask=real)
     channel = tl.arange(0, BLOCK)
     partial += program.to(tl.int64) * 2 * channels + channel
@@ -131,9 +137,17 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def backward(
-    grad: Tensor, x: Tensor, weight: Tensor, eps: float
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One launch; arguments as in :func:`forward`.
+
+    Args:
+        other (Tensor, optional): (B, C, H, W), in channels_last: another
+            gradient of x, which is added.
 
     Returns:
         tuple[Tensor, Tensor]: Gradient of x, and partial sums for
@@ -153,6 +167,7 @@ def backward(
             grad,
             x,
             weight,
+            other,
             grad_x,
             partial,
             count,
@@ -190,7 +205,7 @@ def _layer_norm_backward(
     x, weight = channels_last(x), weight.contiguous()
     grad_x, partial = backward(channels_last(grad), x, weight, eps)
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(weight)
-    partial_sums.add(partial, grad_weight, grad_bias)
+    partial_sums.add((partial, grad_weight, grad_bias))
     return grad_x, grad_weight, grad_bias
 
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tiles
 from ..common import cdiv
 
 # Tiles: pixels, outputs, inputs; warps and stages of loads.
@@ -35,7 +36,7 @@ CANDIDATES = {  # for benchmarks/gpu_tune.py
     ).items()
 }
 PROGRAMS = 264  # of the gradient of a weight, where there is enough to do
-SIZES = ('pixels', 'tiles', 'items', 'splits', 'count')
+SIZES = ('pixels', 'count', 'items')
 INTERPRET = triton.knobs.runtime.interpret
 PRECISION = tl.constexpr('tf32x3')  # of products of fp32
 
@@ -45,6 +46,7 @@ def _load_map(
     p_map,
     p_scale,
     p_shift,
+    p_keep,
     image,
     o_pixel,
     pixels,
@@ -52,7 +54,7 @@ def _load_map(
     channels,
     FACTOR: tl.constexpr,
 ):
-    """A block (PIXELS, C) of a map, ``x * scale[image] + shift``.
+    """A block (PIXELS, C) of ``(x * scale[image] + shift) * keep[image]``.
 
     Pixels behind the last one are zero before the shift; nothing counts them.
     """
@@ -69,6 +71,9 @@ def _load_map(
             b_shift = tl.load(p_shift + o_channel, mask=m_channel, other=0)
             b_wide += b_shift[None]
         b_map = b_wide.to(p_map.dtype.element_ty)
+    if p_keep is not None:
+        b_wide = b_map.to(tl.float32) * tl.load(p_keep + image)
+        b_map = b_wide.to(p_map.dtype.element_ty)
     return b_map.to(FACTOR)
 
 
@@ -79,11 +84,15 @@ def _product_kernel(
     p_shift,
     p_weight,
     p_bias,
+    p_keep,
+    p_identity,
+    p_gain,
+    p_offset,
     p_out,
     p_factor,
     p_sums,
     pixels,
-    tiles,
+    count,
     inputs,
     outputs,
     s_output,
@@ -93,18 +102,20 @@ def _product_kernel(
     INPUTS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """``out[n] = weight (x[n] scale[image] + shift) + bias``.
+    """``y[n] = (weight (x[n] scale[image] + shift) + bias) keep[image]``.
 
-    x (B, H W, inputs), scale (B, inputs), shift (inputs, ), out (B, H W,
-    outputs), weight (outputs, inputs) with strides; grid (B tiles, blocks of
+    ``out[n] = y[n] + identity[n] gain + offset``, y where there is no
+    identity. x (B, H W, inputs), scale (B, inputs), shift (inputs, ), keep
+    (B, ), identity and out (B, H W, outputs), bias, gain and offset (outputs,
+    ), weight (outputs, inputs) with strides; grid (B count, blocks of
     outputs). With a factor (B, H W, outputs), also what the gradient of a
-    scale and a shift behind it is made of: sums (B, tiles, 2 outputs) over
+    scale and a shift behind it is made of: sums (B, count, 2 outputs) over
     the pixels of a tile of ``out factor`` and ``out``.
     """
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     FACTOR: tl.constexpr = tl.float32 if UPCAST else DTYPE
-    image = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
+    image = (tl.program_id(0) // count).to(tl.int64)
+    tile = tl.program_id(0) % count
     o_pixel = tile * PIXELS + tl.arange(0, PIXELS)
     o_out = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     m_out = o_out < outputs
@@ -115,6 +126,7 @@ def _product_kernel(
             p_x,
             p_scale,
             p_shift,
+            None,
             image,
             o_pixel,
             pixels,
@@ -137,6 +149,15 @@ def _product_kernel(
         acc += tl.load(p_bias + o_out, mask=m_out, other=0)[None]
     m_map = (o_pixel < pixels)[:, None] & m_out[None]
     o_map = (image * pixels + o_pixel)[:, None] * outputs + o_out[None]
+    if p_keep is not None:
+        acc *= tl.load(p_keep + image)
+    if p_identity is not None:
+        b_identity = tiles.load(p_identity, o_map, m_map)
+        if p_gain is not None:
+            b_identity *= tiles.load(p_gain, o_out, m_out)[None]
+        if p_offset is not None:
+            b_identity += tiles.load(p_offset, o_out, m_out)[None]
+        acc += b_identity
     b_out = acc.to(p_out.dtype.element_ty)
     tl.store(p_out + o_map, b_out, mask=m_map)
     if p_factor is not None:
@@ -154,9 +175,11 @@ def _weight_grad_kernel(
     p_x,
     p_scale,
     p_shift,
+    p_keep,
     p_parts,
+    p_bias_parts,
     pixels,
-    tiles,
+    count,
     items,
     inputs,
     outputs,
@@ -167,11 +190,12 @@ def _weight_grad_kernel(
 ):
     """Parts of the gradients of a weight and a bias.
 
-    ``parts[o, i] = sum over n of grad[n, o] (x[n, i] scale[image, i] +
-    shift[i])``, and ``sum of grad[n, o]`` behind the last i.
+    ``parts[o, i] = sum over n of g[n, o] (x[n, i] scale[image, i] + shift[i])
+    ``, ``bias_parts[o] = sum over n of g[n, o]``, ``g = grad keep[image]``.
 
-    grad (B, H W, outputs), x (B, H W, inputs), parts (splits, outputs, inputs
-    + 1); grid (splits, blocks of outputs, blocks of inputs).
+    grad (B, H W, outputs), x (B, H W, inputs), parts (splits, outputs,
+    inputs) and (splits, outputs); grid (splits, blocks of outputs, blocks of
+    inputs).
     """
     FACTOR: tl.constexpr = tl.float32 if UPCAST else p_x.dtype.element_ty
     o_out = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -179,15 +203,25 @@ def _weight_grad_kernel(
     acc = tl.zeros((OUTPUTS, INPUTS), tl.float32)
     total = tl.zeros((OUTPUTS,), tl.float32)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        image = (item // tiles).to(tl.int64)
-        o_pixel = item % tiles * PIXELS + tl.arange(0, PIXELS)
+        image = (item // count).to(tl.int64)
+        o_pixel = item % count * PIXELS + tl.arange(0, PIXELS)
         b_grad = _load_map(
-            p_grad, None, None, image, o_pixel, pixels, o_out, outputs, FACTOR
+            p_grad,
+            None,
+            None,
+            p_keep,
+            image,
+            o_pixel,
+            pixels,
+            o_out,
+            outputs,
+            FACTOR,
         )
         b_x = _load_map(
             p_x,
             p_scale,
             p_shift,
+            None,
             image,
             o_pixel,
             pixels,
@@ -198,50 +232,15 @@ def _weight_grad_kernel(
         acc = tl.dot(tl.trans(b_grad), b_x, acc=acc, input_precision=PRECISION)
         if tl.program_id(2) == 0:
             total += tl.sum(b_grad.to(tl.float32), 0)
-    width = inputs + 1
     o_part = tl.program_id(0).to(tl.int64) * outputs + o_out
-    p_part = p_parts + o_part * width
-    m_part = (o_out < outputs)[:, None] & (o_in < inputs)[None]
-    tl.store(p_part[:, None] + o_in[None], acc, mask=m_part)
+    m_out = o_out < outputs
+    tl.store(
+        p_parts + o_part[:, None] * inputs + o_in[None],
+        acc,
+        mask=m_out[:, None] & (o_in < inputs)[None],
+    )
     if tl.program_id(2) == 0:
-        tl.store(p_part + inputs, total, mask=o_out < outputs)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _finish_kernel(
-    p_parts,
-    p_weight,
-    p_bias,
-    splits,
-    count,
-    inputs,
-    BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """Sum parts (splits, outputs, inputs + 1) to both gradients."""
-    o_out = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_out = o_out < count
-    acc = tl.zeros((SPLITS, BLOCK), tl.float32)
-    for first in range(0, splits, SPLITS):
-        split = first + tl.arange(0, SPLITS)[:, None]
-        acc += tl.load(
-            p_parts + split.to(tl.int64) * count + o_out[None],
-            mask=(split < splits) & m_out[None],
-            other=0,
-        )
-    b_sum = tl.sum(acc, 0)
-    row = o_out // (inputs + 1)
-    col = o_out % (inputs + 1)
-    tl.store(
-        p_weight + row * inputs + col,
-        b_sum.to(p_weight.dtype.element_ty),
-        mask=m_out & (col < inputs),
-    )
-    tl.store(
-        p_bias + row,
-        b_sum.to(p_bias.dtype.element_ty),
-        mask=m_out & (col == inputs),
-    )
+        tl.store(p_bias_parts + o_part, total, mask=m_out)
 
 
 def _upcast(x):
@@ -249,7 +248,7 @@ def _upcast(x):
     return INTERPRET and x.dtype == torch.bfloat16
 
 
-def _tiles(x, knobs):
+def _count_tiles(x, knobs):
     return cdiv(x.shape[2:].numel(), knobs['pixels'])
 
 
@@ -267,8 +266,15 @@ def product(
     shift: Tensor | None = None,
     transposed: bool = False,
     factor: Tensor | None = None,
+    keep: Tensor | None = None,
+    identity: Tensor | None = None,
+    gain: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``weight (x * scale + shift) + bias`` for the channels of every pixel.
+    """A product of the channels of every pixel, and what is around it.
+
+    ``(weight (x * scale + shift) + bias) * keep + identity * gain + offset``;
+    what is None is left out.
 
     Args:
         x (Tensor): (B, I, H, W) in channels_last.
@@ -279,23 +285,29 @@ def product(
         transposed (bool): Whether the weight is that of the product whose
             gradient this is. Defaults to False.
         factor (Tensor, optional): (B, O, H, W) in channels_last.
+        keep (Tensor, optional): (B, ), float32.
+        identity (Tensor, optional): (B, O, H, W) in channels_last, whose
+            dtype is that of the result. Defaults to None: that of x is.
+        gain, offset (Tensor, optional): O values each, contiguous.
 
     Returns:
-        tuple[Tensor, Tensor | None]: The product, (B, O, H, W) in
+        tuple[Tensor, Tensor | None]: The result, (B, O, H, W) in
         channels_last, and with a factor the parts (B, tiles, 2 * O) of the
-        sums over an image of the product times the factor and by itself.
+        sums over an image of the result times the factor and by itself.
     """
     knobs = KNOBS['product']
     batch, inputs, height, width = x.shape
     outputs = weight.shape[1 if transposed else 0]
     strides = (1, outputs) if transposed else (inputs, 1)
-    out = x.new_empty(batch, height, width, outputs).permute(0, 3, 1, 2)
-    tiles = _tiles(x, knobs)
+    dtype = x.dtype if identity is None else identity.dtype
+    out = x.new_empty(batch, height, width, outputs, dtype=dtype)
+    out = out.permute(0, 3, 1, 2)
+    count = _count_tiles(x, knobs)
     sums = None
     if factor is not None:
-        sums = x.new_empty(batch, tiles, 2 * outputs, dtype=torch.float32)
+        sums = x.new_empty(batch, count, 2 * outputs, dtype=torch.float32)
     if out.numel():
-        grid = batch * tiles, cdiv(outputs, knobs['outputs'])
+        grid = batch * count, cdiv(outputs, knobs['outputs'])
         with torch.cuda.device_of(x):
             _product_kernel[grid](
                 x,
@@ -303,11 +315,15 @@ def product(
                 shift,
                 weight,
                 bias,
+                keep,
+                identity,
+                gain,
+                offset,
                 out,
                 factor,
                 sums,
                 height * width,
-                tiles,
+                count,
                 inputs,
                 outputs,
                 *strides,
@@ -320,49 +336,45 @@ def product(
 def weight_grad(
     grad: Tensor,
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``weight`` and ``bias`` of :func:`product`."""
+    """Gradients of the weight and the bias of :func:`product`.
+
+    Returns:
+        tuple[Tensor, Tensor]: Partial sums for :func:`partial_sums.add`,
+        (parts, 1, O * I) and (parts, 1, O).
+    """
     knobs = KNOBS['weight_grad']
     inputs, outputs = x.shape[1], grad.shape[1]
-    tiles = _tiles(x, knobs)
-    items = len(x) * tiles
+    count = _count_tiles(x, knobs)
+    items = len(x) * count
     blocks = (
         cdiv(outputs, knobs['outputs']),
         cdiv(inputs, knobs['inputs']),
     )
     splits = cdiv(PROGRAMS, blocks[0] * blocks[1])
     splits = max(1, min(items, splits))
-    parts = x.new_empty(splits, outputs, inputs + 1, dtype=torch.float32)
-    grad_weight = torch.empty_like(weight)
-    grad_bias = torch.empty_like(bias)
+    parts, bias_parts = (
+        x.new_empty(splits, 1, size, dtype=torch.float32)
+        for size in (outputs * inputs, outputs)
+    )
     with torch.cuda.device_of(x):
         _weight_grad_kernel[(splits, *blocks)](
             grad,
             x,
             scale,
             shift,
+            keep,
             parts,
+            bias_parts,
             x.shape[2:].numel(),
-            tiles,
+            count,
             items,
             inputs,
             outputs,
             UPCAST=_upcast(x),
             **_blocks(knobs),
         )
-        count = outputs * (inputs + 1)
-        _finish_kernel[(cdiv(count, 256),)](
-            parts,
-            grad_weight,
-            grad_bias,
-            splits,
-            count,
-            inputs,
-            BLOCK=256,
-            SPLITS=4,
-        )
-    return grad_weight, grad_bias
+    return parts, bias_parts

@@ -590,7 +590,7 @@ def _residual_conv_backward(
     )
     grad_weight = weight.new_empty(weight.shape)
     grad_bias = weight.new_empty(len(weight))
-    partial_sums.add(partial, grad_weight, grad_bias)
+    partial_sums.add((partial, grad_weight, grad_bias))
     return grad_x, grad_weight, grad_bias
 
 

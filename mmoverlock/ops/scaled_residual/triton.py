@@ -127,18 +127,17 @@ def backward(
     x: Tensor,
     y_dtype: torch.dtype,
     weight: Tensor | None = None,
-    bias: Tensor | None = None,
     keep: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """One launch, and one for a weight; arguments as in :func:`forward`.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """One launch; arguments as in :func:`forward`.
 
     Returns:
-        tuple[Tensor | None, ...]: The gradients of x and weight, where there
-        is a weight, of the bias if there is one, and of y where there is
-        ``keep``.
+        tuple[Tensor | None, ...]: The gradient of x, where there is a weight;
+        that of y, where there is ``keep``; and partial sums for
+        :func:`partial_sums.add`, (parts, 2, C): of the weight and a bias.
     """
-    results = _empty_gradients(x, y_dtype, weight, bias, keep)
-    grad_x, grad_weight, grad_bias, grad_y = results
+    grad_x = None if weight is None else torch.empty_like(x)
+    grad_y = None if keep is None else torch.empty_like(x, dtype=y_dtype)
     channels = x.shape[1]
     count = x.numel() // channels
     rows, block = tiles.form(channels)
@@ -165,9 +164,7 @@ def backward(
             BLOCK=block,
             num_warps=tiles.WARPS,
         )
-    if weight is not None:
-        partial_sums.add(partial, grad_weight, grad_bias)
-    return results
+    return grad_x, grad_y, partial
 
 
 def _empty_gradients(x, y_dtype, weight, bias, keep):
@@ -217,14 +214,19 @@ def _scaled_residual_backward(
     bias: Tensor | None,
     keep: Tensor | None,
 ) -> list[Tensor]:
-    """What :func:`backward` returns but None."""
+    """Gradients of x, weight, bias and y, but for those that are None."""
     x = channels_last(x)
     weight, bias, keep = _contiguous(weight, bias, keep)
-    if x.numel():
-        grad = channels_last(grad)
-        return _there(backward(grad, x, y_dtype, weight, bias, keep))
-    gradients = _there(_empty_gradients(x, y_dtype, weight, bias, keep))
-    return [gradient.zero_() for gradient in gradients]
+    if not x.numel():
+        gradients = _there(_empty_gradients(x, y_dtype, weight, bias, keep))
+        return [gradient.zero_() for gradient in gradients]
+    grad_x, grad_y, partial = backward(
+        channels_last(grad), x, y_dtype, weight, keep
+    )
+    sums = [None if t is None else torch.empty_like(t) for t in (weight, bias)]
+    if weight is not None:
+        partial_sums.add((partial, *sums))
+    return _there((grad_x, *sums, grad_y))
 
 
 @_scaled_residual_backward.register_fake

@@ -13,9 +13,10 @@ def squeeze_excite(
     weight2: Tensor,
     bias2: Tensor,
     gate: Tensor | None = None,
+    silu: bool = False,
     backend: str = 'auto',
 ) -> Tensor:
-    """``gate * x * s``, ``s = sigmoid(W2 gelu(W1 mean(x) + b1) + b2)``.
+    """``f(gate) * x * s``, ``s = sigmoid(W2 gelu(W1 mean(x) + b1) + b2)``.
 
     The mean is over H and W. On GPUs the maps are read in the dtypes that
     they have, under autocast too, and in ``torch.channels_last`` (another one
@@ -29,6 +30,7 @@ def squeeze_excite(
         weight2 (Tensor): (C, D, 1, 1).
         bias2 (Tensor): (C, ).
         gate (Tensor, optional): (B, C, H, W).
+        silu (bool): Whether f is SiLU. Defaults to False, the identity.
         backend (str): See :func:`mmoverlock.ops.backends.check_backend`.
             Defaults to 'auto'.
 
@@ -52,7 +54,7 @@ def squeeze_excite(
                 f'expected {tuple(shape)}'
             )
     check_backend(backend)
-    operands = x, weight1, bias1, weight2, bias2, gate
+    operands = x, weight1, bias1, weight2, bias2, gate, silu
     takes_kernels = takes_triton(backend, x, _kernels, *operands)
     return (_kernels if takes_kernels else reference)(*operands)
 

@@ -11,10 +11,15 @@ def squeeze_excite(
     weight2: Tensor,
     bias2: Tensor,
     gate: Tensor | None = None,
+    silu: bool = False,
 ) -> Tensor:
     """See :func:`mmoverlock.ops.squeeze_excite`."""
     mean = x.mean((2, 3)).to(weight1.dtype)
     hidden = F.gelu(F.linear(mean, weight1.flatten(1), bias1))
     scale = F.linear(hidden, weight2.flatten(1), bias2).sigmoid()
     y = x * scale.to(x.dtype)[..., None, None]
-    return y if gate is None else (gate * y).to(x.dtype)
+    if gate is None:
+        return y
+    if silu:
+        gate = F.silu(gate)
+    return (gate * y).to(x.dtype)

@@ -1,12 +1,12 @@
 """Kernels for maps in channels_last.
 
-With P positions, t the sum over them of ``grad * gate * x``, and g of h the
-slope of GELU::
+With P positions, t the sum over them of ``grad * f(gate) * x``, f SiLU or the
+identity, and g of h the slope of GELU::
 
     m = mean(x),  h = W1 m + b1,  s = sigmoid(W2 gelu(h) + b2)
-    out = x gate s
+    out = x f(gate) s
     da = t s (1 - s),  dh = (W2' da) g(h),  dm = W1' dh / P
-    grad of x = grad gate s + dm,  grad of gate = grad x s
+    grad of x = grad f(gate) s + dm,  grad of gate = grad x s f'(gate)
 
 Forward, a map is read for its mean and read again with the gate for the
 product; backward, grad, gate and x are read for t and read again for both
@@ -35,6 +35,18 @@ WEIGHTS = dict(BATCH=32, CHANNELS=32, HIDDEN=16)  # a tile of their gradients
 
 
 @triton.jit
+def _open(gate, at, mask, SILU: tl.constexpr):
+    """A gate, and its slope."""
+    value = tiles.load(gate, at, mask)
+    slope = tl.full(value.shape, 1.0, tl.float32)
+    if SILU:
+        open = tl.sigmoid(value)
+        slope = open * (1 + value * (1 - open))
+        value *= open
+    return value, slope
+
+
+@triton.jit
 def _sum_rows(
     x,
     factor,
@@ -45,6 +57,7 @@ def _sum_rows(
     inside,
     channels,
     ROWS: tl.constexpr,
+    SILU: tl.constexpr,
 ):
     """Sum over rows of a product, whose last two factors may be None."""
     total = tl.zeros((ROWS, channel.shape[0]), tl.float32)
@@ -56,7 +69,7 @@ def _sum_rows(
         if factor is not None:
             value *= tiles.load(factor, at, mask)
         if gate is not None:
-            value *= tiles.load(gate, at, mask)
+            value *= _open(gate, at, mask, SILU)[0]
         total += value
     return tl.sum(total, 0)
 
@@ -70,6 +83,7 @@ def _pool_kernel(
     positions,
     splits,
     channels,
+    SILU: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -93,6 +107,7 @@ def _pool_kernel(
         inside,
         channels,
         ROWS,
+        SILU,
     )
     at = part.to(tl.int64) * channels + channel
     tl.store(partial + at, total, mask=inside)
@@ -125,7 +140,7 @@ def _scale_kernel(
         channel = first + tl.arange(0, CHANNELS)
         inside = channel < channels
         mean = _sum_rows(
-            x, None, None, 0, parts, channel, inside, channels, PARTS
+            x, None, None, 0, parts, channel, inside, channels, PARTS, False
         )
         mean = mean / positions
         tl.store(state + channel, mean, mask=inside)
@@ -157,6 +172,7 @@ def _scale_grad_kernel(
     positions,
     channels,
     hidden,
+    SILU: tl.constexpr,
     PARTS: tl.constexpr,
     CHANNELS: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -182,7 +198,7 @@ def _scale_grad_kernel(
         channel = first + tl.arange(0, CHANNELS)
         inside = channel < channels
         da = _sum_rows(
-            grad, x, gate, 0, parts, channel, inside, channels, PARTS
+            grad, x, gate, 0, parts, channel, inside, channels, PARTS, SILU
         )
         s = tiles.load(state + channels, channel, inside)
         da *= s * (1 - s)
@@ -257,18 +273,6 @@ def _weights_grad_kernel(
         tiles.store(grad_bias2, channel, sum_bias2, inside)
 
 
-@triton.jit
-def _locate(
-    positions, count, channels, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """A tile of one of ``count`` an image: image, channels and values."""
-    tile, channel, inside = tiles.place(channels, BLOCK)
-    image = (tile // count).to(tl.int64)
-    row = tile % count * ROWS + tl.arange(0, ROWS)[:, None]
-    at = (image * positions + row) * channels + channel[None]
-    return image, channel, inside, at, (row < positions) & inside[None]
-
-
 @triton.jit(do_not_specialize=SIZES)
 def _apply_kernel(
     x,
@@ -276,19 +280,20 @@ def _apply_kernel(
     state,
     y,
     hidden,
+    SILU: tl.constexpr,
     positions,
     count,
     channels,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    image, channel, inside, at, mask = _locate(
+    image, channel, inside, at, mask = tiles.locate(
         positions, count, channels, ROWS, BLOCK
     )
     state += image * (2 * channels + hidden)
     value = tiles.load(x, at, mask)
     if gate is not None:
-        value *= tiles.load(gate, at, mask)
+        value *= _open(gate, at, mask, SILU)[0]
     value *= tiles.load(state + channels, channel, inside)[None]
     tiles.store(y, at, value, mask)
 
@@ -303,28 +308,30 @@ def _apply_grad_kernel(
     grad_x,
     grad_gate,
     hidden,
+    SILU: tl.constexpr,
     positions,
     count,
     channels,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    image, channel, inside, at, mask = _locate(
+    image, channel, inside, at, mask = tiles.locate(
         positions, count, channels, ROWS, BLOCK
     )
     row = image * (2 * channels + hidden)
     value = tiles.load(grad, at, mask)
     value *= tiles.load(state + row + channels, channel, inside)[None]
     if gate is not None:
-        other = value * tiles.load(x, at, mask)
-        tiles.store(grad_gate, at, other, mask)
-        value *= tiles.load(gate, at, mask)
+        other, slope = _open(gate, at, mask, SILU)
+        slope *= value * tiles.load(x, at, mask)
+        tiles.store(grad_gate, at, slope, mask)
+        value *= other
     value += tiles.load(grads + row, channel, inside)[None]
     tiles.store(grad_x, at, value, mask)
 
 
 def sum_positions(
-    x: Tensor, factor: Tensor | None, gate: Tensor | None
+    x: Tensor, factor: Tensor | None, gate: Tensor | None, silu: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
     """One launch where there are many positions, and none elsewhere.
 
@@ -351,6 +358,7 @@ def sum_positions(
             positions,
             splits,
             channels,
+            SILU=silu,
             ROWS=rows,
             BLOCK=block,
             num_warps=tiles.WARPS,
@@ -368,22 +376,6 @@ def _knobs(hidden):
     )
 
 
-def _pass(kernel, x, *args):
-    """Launch a kernel on all tiles of a map, tiles of one image each."""
-    batch, channels, height, width = x.shape
-    rows, block = tiles.form(channels)
-    count = cdiv(height * width, rows)
-    kernel[(batch * count * cdiv(channels, block),)](
-        *args,
-        height * width,
-        count,
-        channels,
-        ROWS=rows,
-        BLOCK=block,
-        num_warps=tiles.WARPS,
-    )
-
-
 def forward(
     x: Tensor,
     weight1: Tensor,
@@ -391,6 +383,7 @@ def forward(
     weight2: Tensor,
     bias2: Tensor,
     gate: Tensor | None = None,
+    silu: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Two launches, and one more where there are many positions.
 
@@ -398,6 +391,7 @@ def forward(
         x (Tensor): (B, C, H, W), in channels_last, not empty.
         weight1, bias1, weight2, bias2 (Tensor): Contiguous, of any dtype.
         gate (Tensor, optional): (B, C, H, W), in channels_last.
+        silu (bool): Whether f is SiLU. Defaults to False.
 
     Returns:
         tuple[Tensor, Tensor]: The result, and for the gradient m, s and h,
@@ -422,7 +416,7 @@ def forward(
             hidden,
             **_knobs(hidden),
         )
-        _pass(_apply_kernel, x, x, gate, state, y, hidden)
+        tiles.launch(_apply_kernel, x, x, gate, state, y, hidden, silu)
     return y, state
 
 
@@ -435,6 +429,7 @@ def backward(
     bias2: Tensor,
     gate: Tensor | None,
     state: Tensor,
+    silu: bool = False,
 ) -> list[Tensor]:
     """Three launches, and one more where there are many positions.
 
@@ -444,7 +439,7 @@ def backward(
     """
     batch, channels, height, width = x.shape
     hidden = len(weight1)
-    *summed, parts = sum_positions(grad, x, gate)
+    *summed, parts = sum_positions(grad, x, gate, silu)
     grads = torch.empty_like(state)
     results = [
         torch.empty_like(tensor)
@@ -463,6 +458,7 @@ def backward(
             height * width,
             channels,
             hidden,
+            SILU=silu,
             **_knobs(hidden),
         )
         grid = (
@@ -472,7 +468,7 @@ def backward(
         _weights_grad_kernel[grid](
             state, grads, *weights, batch, channels, hidden, **WEIGHTS
         )
-        _pass(
+        tiles.launch(
             _apply_grad_kernel,
             x,
             grad,
@@ -483,6 +479,7 @@ def backward(
             grad_x,
             grad_gate,
             hidden,
+            silu,
         )
     return results
 
@@ -505,6 +502,7 @@ def _squeeze_excite(
     weight2: Tensor,
     bias2: Tensor,
     gate: Tensor | None,
+    silu: bool,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`forward`."""
     partial_sums.check_device(x)
@@ -514,11 +512,11 @@ def _squeeze_excite(
     if gate is not None:
         gate = channels_last(gate)
     weights = (t.contiguous() for t in (weight1, bias1, weight2, bias2))
-    return forward(x, *weights, gate)
+    return forward(x, *weights, gate, silu)
 
 
 @_squeeze_excite.register_fake
-def _(x, weight1, bias1, weight2, bias2, gate):
+def _(x, weight1, bias1, weight2, bias2, gate, silu):
     return _empty_outputs(channels_last(x), weight1)
 
 
@@ -532,6 +530,7 @@ def _squeeze_excite_backward(
     bias2: Tensor,
     gate: Tensor | None,
     state: Tensor,
+    silu: bool,
 ) -> list[Tensor]:
     """See :func:`backward`."""
     weights = [t.contiguous() for t in (weight1, bias1, weight2, bias2)]
@@ -541,11 +540,11 @@ def _squeeze_excite_backward(
     if not x.numel():
         tensors = x, *weights, gate
         return [torch.zeros_like(t) for t in tensors if t is not None]
-    return backward(channels_last(grad), x, *weights, gate, state)
+    return backward(channels_last(grad), x, *weights, gate, state, silu)
 
 
 @_squeeze_excite_backward.register_fake
-def _(grad, x, weight1, bias1, weight2, bias2, gate, state):
+def _(grad, x, weight1, bias1, weight2, bias2, gate, state, silu):
     results = [torch.empty_like(channels_last(x))]
     for weight in (weight1, bias1, weight2, bias2):
         results.append(torch.empty_like(weight.contiguous()))
@@ -555,15 +554,16 @@ def _(grad, x, weight1, bias1, weight2, bias2, gate, state):
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, grad, _):
     if grad is None:
-        return (None,) * 6
-    grads = _squeeze_excite_backward(grad, *ctx.saved_tensors)
-    return tuple([*grads, None][:6])
+        return (None,) * 7
+    grads = _squeeze_excite_backward(grad, *ctx.saved_tensors, ctx.silu)
+    return *[*grads, None][:6], None
 
 
 _squeeze_excite.register_autograd(_differentiate, setup_context=_save)
@@ -576,9 +576,10 @@ def squeeze_excite(
     weight2: Tensor,
     bias2: Tensor,
     gate: Tensor | None = None,
+    silu: bool = False,
 ) -> Tensor:
     """See :func:`mmoverlock.ops.squeeze_excite`."""
     x = channels_last(x)
     if gate is not None:
         gate = channels_last(gate)
-    return _squeeze_excite(x, weight1, bias1, weight2, bias2, gate)[0]
+    return _squeeze_excite(x, weight1, bias1, weight2, bias2, gate, silu)[0]

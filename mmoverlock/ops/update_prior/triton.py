@@ -219,47 +219,47 @@ def _update_prior_backward(
     z: Tensor,
     initial: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     initial_weight: Tensor,
     initial_bias: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of all but grad."""
+) -> list[Tensor]:
+    """Gradients of all but grad, and of no bias if there is none."""
     z, initial = channels_last(z), channels_last(initial)
-    weights = [t.contiguous() for t in (weight, initial_weight, initial_bias)]
-    if not z.numel():
-        return tuple(torch.zeros_like(t) for t in (z, initial, *weights))
-    grad_z, grad_initial, partial = backward(
-        channels_last(grad), z, initial, *weights[:2]
-    )
+    weights = _contiguous(weight, bias, initial_weight, initial_bias)
     results = [torch.empty_like(t) for t in weights]
-    partial_sums.add(partial, *results)
-    return grad_z, grad_initial, *results
+    if not z.numel():
+        maps = torch.empty_like(z), torch.empty_like(initial)
+        return [*maps, *(t.zero_() for t in results)]
+    grad_weight, *grad_bias, grad_initial_weight, grad_initial_bias = results
+    grad_z, grad_initial, partial = backward(
+        channels_last(grad), z, initial, weights[0], weights[-2]
+    )
+    jobs = [(partial, grad_weight, grad_initial_weight, grad_initial_bias)]
+    if bias is not None:  # the same, in memory of its own
+        jobs.append((partial, None, None, *grad_bias))
+    partial_sums.add(*jobs)
+    return [grad_z, grad_initial, *results]
+
+
+def _contiguous(*tensors):
+    return [tensor.contiguous() for tensor in tensors if tensor is not None]
 
 
 @_update_prior_backward.register_fake
 def _(grad, z, initial, *weights):
-    maps = channels_last(z), channels_last(initial)
-    weights = (weight.contiguous() for weight in weights)
-    return tuple(torch.empty_like(tensor) for tensor in (*maps, *weights))
+    tensors = channels_last(z), channels_last(initial), *_contiguous(*weights)
+    return [torch.empty_like(tensor) for tensor in tensors]
 
 
 def _save(ctx, inputs, output):
-    z, initial, weight, bias, initial_weight, initial_bias = inputs
-    ctx.save_for_backward(z, initial, weight, initial_weight, initial_bias)
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(*inputs)
 
 
 def _differentiate(ctx, grad):
-    grad_z, grad_initial, grad_weight, grad_initial_weight, grad_bias = (
-        _update_prior_backward(grad, *ctx.saved_tensors)
-    )
-    return (
-        grad_z,
-        grad_initial,
-        grad_weight,
-        None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype),
-        grad_initial_weight,
-        grad_bias,
-    )
+    grads = _update_prior_backward(grad, *ctx.saved_tensors)
+    if len(grads) == 5:
+        grads.insert(3, None)
+    return tuple(grads)
 
 
 _update_prior.register_autograd(_differentiate, setup_context=_save)
