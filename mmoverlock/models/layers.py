@@ -330,16 +330,17 @@ def conv_and_norm(
     conv: ResDWConv, norm: LayerNorm2d, x: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``conv(x)`` and the norm of it, both (B, C, H, W)."""
-    if takes_triton('auto', x):
-        return conv_norm(
-            x,
-            conv.weight,
-            conv.bias,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            conv.residual,
-        )
+    operands = (
+        x,
+        conv.weight,
+        conv.bias,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        conv.residual,
+    )
+    if takes_triton('auto', x, conv_norm, *operands):
+        return conv_norm(*operands)
     x = conv(x)
     return x, norm(x)
 

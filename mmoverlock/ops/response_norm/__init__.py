@@ -41,11 +41,15 @@ def response_norm(
                 f'{name} has shape {tuple(tensor.shape)}, expected {shape}'
             )
     check_backend(backend)
-    if not takes_triton(backend, x):
-        return reference(x, gamma, beta)
+    operands = x, gamma, beta
+    takes_kernels = takes_triton(backend, x, _kernels, *operands)
+    return (_kernels if takes_kernels else reference)(*operands)
+
+
+def _kernels(*operands):
     from .triton import response_norm as run
 
-    return run(x, gamma, beta)
+    return run(*operands)
 
 
 __all__ = ['response_norm', 'response_scale']
