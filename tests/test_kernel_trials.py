@@ -138,7 +138,6 @@ KERNELS = [
     'depthwise.triton.branches._unpack_kernel',
     'response_norm.triton._scale_grad_kernel',
     'squeeze_excite.triton._weights_grad_kernel',
-    'feed_forward.triton._scale_grad_kernel',
     'scaled_residual.triton._backward_kernel',
     'update_prior.triton._backward_kernel',
     'dynamic_conv.triton.filters.finish',
@@ -179,5 +178,6 @@ def test_every_operator(launches):
     warned = [str(warning.message) for warning in warned]
     plain = [text.split()[2] for text in warned if 'do not run' in text]
     names = {kernel.split('.')[0] for kernel in KERNELS}
-    assert sorted(plain) == sorted({*names, 'conv_norm'})  # once each
+    of_others = {'conv_norm', 'feed_forward'}  # whose kernels these run
+    assert sorted(plain) == sorted(names | of_others)  # once each
     assert {name.split('.')[0] for name in launches.names} >= names
