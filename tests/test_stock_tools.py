@@ -1,0 +1,247 @@
+"""The tools of MMDetection, MMSegmentation and MMPretrain on our configs."""
+
+import contextlib
+import functools
+import io
+import json
+import os
+import re
+import runpy
+import sys
+from importlib.util import find_spec
+from inspect import signature
+from pathlib import Path
+from unittest import mock
+
+import mmengine
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from PIL import Image
+from tiny import need_openmmlab, run_tool, write_model
+
+need_openmmlab()
+from matplotlib import pyplot  # noqa: E402
+
+PACKAGES = {'det': 'mmdet', 'seg': 'mmseg', 'cls': 'mmpretrain'}
+LAST = {'det': 'epoch_1', 'seg': 'iter_2', 'cls': 'epoch_1'}
+LAYOUTS = {'det': 'coco', 'seg': 'ade20k', 'cls': 'imagenet'}
+# What make_sample_data draws.
+CLASSES = 'airplane', 'banana', 'pizza', 'remote', 'sports ball'
+TRAIN = 'train_dataloader.dataset'
+SETTINGS = {
+    'det': {
+        f'{TRAIN}.pipeline.2.scale': (96, 96),
+        'model.roi_head.bbox_head.num_classes': 5,
+        'model.roi_head.mask_head.num_classes': 5,
+        'train_cfg.max_epochs': 1,
+    },
+    'seg': {
+        f'{TRAIN}.pipeline.2.scale': (96, 64),
+        f'{TRAIN}.pipeline.3.crop_size': (64, 64),
+        'data_preprocessor.size': (64, 64),
+        'model.data_preprocessor.size': (64, 64),
+        'train_cfg.max_iters': 2,
+        'default_hooks.checkpoint.interval': 2,
+    },
+    'cls': {
+        f'{TRAIN}.pipeline.1.scale': 64,
+        'train_dataloader.batch_size': 4,
+        'train_cfg.max_epochs': 1,
+    },
+}
+
+
+@pytest.fixture(scope='module')
+def drawn(tmp_path_factory):
+    """Draws a task's data; its folder, config and checkpoint."""
+
+    @functools.cache
+    def draw(task):
+        folder = tmp_path_factory.mktemp(task)
+        data = folder / 'data'
+        run_tool(
+            'make_sample_data', LAYOUTS[task], data, '--images=4', '--size=96'
+        )
+        settings = {'default_hooks.logger.interval': 1, **SETTINGS[task]}
+        for split in 'train', 'val', 'test':
+            loader = f'{split}_dataloader'
+            settings[f'{loader}.dataset.data_root'] = str(data)
+            settings[f'{loader}.num_workers'] = 0
+            settings[f'{loader}.persistent_workers'] = False
+            if task == 'det':
+                settings[f'{loader}.dataset.metainfo.classes'] = CLASSES
+            if task == 'det' and split != 'train':
+                file = data / 'annotations' / 'instances_val2017.json'
+                settings[f'{split}_evaluator.ann_file'] = str(file)
+        return folder, *write_model(task, folder, settings)
+
+    return draw
+
+
+@pytest.fixture
+def stock(monkeypatch, tmp_path):
+    """Runs a package's tool in an empty folder; returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+    pyplot.switch_backend('Agg')
+
+    def run(task, name, *arguments):
+        package = Path(find_spec(PACKAGES[task]).origin).parent
+        tool = package / '.mim' / 'tools' / f'{name}.py'
+        argv = [str(word) for word in (tool, *arguments)]
+        output = io.StringIO()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(sys, 'argv', argv))
+            stack.enter_context(mock.patch.dict(os.environ, LOCAL_RANK='0'))
+            stack.enter_context(contextlib.redirect_stdout(output))
+            stack.enter_context(pyplot.rc_context())
+            stack.callback(pyplot.close, 'all')
+            runpy.run_path(argv[0], run_name='__main__')
+        return output.getvalue()
+
+    return run
+
+
+def assert_picture(path):
+    with Image.open(path) as image:
+        assert len(set(image.convert('L').resize((64, 64)).getdata())) > 1
+
+
+@pytest.mark.parametrize('task', PACKAGES)
+def test_train_and_analyze_logs(task, drawn, stock):
+    _, config, _ = drawn(task)
+    stock(task, 'train', config, '--work-dir', 'work')
+    (file,) = Path('work').glob(f'{LAST[task]}.pth')
+    trained = torch.load(file, weights_only=False)['state_dict']
+    assert all(v.isfinite().all() for v in trained.values())
+    (log,) = Path('work').glob('*/vis_data/scalars.json')
+    argv = [log, '--keys', 'loss', '--out', 'loss.png']
+    if task == 'seg':
+        pytest.importorskip('seaborn')
+    else:
+        argv.insert(0, 'plot_curve')
+    if task == 'det':  # else the style is one of seaborn's
+        argv += ['--style', 'ggplot']
+    stock(task, 'analysis_tools/analyze_logs', *argv)
+    assert_picture('loss.png')
+
+
+@pytest.mark.parametrize(
+    ('task', 'metric'),
+    [('det', 'coco/segm_mAP'), ('seg', 'mIoU'), ('cls', 'accuracy/top1')],
+)
+def test_test_and_confusion_matrix(task, metric, drawn, stock):
+    folder, config, checkpoint = drawn(task)
+    results = 'out' if task == 'seg' else 'out.pkl'
+    argv = 'test', config, checkpoint, '--work-dir', 'work', '--out', results
+    stock(task, *argv)
+    (log,) = Path('work').glob('*/*.json')
+    assert metric in json.loads(log.read_text())
+    if task == 'seg':  # draws 146 megapixels, too many for some memories
+        images = (folder / 'data').rglob('validation/*.jpg')
+        names = sorted(file.stem for file in images)
+        assert sorted(file.stem for file in Path('out').iterdir()) == names
+        return
+    argv = 'analysis_tools/confusion_matrix', config, 'out.pkl'
+    if task == 'det':
+        stock(task, *argv, 'matrix', '--score-thr', '0')
+        assert_picture('matrix/confusion_matrix.png')
+    else:
+        stock(task, *argv, '--out', 'matrix.pkl')
+        matrix = mmengine.load('matrix.pkl')
+        images = [*(folder / 'data' / 'val').rglob('*.JPEG')]
+        assert matrix.shape == (1000, 1000)
+        assert matrix.sum() == len(images) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', PACKAGES)
+def test_get_flops(task, drawn, stock):
+    _, config, checkpoint = drawn(task)
+    size = ['--num-images', '1'] if task == 'det' else ['--shape', '64', '64']
+    text = stock(task, 'analysis_tools/get_flops', config, *size)
+    model = MODELS.build(Config.fromfile(config).model)
+    if task == 'seg':  # what does not run in a test is left out
+        del model.auxiliary_head
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f'Params: {count / 1e6:.3f}M\n' in text
+    assert float(re.search(r'Flops: ([\d.]+)[MG]\n', text)[1]) > 0
+
+
+@pytest.mark.parametrize('task', ['det', 'seg'])
+def test_browse_dataset(task, drawn, stock):
+    folder, config, _ = drawn(task)
+    stock(
+        *(task, 'analysis_tools/browse_dataset', config),
+        *('--not-show', '--output-dir', 'browsed'),
+    )
+    images = [*(folder / 'data').rglob('train*/*.jpg')]
+    pictures = [*Path('browsed').rglob('*.*g')]
+    assert len(pictures) == len(images) > 0
+    for picture in pictures:
+        assert_picture(picture)
+
+
+@pytest.mark.parametrize(
+    'part',
+    [
+        'dataloader',
+        pytest.param(
+            'inference',
+            marks=pytest.mark.skipif(
+                not torch.cuda.is_available(), reason='needs a GPU'
+            ),
+        ),
+    ],
+)
+def test_benchmark_of_mmdet(part, drawn, stock):
+    _, config, checkpoint = drawn('det')
+    stock(
+        *('det', 'analysis_tools/benchmark', config, '--task', part),
+        *('--checkpoint', checkpoint, '--work-dir', 'work'),
+        *('--max-iter', '3', '--num-warmup', '1', '--log-interval', '1'),
+    )
+    log = Path('work/benchmark.log').read_text()
+    assert float(re.search(r'Overall fps: ([\d.]+)', log)[1]) > 0
+
+
+def test_benchmark_of_mmseg(drawn, stock):
+    """It takes the mean over the 6th to the 200th image, or over none."""
+    _, config, checkpoint = drawn('seg')
+    cfg = Config.fromfile(config)
+    cfg.test_dataloader.dataset.indices = [0] * 200
+    cfg.dump('benchmark.py')
+    stock(
+        *('seg', 'analysis_tools/benchmark', 'benchmark.py', checkpoint),
+        *('--work-dir', 'work'),
+    )
+    (file,) = Path('work').glob('fps_*.json')
+    assert json.loads(file.read_text())['average_fps'] > 0
+
+
+def test_cam_of_mmpretrain(drawn, stock):
+    pytest.importorskip('pytorch_grad_cam')
+    folder, config, checkpoint = drawn('cls')
+    image = next((folder / 'data').rglob('*.JPEG'))
+    stock(
+        *('cls', 'visualization/vis_cam', image, config, checkpoint),
+        *('--save-path', 'cam.jpg'),
+    )
+    assert_picture('cam.jpg')
+
+
+def test_cam_of_mmseg(drawn, stock):
+    cam = pytest.importorskip('pytorch_grad_cam')
+    if 'use_cuda' not in signature(cam.GradCAM).parameters:
+        pytest.skip('needs grad-cam before 1.5')
+    folder, config, checkpoint = drawn('seg')
+    image = next((folder / 'data').rglob('*.jpg'))
+    state = torch.load(checkpoint)
+    torch.save({**state, 'meta': {}}, 'trained.pth')
+    stock(
+        *('seg', 'analysis_tools/visualization_cam', image, config),
+        *('trained.pth', '--device', 'cpu', '--category-index', '2'),
+        *('--target-layers', 'backbone.extra_norm["3"]'),
+    )
+    assert_picture('vis_cam.png')
