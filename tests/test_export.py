@@ -53,7 +53,7 @@ def compare(found, wanted):
 
 
 @torch.no_grad()
-def test_segmenter_onnx_of_any_size(build, tmp_path):
+def test_segmentor_onnx_of_any_size(build, tmp_path):
     files, model = build('seg')
     path = tmp_path / 'new' / 'model.onnx'
     out = run(files, path, '--dynamic')
