@@ -2,7 +2,7 @@
 
 `make env` runs this. The default stack goes to .venv; with STACK=openmmlab in
 the environment, the other one goes to .venv-openmmlab. A finished environment
-is recognised at once, and an interrupted run goes on where it stopped; changed
+is recognized at once, and an interrupted run goes on where it stopped; changed
 pins start a new one.
 """
 

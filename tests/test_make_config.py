@@ -28,7 +28,7 @@ for package in ('mmdet', 'mmseg', 'mmpretrain'):
 
 tool = load_tool('make_config')
 LAYOUT = {'coco': 'coco', 'masks': 'ade20k', 'folders': 'imagenet'}
-SCENE = ('--zero-is-unlabelled',)
+SCENE = ('--zero-is-unlabeled',)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -319,7 +319,7 @@ def number(labels, names=(), ignored=0, zero=False):
     pixels = np.zeros(256, int)
     pixels[labels] = 7
     pixels[255] = ignored
-    args = Namespace(data='maps', zero_is_unlabelled=zero)
+    args = Namespace(data='maps', zero_is_unlabeled=zero)
     return tool.number_classes(pixels, [*names], args)
 
 

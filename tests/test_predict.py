@@ -112,7 +112,7 @@ def test_fuse(models, photos, tmp_path, monkeypatch):
     assert type(fused[0]).__name__ == 'ImageClassifier'
 
 
-def test_segmenter_and_inputs(models, photos, tmp_path, capsys):
+def test_segmentor_and_inputs(models, photos, tmp_path, capsys):
     """Folders, patterns, files given twice, and what cannot be read."""
     bad = tmp_path / 'bad.png'
     bad.write_bytes((photos / 'a.png').read_bytes()[:60])

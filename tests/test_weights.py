@@ -95,7 +95,7 @@ def initialized(**kwargs):
 
 @pytest.mark.parametrize('fuse_overview', [True, False])
 def test_init_cfg_loads_the_classifier(released, messages, fuse_overview):
-    """As it is, into detectors and segmenters, with one message."""
+    """As it is, into detectors and segmentors, with one message."""
     weights, files = released
     init_cfg = dict(type='Pretrained', checkpoint=files['cls'])
     model = initialized(fuse_overview=fuse_overview, init_cfg=init_cfg)
@@ -120,7 +120,7 @@ def test_init_cfg_loads_the_classifier(released, messages, fuse_overview):
 )
 @pytest.mark.parametrize('kwargs', [{}, {'fuse_overview': True}])
 def test_classifiers_fit_every_arch(arch, keys, kwargs):
-    """By names and shapes; those of s are its segmenter's, less the norms."""
+    """By names and shapes; those of s are its segmentor's, less the norms."""
     with torch.device('meta'):
         state = {
             name: torch.empty(shape)

@@ -97,6 +97,13 @@ def make_exportable(model, dynamic):
 class Exported(nn.Module):
     """From a normalized image to what is exported of a model."""
 
+    # Parts that are run, of kinds that do not run all.
+    parts = {
+        'backbone': ('backbone',),
+        'mmdet': ('backbone', 'neck'),
+        'mmseg': ('backbone', 'neck', 'decode_head'),
+    }
+
     def __init__(self, model, scope, backbone_only):
         super().__init__()
         self.model = model
@@ -119,6 +126,16 @@ class Exported(nn.Module):
                 align_corners=self.head.align_corners,
             ),
         )
+
+    def drop_unused(self):
+        """Take out other parts, whose weights a program would keep."""
+        children = dict(self.model.named_children())
+        kept = 'data_preprocessor', *self.parts.get(self.kind, children)
+        for name in children:
+            if name not in kept:
+                setattr(self.model, name, None)
+        if 'decode_head' not in kept:
+            self.head = None
 
     def names(self, outputs):
         if self.kind in ('mmpretrain', 'mmseg'):
@@ -207,6 +224,7 @@ def export(model, scope, args, shape):
     ]
     expected = [module(image) for image in images]
     make_exportable(fuse(model), args.dynamic)
+    module.drop_unused()
     dimensions = None
     if args.dynamic:
         steps = LEAST // MULTIPLE, MOST // MULTIPLE

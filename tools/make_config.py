@@ -371,7 +371,7 @@ def number_classes(pixels, names, args):
     if last > max(len(names), top + 1) and len(few) == top - few[0] + 1:
         ignored, labels = last, few  # all others are counted through
     last = labels[-1]
-    zero = args.zero_is_unlabelled or labels[0] > 0
+    zero = args.zero_is_unlabeled or labels[0] > 0
     if len(names) == last == 1 and not zero:
         names = ['background', *names]
     zero = zero or len(names) == last > 0
@@ -924,7 +924,7 @@ def build_parser():
         'DATA/classes.txt',
     )
     parser.add_argument(
-        '--zero-is-unlabelled',
+        '--zero-is-unlabeled',
         action='store_true',
         help='for masks: 0 is no class; default: if there is a name less than '
         'numbers, or no 0',

@@ -2,7 +2,7 @@
 
 Of what a training wrote, the weights are kept and what the data are about
 (classes and colors); the state of the optimizer, the config and messages are
-not. Any model will do: detectors, segmenters, classifiers, backbones. The file
+not. Any model will do: detectors, segmentors, classifiers, backbones. The file
 loads with ``torch.load`` as it comes, and its name ends with the start of its
 SHA-256, which PyTorch checks when it downloads a file of such a name.
 """

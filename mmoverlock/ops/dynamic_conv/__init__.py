@@ -48,7 +48,7 @@ def contmix(
 
     Every position, in each of G groups, makes its own k x k and K x K kernel
     from its affinity to S^2 region centres of the context prior, and mixes
-    its neighbourhood with them: the first half of the channels with the small
+    its neighborhood with them: the first half of the channels with the small
     kernel, the second half with the large one::
 
         A = scale query^T key                  (H * W) x S^2, per group
@@ -56,7 +56,7 @@ def contmix(
         kernel = softmax(D + relative position bias), over k^2 and over K^2
         out[n] = sum over the window of n of kernel[n, tap] * value[tap]
 
-    Windows are clamped to lie inside the map, as in neighbourhood attention.
+    Windows are clamped to lie inside the map, as in neighborhood attention.
     Kernels are made in single precision at least, under autocast too; the
     mixing is done in the dtype of ``value``.
 

@@ -71,16 +71,16 @@ def contmix_reference(
         def taps(starts, length, k=k):  # (L, K): the taps of each position
             return starts(length, k)[:, None] + torch.arange(k)
 
-        def neighbourhood(maps, starts, taps=taps):  # to (..., H, W, K, K)
+        def neighborhood(maps, starts, taps=taps):  # to (..., H, W, K, K)
             rows = taps(starts, height)[:, None, :, None]
             cols = taps(starts, width)[None, :, None, :]
             return maps[..., rows, cols]
 
         logit = logit.unflatten(-1, (k, k))
-        logit = logit + neighbourhood(table, bias_starts)
+        logit = logit + neighborhood(table, bias_starts)
         kernel = logit.flatten(-2).softmax(-1).unflatten(-1, (k, k))
         kernel = kernel.to(half.dtype)
-        windows = neighbourhood(half.unflatten(1, (groups, -1)), window_starts)
+        windows = neighborhood(half.unflatten(1, (groups, -1)), window_starts)
         mixed = torch.einsum('bghwij,bgchwij->bgchw', kernel, windows)
         outputs.append(mixed.flatten(1, 2))
     return torch.cat(outputs, dim=1)

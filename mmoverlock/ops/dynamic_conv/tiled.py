@@ -5,7 +5,7 @@ rounding:
 
 - ``(query key) weight`` is computed as ``query (key weight)``: the second
   factor is formed once per image, and no affinity map is stored.
-- The windows of neighbouring positions overlap almost entirely. The kernels
+- The windows of neighboring positions overlap almost entirely. The kernels
   of a tile of positions are laid out as one dense (positions x region)
   matrix, zero outside each window, so that gathering windows becomes a
   matrix product with the region that the tile sees.
