@@ -1,9 +1,11 @@
 """Products with scales and sums, and the feed-forward network, for GPUs."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import DEVICE, draw, exact, relative_error
+from kernels import DEVICE, draw, exact, python, relative_error
 
 from mmoverlock.ops import (
     feed_forward,
@@ -258,3 +260,19 @@ def test_rounding():
     assert round_parameters(x.dtype, x)[0].data_ptr() == x.data_ptr()
     for rounded in round_parameters(torch.bfloat16, x, x.bfloat16()):
         assert torch.equal(rounded, x.bfloat16())
+
+
+def test_fits_every_card_in_single_precision(tmp_path):
+    """Registers, and the 99 KB of shared memory of capability 8.6."""
+    out = python(
+        'import json, torch\n'
+        'from compile_launches import compile_feed_forward\n'
+        'uses = compile_feed_forward(80, torch.float32, 64)\n'
+        'print(json.dumps(uses))',
+        TRITON_CACHE_DIR=str(tmp_path),
+    )
+    uses = json.loads(out.splitlines()[-1])
+    assert {'_product_kernel', '_weight_grad_kernel'} < {u[0] for u in uses}
+    for name, use in uses:
+        assert use['spills'] == 0, (name, use)
+        assert use['shared'] <= 99 * 1024, (name, use)

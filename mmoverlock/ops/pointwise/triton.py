@@ -24,6 +24,8 @@ KNOBS = dict(
         pixels=64, outputs=128, inputs=64, num_warps=4, num_stages=3
     ),
 )
+# In place of these for fp32: what has registers and 99 KB of shared memory
+WIDE = dict(outputs=64, inputs=32, num_stages=2)
 CANDIDATES = {  # for benchmarks/gpu_tune.py
     f'{kernel}.{name}': values
     for kernel in ('product', 'weight_grad')
@@ -56,6 +58,8 @@ def _load_map(
 ):
     """A block (PIXELS, C) of ``(x * scale[image] + shift) * keep[image]``.
 
+    Without a scale, it is x.
+
     Pixels behind the last one are zero before the shift; nothing counts them.
     """
     m_channel = o_channel < channels
@@ -70,9 +74,8 @@ def _load_map(
         if p_shift is not None:
             b_shift = tl.load(p_shift + o_channel, mask=m_channel, other=0)
             b_wide += b_shift[None]
-        b_map = b_wide.to(p_map.dtype.element_ty)
-    if p_keep is not None:
-        b_wide = b_map.to(tl.float32) * tl.load(p_keep + image)
+        if p_keep is not None:
+            b_wide *= tl.load(p_keep + image)
         b_map = b_wide.to(p_map.dtype.element_ty)
     return b_map.to(FACTOR)
 
@@ -209,7 +212,7 @@ def _weight_grad_kernel(
             p_grad,
             None,
             None,
-            p_keep,
+            None,
             image,
             o_pixel,
             pixels,
@@ -221,7 +224,7 @@ def _weight_grad_kernel(
             p_x,
             p_scale,
             p_shift,
-            None,
+            p_keep,
             image,
             o_pixel,
             pixels,
@@ -231,7 +234,10 @@ def _weight_grad_kernel(
         )
         acc = tl.dot(tl.trans(b_grad), b_x, acc=acc, input_precision=PRECISION)
         if tl.program_id(2) == 0:
-            total += tl.sum(b_grad.to(tl.float32), 0)
+            b_total = tl.sum(b_grad.to(tl.float32), 0)
+            if p_keep is not None:
+                b_total *= tl.load(p_keep + image)
+            total += b_total
     o_part = tl.program_id(0).to(tl.int64) * outputs + o_out
     m_out = o_out < outputs
     tl.store(
@@ -246,6 +252,10 @@ def _weight_grad_kernel(
 def _upcast(x):
     # The interpreter computes nonsense from products of bf16.
     return INTERPRET and x.dtype == torch.bfloat16
+
+
+def _knobs(kernel, x):
+    return KNOBS[kernel] | (WIDE if x.element_size() == 4 else {})
 
 
 def _count_tiles(x, knobs):
@@ -295,7 +305,7 @@ def product(
         channels_last, and with a factor the parts (B, tiles, 2 * O) of the
         sums over an image of the result times the factor and by itself.
     """
-    knobs = KNOBS['product']
+    knobs = _knobs('product', x)
     batch, inputs, height, width = x.shape
     outputs = weight.shape[1 if transposed else 0]
     strides = (1, outputs) if transposed else (inputs, 1)
@@ -342,11 +352,13 @@ def weight_grad(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the weight and the bias of :func:`product`.
 
+    There may be a shift or ``keep`` where there is a scale.
+
     Returns:
         tuple[Tensor, Tensor]: Partial sums for :func:`partial_sums.add`,
         (parts, 1, O * I) and (parts, 1, O).
     """
-    knobs = KNOBS['weight_grad']
+    knobs = _knobs('weight_grad', x)
     inputs, outputs = x.shape[1], grad.shape[1]
     count = _count_tiles(x, knobs)
     items = len(x) * count
