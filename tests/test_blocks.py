@@ -8,7 +8,11 @@ from kernels import draw, exact, relative_error
 from torch import nn
 
 from mmoverlock.models import OverLoCK
-from mmoverlock.models.blocks import FocusBlock, RepConvBlock
+from mmoverlock.models.blocks import (
+    FocusBlock,
+    RepConvBlock,
+    enlarged_size,
+)
 from mmoverlock.models.fuse import fuse
 
 pytest.importorskip('triton')
@@ -110,3 +114,16 @@ def test_hooks(auto_is_triton):
     for name, buffer in block.named_buffers():
         if name.endswith('num_batches_tracked'):
             assert buffer == 1, name
+
+
+@pytest.mark.parametrize(
+    ('size', 'kernel_size', 'expected'),
+    [
+        ((11, 11), 15, [15, 15]),  # 15 / 11 * 11 is less than 15
+        ((6, 9), 7, [7, 10]),
+        ((9, 6), 7, [10, 7]),
+        ((7, 3), 3, None),
+    ],
+)
+def test_enlarged_size(size, kernel_size, expected):
+    assert enlarged_size(size, kernel_size) == expected

@@ -28,6 +28,26 @@ SMALL_KERNEL_SIZE = 5  # of the dynamic kernels
 NUM_REGIONS = 7  # region centres per axis that dynamic kernels are made from
 
 
+def enlarged_size(size: Sequence[int], kernel_size: int) -> list[int] | None:
+    """The size that a map is enlarged to for the kernels of ContMix.
+
+    Args:
+        size (Sequence[int]): Height and width.
+        kernel_size (int): Size of the large kernel.
+
+    Returns:
+        list[int] | None: The shorter side is the kernel's, the other one in
+        proportion; None if neither is shorter than the kernel.
+    """
+    short = min(size)
+    if short >= kernel_size:
+        return None
+    factor = kernel_size / short
+    return [
+        kernel_size if side == short else int(factor * side) for side in size
+    ]
+
+
 def _feed_forward_layers(
     in_channels: int, hidden_channels: int, out_channels: int
 ) -> tuple[nn.Module, ...]:
@@ -292,14 +312,8 @@ class FocusBlock(nn.Module):
         """
         prepared = prepared or {}
         size = value.shape[-2:]
-        short, long = min(size), max(size)
-        if short < self.kernel_size:
-            long = int(self.kernel_size / short * long)
-            enlarged = (
-                (self.kernel_size, long)
-                if size[0] == short
-                else (long, self.kernel_size)
-            )
+        enlarged = enlarged_size(size, self.kernel_size)
+        if enlarged:
             z, value = (
                 F.interpolate(maps, enlarged, mode='bilinear')
                 for maps in (z, value)
@@ -310,7 +324,7 @@ class FocusBlock(nn.Module):
             run_layers(self.weight_key, prior, prepared),
             value,
         )
-        if short < self.kernel_size:
+        if enlarged:
             mixed = F.adaptive_avg_pool2d(mixed, size)
         return mixed
 

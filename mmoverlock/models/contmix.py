@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..ops import check_backend, contmix
 from ..ops.dynamic_conv import BACKENDS
-from .blocks import NUM_REGIONS, SMALL_KERNEL_SIZE
+from .blocks import NUM_REGIONS, SMALL_KERNEL_SIZE, enlarged_size
 from .layers import PointwiseConv, build_bn
 
 
@@ -94,15 +94,10 @@ class ContMixBlock(nn.Module):
         Returns:
             Tensor: (B, C, H, W).
         """
-        size, short = x.shape[2:], min(x.shape[2:])
+        size = x.shape[2:]
         prior = x if prior is None else prior
-        if short < self.kernel_size:
-            # The shorter side is the kernel's, the other in proportion.
-            factor = self.kernel_size / short
-            enlarged = [
-                self.kernel_size if side == short else int(factor * side)
-                for side in size
-            ]
+        enlarged = enlarged_size(size, self.kernel_size)
+        if enlarged:
             x = F.interpolate(x, enlarged, mode='bilinear')
         mixed = contmix(
             self.query(x),
@@ -114,6 +109,6 @@ class ContMixBlock(nn.Module):
             self.backend,
             self.scale,
         )
-        if short < self.kernel_size:
+        if enlarged:
             mixed = F.adaptive_avg_pool2d(mixed, size)
         return self.proj(mixed)
