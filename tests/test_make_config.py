@@ -31,18 +31,6 @@ LAYOUT = {'coco': 'coco', 'masks': 'ade20k', 'folders': 'imagenet'}
 SCENE = ('--zero-is-unlabeled',)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def plain_dumps():
-    """Write configs unformatted: that takes longer than the runs."""
-
-    def text(cfg):
-        return ''.join(f'{k} = {v!r}\n' for k, v in cfg.to_dict().items())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Config, 'pretty_text', property(text))
-        yield
-
-
 @pytest.fixture(scope='module')
 def drawn(tmp_path_factory):
     """A folder of drawn data of every kind."""

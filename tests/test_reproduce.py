@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
-from mmengine.config import Config
 from mmengine.runner import Runner
 
 pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
@@ -36,18 +35,6 @@ VIEWS = [
     ),
 ]
 URL = 'https://nowhere.invalid/v1'
-
-
-@pytest.fixture(scope='module', autouse=True)
-def plain_dumps():
-    """Write configs unformatted: that takes longer than the runs."""
-
-    def text(cfg):
-        return ''.join(f'{k} = {v!r}\n' for k, v in cfg.to_dict().items())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Config, 'pretty_text', property(text))
-        yield
 
 
 @pytest.fixture(scope='module')
