@@ -19,15 +19,15 @@ from triton.compiler import ASTSource
 
 from mmoverlock.models.reparam import BRANCHES
 from mmoverlock.ops import partial_sums
+from mmoverlock.ops.conv3x3 import triton as residual_conv
 from mmoverlock.ops.depthwise.triton import branches as sums
 from mmoverlock.ops.dynamic_conv import triton as contmix
-from mmoverlock.ops.feed_forward import triton as feed_forward
-from mmoverlock.ops.layer_norm import triton as layer_norm
-from mmoverlock.ops.residual_conv import triton as residual_conv
-from mmoverlock.ops.response_norm import triton as response_norm
-from mmoverlock.ops.scaled_residual import triton as scaled_residual
-from mmoverlock.ops.squeeze_excite import triton as squeeze_excite
-from mmoverlock.ops.update_prior import triton as update_prior
+from mmoverlock.ops.excitation import triton as squeeze_excite
+from mmoverlock.ops.ffn import triton as feed_forward
+from mmoverlock.ops.grn import triton as response_norm
+from mmoverlock.ops.layernorm import triton as layer_norm
+from mmoverlock.ops.prior import triton as update_prior
+from mmoverlock.ops.residual import triton as scaled_residual
 
 CUOBJDUMP = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
 TYPES = {

@@ -7,7 +7,7 @@ from kernels import DEVICE, draw, exact, relative_error
 
 from mmoverlock.ops import conv_norm
 
-pytest.importorskip('mmoverlock.ops.conv_norm.triton', exc_type=ImportError)
+pytest.importorskip('mmoverlock.ops.conv3x3_norm.triton', exc_type=ImportError)
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 

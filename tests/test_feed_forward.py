@@ -18,7 +18,7 @@ products = pytest.importorskip(
     'mmoverlock.ops.pointwise.triton', exc_type=ImportError
 )
 operators = pytest.importorskip(
-    'mmoverlock.ops.feed_forward.triton', exc_type=ImportError
+    'mmoverlock.ops.ffn.triton', exc_type=ImportError
 )
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 SHAPES = [

@@ -12,18 +12,18 @@ from kernels import DEVICE, NHWC
 
 from mmoverlock.models.layers import LayerScale, SEModule
 from mmoverlock.ops import partial_sums
-from mmoverlock.ops.response_norm import response_norm
-from mmoverlock.ops.scaled_residual import scaled_residual
-from mmoverlock.ops.squeeze_excite import squeeze_excite
-from mmoverlock.ops.update_prior import update_prior
+from mmoverlock.ops.excitation import squeeze_excite
+from mmoverlock.ops.grn import response_norm
+from mmoverlock.ops.prior import update_prior
+from mmoverlock.ops.residual import scaled_residual
 
 squeeze, responses, *_ = (
     pytest.importorskip(f'mmoverlock.ops.{name}.triton', exc_type=ImportError)
     for name in (
-        'squeeze_excite',
-        'response_norm',
-        'scaled_residual',
-        'update_prior',
+        'excitation',
+        'grn',
+        'residual',
+        'prior',
     )
 )
 

@@ -65,10 +65,10 @@ def normalize(x, backend='auto'):
 @pytest.mark.parametrize('direction', ['forward', 'backward'])
 def test_first_call(direction, error, launches):
     """It falls back, though the error is in the backward pass."""
-    kernel = f'layer_norm.triton._{direction}_kernel'
+    kernel = f'layernorm.triton._{direction}_kernel'
     launches.errors[kernel] = ERRORS[error]
     x = draw(1, 3, 4, 5).requires_grad_()
-    with pytest.warns(RuntimeWarning, match='layer_norm do not') as warned:
+    with pytest.warns(RuntimeWarning, match='layernorm do not') as warned:
         out = normalize(x)
     assert len(warned) == 1
     assert str(ERRORS[error]) in str(warned[0].message)
@@ -86,7 +86,7 @@ def test_first_call(direction, error, launches):
 
 
 def test_by_name(launches):
-    launches.errors['layer_norm.triton._forward_kernel'] = ERRORS['fit']
+    launches.errors['layernorm.triton._forward_kernel'] = ERRORS['fit']
     with pytest.raises(errors.OutOfResources):
         normalize(draw(1, 3, 4, 5), 'triton')
 
@@ -94,7 +94,7 @@ def test_by_name(launches):
 def test_tried_once(launches):
     """Both ways where there is a gradient; then again as they are called."""
     x = draw(1, 3, 4, 5).requires_grad_()
-    kernel = 'layer_norm.triton._forward_kernel'
+    kernel = 'layernorm.triton._forward_kernel'
     with torch.no_grad():
         for _ in range(2):
             normalize(x)
@@ -108,7 +108,7 @@ def test_tried_once(launches):
 
 def test_what_is_not_the_kernels_fault(launches):
     error = torch.OutOfMemoryError('no memory left')
-    launches.errors['layer_norm.triton._forward_kernel'] = error
+    launches.errors['layernorm.triton._forward_kernel'] = error
     with pytest.raises(torch.OutOfMemoryError):
         normalize(draw(1, 3, 4, 5))
 
@@ -133,13 +133,13 @@ def test_checkpoints():
 
 # One of each operator, of the backward pass
 KERNELS = [
-    'residual_conv.triton._backward_kernel',
-    'layer_norm.triton._backward_kernel',
+    'conv3x3.triton._backward_kernel',
+    'layernorm.triton._backward_kernel',
     'depthwise.triton.branches._unpack_kernel',
-    'response_norm.triton._scale_grad_kernel',
-    'squeeze_excite.triton._weights_grad_kernel',
-    'scaled_residual.triton._backward_kernel',
-    'update_prior.triton._backward_kernel',
+    'grn.triton._scale_grad_kernel',
+    'excitation.triton._weights_grad_kernel',
+    'residual.triton._backward_kernel',
+    'prior.triton._backward_kernel',
     'dynamic_conv.triton.filters.finish',
 ]
 
@@ -178,6 +178,6 @@ def test_every_operator(launches):
     warned = [str(warning.message) for warning in warned]
     plain = [text.split()[2] for text in warned if 'do not run' in text]
     names = {kernel.split('.')[0] for kernel in KERNELS}
-    of_others = {'conv_norm', 'feed_forward'}  # whose kernels these run
+    of_others = {'conv3x3_norm', 'ffn'}  # whose kernels these run
     assert sorted(plain) == sorted(names | of_others)  # once each
     assert {name.split('.')[0] for name in launches.names} >= names

@@ -11,10 +11,10 @@ from kernels import DEVICE, NHWC, python
 from torch import nn
 
 from mmoverlock.models.layers import LayerNorm2d
-from mmoverlock.ops.layer_norm import layer_norm
+from mmoverlock.ops.layernorm import layer_norm
 
 kernels = pytest.importorskip(
-    'mmoverlock.ops.layer_norm.triton', exc_type=ImportError
+    'mmoverlock.ops.layernorm.triton', exc_type=ImportError
 )
 partial_sums = kernels.partial_sums
 
@@ -176,11 +176,11 @@ def test_reference():
 def test_maps_on_a_cpu_are_refused():
     python("""
 import torch
-from mmoverlock.ops.layer_norm import layer_norm
-from mmoverlock.ops.residual_conv import residual_conv
-from mmoverlock.ops.scaled_residual import scaled_residual
-from mmoverlock.ops.squeeze_excite import squeeze_excite
-from mmoverlock.ops.update_prior import update_prior
+from mmoverlock.ops.layernorm import layer_norm
+from mmoverlock.ops.conv3x3 import residual_conv
+from mmoverlock.ops.residual import scaled_residual
+from mmoverlock.ops.excitation import squeeze_excite
+from mmoverlock.ops.prior import update_prior
 x, c = torch.ones(1, 1, 3, 3), torch.ones(1)
 one = torch.ones(1, 1, 1, 1)
 for run in (

@@ -14,7 +14,7 @@ from mmoverlock.models.layers import (
     SEModule,
 )
 
-reference = import_module('mmoverlock.ops.response_norm.reference')
+reference = import_module('mmoverlock.ops.grn.reference')
 
 
 def randomized(module):

@@ -11,10 +11,10 @@ from torch import nn
 
 from mmoverlock.models.layers import ResDWConv
 from mmoverlock.ops import depthwise_conv2d
-from mmoverlock.ops.residual_conv import residual_conv
+from mmoverlock.ops.conv3x3 import residual_conv
 
 kernels = pytest.importorskip(
-    'mmoverlock.ops.residual_conv.triton', exc_type=ImportError
+    'mmoverlock.ops.conv3x3.triton', exc_type=ImportError
 )
 partial_sums = kernels.partial_sums
 

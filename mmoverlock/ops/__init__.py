@@ -1,6 +1,7 @@
 from .backends import check_backend, takes_triton, why_not_triton
 from .common import cast_as_convolutions
-from .conv_norm import conv_norm
+from .conv3x3 import residual_conv
+from .conv3x3_norm import conv_norm
 from .depthwise import (
     Branch,
     depthwise_conv2d,
@@ -8,14 +9,13 @@ from .depthwise import (
 )
 from .dynamic_conv import contmix
 from .environment import is_compiling
-from .feed_forward import feed_forward
-from .layer_norm import layer_norm
+from .excitation import squeeze_excite
+from .ffn import feed_forward
+from .grn import response_norm, response_scale
+from .layernorm import layer_norm
 from .pointwise import pointwise_conv, round_parameters
-from .residual_conv import residual_conv
-from .response_norm import response_norm, response_scale
-from .scaled_residual import scaled_residual
-from .squeeze_excite import squeeze_excite
-from .update_prior import update_prior
+from .prior import update_prior
+from .residual import scaled_residual
 
 __all__ = [
     'Branch',

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from .. import partial_sums, tiles
 from ..common import cdiv, channels_last, custom_op, next_power_of_2
+from ..conv3x3.triton import _gelu, _gelu_slope
 from ..pointwise.triton import PRECISION
-from ..residual_conv.triton import _gelu, _gelu_slope
 
 SIZES = ('positions', 'parts', 'splits', 'count', 'batch')
 FEW = 256  # positions that one program an image adds up by itself

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from .. import partial_sums
 from ..common import channels_last, custom_op
+from ..conv3x3 import triton as conv
+from ..grn import triton as response_norm
 from ..pointwise import product_weight_grad, round_parameters, rows, to_map
 from ..pointwise.triton import product, weight_grad
-from ..residual_conv import triton as conv
-from ..response_norm import triton as response_norm
-from ..scaled_residual import triton as scaled_residual
+from ..residual import triton as scaled_residual
 
 
 @custom_op('mmoverlock::feed_forward')

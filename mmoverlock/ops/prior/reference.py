@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..scaled_residual.reference import scaled_residual
+from ..residual.reference import scaled_residual
 
 
 def update_prior(

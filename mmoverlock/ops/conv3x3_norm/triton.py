@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import partial_sums
 from ..common import channels_last, custom_op
-from ..layer_norm import triton as norm
-from ..residual_conv import triton as conv
+from ..conv3x3 import triton as conv
+from ..layernorm import triton as norm
 
 
 @custom_op('mmoverlock::conv_norm')
