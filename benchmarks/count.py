@@ -243,7 +243,7 @@ def _step(model, inputs, train, dtype, mode):
         torch.autograd.backward(outs, [torch.empty_like(o) for o in outs])
 
 
-def count(model, inputs, train, dtype=torch.bfloat16):
+def count_operators(model, inputs, train, dtype=torch.bfloat16):
     """Count what a step of a model runs on a GPU.
 
     Args:
@@ -470,7 +470,7 @@ def main(args=None):
             except ImportError as error:
                 print(f'{name}, {what}: {error}')
                 continue
-            result = count(model, images, train)
+            result = count_operators(model, images, train)
             host = host_seconds(make(channels=(8, 8, 16, 16)), small, train)
             print(describe(f'{name}, {what}', result, host), flush=True)
             rows = sorted(result.rows.items(), key=lambda row: -row[1][1])
@@ -482,7 +482,7 @@ def main(args=None):
         for name, (block, inputs) in blocks(
             build(train, args.backend)
         ).items():
-            result = count(block, inputs, train)
+            result = count_operators(block, inputs, train)
             print(describe(f'{name}, {what}', result), flush=True)
     return 0
 

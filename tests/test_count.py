@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import count as counting
-from benchmarks.count import build, build_peer, count
+from benchmarks.count import build, build_peer, count_operators
 from mmoverlock.models import OverLoCK
 
 triton = pytest.importorskip('triton', '3.6')
@@ -48,7 +48,7 @@ def test_bounds(train):
     images = torch.empty(128, 3, 224, 224, device='meta')
     counted = {'t': (model, images), **counting.blocks(model)}
     for name, (module, inputs) in counted.items():
-        result = count(module, inputs, train)
+        result = count_operators(module, inputs, train)
         figures = (
             result.operators,
             result.launches,
@@ -86,7 +86,7 @@ def test_what_a_cpu_runs(train):
         depthwise_backend=BACKEND,
     ).train(train)
     images = torch.randn(2, 3, 64, 64)
-    result = count(model, images, train, torch.float32)
+    result = count_operators(model, images, train, torch.float32)
     actual = Counter({name: row[0] for name, row in result.rows.items()})
     assert actual.total() == result.operators + result.launches
     assert result.operators > 200 and result.launches > 10
@@ -125,7 +125,7 @@ class Function(nn.Module):
 
 
 def count_function(run, *inputs, train=False, dtype=torch.float32):
-    return count(Function(run), inputs, train, dtype)
+    return count_operators(Function(run), inputs, train, dtype)
 
 
 def draw(channels_last=False, dtype=torch.float32):
@@ -270,13 +270,15 @@ def test_looks_like_a_gpu():
     before = torch.cuda.is_available()
     module = Function(run)
     x = torch.ones(2, requires_grad=True)
-    assert count(module, x, True).operators == 3  # of the sum's gradient too
+    assert (
+        count_operators(module, x, True).operators == 3
+    )  # of the sum's gradient too
     for tensor in (x, module.weight):
         assert tensor.device == torch.device('cpu')
         assert tensor.grad is None
     assert torch.cuda.is_available() is before
     with pytest.raises(ZeroDivisionError):
-        count(Function(lambda *_: 1 / 0), x, True)
+        count_operators(Function(lambda *_: 1 / 0), x, True)
     assert x.device == torch.device('cpu')
     assert not torch.is_autocast_enabled('cuda')
 
@@ -348,7 +350,7 @@ def test_table(monkeypatch, capsys):
 def test_peer():
     pytest.importorskip('mmpretrain')
     images = torch.empty(128, 3, 224, 224, device='meta')
-    result = count(build_peer(False), images, False)
+    result = count_operators(build_peer(False), images, False)
     # 18 blocks of a depthwise and two dense layers; counted by hand.
     assert result.rows['aten.convolution.default'][0] == 4 + 18
     assert result.rows['aten.gelu.default'][0] == 18

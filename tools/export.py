@@ -196,7 +196,7 @@ FORMATS = {
 
 
 @torch.no_grad()
-def export(model, scope, args, shape):
+def write_file(model, scope, args, shape):
     """Write the file and compare it with the model.
 
     Args:
@@ -371,7 +371,7 @@ def main(argv=None):
                 f'the output of {type(head).__name__} is no map of logits; '
                 'only --backbone-only works with it'
             )
-        differences = export(model, cfg.default_scope, args, shape)
+        differences = write_file(model, cfg.default_scope, args, shape)
     print(f'{args.out}: image normalized with {normalization(model)}')
     if differences is None:
         print('not compared with the model: onnxruntime is not installed')
