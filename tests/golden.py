@@ -16,11 +16,6 @@ import torch
 DATA = Path(__file__).parent / 'data'
 
 
-def files(*tasks):
-    """Names of the files with outputs of any of the tasks."""
-    return sorted(p.stem for t in tasks for p in DATA.glob(f'{t}_*.json'))
-
-
 def load(name):
     return json.loads((DATA / f'{name}.json').read_text())
 

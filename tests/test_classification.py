@@ -5,7 +5,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from tiny import ARCH as TINY
-from tiny import HALF_FORMATS, ROOT, run_tool
+from tiny import ROOT, run_tool
 
 from mmoverlock.models import OverLoCK
 
@@ -16,12 +16,11 @@ from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 
 from mmoverlock.models.classification import OverLoCKClsHead
-
-CONFIGS = ROOT / 'configs' / 'imagenet'
+from mmoverlock.models.weights import remove_prefixes
 
 
 def config(arch):
-    return Config.fromfile(CONFIGS / f'overlock_{arch}_300e.py')
+    return Config.fromfile(ROOT / f'configs/imagenet/overlock_{arch}_300e.py')
 
 
 def classifier(arch, **backbone):
@@ -32,45 +31,29 @@ def classifier(arch, **backbone):
     return MODELS.build(cfg)
 
 
-def tiny(**head):
+@pytest.fixture
+def tiny():
+    """A backbone, a head and what the head reads of two images."""
     torch.manual_seed(0)
     backbone = OverLoCK(TINY, classifier=True)
-    head = OverLoCKClsHead(5, backbone.out_channels, **head)
+    head = OverLoCKClsHead(5, backbone.out_channels)
     head.init_weights()
-    return backbone, head
-
-
-def image(batch=2):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, 3, 64, 64, generator=generator)
+    return backbone, head, backbone(torch.randn(2, 3, 64, 64))
 
 
 # ----------------------------------------------------------------- parity
-
-
-def release_name(name):
-    """What the release calls a parameter: all is at its top level."""
-    return name.removeprefix('backbone.').removeprefix('head.')
-
-
-def tensors_of(model):
-    named = dict(model.named_parameters()) | dict(model.named_buffers())
-    return {
-        release_name(name): tensor
-        for name, tensor in named.items()
-        if name.startswith(('backbone.', 'head.'))
-    }
 
 
 def drawn_classifier(arch):
     """A classifier with the weights of the golden figures, in float64."""
     with torch.device('meta'):
         model = classifier(arch)
-    shapes = {name: t.shape for name, t in tensors_of(model).items()}
-    drawn = golden.state_dict(shapes)
+    state = model.state_dict()
+    drawn = golden.state_dict(
+        {name: x.shape for name, x in remove_prefixes(state).items()}
+    )
     model.load_state_dict(
-        {name: drawn[release_name(name)] for name in model.state_dict()},
-        assign=True,
+        dict(zip(state, drawn.values(), strict=True)), assign=True
     )
     return model
 
@@ -81,27 +64,20 @@ def test_names_and_shapes(arch):
     with torch.device('meta'):
         state = classifier(arch).state_dict()
     assert all(name.startswith(('backbone.', 'head.')) for name in state)
-    shapes = {release_name(name): list(t.shape) for name, t in state.items()}
+    release = remove_prefixes(state)
+    shapes = {name: list(weight.shape) for name, weight in release.items()}
     assert shapes == golden.load(f'keys_cls_{arch}')
     assert len(shapes) == len(state)
 
 
-@pytest.mark.parametrize(
-    'name', [name for name in golden.files('cls') if 'train' not in name]
-)
+@pytest.mark.parametrize('name', ['cls_t_160', 'cls_b_96'])
 def test_inference(name):
+    """That of xt, and of its merged form, is in test_plain.py."""
     figures = golden.load(name)
     model = drawn_classifier(figures['arch']).eval()
-    x = golden.image(figures['input'])
     with torch.no_grad():
-        golden.assert_outputs_agree([model(x)], figures)
-        model.backbone.switch_to_deploy()
-        golden.assert_outputs_agree([model(x)], figures)
-    with torch.device('meta'):
-        deployed = classifier(figures['arch'], deploy=True)
-    shapes = {name: t.shape for name, t in model.state_dict().items()}
-    merged = deployed.state_dict().items()
-    assert {name: t.shape for name, t in merged} == shapes
+        logits = model(golden.image(figures['input']))
+    golden.assert_outputs_agree([logits], figures)
 
 
 def test_training():
@@ -111,53 +87,26 @@ def test_training():
     x = golden.image(figures['input']).requires_grad_()
     feats = model.extract_feat(x)
     logits = model.head(feats), model.head.aux_logits(feats)
-    golden.assert_training_agrees(logits, x, tensors_of(model), figures)
+    named = [*model.named_parameters(), *model.named_buffers()]
+    tensors = remove_prefixes(dict(named))
+    golden.assert_training_agrees(logits, x, tensors, figures)
 
 
-@pytest.mark.parametrize(
-    'arch, parameters, without_aux, deployed',
-    [
-        ('xt', 17307272, 16969600, 16791384),
-        ('t', 34990472, 34476448, 33981064),
-        ('s', 58309772, 57795748, 56670476),
-        ('b', 98012968, 97434816, 95520680),
-    ],
-)
-def test_parameter_counts(arch, parameters, without_aux, deployed):
-    with torch.device('meta'):
-        model = classifier(arch)
-        merged = classifier(arch, deploy=True)
-    total, aux, merged = (
-        sum(parameter.numel() for parameter in module.parameters())
-        for module in (model, model.head.aux_head, merged)
-    )
-    assert (total, total - aux, merged) == (parameters, without_aux, deployed)
+# --------------------------------------------------------- backbone and head
 
 
-# --------------------------------------------------------------- backbone
-
-
-def test_outputs():
+def test_outputs(tiny):
     """The Overview-Net's map and the Focus-Net's, which are not normed."""
-    backbone, _ = tiny()
-    outputs = backbone(image())
+    backbone, _, feats = tiny
     assert backbone.out_strides == (32, 32)
-    assert [tuple(output.shape) for output in outputs] == [
+    assert [tuple(output.shape) for output in feats] == [
         (2, channels, 2, 2) for channels in backbone.out_channels
     ]
-    assert all(output.is_contiguous() for output in outputs)
+    assert all(output.is_contiguous() for output in feats)
     assert not any('extra_norm' in name for name in backbone.state_dict())
 
 
-@pytest.mark.parametrize(
-    'kwargs', [dict(out_indices=(0, 1, 3)), dict(fuse_overview=True)]
-)
-def test_bad_arguments(kwargs):
-    with pytest.raises(ValueError, match='classifier=True .*got '):
-        OverLoCK(TINY, classifier=True, **kwargs)
-
-
-def test_other_heads_read_the_last_map():
+def test_other_heads_read_the_last_map(tiny):
     init_default_scope('mmpretrain')
     model = MODELS.build(
         dict(
@@ -167,94 +116,73 @@ def test_other_heads_read_the_last_map():
             head=dict(type='LinearClsHead', num_classes=5, in_channels=40),
         )
     ).eval()
-    _, focus = model.backbone(image())
+    images = torch.randn(2, 3, 64, 64)
+    _, focus = model.backbone(images)
     expected = model.head.fc(focus.mean((2, 3)))
-    torch.testing.assert_close(model(image()), expected)
-
-
-# ------------------------------------------------------------------- head
+    torch.testing.assert_close(model(images), expected)
 
 
 def samples(labels):
     return [DataSample().set_gt_label(label) for label in labels]
 
 
-def mixed(scores):
-    return [DataSample().set_gt_score(torch.tensor(s)) for s in scores]
-
-
-def test_every_parameter_gets_a_gradient():
-    backbone, head = tiny()
-    losses = head.loss(backbone(image()), samples([1, 3]))
+@pytest.mark.parametrize('weight', [None, 0.25])
+def test_losses(tiny, weight):
+    """Cross entropies, from which every parameter gets a gradient."""
+    backbone, head, feats = tiny
+    if weight:
+        other = OverLoCKClsHead(5, (32, 40), aux_loss_weight=weight)
+        other.load_state_dict(head.state_dict())
+        head = other
+    losses = head.loss(feats, samples([1, 3]))
+    main, aux = (
+        torch.nn.functional.cross_entropy(logits, torch.tensor([1, 3]))
+        for logits in (head(feats), head.aux_logits(feats))
+    )
+    aux = aux * (weight or 0.4)
+    torch.testing.assert_close(losses, dict(loss_cls=main, loss_aux=aux))
     sum(losses.values()).backward()
     for module in (backbone, head):
         for name, parameter in module.named_parameters():
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name
+    with torch.autocast('cpu', torch.float16):
+        losses = head.loss(feats, samples([1, 3]))
+    expected = dict(loss_cls=main, loss_aux=aux)  # in single precision
+    torch.testing.assert_close(losses, expected, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize('weight', [None, 0.25])
-def test_losses(weight):
-    backbone, head = tiny(
-        **({} if weight is None else {'aux_loss_weight': weight})
-    )
-    feats = backbone(image())
-    losses = head.loss(feats, samples([1, 3]))
-    targets = torch.tensor([1, 3])
-    main, aux = (
-        torch.nn.functional.cross_entropy(logits, targets)
-        for logits in (head(feats), head.aux_logits(feats))
-    )
-    assert set(losses) == {'loss_cls', 'loss_aux'}
-    torch.testing.assert_close(losses['loss_cls'], main)
-    torch.testing.assert_close(losses['loss_aux'], aux * (weight or 0.4))
-
-
-def test_soft_labels():
+def test_soft_labels(tiny):
     """What mixup makes of labels, with the recipe's label smoothing."""
-    backbone, head = tiny(loss=config('xt').model.head.loss)
-    feats = [output.detach() for output in backbone(image())]
-    scores = [[0.7, 0.3, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0, 0.0]]
-    losses = head.loss(feats, mixed(scores))
-    smooth = 0.9 * torch.tensor(scores) + 0.1 / 5
+    backbone, _, feats = tiny
+    loss = config('xt').model.head.loss
+    head = OverLoCKClsHead(5, backbone.out_channels, loss=loss)
+    scores = torch.tensor([[0.7, 0.3, 0, 0, 0], [0, 0, 0, 1.0, 0]])
+    mixed = [DataSample().set_gt_score(score) for score in scores]
+    losses = head.loss(feats, mixed)
+    smooth = 0.9 * scores + 0.1 / 5
     main = -(smooth * head(feats).log_softmax(1)).sum(1).mean()
     aux = -(smooth * head.aux_logits(feats).log_softmax(1)).sum(1).mean()
-    torch.testing.assert_close(losses['loss_cls'], main)
-    torch.testing.assert_close(losses['loss_aux'], 0.4 * aux)
+    torch.testing.assert_close(losses, dict(loss_cls=main, loss_aux=0.4 * aux))
 
 
-@pytest.mark.parametrize('dtype', HALF_FORMATS)
-def test_losses_are_in_full_precision(dtype):
-    backbone, head = tiny()
-    feats = [output.detach() for output in backbone(image())]
-    with torch.autocast('cpu', dtype):
-        losses = head.loss(feats, samples([1, 3]))
-    expected = head.loss(feats, samples([1, 3]))
-    for name, loss in losses.items():
-        assert loss.dtype == torch.float32
-        torch.testing.assert_close(loss, expected[name], rtol=0.02, atol=0.02)
-
-
-def test_inference_does_without_the_auxiliary_head():
-    backbone, head = tiny()
-    backbone.eval(), head.eval()
-    feats = backbone(image())
-    logits = head(feats)
+@torch.no_grad()
+def test_inference_does_without_the_auxiliary_head(tiny):
+    _, head, feats = tiny
+    logits = head.eval()(feats)
     del head.aux_head
     torch.testing.assert_close(head(feats), logits)
     hidden = head.pre_logits(feats)
     assert hidden.shape == (2, 1024)
-    torch.testing.assert_close(
-        head.head[-1](hidden[..., None, None])[..., 0, 0], logits
-    )
+    last = head.head[-1](hidden[..., None, None])
+    torch.testing.assert_close(last.flatten(1), logits)
     first, _ = head.predict(feats)
     torch.testing.assert_close(first.pred_score, logits[0].softmax(0))
     assert first.pred_label == logits[0].argmax()
 
 
-def test_initialization():
-    _, head = tiny()
-    for name, parameter in head.named_parameters():
+def test_initialization(tiny):
+    for name, parameter in tiny[1].named_parameters():
         if name.endswith('bias'):
             assert not parameter.any(), name
         elif parameter.ndim == 1:
@@ -264,10 +192,9 @@ def test_initialization():
             assert std == pytest.approx(0.02, rel=0.1), name
 
 
-def test_head_without_classifier():
-    backbone, head = OverLoCK(TINY), tiny()[1]
+def test_head_without_classifier(tiny):
     with pytest.raises(ValueError, match='classifier=True.*got 4'):
-        head(backbone(image()))
+        tiny[1]([*tiny[2], *tiny[2]])
 
 
 # ----------------------------------------------------------------- recipe
