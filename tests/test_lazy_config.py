@@ -49,19 +49,20 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('name', ['new', 'dumped'])
-def test_tools(folder, tmp_path, capsys, name):
-    config, image = str(folder / f'{name}.py'), str(folder / 'a.png')
-    model = [config, str(folder / 'det.pth')]
-    rest = [image, '--out', str(tmp_path), '--device', 'cpu']
-    tiny.load_tool('predict').main([*model, *rest])
+def test_tools(folder, tmp_path):
+    new, dumped, weights, image = (
+        str(folder / name)
+        for name in ('new.py', 'dumped.py', 'det.pth', 'a.png')
+    )
+    rest = weights, image, '--out', tmp_path, '--device', 'cpu'
+    tiny.run_tool('predict', new, *rest)
     assert '"name": "person"' in (tmp_path / 'predictions.json').read_text()
-    tiny.load_tool('visualize').main(['prior', *model, *rest])
+    tiny.run_tool('visualize', 'prior', dumped, *rest)
     assert (tmp_path / 'a_prior.png').exists()
-    tiny.load_tool('get_flops').main([config, '--shape', '64', '64'])
-    assert 'roi_head' in capsys.readouterr().out
+    out = tiny.run_tool('get_flops', new, '--shape', '64', '64')
+    assert 'roi_head' in out
     export = tiny.load_tool('export')
-    argv = [*model, '--out', str(tmp_path / 'model.onnx')]
+    argv = [dumped, weights, '--out', str(tmp_path / 'model.onnx')]
     args = export.build_parser().parse_args(argv)
     assert export.check(args, export.cli.load_config(args)) == (800, 1344)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from golden import load, state_dict
+from golden import load
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
@@ -50,7 +50,6 @@ UPERNET_PARTS = [
     'config, keys, parts',
     [
         ('mask_rcnn/overlock_xt_1x.py', 'det_xt', MASK_RCNN_PARTS),
-        ('mask_rcnn/overlock_t_1x.py', 'det_t', MASK_RCNN_PARTS),
         ('mask_rcnn/overlock_t_3x.py', 'det_t', MASK_RCNN_PARTS),
         ('upernet/overlock_xt_160k.py', 'seg_xt', UPERNET_PARTS),
         ('upernet/overlock_s_160k.py', 'seg_s', UPERNET_PARTS),
@@ -96,28 +95,22 @@ def mmcv_checkpoint(path, state):
     torch.save({'meta': meta, 'state_dict': state}, path)
 
 
-def test_released_mask_rcnn(tmp_path):
+@pytest.fixture(scope='module')
+def detector(tmp_path_factory):
+    """The config of a tiny detector, for which there are data."""
+    return tiny.detector(tmp_path_factory.mktemp('detector'))
+
+
+def test_released_mask_rcnn(detector, tmp_path):
     """tools/test.py takes the file as it is, also to merge the branches."""
-    config = tiny.detector(
-        tmp_path,
-        **{
-            'model.backbone.arch': 'xt',
-            'model.neck.in_channels': [56, 112, 340, 420],
-        },
-    )
-    cfg = Config.fromfile(config)
+    cfg = Config.fromfile(detector)
     init_default_scope('mmdet')
-    state = MODELS.build(cfg.model).state_dict()
-    for name, weight in state_dict(load('keys_det_xt')).items():
-        if weight.is_floating_point():
-            weight = weight.float()
-        state[f'backbone.{name}'] = weight
-    mmcv_checkpoint(tmp_path / 'maskrcnn1x.pth', state)
+    file, work_dir = tmp_path / 'maskrcnn1x.pth', tmp_path / 'work'
+    mmcv_checkpoint(file, MODELS.build(cfg.model).state_dict())
     for deploy in (False, True):
         log = tiny.run_tool(
-            *('test', config, tmp_path / 'maskrcnn1x.pth', '--work-dir'),
-            *(tmp_path / 'work', '--cfg-options'),
-            f'model.backbone.deploy={deploy}',
+            *('test', detector, file, '--work-dir', work_dir),
+            *('--cfg-options', f'model.backbone.deploy={deploy}'),
         )
         assert 'coco/segm_mAP' in log
         assert re.search(r'loaded .*: (\d+) of \1 tensors fit\n', log)
@@ -134,11 +127,10 @@ def test_released_mask_rcnn(tmp_path):
         'convert_checkpoint {file} {folder}/out.pth',
     ],
 )
-def test_other_network(argv, tmp_path):
+def test_other_network(argv, detector, tmp_path):
     file = tmp_path / 'file.pth'
     mmcv_checkpoint(file, {'conv1.weight': torch.ones(1)})
-    config = '' if argv.startswith('conv') else tiny.detector(tmp_path)
-    argv = argv.format(config=config, file=file, folder=tmp_path).split()
+    argv = argv.format(config=detector, file=file, folder=tmp_path).split()
     message = tiny.run_tool(*argv, status=2)
     assert f'{argv[0]}.py: {file}' in message
     assert 'has no OverLoCK, but conv1.weight' in message
