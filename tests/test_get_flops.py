@@ -1,10 +1,13 @@
 """tools/get_flops.py: what it counts, and how that fits the paper's table."""
 
+import os
+
 import pytest
 import tiny
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from test_metafiles import METADATA
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,17 +17,10 @@ from mmoverlock.ops import contmix
 
 tiny.need_openmmlab()
 
-ROOT = tiny.ROOT
 tool = tiny.load_tool('get_flops')
 
 # Parameters in M, FLOPs in G.
 PAPER = {'xt': (16, 2.6), 't': (33, 5.5), 'b': (95, 16.7)}
-# What this tool counts.
-FLOPS = {
-    'xt': 2_699_959_912,
-    't': 5_642_758_464,
-    'b': 17_089_982_864,
-}
 POSITIONS = {  # of the maps at 224 x 224
     **{'patch_embed1': 56**2, 'blocks1': 56**2},
     **{'patch_embed2': 28**2, 'blocks2': 28**2},
@@ -88,47 +84,55 @@ def table_flops(arch, total):
     return total
 
 
-@pytest.mark.parametrize('arch', PAPER)
+@pytest.mark.parametrize(
+    'arch',
+    ['xt', *(pytest.param(a, marks=pytest.mark.slow) for a in ('t', 'b'))],
+)
 def test_classifiers(arch):
     """Without the auxiliary head, at 224 x 224, in deploy form."""
-    cfg = Config.fromfile(ROOT / f'configs/imagenet/overlock_{arch}_300e.py')
+    path = f'configs/imagenet/overlock_{arch}_300e.py'
+    cfg = Config.fromfile(tiny.ROOT / path)
     cfg.model.backbone.deploy = True
     parts, total, _ = tool.count(cfg, (224, 224))
     assert list(parts) == ['backbone', 'head.head', 'head.aux_head']
     auxiliary, skipped = parts.pop('head.aux_head')
     assert auxiliary > 300_000 and skipped == 0
-    assert total == sum(flops for _, flops in parts.values()) == FLOPS[arch]
+    assert total == sum(flops for _, flops in parts.values())
+    assert total == METADATA[path]['FLOPs']
     parameters = sum(parameters for parameters, _ in parts.values())
     of_table = round(table_flops(arch, total) / 1e9, 1)
     assert (round(parameters / 1e6), of_table) == PAPER[arch]
 
 
-def test_forms_and_backends():
+@pytest.fixture
+def classifier(tmp_path):
+    """A function that writes the config of a tiny classifier."""
+    return lambda **backbone: tiny.write_model(
+        'cls',
+        tmp_path,
+        {f'model.backbone.{name}': backbone[name] for name in backbone},
+    )[0]
+
+
+def test_forms_and_backends(classifier):
     """Branches are merged for inference in either form; so is any backend."""
-    cfg = Config.fromfile(ROOT / 'configs/imagenet/overlock_xt_300e.py')
-    cfg.model.backbone.contmix_backend = 'tiled'
-    _, total, _ = tool.count(cfg, (224, 224))
-    assert total == FLOPS['xt']
+    totals = {
+        tool.count(Config.fromfile(classifier(**backbone)), (64, 96))[1]
+        for backbone in ({}, dict(deploy=True, contmix_backend='tiled'))
+    }
+    assert len(totals) == 1
 
 
 @pytest.mark.parametrize(
-    'config, shape, names',
+    'task, names',
     [
-        (
-            'mask_rcnn/overlock_xt_1x.py',
-            (64, 96),
-            ['backbone', 'neck', 'rpn_head', 'roi_head'],
-        ),
-        (
-            'upernet/overlock_xt_160k.py',
-            (64, 96),
-            ['backbone', 'decode_head', 'auxiliary_head'],
-        ),
+        ('det', ['backbone', 'neck', 'rpn_head', 'roi_head']),
+        ('seg', ['backbone', 'decode_head', 'auxiliary_head']),
     ],
 )
-def test_dense_predictors(config, shape, names):
-    cfg = Config.fromfile(ROOT / 'configs' / config)
-    parts, total, _ = tool.count(cfg, shape)
+def test_dense_predictors(task, names, tmp_path):
+    cfg = Config.fromfile(tiny.write_model(task, tmp_path)[0])
+    parts, total, _ = tool.count(cfg, (64, 96))
     assert list(parts) == names
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
@@ -139,40 +143,53 @@ def test_dense_predictors(config, shape, names):
     assert sum(flops for _, flops in parts.values()) == total
     if 'neck' in names:  # 1x1 and 3x3 convolutions at strides 4 to 32
         areas = [16 * 24, 8 * 12, 4 * 6, 2 * 3]
-        channels = cfg.model.neck.in_channels
-        expected = sum(
-            area * 256 * (width + 9 * 256)
-            for area, width in zip(areas, channels, strict=True)
+        widths = cfg.model.neck.in_channels
+        assert parts['neck'][1] == sum(
+            area * 16 * (width + 9 * 16)
+            for area, width in zip(areas, widths, strict=True)
         )
-        assert parts['neck'][1] == expected
 
 
-def test_channels(capsys, tmp_path):
+def test_channels(classifier):
     """Each costs as much in the first convolution, and none elsewhere."""
     totals = []
     for channels in (3, 5):
-        settings = {'model.backbone.in_channels': channels}
-        config, _ = tiny.write_model('cls', tmp_path, settings)
+        config = classifier(in_channels=channels)
         _, total, found = tool.count(Config.fromfile(config), (64, 96))
         assert found == channels
         totals.append(total)
     # 3 x 3 taps, half of 8 channels, at stride 2.
     assert totals[1] - totals[0] == 2 * 9 * 4 * 32 * 48
-    tool.main([config, '--shape', '64', '96'])
-    assert f'{config}, 5 x 64 x 96\n' in capsys.readouterr().out
 
 
-def test_output(capsys):
-    config = ROOT / 'configs/imagenet/overlock_xt_300e.py'
-    options = ['--shape', '64', '96', '--cfg-options']
-    tool.main([str(config), *options, 'model.backbone.deploy=True'])
-    title, _, *rows = capsys.readouterr().out.splitlines()[-7:]
-    assert title == f'{config}, 3 x 64 x 96'
+def test_output(classifier):
+    """Of one model by its parts, and a row for Markdown."""
+    config = classifier(in_channels=5)
+    cfg = Config.fromfile(config)
+    parts, total, _ = tool.count(cfg, (64, 96))
+    options = '--shape', '64', '96'
+    out = tiny.run_tool('get_flops', config, *options)
+    title, _, *rows = out.splitlines()[-7:]
+    assert title == f'{config}, 5 x 64 x 96'
     assert [row.split('  ')[0] for row in rows] == [
         *('backbone', 'head.head', 'head.aux_head'),
         *('total', 'without auxiliary head'),
     ]
-    assert '16.79 M' in rows[3] and '16.45 M' in rows[4]
+    counts = [parameters for parameters, _ in parts.values()]
+    inference = f'{sum(counts[:2]) / 1e6:.2f}'
+    assert f'{sum(counts) / 1e6:.2f} M' in rows[3]
+    assert f'{inference} M' in rows[4]
+    # Links are from the folder of the last config.
+    other = os.path.relpath(config)
+    out = tiny.run_tool('get_flops', other, config, '--table', *options)
+    title, line, *rows = out.splitlines()[-4:]
+    assert title == '| Config | Parameters (M) | FLOPs (G) |'
+    assert line == '| --- | --- | --- |'
+    assert (
+        rows[0]
+        == rows[1]
+        == (f'| [cls.py](cls.py) | {inference} | {total / 1e9:.2f} |')
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,7 +201,7 @@ def test_output(capsys):
     ],
 )
 def test_mistakes(options, words):
-    config = ROOT / 'configs/imagenet/overlock_xt_300e.py'
+    config = tiny.ROOT / 'configs/imagenet/overlock_xt_300e.py'
     message = tiny.run_tool('get_flops', config, *options, status=2)
     message = message.splitlines()[-1]
     assert message.startswith('get_flops.py: ') and words in message
