@@ -28,7 +28,16 @@ def register():
     """Importing this module has registered the hook."""
 
 
-@pytest.mark.parametrize('task', ['classifier', 'detector', 'segmentor'])
+@pytest.mark.parametrize(
+    'task',
+    [
+        'classifier',
+        *(
+            pytest.param(task, marks=pytest.mark.slow)
+            for task in ('detector', 'segmentor')
+        ),
+    ],
+)
 def test_seeds(task, tmp_path):
     """With worker processes; the classifier's report is read, too."""
     classifier = task == 'classifier'
