@@ -146,9 +146,10 @@ def test_losses(tiny, weight):
         for name, parameter in module.named_parameters():
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name
-    with torch.autocast('cpu', torch.float16):
-        losses = head.loss(feats, samples([1, 3]))
-    expected = dict(loss_cls=main, loss_aux=aux)  # in single precision
+    # They are in single precision, whatever the head is in.
+    feats = [output.bfloat16() for output in feats]
+    losses = head.bfloat16().loss(feats, samples([1, 3]))
+    expected = dict(loss_cls=main, loss_aux=aux)
     torch.testing.assert_close(losses, expected, rtol=0.02, atol=0.02)
 
 
