@@ -97,8 +97,3 @@ def test_branches_fit_the_kernel():
         assert len(set(branches)) == len(branches)
         for size, dilation in branches:
             assert (size - 1) * dilation + 1 <= kernel_size
-
-
-def test_unknown_kernel_size():
-    with pytest.raises(ValueError, match='size 4.*19, 17, 15'):
-        DilatedReparamConv(3, 4, BN)

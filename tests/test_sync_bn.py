@@ -20,7 +20,7 @@ debug = pytest.importorskip('torch.distributed.tensor.debug')
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 NO_MODES = nullcontext(), nullcontext()
 SHAPES = {
-    'other sizes': ((2, 2, 6, 5), (1, 2, 4, 7)),
+    'other sizes': ((1, 2, 6, 5), (1, 2, 4, 7)),
     'compiled': ((1, 2, 4, 5), (1, 2, 4, 5)),
     'no maps': ((1, 2, 5, 4), (0, 2, 5, 4)),
 }
@@ -86,9 +86,10 @@ def run(rank, folder):
             conv.compile(backend='aot_eager')
         results[name] = train(conv, maps[rank], grads[rank])
     alone = [distributed.new_group([i]) for i in (0, 1)][rank]
-    results['alone'], results['exchanges alone'] = train_counted(
-        new(group=alone), maps[0], grads[0]
-    )
+    if rank == 0:
+        results['alone'], results['exchanges alone'] = train_counted(
+            new(group=alone), maps[0], grads[0]
+        )
     torch.save(results, f'{folder}/{rank}.pth')
     distributed.destroy_process_group()
 
@@ -96,7 +97,10 @@ def run(rank, folder):
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp('processes')
-    multiprocessing.spawn(run, (folder,), nprocs=2)
+    method = 'fork' if DEVICE == 'cpu' else 'spawn'  # which imports anew
+    multiprocessing.start_processes(
+        run, (folder,), nprocs=2, start_method=method
+    )
     return [torch.load(folder / f'{rank}.pth') for rank in (0, 1)]
 
 
@@ -142,26 +146,21 @@ def test_statistics_are_those_of_all_maps(results, name):
 def test_one_exchange_each_way(results):
     for result in results:
         assert result['exchanges'] == [1, 1]
-        assert result['exchanges alone'] == [0, 0]
+    assert results[0]['exchanges alone'] == [0, 0]
 
 
 def test_group_of_one(results):
     """Its statistics are those of a batch norm."""
     maps, grads = draw(SHAPES['no maps'])
-    expected = train(module(backend='triton'), maps[0], grads[0])
-    for result in results:
-        torch.testing.assert_close(result['alone'], expected)
+    check(results[0]['alone'], train(module(), maps[0], grads[0]))
 
 
 @pytest.mark.parametrize('backend', ['auto', 'triton'])
 def test_one_process(backend):
     """Where nothing is distributed, SyncBN is a batch norm."""
     maps, grads = draw(SHAPES['other sizes'])
-    ours, plain = (
-        train(module(norm, backend), maps[0], grads[0])
-        for norm in ('SyncBN', 'BN')
-    )
-    torch.testing.assert_close(ours, plain)
+    ours = train(module('SyncBN', backend), maps[0], grads[0])
+    check(ours, train(module(), maps[0], grads[0]))
 
 
 def test_backend_without_exchange():
