@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 import tiny
 
-for package in ('mmcv._ext', 'mmpretrain', 'onnxruntime', 'onnxscript'):
+for package in ('mmcv._ext', 'mmseg', 'onnxruntime', 'onnxscript'):
     pytest.importorskip(package)
 
 
-def test_classifier(tmp_path, monkeypatch):
-    """Its snippet, on a file of another size than detectors'."""
-    files = tiny.write_model('cls', tmp_path)
-    out = tmp_path / 'model.onnx'
-    tiny.load_tool('export').main(
-        [*files, '--out', str(out), '--shape', '64', '96']
+def test_snippet(tmp_path, monkeypatch):
+    """Of a file with the first map only, of no square images."""
+    files = tiny.write_model(
+        'seg', tmp_path, {'model.backbone.out_indices': [0]}
     )
+    out = '--out', tmp_path / 'model.onnx', '--shape', '64', '96'
+    tiny.run_tool('export', *files, *out, '--backbone-only')
     text = (tiny.ROOT / 'docs' / 'mmdeploy.md').read_text()
     [code] = re.findall('^```python\n(.*?)^```', text, re.DOTALL | re.M)
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code, names)
-    [scores] = names['outputs']
-    assert scores.shape == (1, 1000)
-    assert np.isfinite(scores).all() and scores.std() > 0
+    [maps] = names['outputs']
+    assert maps.shape == (1, 8, 16, 24)
+    assert np.isfinite(maps).all() and maps.std() > 0
