@@ -118,7 +118,10 @@ def test_forms_and_backends(classifier):
     """Branches are merged for inference in either form; so is any backend."""
     totals = {
         tool.count(Config.fromfile(classifier(**backbone)), (64, 96))[1]
-        for backbone in ({}, dict(deploy=True, contmix_backend='tiled'))
+        for backbone in (
+            dict(contmix_backend='reference'),
+            dict(contmix_backend='tiled', deploy=True),
+        )
     }
     assert len(totals) == 1
 
