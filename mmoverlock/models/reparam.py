@@ -108,7 +108,6 @@ class DilatedReparamConv(nn.Module):
         groups = {_group(norm) for _, norm in self._branches()}
         branches, backend = self._summable_branches(x, groups)
         if backend:
-            torch._foreach_add_([branch.batches for branch in branches], 1)
             return sum_of_branches(x, branches, backend, *groups)
         return sum(
             norm(self._convolve(x, conv.weight, None, conv.dilation[0]))
