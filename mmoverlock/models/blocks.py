@@ -141,7 +141,11 @@ class RepConvBlock(nn.Module):
         """(B, C, H, W) to (B, C, H, W)."""
         norm, conv, bn, excite, *layers, drop_path = self.proj
         x, y = conv_and_norm(self.dwconv, norm, x)
-        y = bn(conv(y))
+        y = conv(y)
+        if excite.takes_norms([bn], y):
+            y, excite = excite.run_norms([bn], [y]), None
+        else:
+            y = bn(y)
         (keep,) = drop_path.draw(y, 1)
         return _feed_forward(layers, y, x, keep, self.ls, excite)
 
@@ -280,14 +284,27 @@ class FocusBlock(nn.Module):
             self.dyconv_proj,
             self.proj,
         )
-        prepared = prepare(sequences, z)
+        excited = self.dyconv_proj, self.lepe, self.gate
+        norms = [layers[1] for layers in excited if len(layers) > 1]
+        if len(norms) < 3 or not self.se_layer.takes_norms(norms, z, excited):
+            norms = []
+        prepared = prepare(sequences, z, norms)
         fused = run_layers(self.fusion, z, prepared)
         mixed = self.dynamic_conv(z, fused, prepared)
-        y = run_layers(self.dyconv_proj, mixed, prepared)
-        y = y + run_layers(self.lepe, fused, prepared)
-        silu = self.gate in prepared  # which is left to the next one
-        gate = run_layers(self.gate, fused, prepared, -1 if silu else None)
-        y = self.se_layer(y, gate, silu)
+        if norms:
+            maps = [
+                run_layers(layers, y, prepared, 1)
+                for layers, y in zip(
+                    excited, (mixed, fused, fused), strict=True
+                )
+            ]
+            y = self.se_layer.run_norms(norms, maps)
+        else:
+            y = run_layers(self.dyconv_proj, mixed, prepared)
+            y = y + run_layers(self.lepe, fused, prepared)
+            silu = self.gate in prepared  # which is left to the next one
+            gate = run_layers(self.gate, fused, prepared, -1 if silu else None)
+            y = self.se_layer(y, gate, silu)
         y = run_layers(self.proj, y, prepared)
         keeps = self.drop_path.draw(y, 2)
         z = add_residual(identity, y, keeps[0], self.ls1)

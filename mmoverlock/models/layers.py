@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import (
+    Norm,
     cast_as_convolutions,
     conv_norm,
+    excite_norms,
     layer_norm,
     pointwise_conv,
     residual_conv,
@@ -192,16 +194,7 @@ class SEModule(nn.Module):
             Tensor: Of the same shape.
         """
         if takes_triton('auto', x):
-            _, first, _, second, _ = self.proj
-            return squeeze_excite(
-                x,
-                first.weight,
-                first.bias,
-                second.weight,
-                second.bias,
-                gate,
-                silu,
-            )
+            return squeeze_excite(x, *self._weights(), gate, silu)
         x = x * self.proj(x)
         if gate is None:
             return x
@@ -217,6 +210,59 @@ class SEModule(nn.Module):
             tuple[Tensor, None]: (B, C, 1, 1), and that nothing is added.
         """
         return self.proj(x), None
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        _, first, _, second, _ = self.proj
+        return first.weight, first.bias, second.weight, second.bias
+
+    def takes_norms(
+        self,
+        norms: Sequence[nn.Module],
+        x: Tensor,
+        others: Sequence[nn.Module] = (),
+    ) -> bool:
+        """Whether :meth:`run_norms` does what all these modules do.
+
+        Args:
+            norms (Sequence[nn.Module]): What comes before.
+            x (Tensor): Of the size of the maps.
+            others (Sequence[nn.Module]): What must have no hooks, either.
+                Defaults to none.
+        """
+        return (
+            takes_triton('auto', x)
+            and type(self) is SEModule
+            and all(map(_has_no_hooks, (self, *others)))
+            and all(map(_counts_batches, norms))
+            and x.numel() > x.shape[1]  # or there is no deviation
+        )
+
+    @staticmethod
+    def _as_operand(norm: nn.BatchNorm2d) -> Norm:
+        return Norm(
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.num_batches_tracked,
+            norm.momentum,
+            norm.eps,
+        )
+
+    def run_norms(
+        self, norms: Sequence[nn.BatchNorm2d], maps: Sequence[Tensor]
+    ) -> Tensor:
+        """Norms in training mode, squeeze and excitation, and a gate.
+
+        Args:
+            norms (Sequence[nn.BatchNorm2d]): Of each map.
+            maps (Sequence[Tensor]): See :func:`mmoverlock.ops.excite_norms`.
+
+        Returns:
+            Tensor: (B, C, H, W).
+        """
+        operands = [*map(self._as_operand, norms)]
+        return excite_norms(maps, operands, *self._weights())
 
 
 class StridedConv(nn.Conv2d):
@@ -377,7 +423,11 @@ def run_layers(
     return x
 
 
-def prepare(sequences: Iterable[nn.Sequential], x: Tensor) -> dict:
+def prepare(
+    sequences: Iterable[nn.Sequential],
+    x: Tensor,
+    norms: Sequence[nn.Module] = (),
+) -> dict:
     """What kernels do once for all layers of a block, in two launches.
 
     The weights of 1x1 convolutions are rounded as autocast does, and batch
@@ -386,6 +436,8 @@ def prepare(sequences: Iterable[nn.Sequential], x: Tensor) -> dict:
     Args:
         sequences (Iterable[nn.Sequential]): The layers.
         x (Tensor): Of the dtype that they get, but for autocast.
+        norms (Sequence[nn.Module]): What is to be left as it is. Defaults to
+            none.
 
     Returns:
         dict: By layer, weight and bias of 1x1 convolutions; None for batch
@@ -403,7 +455,7 @@ def prepare(sequences: Iterable[nn.Sequential], x: Tensor) -> dict:
                 parameters.append(layer.weight)
                 if layer.bias is not None:
                     parameters.append(layer.bias)
-            elif _counts_batches(layer):
+            elif layer not in norms and _counts_batches(layer):
                 prepared[layer] = None
                 counts.append(layer.num_batches_tracked)
     rounded = iter(round_parameters(dtype, *parameters))

@@ -47,6 +47,7 @@ from .common import (
     autocast,
     convolve,
     load_rows,
+    move,
     tile_of,
     zeros,
 )
@@ -220,16 +221,8 @@ def _combine_kernel(
             momentum = tl.full((), MOMENTA[b], tl.float64)
             if MOMENTA[b] < 0:
                 momentum = 1 / tl.load(batches[b]).to(tl.float64)
-            _move(means[b] + channel, mean, momentum, m_channel)
-            _move(variances[b] + channel, variance, momentum, m_channel)
-
-
-@triton.jit
-def _move(p_running, b_new, momentum, m_channel):
-    b_old = tl.load(p_running, mask=m_channel, other=0)
-    b_moved = b_old.to(tl.float64)
-    b_moved += momentum * (b_new - b_moved)
-    tl.store(p_running, b_moved.to(b_old.dtype), mask=m_channel)
+            move(means[b] + channel, mean, momentum, m_channel)
+            move(variances[b] + channel, variance, momentum, m_channel)
 
 
 @triton.jit
