@@ -185,6 +185,6 @@ print(json.dumps(uses))
         TRITON_CACHE_DIR=str(tmp_path),
     )
     uses = json.loads(out.splitlines()[-1])
-    assert len({name for name, _ in uses}) == 7
+    assert len({name for name, _ in uses}) == 8
     for name, use in uses:
         assert use['spills'] == 0, (name, use)

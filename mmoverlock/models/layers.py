@@ -194,7 +194,7 @@ class SEModule(nn.Module):
             Tensor: Of the same shape.
         """
         if takes_triton('auto', x):
-            return squeeze_excite(x, *self._weights(), gate, silu)
+            return squeeze_excite(x, *self.weights(), gate, silu)
         x = x * self.proj(x)
         if gate is None:
             return x
@@ -211,7 +211,7 @@ class SEModule(nn.Module):
         """
         return self.proj(x), None
 
-    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         _, first, _, second, _ = self.proj
         return first.weight, first.bias, second.weight, second.bias
 
@@ -232,21 +232,9 @@ class SEModule(nn.Module):
         return (
             takes_triton('auto', x)
             and type(self) is SEModule
-            and all(map(_has_no_hooks, (self, *others)))
-            and all(map(_counts_batches, norms))
+            and all(map(has_no_hooks, (self, *others)))
+            and all(map(counts_batches, norms))
             and x.numel() > x.shape[1]  # or there is no deviation
-        )
-
-    @staticmethod
-    def _as_operand(norm: nn.BatchNorm2d) -> Norm:
-        return Norm(
-            norm.weight,
-            norm.bias,
-            norm.running_mean,
-            norm.running_var,
-            norm.num_batches_tracked,
-            norm.momentum,
-            norm.eps,
         )
 
     def run_norms(
@@ -261,8 +249,8 @@ class SEModule(nn.Module):
         Returns:
             Tensor: (B, C, H, W).
         """
-        operands = [*map(self._as_operand, norms)]
-        return excite_norms(maps, operands, *self._weights())
+        operands = [*map(as_operand, norms)]
+        return excite_norms(maps, operands, *self.weights())
 
 
 class StridedConv(nn.Conv2d):
@@ -447,7 +435,7 @@ def prepare(
         return {}
     dtype = cast_as_convolutions(x[:0]).dtype
     prepared, convs, parameters, counts = {}, [], [], []
-    for sequence in filter(_has_no_hooks, sequences):
+    for sequence in filter(has_no_hooks, sequences):
         prepared[sequence] = None
         for layer in sequence:
             if isinstance(layer, PointwiseConv):
@@ -455,7 +443,7 @@ def prepare(
                 parameters.append(layer.weight)
                 if layer.bias is not None:
                     parameters.append(layer.bias)
-            elif layer not in norms and _counts_batches(layer):
+            elif layer not in norms and counts_batches(layer):
                 prepared[layer] = None
                 counts.append(layer.num_batches_tracked)
     rounded = iter(round_parameters(dtype, *parameters))
@@ -468,18 +456,31 @@ def prepare(
     return prepared
 
 
-def _has_no_hooks(module: nn.Module) -> bool:
+def has_no_hooks(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks)
 
 
-def _counts_batches(layer: nn.Module) -> bool:
+def counts_batches(layer: nn.Module) -> bool:
     """Whether a layer is a batch norm of which no more than that is asked."""
     return (
         type(layer) is nn.BatchNorm2d
         and layer.training
         and layer.track_running_stats
         and layer.momentum is not None
-        and _has_no_hooks(layer)
+        and has_no_hooks(layer)
+    )
+
+
+def as_operand(norm: nn.BatchNorm2d) -> Norm:
+    """A batch norm as operators take it."""
+    return Norm(
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.num_batches_tracked,
+        norm.momentum,
+        norm.eps,
     )
 
 
