@@ -1,6 +1,7 @@
 """Small layers that OverLoCK is made of, all on (B, C, H, W) maps."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from ..ops import (
     cast_as_convolutions,
     conv_norm,
     excite_norms,
+    is_compiling,
     layer_norm,
     pointwise_conv,
     residual_conv,
@@ -328,11 +330,25 @@ class DropPath(nn.Module):
         if not self.training or kept == 1:
             return (None,) * count
         dtype = torch.promote_types(x.dtype, torch.float32)
-        keep = torch.empty(count, len(x), dtype=dtype, device=x.device)
-        return keep.bernoulli_(kept).div_(kept).unbind()
+        operands = (count, len(x)), dtype, x.device
+        if x.is_cuda and not is_compiling():  # in one launch
+            keep, _ = torch.native_dropout(
+                _ones(*operands), self.drop_prob, True
+            )
+        else:
+            keep = torch.empty(operands[0], dtype=dtype, device=x.device)
+            keep.bernoulli_(kept).div_(kept)
+        return keep.unbind()
 
     def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob}'
+
+
+@lru_cache
+def _ones(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return torch.ones(shape, dtype=dtype, device=device)
 
 
 def _scale_samples(x: Tensor, keep: Tensor | None) -> Tensor:

@@ -1,9 +1,9 @@
 """A Focus block as one node: the launches of its parts, and their gradients.
 
 Maps are in channels_last, products are those of PyTorch. The gradient of what
-ContMix, the branches and the gate read is added up by the gate's product in
-the result of the branches, and that of the map behind the first norm by the
-product of the query; all sums of parts are made in the end, in one launch.
+ContMix, the branches and the gate read is handed on in this order, and each
+adds to it; so it is with that of the map behind the first norm. All sums of
+parts are made in the end, in one launch.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,8 @@ from ..excitation import triton as excitation
 from ..ffn import triton as ffn
 from ..grn import triton as response_norm
 from ..layernorm import triton as layer_norm
-from ..pointwise import product_weight_grad, round_parameters, rows, to_map
+from ..pointwise import round_parameters, rows, to_map
+from ..pointwise.triton import weight_grads
 from ..prior import triton as prior
 from ..residual import triton as residual
 from . import FocusParameters
@@ -77,10 +78,6 @@ def _product(x, weight, bias=None):
 
 def _product_grad(grad, weight):
     return to_map(rows(grad) @ weight.flatten(1), grad)
-
-
-def _bias_grad(grad, bias):
-    return rows(grad).sum(0, dtype=bias.dtype)
 
 
 def _norm(x, norm):
@@ -208,12 +205,18 @@ def _fields(tuples):
 def _backward(grad, s, p, keeps, settings):
     """Gradients of z, of initial, and of the parameters, as those are."""
     mix, _, query, key, value, gate, out, _, expand, _, reduce = s.rounded
-    jobs = []
+    jobs, products = [], []
 
     def empty(tensors, parts, *more):
         """Gradients that will be sums of parts."""
         grads = [torch.empty_like(tensor) for tensor in (*tensors, *more)]
         jobs.append((parts, *grads))
+        return grads
+
+    def product(grad, x, *tensors):
+        """Gradients that a launch for all products will make."""
+        grads = [torch.empty_like(tensor) for tensor in tensors]
+        products.append((rows(channels_last(grad)), rows(x), grads))
         return grads
 
     grads = {}
@@ -239,10 +242,7 @@ def _backward(grad, s, p, keeps, settings):
     if grad_y is None:
         grad_y = grad.to(s.projected.dtype)
 
-    grads['out'] = [
-        product_weight_grad(grad_y, s.projected, p.out[0]),
-        _bias_grad(grad_y, p.out[1]),
-    ]
+    grads['out'] = product(grad_y, s.projected, *p.out)
     mix_statistics, query_statistics, key_statistics, out_statistics = (
         s.statistics
     )
@@ -266,8 +266,8 @@ def _backward(grad, s, p, keeps, settings):
         norms[2:4],
         norms[4:],
     )
-    grads['gate'] = product_weight_grad(grad_gate, s.fused, p.gate)
-    grads['value'] = product_weight_grad(grad_value, s.mixed[0], p.value)
+    grads['gate'] = product(grad_gate, s.fused, p.gate)
+    grads['value'] = product(grad_value, s.mixed[0], p.value)
     grad_query, grad_key, *grads['kernels'], grad_fused = (
         contmix._mix_backward.function(
             _product_grad(grad_value, value),
@@ -290,20 +290,17 @@ def _backward(grad, s, p, keeps, settings):
         *fields[:2],
         fields[6],
         fields[8],
+        other=channels_last(grad_fused),
     )
     grads['branches'] = [*zip(weights, *norms, strict=True)]
     rows(grad).addmm_(rows(grad_gate), gate.flatten(1))
-    grad += grad_fused
     grad, parts = response_norm.backward(
         grad, s.mix[3], p.response[0], *s.response
     )
     grads['response'] = empty(p.response, parts)
 
     neighbors, normal, active, _ = s.mix
-    grads['mix'] = [
-        product_weight_grad(grad, active, p.mix[0]),
-        _bias_grad(grad, p.mix[1]),
-    ]
+    grads['mix'] = product(grad, active, *p.mix)
     grad = aten.gelu_backward(_product_grad(grad, mix), normal)
     grad, *grads['mix_norm'] = _norm_grad(
         grad, neighbors, p.mix_norm, mix_statistics
@@ -315,12 +312,12 @@ def _backward(grad, s, p, keeps, settings):
     grad_query, *grads['query_norm'] = _norm_grad(
         grad_query, s.query[0], p.query_norm, query_statistics
     )
-    grads['query'] = product_weight_grad(grad_query, features, p.query)
+    grads['query'] = product(grad_query, features, p.query)
     rows(grad_features).addmm_(rows(grad_query), query.flatten(1))
     grad_key, *grads['key_norm'] = _norm_grad(
         grad_key, s.key[1], p.key_norm, key_statistics
     )
-    grads['key'] = product_weight_grad(grad_key, s.key[0], p.key)
+    grads['key'] = product(grad_key, s.key[0], p.key)
     grad_guide += aten._adaptive_avg_pool2d_backward(
         _product_grad(grad_key, key), guide
     )
@@ -341,6 +338,9 @@ def _backward(grad, s, p, keeps, settings):
         first, shift, second, initial_shift = grads['prior']
         jobs.append((parts, first, second, shift))
         jobs.append((parts, None, None, initial_shift))
+    parts = weight_grads(*(operands for *operands, _ in products))
+    for (*_, outs), sums in zip(products, parts, strict=True):
+        jobs += zip(sums, outs, strict=False)
     partial_sums.add(*jobs)
     return grad, grad_initial, grads
 

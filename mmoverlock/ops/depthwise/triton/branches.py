@@ -672,8 +672,11 @@ def _backward(
     dilations,
     eps,
     group=None,
+    other=None,
 ):
     """Gradients of x, of scales and shifts (2, branches, C), and of weights.
+
+    Another gradient of x is added to that, if there is one.
 
     Those of scales and shifts are this process's share, as in
     torch.nn.SyncBatchNorm.
@@ -730,7 +733,7 @@ def _backward(
                 T=layout.rows,
                 LANES=layout.lanes,
             )
-        grad_x = convolve_maps(grad_ys, taps, branches, flip=True)
+        grad_x = convolve_maps(grad_ys, taps, branches, flip=True, other=other)
         parts = weight_grads(x, grad_ys, branches)
         grads = [torch.empty_like(weight) for weight in weights]
         _unpack_kernel[_blocks(channels), plan.taps](
