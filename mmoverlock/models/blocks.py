@@ -348,7 +348,12 @@ class FocusBlock(nn.Module):
         Its norms and convolutions have to be what they are at first, and
         nobody may watch the layers.
         """
-        if not (self.training and takes_triton('auto', z)) or is_compiling():
+        if (
+            type(self) is not FocusBlock
+            or not self.training
+            or is_compiling()
+            or not takes_triton('auto', z)
+        ):
             return False
         conv = self.lepe[0]
         norms = [*self._norms(), *(norm for _, norm in conv._branches())]
@@ -359,7 +364,8 @@ class FocusBlock(nn.Module):
             and enlarged_size(z.shape[2:], self.kernel_size) is None
             and z.numel() > z.shape[1]
             and all(map(counts_batches, norms))
-            and all(map(has_no_hooks, self.modules()))
+            and type(self.se_layer) is SEModule
+            and all(has_no_hooks(m) for m in self.modules() if m is not self)
         )
 
     def _operands(self) -> FocusParameters:

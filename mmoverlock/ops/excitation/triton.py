@@ -46,7 +46,6 @@ WEIGHT = 4096  # values of a weight that it has at a time
 CHANNELS = 64  # most channels that it has at a time
 PARTS = 128  # positions or partial sums that it adds at a time
 WARPS = 8
-MAX_SPLITS = 32  # of an image, for partial sums
 WEIGHTS = dict(BATCH=32, CHANNELS=32, HIDDEN=16)  # a tile of their gradients
 NORMS = dict(PARTS=64, BLOCK=32)  # a tile of partial statistics
 
@@ -247,6 +246,9 @@ def _norms_kernel(
         b_squares += rows * deviation * deviation
         squares += tl.where(m_part, b_squares, 0.0)
     b_squares = tl.sum(squares, 0)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        for n in tl.static_range(len(batches)):
+            tl.store(batches[n], tl.load(batches[n]) + 1)
     p_norm = p_norms + tl.program_id(1) * 4 * channels + o_channel
     tl.store(p_norm + 2 * channels, mean.to(tl.float32), mask=m_channel)
     for n in tl.static_range(len(MOMENTA)):
@@ -262,8 +264,6 @@ def _norms_kernel(
             move(p_mean, mean, MOMENTA[n], m_channel)
             p_variance = variances[n] + o_channel
             move(p_variance, b_squares / (count - 1), MOMENTA[n], m_channel)
-            if tl.program_id(0) == 0:
-                tl.store(batches[n], tl.load(batches[n]) + 1)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -839,9 +839,8 @@ def _split(x):
     rows, block = tiles.form(channels)
     blocks = cdiv(channels, block)
     slots = partial_sums.programs(x.device, tiles.RESIDENT)
-    splits = min(
-        MAX_SPLITS, cdiv(positions, rows), cdiv(slots, batch * blocks)
-    )
+    # Not min, which would make a graph for every size of a map.
+    splits = torch.sym_min(cdiv(positions, rows), cdiv(slots, batch * blocks))
     splits = cdiv(positions, cdiv(positions, splits))
     settings = dict(ROWS=rows, BLOCK=block, num_warps=tiles.WARPS)
     return splits, batch * splits * blocks, settings
@@ -904,21 +903,20 @@ def measure(
             empty.
         scales, shifts, means, variances (Sequence[Tensor]): (C, ) each, of
             the norms of the maps.
-        batches (Sequence[Tensor]): () each.
+        batches (Sequence[Tensor]): () each, and of any norms besides.
         momenta, eps (Sequence[float]): Of each norm.
 
     Returns:
-        tuple[Tensor, Tensor]: Parts of sums and of squared deviations, the
-        first N B splits 2 C values; scales, shifts, means and reciprocal
-        deviations, (N, 4, C).
+        tuple[Tensor, Tensor]: Parts of sums and of squared deviations, (N, B
+        * splits * 2, C); scales, shifts, means and reciprocal deviations, (N,
+        4, C).
     """
     batch, channels, height, width = maps[0].shape
     positions = height * width
     splits, programs, settings = _split(maps[0])
     length = cdiv(positions, splits)
-    # Its size does not depend on that of the maps.
     parts = maps[0].new_empty(
-        len(maps), batch * 2 * MAX_SPLITS, channels, dtype=torch.float32
+        len(maps), batch * splits * 2, channels, dtype=torch.float32
     )
     norms = parts.new_empty(len(maps), 4, channels)
     with torch.cuda.device_of(parts):
@@ -1261,7 +1259,7 @@ def _measure_norms(
 @_measure_norms.register_fake
 def _(maps, scales, shifts, means, variances, batches, momenta, eps):
     channels = maps[0].shape[1]
-    parts = maps[0].shape[0] * 2 * MAX_SPLITS
+    parts = maps[0].shape[0] * _split(maps[0])[0] * 2
     return tuple(
         maps[0].new_empty(len(maps), rows, channels, dtype=torch.float32)
         for rows in (parts, 4)

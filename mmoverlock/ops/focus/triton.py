@@ -25,7 +25,7 @@ from ..ffn import triton as ffn
 from ..grn import triton as response_norm
 from ..layernorm import triton as layer_norm
 from ..pointwise import round_parameters, rows, to_map
-from ..pointwise.triton import weight_grads
+from ..pointwise.triton import product, weight_grads
 from ..prior import triton as prior
 from ..residual import triton as residual
 from . import FocusParameters
@@ -107,11 +107,9 @@ def _forward(z, initial, p, keeps, settings):
     updated = z
     if p.prior:
         updated = prior.forward(z, initial, *p.prior)
-    weights = *p.mix, p.query, p.key, p.value, p.gate, *p.out, *p.expand
+    weights = *p.mix, p.query, p.key, p.value, p.gate, p.out[0], *p.expand
     rounded = round_parameters(z.dtype, *weights, p.reduce[0])
-    mix, mix_bias, query, key, value, gate, out, out_bias, *hidden = rounded
-    norms = p.mix_norm, p.query_norm, p.key_norm, p.out_norm
-    torch._foreach_add_([norm.batches for norm in norms], 1)
+    mix, mix_bias, query, key, value, gate, out, *hidden = rounded
     identity, _ = conv.forward(updated, *p.conv1)
     x = layer_norm.forward(identity, *p.norm1, settings.eps[0])
 
@@ -140,16 +138,24 @@ def _forward(z, initial, p, keeps, settings):
     branches_out = large_conv._forward(
         fused, *fields[:3], fields[6], fields[8], *branches[:2]
     )
-    parts, norms = excitation.measure(
-        [values, branches_out, gates],
-        *_fields([p.value_norm, p.branches_norm, p.gate_norm]),
-    )
+    fields = _fields([p.value_norm, p.branches_norm, p.gate_norm])
+    others = p.mix_norm, p.query_norm, p.key_norm, p.out_norm
+    fields[4] += [norm.batches for norm in others]
+    parts, norms = excitation.measure([values, branches_out, gates], *fields)
     excited, state = excitation.forward(
         values, *p.excite, gates, True, branches_out, (parts, norms)
     )
     projected, *out_statistics = _norm(excited, p.out_norm)
-    y = _product(projected, out, out_bias)
-    middle = residual.forward(identity, y, *p.scale1, keeps[0])
+    gain, offset = p.scale1
+    middle, _ = product(
+        projected,
+        out,
+        p.out[1],
+        keep=keeps[0],
+        identity=identity,
+        gain=gain,
+        offset=offset,
+    )
 
     identity2, _ = conv.forward(middle, *p.conv2)
     x2 = layer_norm.forward(identity2, *p.norm2, settings.eps[1])
@@ -204,7 +210,7 @@ def _fields(tuples):
 
 def _backward(grad, s, p, keeps, settings):
     """Gradients of z, of initial, and of the parameters, as those are."""
-    mix, _, query, key, value, gate, out, _, expand, _, reduce = s.rounded
+    mix, _, query, key, value, gate, out, expand, _, reduce = s.rounded
     jobs, products = [], []
 
     def empty(tensors, parts, *more):
@@ -213,7 +219,7 @@ def _backward(grad, s, p, keeps, settings):
         jobs.append((parts, *grads))
         return grads
 
-    def product(grad, x, *tensors):
+    def differentiate(grad, x, *tensors):
         """Gradients that a launch for all products will make."""
         grads = [torch.empty_like(tensor) for tensor in tensors]
         products.append((rows(channels_last(grad)), rows(x), grads))
@@ -242,7 +248,7 @@ def _backward(grad, s, p, keeps, settings):
     if grad_y is None:
         grad_y = grad.to(s.projected.dtype)
 
-    grads['out'] = product(grad_y, s.projected, *p.out)
+    grads['out'] = differentiate(grad_y, s.projected, *p.out)
     mix_statistics, query_statistics, key_statistics, out_statistics = (
         s.statistics
     )
@@ -266,8 +272,8 @@ def _backward(grad, s, p, keeps, settings):
         norms[2:4],
         norms[4:],
     )
-    grads['gate'] = product(grad_gate, s.fused, p.gate)
-    grads['value'] = product(grad_value, s.mixed[0], p.value)
+    grads['gate'] = differentiate(grad_gate, s.fused, p.gate)
+    grads['value'] = differentiate(grad_value, s.mixed[0], p.value)
     grad_query, grad_key, *grads['kernels'], grad_fused = (
         contmix._mix_backward.function(
             _product_grad(grad_value, value),
@@ -300,7 +306,7 @@ def _backward(grad, s, p, keeps, settings):
     grads['response'] = empty(p.response, parts)
 
     neighbors, normal, active, _ = s.mix
-    grads['mix'] = product(grad, active, *p.mix)
+    grads['mix'] = differentiate(grad, active, *p.mix)
     grad = aten.gelu_backward(_product_grad(grad, mix), normal)
     grad, *grads['mix_norm'] = _norm_grad(
         grad, neighbors, p.mix_norm, mix_statistics
@@ -312,12 +318,12 @@ def _backward(grad, s, p, keeps, settings):
     grad_query, *grads['query_norm'] = _norm_grad(
         grad_query, s.query[0], p.query_norm, query_statistics
     )
-    grads['query'] = product(grad_query, features, p.query)
+    grads['query'] = differentiate(grad_query, features, p.query)
     rows(grad_features).addmm_(rows(grad_query), query.flatten(1))
     grad_key, *grads['key_norm'] = _norm_grad(
         grad_key, s.key[1], p.key_norm, key_statistics
     )
-    grads['key'] = product(grad_key, s.key[0], p.key)
+    grads['key'] = differentiate(grad_key, s.key[0], p.key)
     grad_guide += aten._adaptive_avg_pool2d_backward(
         _product_grad(grad_key, key), guide
     )
