@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .. import partial_sums
-from ..common import channels_last
+from .. import partial_sums, tiles
+from ..common import cdiv, channels_last, flatten, lengths, nest
 from ..conv3x3 import triton as conv
 from ..depthwise.triton import branches as large_conv
 from ..dynamic_conv import triton as contmix
@@ -31,6 +32,76 @@ from ..residual import triton as residual
 from . import FocusParameters
 
 aten = torch.ops.aten
+SIZES = 'count', 'height', 'width'
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _unpool_kernel(
+    p_grad,
+    p_out,
+    count,
+    height,
+    width,
+    step,
+    channels,
+    REGIONS: tl.constexpr,
+    DOWN: tl.constexpr,
+    ACROSS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add the gradient of means over regions, which may overlap.
+
+    Region i of S an axis begins at floor(i H / S) and ends before ceil((i + 1)
+    H / S). grad (B, REGIONS^2, C), out (count = B H W, C), whose rows are
+    ``step`` apart; of the regions, DOWN and ACROSS at most meet in a row and
+    in a column; grid (blocks of rows and of C, ).
+    """
+    tile, o_channel, m_channel = tiles.place(channels, BLOCK)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    image = (row // (height * width)).to(tl.int64)
+    y = row // width % height
+    x = row % width
+    m_out = (row < count)[:, None] & m_channel[None]
+    o_out = row.to(tl.int64)[:, None] * step + o_channel[None]
+    acc = tiles.load(p_out, o_out, m_out)
+    for down in tl.static_range(DOWN):
+        i = y * REGIONS // height + down
+        rows = tl.cdiv((i + 1) * height, REGIONS) - i * height // REGIONS
+        for across in tl.static_range(ACROSS):
+            j = x * REGIONS // width + across
+            columns = tl.cdiv((j + 1) * width, REGIONS) - j * width // REGIONS
+            met = (i <= ((y + 1) * REGIONS - 1) // height) & (
+                j <= ((x + 1) * REGIONS - 1) // width
+            )
+            region = (image * REGIONS + i) * REGIONS + j
+            o_grad = region[:, None] * channels + o_channel[None]
+            b_grad = tiles.load(p_grad, o_grad, m_out & met[:, None])
+            acc += b_grad / (rows * columns)[:, None]
+    tiles.store(p_out, o_out, acc, m_out)
+
+
+def _unpool(grad, out):
+    """Add the gradient of an adaptive average of a part of a map."""
+    batch, channels, height, width = out.shape
+    regions = grad.shape[2]
+    block = tiles.form(channels)
+    count = batch * height * width
+    _unpool_kernel[(cdiv(count, block[0]) * cdiv(channels, block[1]),)](
+        channels_last(grad),
+        out,
+        count,
+        height,
+        width,
+        out.stride(3),
+        channels,
+        REGIONS=regions,
+        DOWN=regions // height + 2,
+        ACROSS=regions // width + 2,
+        ROWS=block[0],
+        BLOCK=block[1],
+        num_warps=tiles.WARPS,
+    )
 
 
 class _Settings(NamedTuple):
@@ -193,7 +264,7 @@ def _forward(z, initial, p, keeps, settings):
         state,
         excited,
         projected,
-        (mix_statistics, query_statistics, key_statistics, out_statistics),
+        (*mix_statistics, *query_statistics, *key_statistics, *out_statistics),
         middle,
         identity2,
         x2,
@@ -250,7 +321,7 @@ def _backward(grad, s, p, keeps, settings):
 
     grads['out'] = differentiate(grad_y, s.projected, *p.out)
     mix_statistics, query_statistics, key_statistics, out_statistics = (
-        s.statistics
+        s.statistics[i : i + 2] for i in range(0, 8, 2)
     )
     grad, *grads['out_norm'] = _norm_grad(
         _product_grad(grad_y, out), s.excited, p.out_norm, out_statistics
@@ -313,7 +384,7 @@ def _backward(grad, s, p, keeps, settings):
     )
     grad, parts = conv.backward(grad, s.x, p.mix_conv[0], residual=False)
     grads['mix_conv'] = empty(p.mix_conv, parts)
-    features, guide = s.x.split([query.shape[1], key.shape[1]], 1)
+    features = s.x[:, : query.shape[1]]
     grad_features, grad_guide = grad.split([query.shape[1], key.shape[1]], 1)
     grad_query, *grads['query_norm'] = _norm_grad(
         grad_query, s.query[0], p.query_norm, query_statistics
@@ -324,9 +395,7 @@ def _backward(grad, s, p, keeps, settings):
         grad_key, s.key[1], p.key_norm, key_statistics
     )
     grads['key'] = differentiate(grad_key, s.key[0], p.key)
-    grad_guide += aten._adaptive_avg_pool2d_backward(
-        _product_grad(grad_key, key), guide
-    )
+    _unpool(_product_grad(grad_key, key), grad_guide)
     grad, parts = layer_norm.backward(
         grad, s.identity, p.norm1[0], settings.eps[0], grad_identity
     )
@@ -384,26 +453,20 @@ class _FocusBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, initial, p, keeps, settings, *leaves):
         result, saved = _forward(z, initial, p, keeps, settings)
-        kept = saved, _without_statistics(p), keeps
-        tensors, ctx.spec = tree_flatten(kept)
-        ctx.places = [
-            i for i, t in enumerate(tensors) if isinstance(t, Tensor)
-        ]
-        ctx.save_for_backward(*(tensors[i] for i in ctx.places))
-        ctx.others = [None if isinstance(t, Tensor) else t for t in tensors]
-        ctx.settings = settings
+        ctx.settings = _without_statistics(p), keeps, settings
+        ctx.lengths = lengths(saved)
+        # The parameters, so that a change of them is noticed
+        ctx.save_for_backward(*flatten(saved), *leaves)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        values = list(ctx.others)
-        for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
-            values[place] = tensor
-        saved, p, keeps = tree_unflatten(values, ctx.spec)
+        saved = _Saved(*nest(ctx.saved_tensors, ctx.lengths))
+        p, keeps, settings = ctx.settings
         with partial_sums.together(), torch.cuda.device_of(grad):
             grad, grad_initial, grads = _backward(
-                channels_last(grad), saved, p, keeps, ctx.settings
+                channels_last(grad), saved, p, keeps, settings
             )
         leaves = []
         for name in p._fields:

@@ -528,7 +528,7 @@ def weight_grads(
     splits = [
         max(
             1,
-            min(cdiv(len(x), knobs['pixels']), 2 * PROGRAMS * len(x) // work),
+            min(cdiv(len(x), knobs['pixels']), PROGRAMS * len(x) // work),
         )
         for x in maps
     ]
