@@ -47,6 +47,9 @@ def draw_block(first, norm='BN'):
         nn.init.normal_(parameter, std=0.5)
         if name.startswith('ls'):
             nn.init.ones_(parameter)
+    if first:  # a weight that lies in memory otherwise
+        conv = block.dwconv1
+        conv.weight = nn.Parameter(conv.weight.mT.contiguous().mT)
     return block.to(DEVICE)
 
 
@@ -116,6 +119,10 @@ def watch(block, maps):
     block.gate[0].register_forward_hook(print)
 
 
+def watch_gradient(block, maps):
+    block.mlp[0].register_full_backward_hook(print)
+
+
 def watch_block(block, maps):
     block.register_forward_hook(print)
 
@@ -147,6 +154,7 @@ def replace(block, maps):
         (watch_block, 'focus_block'),
         (lambda block, _: block.eval(), 'conv_and_norm'),
         (watch, 'conv_and_norm'),
+        (watch_gradient, 'conv_and_norm'),
         (freeze, 'conv_and_norm'),
         (average, 'conv_and_norm'),
         (shrink, 'conv_and_norm'),
@@ -201,3 +209,17 @@ print(json.dumps(compile_launches(run, {capability})))
     ]
     for name, use in uses:
         assert use['spills'] == 0, (name, use)
+
+
+def test_paths_are_dropped_in_one_launch(monkeypatch):
+    """With the values that they have elsewhere."""
+    monkeypatch.setattr(torch.Tensor, 'is_cuda', True)
+    x = torch.empty(2000, 1, 1, 1, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    first, second = DropPath(0.2).draw(x, 2)
+    assert not torch.equal(first, second)
+    for keep in (first, second):
+        assert keep.shape == (2000,)
+        assert keep.dtype == torch.float32
+        assert set(keep.tolist()) == {0, 1.25}
+        assert abs(keep.mean().item() - 1) < 0.05

@@ -473,7 +473,13 @@ def prepare(
 
 
 def has_no_hooks(module: nn.Module) -> bool:
-    return not (module._forward_hooks or module._forward_pre_hooks)
+    """Whether nobody watches a module, in either direction."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def counts_batches(layer: nn.Module) -> bool:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
 
 from .. import partial_sums, tiles
 from ..common import cdiv, channels_last, flatten, lengths, nest
@@ -496,4 +497,7 @@ def focus_block(
         initial = channels_last(initial)
     settings = _Settings(scale, eps, regions)
     leaves = _leaves(parameters)
+    if not all(leaf.is_contiguous() for leaf in leaves):
+        parameters = tree_map_only(Tensor, Tensor.contiguous, parameters)
+        leaves = _leaves(parameters)
     return _FocusBlock.apply(z, initial, parameters, keeps, settings, *leaves)
