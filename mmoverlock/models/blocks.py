@@ -276,11 +276,9 @@ class FocusBlock(nn.Module):
         Returns:
             Tensor: Of the shape of ``z``.
         """
-        if self.first:
-            z = cast_as_convolutions(z)
         if self._is_one_node(z):
             operands = (
-                z,
+                cast_as_convolutions(z),
                 None if self.first else initial_prior,
                 self._operands(),
                 self.drop_path.draw(z, 2),
@@ -288,7 +286,7 @@ class FocusBlock(nn.Module):
                 (self.norm1.eps, self.norm2.eps),
                 NUM_REGIONS,
             )
-            if takes_triton('auto', z, focus_block, *operands):
+            if takes_triton('auto', operands[0], focus_block, *operands):
                 return focus_block(*operands)
         if not self.first:
             z = update_prior(
@@ -360,7 +358,7 @@ class FocusBlock(nn.Module):
         return (
             {conv.backend, self.contmix_backend} <= {'auto', 'triton'}
             and len(norms) > 7
-            and z.dtype == cast_as_convolutions(z[:0]).dtype
+            and (self.first or z.dtype == cast_as_convolutions(z[:0]).dtype)
             and enlarged_size(z.shape[2:], self.kernel_size) is None
             and z.numel() > z.shape[1]
             and all(map(counts_batches, norms))
