@@ -690,20 +690,21 @@ def _weights_grad_kernel(
         tiles.store(p_grad_bias1, o_hidden, sum_bias1, m_hidden)
     if tl.program_id(1) == 0:
         tiles.store(p_grad_bias2, o_channel, sum_bias2, m_channel)
-    for n in range(tl.program_id(1), ROWS, tl.num_programs(1)):
-        o_sum = n * channels + o_channel
-        b_sum = _sum_rows(
-            p_sums + n * channels,
-            None,
-            None,
-            batch,
-            ROWS * channels,
-            o_channel,
-            m_channel,
-            BATCH,
-            False,
-        )
-        tiles.store(p_grad_norms, o_sum, b_sum, m_channel)
+    if p_sums is not None:
+        for n in range(tl.program_id(1), ROWS, tl.num_programs(1)):
+            o_sum = n * channels + o_channel
+            b_sum = _sum_rows(
+                p_sums + n * channels,
+                None,
+                None,
+                batch,
+                ROWS * channels,
+                o_channel,
+                m_channel,
+                BATCH,
+                False,
+            )
+            tiles.store(p_grad_norms, o_sum, b_sum, m_channel)
 
 
 @triton.jit
