@@ -880,7 +880,8 @@ def sum_positions(
 def _knobs(hidden, parts):
     hidden = next_power_of_2(hidden)
     return dict(
-        PARTS=min(PARTS, next_power_of_2(parts)),
+        # With fewer than 4, ptxas spills on capability 8.0.
+        PARTS=min(PARTS, max(4, next_power_of_2(parts))),
         CHANNELS=max(1, min(CHANNELS, WEIGHT // hidden)),
         HIDDEN=hidden,
         num_warps=WARPS,
