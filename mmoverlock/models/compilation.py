@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import is_compiling
+from ..ops import environment, is_compiling
 
 SETTINGS = dict(
     cache_size_limit=64,  # graphs; beyond that, blocks are not compiled
@@ -67,8 +67,12 @@ class Regions:
             )
         # The rates of drops differ: a graph of those would be of one block.
         keeps = block.draw(args[0])
-        with config.patch(SETTINGS), symbols.patch(use_duck_shape=False):
-            return self._compiled(block, *args, keeps)
+        environment.any_size = True
+        try:
+            with config.patch(SETTINGS), symbols.patch(use_duck_shape=False):
+                return self._compiled(block, *args, keeps)
+        finally:
+            environment.any_size = False
 
 
 def _run(block: nn.Module, *args: Any) -> Tensor:

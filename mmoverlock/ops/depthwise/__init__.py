@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends import check_backend, takes_triton
 from ..common import custom_op
-from ..environment import apply, is_compiling, is_exporting
+from ..environment import apply, hides_sizes, is_compiling, is_exporting
 
 SLOW_WIDTHS = range(11, 15)  # slower than the width behind them
 MAX_DILATED_SPAN = 12  # between the outer taps of a dilated kernel
@@ -231,7 +231,7 @@ def _weight_grad(x: Tensor, grad: Tensor, size: int, dilation: int) -> Tensor:
     taps, a convolution of x whose kernel is the gradient map, one for each
     image, channel and band of rows, and whose stride is the dilation.
     """
-    if is_compiling() and not is_exporting():
+    if hides_sizes():
         return _weight_grad_of_any_size(x, grad, size, dilation)
     batch, channels, height, width = x.shape
     x, grad = _contiguous(x), _contiguous(grad)

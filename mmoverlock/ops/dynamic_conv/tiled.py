@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..common import custom_op
-from ..environment import apply, is_compiling, is_exporting
+from ..environment import apply, hides_sizes, is_compiling
 from .reference import bias_starts, window_starts
 
 # Copying an element of a region costs 1, an element of a dense matrix 1 in the
@@ -429,7 +429,7 @@ def contmix_tiled(
     query = by_group(query)
     sizes = [(table.shape[-1] + 1) // 2 for table in rpb]
     areas = [k**2 for k in sizes]
-    whole = is_compiling() and not is_exporting()
+    whole = hides_sizes()
     training = torch.is_grad_enabled()
     mix = partial(apply, _Mix) if training else _mix
     training = training and not torch.jit.is_tracing()
