@@ -218,7 +218,8 @@ def build(name, size, train, device, compiled=False):
     """A backbone: 't' or another arch, or a key of ``PEERS``.
 
     OverLoCK is fused for inference, and so are the branches of its large
-    convolutions. Peers are classifiers where images are of 224 x 224.
+    convolutions; its blocks are what is compiled. Peers are compiled whole,
+    and are classifiers where images are of 224 x 224.
     """
     if name in [*PEERS]:
         import timm
@@ -229,14 +230,15 @@ def build(name, size, train, device, compiled=False):
         model = timm.create_model(PEERS[name], **options)
         if name != 'Swin-T':
             model = model.to(memory_format=torch.channels_last)
+        if compiled:
+            model.compile()
     else:
-        model = OverLoCK(name, drop_path_rate=0.1)
+        model = OverLoCK(name, drop_path_rate=0.1, compile=compiled)
         if not train:
             fuse(model)
     model.to(device).train(train)
     if compiled:
         torch._dynamo.reset()
-        model.compile()
     return model
 
 

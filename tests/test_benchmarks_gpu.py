@@ -229,7 +229,7 @@ def test_compiled(measured):
     """It would be, with the first call."""
     for compiled in (False, True):
         model = measured.build(ARCH, SIZE, True, CPU, compiled)
-        assert bool(model._compiled_call_impl) is compiled
+        assert model.regions.compile is compiled
 
 
 def test_peers(measured):

@@ -148,16 +148,22 @@ class RepConvBlock(nn.Module):
         )
         self.ls = LayerScale(channels) if layer_scale else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, H, W)."""
-        norm, conv, bn, excite, *layers, drop_path = self.proj
+    def draw(self, x: Tensor) -> Sequence[Tensor | None]:
+        """See :meth:`mmoverlock.models.layers.DropPath.draw`."""
+        return self.proj[-1].draw(x, 1)
+
+    def forward(
+        self, x: Tensor, keeps: Sequence[Tensor | None] | None = None
+    ) -> Tensor:
+        """(B, C, H, W) to (B, C, H, W), with what :meth:`draw` has drawn."""
+        (keep,) = keeps or self.draw(x)
+        norm, conv, bn, excite, *layers, _ = self.proj
         x, y = conv_and_norm(self.dwconv, norm, x)
         y = conv(y)
         if excite.takes_norms([bn], y):
             y, excite = excite.run_norms([bn], [y]), None
         else:
             y = bn(y)
-        (keep,) = drop_path.draw(y, 1)
         return _feed_forward(layers, y, x, keep, self.ls, excite)
 
 
@@ -266,22 +272,34 @@ class FocusBlock(nn.Module):
         self.ls2 = LayerScale(total)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, z: Tensor, initial_prior: Tensor) -> Tensor:
+    def draw(self, z: Tensor) -> Sequence[Tensor | None]:
+        """See :meth:`mmoverlock.models.layers.DropPath.draw`."""
+        return self.drop_path.draw(z, 2)
+
+    def forward(
+        self,
+        z: Tensor,
+        initial_prior: Tensor,
+        keeps: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
         """Refine features and prior.
 
         Args:
             z (Tensor): Features and prior, (B, C + P, H, W).
             initial_prior (Tensor): What the Overview-Net said, (B, P, H, W).
+            keeps (Sequence[Tensor | None], optional): What :meth:`draw` has
+                drawn. Defaults to None: it is drawn here.
 
         Returns:
             Tensor: Of the shape of ``z``.
         """
+        keeps = keeps or self.draw(z)
         if self._is_one_node(z):
             operands = (
                 cast_as_convolutions(z),
                 None if self.first else initial_prior,
                 self._operands(),
-                self.drop_path.draw(z, 2),
+                keeps,
                 self.scale,
                 (self.norm1.eps, self.norm2.eps),
                 NUM_REGIONS,
@@ -329,7 +347,6 @@ class FocusBlock(nn.Module):
             gate = run_layers(self.gate, fused, prepared, -1 if silu else None)
             y = self.se_layer(y, gate, silu)
         y = run_layers(self.proj, y, prepared)
-        keeps = self.drop_path.draw(y, 2)
         z = add_residual(identity, y, keeps[0], self.ls1)
         z, y = conv_and_norm(self.dwconv2, self.norm2, z)
         return _feed_forward(self.mlp, y, z, keeps[1], self.ls2)

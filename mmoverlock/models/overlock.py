@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..ops import check_backend, is_compiling, takes_triton, why_not_triton
 from ..ops.dynamic_conv import BACKENDS
 from .blocks import FocusBlock, RepConvBlock
+from .compilation import Regions
 from .layers import LayerNorm2d, LayerScale, StridedConv, build_bn
 from .recomputation import recompute
 from .reparam import DilatedReparamConv
@@ -96,6 +97,9 @@ class OverLoCK(BaseModule):
             'auto'.
         depthwise_backend (str): Of the large depthwise convolutions, see
             :func:`mmoverlock.ops.backends.check_backend`. Defaults to 'auto'.
+        compile (bool | dict): Whether the blocks run compiled, for images of
+            any size, or arguments of ``torch.compile`` to compile them with;
+            see :mod:`mmoverlock.models.compilation`. Defaults to False.
         init_cfg (dict, optional): See :class:`mmengine.model.BaseModule`.
 
     Raises:
@@ -172,6 +176,7 @@ class OverLoCK(BaseModule):
         deploy: bool = False,
         contmix_backend: str = 'auto',
         depthwise_backend: str = 'auto',
+        compile: bool | dict = False,
         init_cfg: dict | None = None,
     ):
         super().__init__(init_cfg)
@@ -191,6 +196,7 @@ class OverLoCK(BaseModule):
         )
         check_backend(contmix_backend, ('auto', *BACKENDS))
         check_backend(depthwise_backend)
+        self.regions = Regions(compile)
         self.in_channels = in_channels
         self.channels = tuple(arch['channels'])
         self.prior_channels = self.channels[3] // 4
@@ -582,9 +588,9 @@ class OverLoCK(BaseModule):
     def _run(self, group: str, x: Tensor, *args: Tensor) -> Tensor:
         for i, block in enumerate(getattr(self, group)):
             if i < self.checkpointed[group] and torch.is_grad_enabled():
-                x = recompute(block, x, *args)
+                x = recompute(block, self.regions, block, x, *args)
             else:
-                x = block(x, *args)
+                x = self.regions(block, x, *args)
         return x
 
     def train(self, mode: bool = True) -> 'OverLoCK':

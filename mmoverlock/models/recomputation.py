@@ -1,18 +1,22 @@
 """Recomputing blocks in the backward pass, for memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
-def recompute(block: nn.Module, *args: Tensor) -> Tensor:
-    """Run a block without keeping its activations; the backward repeats it."""
+def recompute(block: nn.Module, run: Callable, *args) -> Tensor:
+    """Run a block without keeping its activations; the backward repeats it.
+
+    ``run(*args)`` is what runs the block.
+    """
     return checkpoint(
-        block,
+        run,
         *args,
         use_reentrant=False,
         context_fn=partial(_contexts, block),
@@ -28,17 +32,21 @@ def _contexts(
 
 @contextmanager
 def _fixed_statistics(block: nn.Module) -> Iterator[None]:
-    """Keep batch norms in training mode from counting a batch twice."""
+    """Have batch norms in training mode count a batch where nobody reads.
+
+    Their settings stay, on which compiled blocks depend.
+    """
     norms = [
-        (module, module.momentum, module.num_batches_tracked.clone())
+        (module._buffers, module._buffers.copy())
         for module in block.modules()
         if isinstance(module, _BatchNorm) and module.training
     ]
-    for norm, _, _ in norms:
-        norm.momentum = 0.0
+    for buffers, kept in norms:
+        for name, buffer in kept.items():
+            if buffer is not None:
+                buffers[name] = torch.empty_like(buffer)
     try:
         yield
     finally:
-        for norm, momentum, num_batches in norms:
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(num_batches)
+        for buffers, kept in norms:
+            buffers.update(kept)

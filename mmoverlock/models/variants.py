@@ -47,7 +47,13 @@ class VariantFocusBlock(Variant, FocusBlock):
     ``gate`` and ``lepe`` may be None.
     """
 
-    def forward(self, z: Tensor, initial_prior: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        initial_prior: Tensor | None,
+        keeps: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        keeps = keeps or self.draw(z)
         z = self.read(z, initial_prior)
         identity, z = conv_and_norm(self.dwconv1, self.norm1, z)
         fused = self.fusion(z)
@@ -57,7 +63,6 @@ class VariantFocusBlock(Variant, FocusBlock):
             y = y + self.lepe(fused)
         gate = None if self.gate is None else self.gate(fused)
         y = self.proj(self.se_layer(y, gate))
-        keeps = self.drop_path.draw(y, 2)
         z = add_residual(identity, y, keeps[0], self.ls1)
         z, y = conv_and_norm(self.dwconv2, self.norm2, z)
         return _feed_forward(self.mlp, y, z, keeps[1], self.ls2)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 
 MIN_TRITON = 3, 6
+any_size = False  # whether graphs that are traced now take maps of any size
 
 
 def is_compiling() -> bool:
@@ -19,6 +20,11 @@ def is_exporting() -> bool:
     does.
     """
     return getattr(torch.compiler, 'is_exporting', is_compiling)()
+
+
+def hides_sizes() -> bool:
+    """Whether a graph is traced that must not depend on the size of a map."""
+    return any_size and is_compiling() and not is_exporting()
 
 
 def apply(function: type[torch.autograd.Function], *args):

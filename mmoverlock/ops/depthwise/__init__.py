@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import check_backend, takes_triton
-from ..environment import apply, is_compiling, is_exporting
+from ..common import custom_op
+from ..environment import apply, hides_sizes, is_compiling, is_exporting
 
 SLOW_WIDTHS = range(11, 15)  # slower than the width behind them
 MAX_DILATED_SPAN = 12  # between the outer taps of a dilated kernel
@@ -212,7 +213,7 @@ def _contiguous(x):
 
     It is matrices that PyTorch transposes in blocks, which stay in the cache.
     """
-    if x.shape[2] < LARGE or x.is_contiguous() or is_compiling():
+    if is_compiling() or x.shape[2] < LARGE or x.is_contiguous():
         return x.contiguous()
     rows = x.new_empty(x.shape)
     for target, image in zip(rows.flatten(2), x.flatten(2), strict=True):
@@ -232,6 +233,8 @@ def _weight_grad(x: Tensor, grad: Tensor, size: int, dilation: int) -> Tensor:
     taps, a convolution of x whose kernel is the gradient map, one for each
     image, channel and band of rows, and whose stride is the dilation.
     """
+    if hides_sizes():
+        return _weight_grad_of_any_size(x, grad, size, dilation)
     batch, channels, height, width = x.shape
     x, grad = _contiguous(x), _contiguous(grad)
     pad = size // 2 * dilation
@@ -247,6 +250,19 @@ def _weight_grad(x: Tensor, grad: Tensor, size: int, dilation: int) -> Tensor:
     grad = grad.view(-1, 1, height, width)
     taps = F.conv2d(x, grad, None, dilation, pad, groups=len(grad))
     return taps.view(batch, channels, -1, size, size).sum((0, 2))[:, None]
+
+
+@custom_op('mmoverlock::depthwise_weight_grad', differentiable=False)
+def _weight_grad_of_any_size(
+    x: Tensor, grad: Tensor, size: int, dilation: int
+) -> Tensor:
+    """What graphs for maps of all sizes have in them."""
+    return _weight_grad(x, grad, size, dilation)
+
+
+@_weight_grad_of_any_size.register_fake
+def _(x, grad, size, dilation):
+    return grad.new_empty(grad.shape[1], 1, size, size)
 
 
 class _DepthwiseConv2d(torch.autograd.Function):

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..environment import apply, is_compiling
+from ..common import custom_op
+from ..environment import apply, hides_sizes, is_compiling
 from .reference import bias_starts, window_starts
 
 # Copying an element of a region costs 1, an element of a dense matrix 1 in the
@@ -111,6 +112,13 @@ def _grid(rows: Tensor, cols: Tensor, width: int) -> Tensor:
     return grid.flatten(2).flatten(0, 1)
 
 
+def _windows(kernel_size: int, device: torch.device) -> Tensor:
+    """The windows of a bias table (K^2, K^2), flat indices of it."""
+    taps = torch.arange(kernel_size, device=device)
+    starts = taps[:, None] + taps
+    return _grid(starts, starts, 2 * kernel_size - 1)
+
+
 def _bags(index: Tensor, length: int, device: torch.device) -> _Bags:
     """Bags of the places where each of ``length`` numbers is in an index."""
     rows = index.argsort(stable=True)
@@ -143,7 +151,6 @@ def _make_plan(
         tap = (tap[:, None] * region[1] + tap).flatten()
         taps = _grid(rows[2], cols[2], region[1])[..., None] + tap
         taps = taps.to(device)
-    starts = torch.arange(kernel_size)[:, None] + torch.arange(kernel_size)
     regions = _grid(rows[1], cols[1], width)
     bias = _grid(rows[3], cols[3], kernel_size).flatten()
     pixels = users = None
@@ -156,7 +163,7 @@ def _make_plan(
         order.to(device),
         regions.to(device),
         taps,
-        _grid(starts, starts, 2 * kernel_size - 1).to(device),
+        _windows(kernel_size, device),
         bias.to(device),
         pixels,
         users,
@@ -316,6 +323,28 @@ def _mix(query, filters, windows, value, plan):
     return out
 
 
+def _mix_grads(grad, query, filters, windows, value, plan):
+    grad_query = torch.empty_like(query)
+    grad_filters = torch.empty_like(filters)
+    grad_windows = torch.zeros_like(windows)
+    grad_value = torch.empty_like(value)
+    tiles = _Tiles(plan)
+    for chunk in _chunks(value, plan):
+        some_filters = filters[chunk]
+        tile_query = _take(query[chunk], plan.positions)
+        kernels = _kernels(tile_query, some_filters, windows[chunk[1]], plan)
+        grad_kernels, grad_value[chunk] = tiles.grads(
+            grad[chunk], kernels.to(value.dtype), value[chunk]
+        )
+        grad_logits = torch.ops.aten._softmax_backward_data(
+            grad_kernels.to(kernels.dtype), kernels, -1, kernels.dtype
+        )
+        grad_query[chunk] = _take(grad_logits @ some_filters.mT, plan.order)
+        grad_filters[chunk] = tile_query.mT @ grad_logits
+        grad_windows[chunk[1]] += _add_up(grad_logits.sum(0), plan.users)
+    return grad_query, grad_filters, grad_windows, grad_value
+
+
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, filters, windows, value, plan):
@@ -325,31 +354,60 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        query, filters, windows, value = ctx.saved_tensors
-        plan = ctx.plan
-        grad_query = torch.empty_like(query)
-        grad_filters = torch.empty_like(filters)
-        grad_windows = torch.zeros_like(windows)
-        grad_value = torch.empty_like(value)
-        tiles = _Tiles(plan)
-        for chunk in _chunks(value, plan):
-            some_filters = filters[chunk]
-            tile_query = _take(query[chunk], plan.positions)
-            kernels = _kernels(
-                tile_query, some_filters, windows[chunk[1]], plan
-            )
-            grad_kernels, grad_value[chunk] = tiles.grads(
-                grad[chunk], kernels.to(value.dtype), value[chunk]
-            )
-            grad_logits = torch.ops.aten._softmax_backward_data(
-                grad_kernels.to(kernels.dtype), kernels, -1, kernels.dtype
-            )
-            grad_query[chunk] = _take(
-                grad_logits @ some_filters.mT, plan.order
-            )
-            grad_filters[chunk] = tile_query.mT @ grad_logits
-            grad_windows[chunk[1]] += _add_up(grad_logits.sum(0), plan.users)
-        return grad_query, grad_filters, grad_windows, grad_value, None
+        return *_mix_grads(grad, *ctx.saved_tensors, ctx.plan), None
+
+
+@custom_op('mmoverlock::mix_tiles')
+def _mix_any_size(
+    query: Tensor,
+    filters: Tensor,
+    windows: Tensor,
+    value: Tensor,
+    height: int,
+    width: int,
+    kernel_size: int,
+) -> Tensor:
+    """See :func:`_mix`; for graphs, which need not be of one plan."""
+    plan = _cached_plan(height, width, kernel_size, value.device, False)
+    return _mix(query, filters, windows, value, plan)
+
+
+@_mix_any_size.register_fake
+def _(query, filters, windows, value, *sizes):
+    return torch.empty_like(value)
+
+
+@custom_op('mmoverlock::mix_tiles_backward', differentiable=False)
+def _mix_any_size_backward(
+    grad: Tensor,
+    query: Tensor,
+    filters: Tensor,
+    windows: Tensor,
+    value: Tensor,
+    height: int,
+    width: int,
+    kernel_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    plan = _cached_plan(height, width, kernel_size, value.device, True)
+    return _mix_grads(grad, query, filters, windows, value, plan)
+
+
+@_mix_any_size_backward.register_fake
+def _(grad, *operands):
+    return tuple(map(torch.empty_like, operands[:4]))
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.sizes = inputs[4:]
+
+
+def _differentiate(ctx, grad):
+    grads = _mix_any_size_backward(grad, *ctx.saved_tensors, *ctx.sizes)
+    return *grads, None, None, None
+
+
+_mix_any_size.register_autograd(_differentiate, setup_context=_save)
 
 
 def contmix_tiled(
@@ -371,6 +429,7 @@ def contmix_tiled(
     query = by_group(query)
     sizes = [(table.shape[-1] + 1) // 2 for table in rpb]
     areas = [k**2 for k in sizes]
+    whole = hides_sizes()
     training = torch.is_grad_enabled()
     mix = partial(apply, _Mix) if training else _mix
     training = training and not torch.jit.is_tracing()
@@ -383,8 +442,16 @@ def contmix_tiled(
         value.chunk(2, dim=1),
         strict=True,
     ):
-        plan = _plan(height, width, k, value.device, training)
-        windows = table.flatten(1).index_select(1, plan.windows.flatten())
+        if whole:
+            windows = _windows(k, value.device)
+        else:
+            plan = _plan(height, width, k, value.device, training)
+            windows = plan.windows
+        windows = table.flatten(1).index_select(1, windows.flatten())
         windows = windows.view(groups, k**2, k**2) + shift
-        mixed.append(mix(query, filter, windows, by_group(half), plan))
+        operands = query, filter, windows, by_group(half)
+        if whole:
+            mixed.append(_mix_any_size(*operands, height, width, k))
+        else:
+            mixed.append(mix(*operands, plan))
     return torch.cat(mixed, dim=1).mT.reshape(value.shape)

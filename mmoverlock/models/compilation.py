@@ -1,0 +1,79 @@
+"""torch.compile by region: what is compiled is a block, not the network.
+
+Blocks of one kind and size run the same graphs, each with its own weights, and
+images of all sizes do. What else makes a graph: training or not, gradients or
+not, autocast or not, a block that drops nothing, a single image, a map of one
+row or column, and a map on the other side of a size at which a block computes
+in another way.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import environment, is_compiling
+
+SETTINGS = dict(
+    cache_size_limit=64,  # graphs; beyond that, blocks are not compiled
+    optimize_ddp=False,  # which would cut regions into buckets of gradients
+    skip_nnmodule_hook_guards=False,  # hooks may come and go
+    specialize_float=True,  # or else everything is traced twice
+)
+
+
+class Regions:
+    """Runs blocks, compiled if they are to be.
+
+    It is copied and pickled without what it has compiled.
+
+    Args:
+        compile (bool | dict): Whether blocks are compiled, or arguments of
+            ``torch.compile``.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+
+    def __init__(self, compile: bool | dict):
+        if not isinstance(compile, bool | dict):
+            raise ValueError(
+                'compile must be True, False or a dict of arguments of '
+                f'torch.compile, got {compile!r}'
+            )
+        self.compile = compile
+        self._compiled = None
+
+    def __getstate__(self) -> dict:
+        return dict(self.__dict__, _compiled=None)
+
+    def __call__(self, block: nn.Module, *args: Any) -> Tensor:
+        """``block(*args)``; tracing and counting see it as it is."""
+        if (
+            self.compile is False
+            or is_compiling()
+            or torch.jit.is_tracing()
+            or torch._C._len_torch_dispatch_stack()
+        ):
+            return block(*args)
+        # Sizes that happen to be equal need not be.
+        from torch._dynamo import config
+        from torch.fx.experimental import _config as symbols
+
+        if self._compiled is None:
+            options = {} if self.compile is True else self.compile
+            self._compiled = torch.compile(
+                _run, **dict(dynamic=True) | options
+            )
+        # The rates of drops differ: a graph of those would be of one block.
+        keeps = block.draw(args[0])
+        environment.any_size = True
+        try:
+            with config.patch(SETTINGS), symbols.patch(use_duck_shape=False):
+                return self._compiled(block, *args, keeps)
+        finally:
+            environment.any_size = False
+
+
+def _run(block: nn.Module, *args: Any) -> Tensor:
+    return block(*args)

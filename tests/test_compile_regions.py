@@ -1,0 +1,246 @@
+"""``OverLoCK(compile=True)``: blocks are compiled, for images of any size."""
+
+import copy
+import pickle
+from collections import Counter
+
+import pytest
+import tiny
+import torch
+from functorch.compile import make_boxed_func
+from mmengine.config import Config
+from torch import Tensor, distributed, multiprocessing
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch._subclasses import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmoverlock.models import OverLoCK
+from mmoverlock.models.fuse import fuse
+
+# Of each a graph: blocks without a layer scale, blocks with one, the first of
+# the Focus-Net and its others.
+ARCH = dict(
+    depths=(2, 1, 1, 1),
+    channels=(8, 8, 8, 8),
+    focus_depths=(2, 1),
+    focus_heads=(2, 2),
+    kernel_sizes=(5, 5, 5, 5),
+)
+GRAPHS = 4
+# As of multi-scale training. The square comes first: other sizes of a graph
+# need not be alike where its first ones were.
+SHAPES = (
+    (2, 3, 256, 256),
+    (2, 3, 192, 256),
+    (2, 3, 256, 192),
+    (4, 3, 224, 320),
+    (2, 3, 224, 288),
+)
+
+
+@pytest.fixture
+def make():
+    """A function that makes models, plain and compiled, and a counter."""
+    torch.compiler.reset()
+    counters.clear()
+
+    def make(backend='eager', dtype=torch.float64, **options):
+        torch.manual_seed(0)
+        counter = CompileCounterWithBackend(backend)
+        plain = tiny.randomize(OverLoCK(ARCH, **options))
+        compiled = OverLoCK(ARCH, compile=dict(backend=counter), **options)
+        compiled.load_state_dict(plain.state_dict())
+        return plain.to(dtype), compiled.to(dtype), counter
+
+    yield make
+    torch.compiler.reset()
+
+
+def images(shape, model):
+    return torch.rand(shape, dtype=next(model.parameters()).dtype)
+
+
+def train(model, shape):
+    """What a step makes, with the same random numbers every time."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    maps = model(images(shape, model))
+    sum(m.sin().sum() for m in maps).backward()
+    return [
+        maps,
+        {name: p.grad for name, p in model.named_parameters()},
+        dict(model.named_buffers()),
+    ]
+
+
+def check(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_many_sizes(make):
+    """Blocks share graphs, whatever they drop or recompute, and images do."""
+    plain, compiled, counter = make(
+        drop_path_rate=0.3, with_cp=(1, 0, 0, 1, 2, 0)
+    )
+    for shape in SHAPES:
+        check(train(compiled, shape), train(plain, shape))
+        # The very first block drops nothing, which is a graph of its own.
+        assert counter.frame_count == GRAPHS + 1
+    plain.eval(), compiled.eval()
+    for shape in SHAPES[:2]:
+        x = images(shape, plain)
+        with torch.no_grad():
+            check(compiled(x), plain(x))
+        assert counter.frame_count == GRAPHS + 1 + GRAPHS
+    assert not counters['graph_break']
+
+
+@torch.no_grad()
+def test_copies(make):
+    """They run graphs that are there, with weights of their own."""
+    plain, compiled, counter = make(out_indices=(0,))
+    plain.eval(), compiled.eval()
+    x = images((2, 3, 64, 96), plain)
+    check(compiled(x), plain(x))
+    other = copy.deepcopy(compiled)
+    for a, b in zip(plain.parameters(), other.parameters(), strict=True):
+        a.mul_(0.5), b.mul_(0.5)
+    check(other(x), plain(x))
+    assert counter.frame_count == 1
+    saved = pickle.dumps(OverLoCK(ARCH, out_indices=(0,), compile=True))
+    assert pickle.loads(saved).regions.compile is True
+
+
+@torch.no_grad()
+def test_what_changes_a_block(make):
+    """Hooks that come late are called, and fused blocks are other blocks."""
+    plain, compiled, counter = make(out_indices=(0,))
+    plain.eval(), compiled.eval()
+    x = images((1, 3, 64, 96), plain)
+    seen = []
+    for hooked in (False, True, False):
+        if hooked:
+            inner = compiled.blocks1[1].proj[2]
+            hook = inner.register_forward_hook(lambda *args: seen.append(1))
+        check(compiled(x), plain(x))
+        assert len(seen) == hooked
+        if hooked:
+            hook.remove()
+        seen.clear()
+    graphs = counter.frame_count
+    check(fuse(compiled)(x), plain(x))
+    assert counter.frame_count > graphs
+
+
+def test_tracing_and_counting_see_the_blocks(make):
+    plain, compiled, counter = make(out_indices=(0,))
+    plain.eval(), compiled.eval()
+    x = images((1, 3, 64, 64), plain)
+    counts = []
+    for model in (plain, compiled):
+        with FlopCounterMode(display=False) as flops:
+            model(x)
+        counts.append(flops.get_total_flops())
+    assert counts[0] == counts[1] > 0
+    check(torch.jit.trace(compiled, x, check_trace=False)(x), plain(x))
+    check(torch.export.export(compiled, (x,)).module()(x), plain(x))
+    assert counter.frame_count == 0
+    whole = torch.compile(compiled, backend='eager', fullgraph=True)
+    check(whole(x), plain(x))
+
+
+def test_kernels_are_operators_of_graphs(auto_is_triton):
+    """What a GPU would run is traced both ways, and not run here."""
+    pytest.importorskip('triton')
+    torch.compiler.reset()
+    counters.clear()
+    operators = Counter()
+
+    def never_run(graph, _):
+        operators.update(str(node.target) for node in graph.graph.nodes)
+
+        def run(*args):
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                outs = graph(*tree_map_only(Tensor, mode.from_tensor, args))
+            return tree_map_only(Tensor, zeros_of, outs)
+
+        return make_boxed_func(run)
+
+    def zeros_of(fake):
+        shape, strides = fake.shape, fake.stride()
+        return torch.empty_strided(shape, strides, dtype=fake.dtype).zero_()
+
+    counter = CompileCounterWithBackend(aot_autograd(fw_compiler=never_run))
+    model = OverLoCK(ARCH, out_indices=(2,), compile=dict(backend=counter))
+    for shape in SHAPES[:3]:
+        train(model, shape)
+        assert counter.frame_count == GRAPHS
+    assert not counters['graph_break']
+    torch.compiler.reset()
+    assert operators['mmoverlock.contmix.default'] == 2
+    assert operators['mmoverlock.sum_of_branches_backward.default'] == GRAPHS
+    assert not any('aten.convolution' in name for name in operators)
+
+
+def test_config(tmp_path):
+    """MMEngine trains and tests with it."""
+    tiny.need_openmmlab()
+    torch.compiler.reset()
+    counters.clear()
+    config, work_dir = tiny.classifier(tmp_path), tmp_path / 'work'
+    cfg = Config.fromfile(config)
+    cfg.model.backbone.update(
+        arch=ARCH, out_indices=(0,), compile=dict(backend='eager')
+    )
+    cfg.model.head.in_channels = 8
+    cfg.train_cfg.max_epochs = 1
+    cfg.dump(config)
+    log = tiny.run_tool('train', config, '--work-dir', work_dir)
+    assert 'accuracy/top1' in log
+    torch.compiler.reset()
+    # With drops, without them, and in eval mode.
+    assert counters['stats']['unique_graphs'] == 3
+    assert not counters['graph_break']
+
+
+def run_rank(rank, folder):
+    """A step of plain and compiled models in one of two processes."""
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2
+    )
+    results = []
+    for compile in (False, dict(backend='aot_eager')):
+        torch.manual_seed(0)
+        model = OverLoCK(ARCH, out_indices=(0,), compile=compile)
+        results.append(
+            train(DistributedDataParallel(model), (2, 3, 64, 64 + 32 * rank))
+        )
+    torch.save(results, f'{folder}/{rank}.pth')
+    distributed.destroy_process_group()
+
+
+def test_distributed(tmp_path):
+    multiprocessing.spawn(run_rank, (tmp_path,), nprocs=2)
+    ranks = [torch.load(tmp_path / f'{rank}.pth') for rank in (0, 1)]
+    for plain, compiled in ranks:
+        check(compiled, plain)
+    check(ranks[0][1][1], ranks[1][1][1])  # gradients are averaged
+
+
+@pytest.mark.slow
+def test_inductor(make):
+    plain, compiled, counter = make('inductor', drop_path_rate=0.3)
+    for shape in SHAPES[:2]:
+        check(train(compiled, shape), train(plain, shape))
+    assert counter.frame_count == GRAPHS + 1
+
+
+def test_arguments():
+    with pytest.raises(ValueError, match="compile must be.*'yes'"):
+        OverLoCK(ARCH, compile='yes')
+    assert OverLoCK(ARCH, compile={}).regions.compile == {}
