@@ -40,6 +40,7 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from ...common import cdiv, custom_op
+from . import banded
 from .common import (
     SIZES,
     Layout,
@@ -68,7 +69,7 @@ def _channels(channels):
 
 @triton.jit
 def _pack_kernel(weights, p_taps, channels, BRANCHES: tl.constexpr):
-    """Taps of all branches, (C, k * k) each, to (all taps, C), float32.
+    """Taps of all branches, (C, k * k) each, to (all taps, C).
 
     Grid (blocks of channels, all taps).
     """
@@ -81,7 +82,7 @@ def _pack_kernel(weights, p_taps, channels, BRANCHES: tl.constexpr):
             b_tap = tl.load(weights[b] + channel * count + own, mask=m_channel)
             tl.store(
                 p_taps + tap * channels + channel,
-                b_tap.to(tl.float32),
+                b_tap.to(p_taps.dtype.element_ty),
                 mask=m_channel,
             )
 
@@ -281,7 +282,8 @@ def _merge_kernel(
                 other=0,
             )
             acc += b_tap.to(tl.float64) * factors[b]
-        tl.store(p_out + s * channels, acc.to(tl.float32), mask=m_channel)
+        b_tap = acc.to(tl.float32).to(p_merged.dtype.element_ty)
+        tl.store(p_out + s * channels, b_tap, mask=m_channel)
 
 
 @triton.jit
@@ -577,9 +579,9 @@ def _blocks(channels):
     return cdiv(channels, BLOCK.value)
 
 
-def _pack(weights, plan):
+def _pack(weights, plan, dtype):
     channels = len(weights[0])
-    taps = weights[0].new_empty(plan.taps, channels, dtype=torch.float32)
+    taps = weights[0].new_empty(plan.taps, channels, dtype=dtype)
     _pack_kernel[_blocks(channels), plan.taps](
         tuple(weights), taps, channels, BRANCHES=plan.branches
     )
@@ -593,11 +595,15 @@ def _statistics(x, taps, plan):
         tuple[Tensor]: (branches, 3, C) in float64; the output of the first
         branch.
     """
+    first = torch.empty_like(x)
+    if x.element_size() == 2 and x.numel():
+        parts = banded.statistics(x, taps, first, plan.branches)
+        return _combine(parts), first
     layout = Layout.of(x.shape, max(size for size, *_ in plan.branches))
     tiles, blocks = layout.grid(x.shape)
     splits = num_splits(tiles, blocks, KNOBS['statistics'])
-    parts = taps.new_empty(splits, len(plan.branches), 3, x.shape[1])
-    first = torch.empty_like(x)
+    shape = splits, len(plan.branches), 3, x.shape[1]
+    parts = x.new_empty(shape, dtype=torch.float32)
     _statistics_kernel[splits, blocks](
         x,
         taps,
@@ -642,12 +648,12 @@ def _forward(x, weights, scales, shifts, dilations, eps, group=None):
     plan = _plan(sizes, tuple(dilations))
     channels = x.shape[1]
     with torch.cuda.device_of(x):
-        taps = _pack(weights, plan)
+        taps = _pack(weights, plan, x.dtype)
         statistics, first = _statistics(x, taps, plan)
         if group is not None:
             statistics = _gather(statistics, group)
         merged = taps.new_empty(plan.size**2, channels)
-        bias = taps.new_empty(channels)
+        bias = taps.new_empty(channels, dtype=torch.float32)
         _merge_kernel[_blocks(channels), plan.size](
             taps,
             tuple(scales),
@@ -690,7 +696,9 @@ def _backward(
         frame = weight_grad(x, grad, plan.size, 1)
         sums = frame.new_empty(len(branches) + 1, channels)
         norm_grads = scales[0].new_empty(2, len(branches), channels)
-        factors = taps.new_empty(3, len(branches), channels)
+        factors = frame.new_empty(
+            3, len(branches), channels, dtype=torch.float32
+        )
         _sums_kernel[_blocks(channels), len(branches)](
             taps,
             frame,
@@ -720,14 +728,12 @@ def _backward(
         grad_ys = x.new_empty(
             len(branches), len(x), *x.shape[2:], channels
         ).permute(0, 1, 4, 2, 3)
-        if x.numel():
+        operands = x, first, grad, taps, factors, grad_ys
+        if x.numel() and x.element_size() == 2:
+            banded.branch_grads(*operands, branches)
+        elif x.numel():
             _branch_grads_kernel[tiles, blocks](
-                x,
-                first,
-                grad,
-                taps,
-                factors,
-                grad_ys,
+                *operands,
                 *x.shape[1:],
                 BRANCHES=branches,
                 T=layout.rows,
@@ -767,7 +773,7 @@ def _(x, weights, scales, shifts, dilations, eps):
     return (
         torch.empty_like(x),
         x.new_empty(len(weights), 3, channels, dtype=torch.float64),
-        x.new_empty(taps, channels, dtype=torch.float32),
+        x.new_empty(taps, channels),
         torch.empty_like(x),
     )
 

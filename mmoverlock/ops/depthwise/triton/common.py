@@ -27,7 +27,7 @@ CANDIDATES = dict(  # for benchmarks/gpu_tune.py
 )
 SPARSE = tl.constexpr(3)  # dilation that is too large for rows to be shared
 # Arguments that come in too many values to compile for kinds of them
-SIZES = ('height', 'width', 'items', 'images', 'splits', 'count')
+SIZES = ('height', 'width', 'items', 'images', 'splits', 'count', 'across')
 
 
 @triton.jit
