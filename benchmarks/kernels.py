@@ -130,7 +130,7 @@ def _columns(branch):
 def _banded(branch, a):
     """The same by banded matrices: over windows, and blocks of rows."""
     size, dilation, _ = branch
-    blocks = cdiv(size, a['ROWS'])
+    blocks = size if dilation > 2 else cdiv(size, a['ROWS'])
     loops = [(blocks, [])] * (blocks > 1)
     if a['NARROW']:
         return loops

@@ -27,7 +27,7 @@ from torch import Tensor
 from triton import constexpr_function
 
 from ...common import cdiv
-from .common import SIZES, is_read, meets
+from .common import SIZES, SPARSE, is_read, meets
 from .weight_grads import WINDOW, by_channel, dot, num_splits
 
 # Rows of a tile, and of a kernel at a time; PAIR is how many channels a warp
@@ -125,7 +125,7 @@ def _convolve(
     REACH: tl.constexpr = K // 2 * D
     LAST: tl.constexpr = K * K - 1 if FLIP else 0
     SIGN: tl.constexpr = -1 if FLIP else 1
-    R: tl.constexpr = _share(K, ROWS)
+    R: tl.constexpr = 1 if D >= SPARSE else _share(K, ROWS)
     FIRST: tl.constexpr = 0 if NARROW else -REACH
     READ: tl.constexpr = T + (R - 1) * D
     n = tl.arange(0, WINDOW)
