@@ -32,10 +32,10 @@ from .weight_grads import WINDOW, by_channel, dot, num_splits
 
 # Rows of a tile, and of a kernel at a time; PAIR is how many channels a warp
 # takes from one load. Programs are those of sums, where there is enough to do.
-KNOBS = dict(T=7, R=4, CHANNELS=16, PAIR=2, WARPS=8, programs=528)
+KNOBS = dict(T=5, R=3, CHANNELS=16, PAIR=2, WARPS=8, programs=528)
 CANDIDATES = dict(  # for benchmarks/gpu_tune.py
-    T=(4, 7, 8),
-    R=(2, 3, 4, 5),
+    T=(4, 5, 7),
+    R=(2, 3, 4),
     CHANNELS=(16, 32),
     PAIR=(1, 2, 4),
     WARPS=(4, 8),

@@ -4,7 +4,8 @@
 reciprocal standard deviation r, scale s:
 
 - statistics: one launch, in which every program makes the y of its tiles in
-  registers, branch after branch, and only counts them;
+  registers, branch after branch, and only counts them (of 16-bit maps, with
+  the others, in banded.py);
 - value: one convolution, the kernels ``s r w`` added in the frame of the
   largest one, with the bias ``sum of shift - s r m``;
 - backward: with g the gradient of out, the gradient of y is
