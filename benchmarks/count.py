@@ -384,8 +384,7 @@ def build_peer(train, channels=None):
 def blocks(model, batch=128):
     """A block of either kind, and what it takes of images of 224 x 224.
 
-    Maps are in bfloat16, as autocast leaves them inside of the network; the
-    context prior is in single precision, as it leaves what is upsampled.
+    Maps are in bfloat16, as autocast leaves them inside of the network.
 
     Args:
         model (OverLoCK): t.
@@ -403,7 +402,7 @@ def blocks(model, batch=128):
         ).contiguous(**layout)
         for size in maps
     )
-    prior = z[:, : focus.splits[1]].float().contiguous(**layout)
+    prior = z[:, : focus.splits[1]].contiguous(**layout)
     if model.training:
         x.requires_grad_()
         z.requires_grad_()

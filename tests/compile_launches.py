@@ -217,16 +217,14 @@ def compile_branches(capability, dtype, branches, channels, height=56):
         norms = [torch.empty(channels) for _ in branches]
         dilations = [dilation for _, dilation in branches]
         eps = [1e-5] * len(branches)
-        _, statistics, taps, first = sums._forward(
-            x, weights, norms, norms, dilations, eps
+        batches = [torch.empty((), dtype=torch.int64) for _ in branches]
+        running = sums._Running(norms, norms, batches, [0.1] * len(branches))
+        statistics, taps, first = sums._measure(x, weights, dilations, running)
+        sums._forward(
+            x, weights, norms, norms, dilations, eps, statistics, taps
         )
         sums._backward(
             x, x, first, taps, statistics, weights, norms, dilations, eps
-        )
-        batches = [torch.empty((), dtype=torch.int64) for _ in branches]
-        momenta = [0.1] * len(branches)
-        sums._move_running_statistics(
-            statistics, norms, norms, batches, momenta
         )
 
     return compile_launches(run, capability)

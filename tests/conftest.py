@@ -67,8 +67,14 @@ def fill_new_memory(monkeypatch, fill):
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Memory that nobody wrote is NaN."""
-    fill_new_memory(monkeypatch, lambda tensor: tensor.fill_(float('nan')))
+    """Memory that nobody wrote is NaN, or a large number."""
+
+    def fill(tensor):
+        return tensor.fill_(
+            float('nan') if tensor.is_floating_point() else 2**30
+        )
+
+    fill_new_memory(monkeypatch, fill)
 
 
 @pytest.fixture

@@ -27,11 +27,11 @@ BACKEND = 'triton'
 # Of t in bf16 on 128 images of 224 x 224: operators of PyTorch and launches
 # of Triton, GB, and GB of mixed layouts, at most.
 BOUNDS = {
-    ('t', True): (1003, 1385, 106.5, 5.9),
-    ('t', False): (244, 391, 26.2, 0.5),
-    ('RepConv block', True): (10, 33, 6.0, 0.2),
+    ('t', True): (573, 1374, 99.6, 1.1),
+    ('t', False): (244, 391, 26.0, 0.5),
+    ('RepConv block', True): (5, 33, 5.8, 0.0),
     ('RepConv block', False): (2, 9, 1.5, 0.0),
-    ('Focus block', True): (52, 61, 4.1, 0.4),
+    ('Focus block', True): (27, 59, 3.7, 0.1),
     ('Focus block', False): (12, 18, 1.0, 0.1),
 }
 TINY = dict(

@@ -14,7 +14,7 @@ branches_module = pytest.importorskip(
 )
 
 HALF, BRAIN = torch.float16, torch.bfloat16
-TOLERANCES = {HALF: 4e-4, BRAIN: 5e-3}  # of rounding the result
+TOLERANCES = {HALF: 4e-4, BRAIN: 8e-3}  # the interpreter cuts bf16 off
 CASES = [
     # The map ends within the kernel; taps that no value meets.
     ((1, 1, 1, 1), [(3, 1)], BRAIN),
@@ -60,14 +60,14 @@ def test_sum_of_convolutions(operands, flip, poison):
     shape, dtype, branches, taps = operands
     x = maps(len(branches), shape, dtype)
     bias = None if flip else draw(shape[1])
-    [out] = maps(1, shape, dtype)
-    banded.convolve_maps(x, out, taps, branches, bias, flip)
+    out, other = maps(2, shape, dtype)
+    other = other if flip else None
+    banded.convolve_maps(x, out, taps, branches, bias, flip, other)
     expected = sum(
         convolve(one, taps, branch, flip)
         for one, branch in zip(x, branches, strict=True)
     )
-    if bias is not None:
-        expected = expected + bias.double()[:, None, None]
+    expected += other.double() if flip else bias.double()[:, None, None]
     assert relative_error(out, expected) < TOLERANCES[dtype]
 
 

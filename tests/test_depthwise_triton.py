@@ -201,6 +201,7 @@ def test_sum_of_branches(shape, sizes, layout, dtype):
         tolerance,
     )
     assert out.is_contiguous(memory_format=NHWC)
+    assert [b.batches.item() for b in branches] == [2] * len(branches)
 
 
 def module(channels=3, kernel_size=5, backend='triton'):
@@ -280,16 +281,19 @@ def test_operators_are_registered_rightly(never_the_same):
         [draw(*shape).requires_grad_() for _ in range(2)]
         for shape in ((2, 1, 3, 3), (2,), (2,))
     ]
+    weights = [weight.detach() for weight in parts[0]]
+    running = [[draw(2), draw(2)] for _ in range(2)]
+    batches = [torch.ones((), dtype=torch.int64) for _ in range(2)]
+    torch.library.opcheck(
+        torch.ops.mmoverlock.measure_branches,
+        (x.detach(), weights, [1, 2], *running, batches, [0.1, -1.0]),
+    )
+    measured = torch.ops.mmoverlock.measure_branches(
+        x.detach(), weights, [1, 2], *running, batches, [0.1, -1.0]
+    )
     torch.library.opcheck(
         torch.ops.mmoverlock.sum_of_branches,
-        (x, *parts, [1, 2], [1e-5, 1e-5]),
-    )
-    statistics = draw(2, 3, 2).double()
-    batches = [torch.ones((), dtype=torch.int64, device=DEVICE)] * 2
-    parts = [[draw(2), draw(2)] for _ in range(2)]
-    torch.library.opcheck(
-        torch.ops.mmoverlock.move_running_statistics,
-        (statistics, *parts, batches, [0.1, -1.0]),
+        (x, *parts, [1, 2], [1e-5, 1e-5], *measured),
     )
 
 
@@ -345,6 +349,6 @@ def test_kernels_compile_without_spills(capability, tmp_path):
         TRITON_CACHE_DIR=str(tmp_path),
     )
     uses = json.loads(out.splitlines()[-1])
-    assert len({name for name, _ in uses}) == 18
+    assert len({name for name, _ in uses}) == 17
     for name, use in uses:
         assert use['spills'] == 0, (name, use)

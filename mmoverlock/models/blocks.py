@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import contmix, feed_forward, takes_triton, update_prior
+from ..ops import (
+    cast_as_convolutions,
+    contmix,
+    feed_forward,
+    is_compiling,
+    takes_triton,
+    update_prior,
+)
+from ..ops.focus import FocusParameters, focus_block
 from .layers import (
     GRN,
     DropPath,
@@ -17,8 +25,11 @@ from .layers import (
     ResDWConv,
     SEModule,
     add_residual,
+    as_operand,
     build_bn,
     conv_and_norm,
+    counts_batches,
+    has_no_hooks,
     prepare,
     run_layers,
 )
@@ -141,7 +152,11 @@ class RepConvBlock(nn.Module):
         """(B, C, H, W) to (B, C, H, W)."""
         norm, conv, bn, excite, *layers, drop_path = self.proj
         x, y = conv_and_norm(self.dwconv, norm, x)
-        y = bn(conv(y))
+        y = conv(y)
+        if excite.takes_norms([bn], y):
+            y, excite = excite.run_norms([bn], [y]), None
+        else:
+            y = bn(y)
         (keep,) = drop_path.draw(y, 1)
         return _feed_forward(layers, y, x, keep, self.ls, excite)
 
@@ -261,6 +276,18 @@ class FocusBlock(nn.Module):
         Returns:
             Tensor: Of the shape of ``z``.
         """
+        if self._is_one_node(z):
+            operands = (
+                cast_as_convolutions(z),
+                None if self.first else initial_prior,
+                self._operands(),
+                self.drop_path.draw(z, 2),
+                self.scale,
+                (self.norm1.eps, self.norm2.eps),
+                NUM_REGIONS,
+            )
+            if takes_triton('auto', operands[0], focus_block, *operands):
+                return focus_block(*operands)
         if not self.first:
             z = update_prior(
                 z,
@@ -280,19 +307,113 @@ class FocusBlock(nn.Module):
             self.dyconv_proj,
             self.proj,
         )
-        prepared = prepare(sequences, z)
+        excited = self.dyconv_proj, self.lepe, self.gate
+        norms = [layers[1] for layers in excited if len(layers) > 1]
+        if len(norms) < 3 or not self.se_layer.takes_norms(norms, z, excited):
+            norms = []
+        prepared = prepare(sequences, z, norms)
         fused = run_layers(self.fusion, z, prepared)
         mixed = self.dynamic_conv(z, fused, prepared)
-        y = run_layers(self.dyconv_proj, mixed, prepared)
-        y = y + run_layers(self.lepe, fused, prepared)
-        silu = self.gate in prepared  # which is left to the next one
-        gate = run_layers(self.gate, fused, prepared, -1 if silu else None)
-        y = self.se_layer(y, gate, silu)
+        if norms:
+            maps = [
+                run_layers(layers, y, prepared, 1)
+                for layers, y in zip(
+                    excited, (mixed, fused, fused), strict=True
+                )
+            ]
+            y = self.se_layer.run_norms(norms, maps)
+        else:
+            y = run_layers(self.dyconv_proj, mixed, prepared)
+            y = y + run_layers(self.lepe, fused, prepared)
+            silu = self.gate in prepared  # which is left to the next one
+            gate = run_layers(self.gate, fused, prepared, -1 if silu else None)
+            y = self.se_layer(y, gate, silu)
         y = run_layers(self.proj, y, prepared)
         keeps = self.drop_path.draw(y, 2)
         z = add_residual(identity, y, keeps[0], self.ls1)
         z, y = conv_and_norm(self.dwconv2, self.norm2, z)
         return _feed_forward(self.mlp, y, z, keeps[1], self.ls2)
+
+    def _norms(self) -> list[nn.Module]:
+        """The batch norms but for those of the branches, if all are there."""
+        sequences = self.weight_query, self.gate, self.dyconv_proj, self.lepe
+        sequences += self.weight_key[1:], self.fusion, self.proj[::-1]
+        return [layers[1] for layers in sequences if len(layers) > 1]
+
+    def _is_one_node(self, z: Tensor) -> bool:
+        """Whether a step of training is :func:`mmoverlock.ops.focus_block`.
+
+        Its norms and convolutions have to be what they are at first, and
+        nobody may watch the layers.
+        """
+        if (
+            type(self) is not FocusBlock
+            or not self.training
+            or is_compiling()
+            or not takes_triton('auto', z)
+        ):
+            return False
+        conv = self.lepe[0]
+        norms = [*self._norms(), *(norm for _, norm in conv._branches())]
+        return (
+            {conv.backend, self.contmix_backend} <= {'auto', 'triton'}
+            and len(norms) > 7
+            and (self.first or z.dtype == cast_as_convolutions(z[:0]).dtype)
+            and enlarged_size(z.shape[2:], self.kernel_size) is None
+            and z.numel() > z.shape[1]
+            and all(map(counts_batches, norms))
+            and type(self.se_layer) is SEModule
+            and all(has_no_hooks(m) for m in self.modules() if m is not self)
+        )
+
+    def _operands(self) -> FocusParameters:
+        def pair(layer: nn.Module) -> tuple[Tensor, Tensor]:
+            return layer.weight, layer.bias
+
+        mix_conv, mix_norm, _, mix, response = self.fusion
+        expand, _, conv3, response2, reduce = self.mlp
+        out_norm, out = self.proj
+        conv, branches_norm = self.lepe
+        _, key, key_norm = self.weight_key
+        prior = (
+            () if self.first else (*pair(self.x_scale), *pair(self.h_scale))
+        )
+        return FocusParameters(
+            prior,
+            pair(self.dwconv1),
+            pair(self.norm1),
+            pair(mix_conv),
+            as_operand(mix_norm),
+            pair(mix),
+            (response.gamma, response.beta),
+            self.weight_query[0].weight,
+            as_operand(self.weight_query[1]),
+            key.weight,
+            as_operand(key_norm),
+            (
+                self.weight_proj.weight.flatten(1),
+                self.weight_proj.bias,
+                self.rpb1,
+                self.rpb2,
+            ),
+            self.dyconv_proj[0].weight,
+            as_operand(self.dyconv_proj[1]),
+            conv.as_operands(),
+            as_operand(branches_norm),
+            self.gate[0].weight,
+            as_operand(self.gate[1]),
+            self.se_layer.weights(),
+            as_operand(out_norm),
+            pair(out),
+            pair(self.ls1),
+            pair(self.dwconv2),
+            pair(self.norm2),
+            pair(expand),
+            pair(conv3),
+            (response2.gamma, response2.beta),
+            pair(reduce),
+            pair(self.ls2),
+        )
 
     def dynamic_conv(
         self, z: Tensor, value: Tensor, prepared: dict | None = None

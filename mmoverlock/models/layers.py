@@ -1,14 +1,18 @@
 """Small layers that OverLoCK is made of, all on (B, C, H, W) maps."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import (
+    Norm,
     cast_as_convolutions,
     conv_norm,
+    excite_norms,
+    is_compiling,
     layer_norm,
     pointwise_conv,
     residual_conv,
@@ -192,16 +196,7 @@ class SEModule(nn.Module):
             Tensor: Of the same shape.
         """
         if takes_triton('auto', x):
-            _, first, _, second, _ = self.proj
-            return squeeze_excite(
-                x,
-                first.weight,
-                first.bias,
-                second.weight,
-                second.bias,
-                gate,
-                silu,
-            )
+            return squeeze_excite(x, *self.weights(), gate, silu)
         x = x * self.proj(x)
         if gate is None:
             return x
@@ -217,6 +212,47 @@ class SEModule(nn.Module):
             tuple[Tensor, None]: (B, C, 1, 1), and that nothing is added.
         """
         return self.proj(x), None
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        _, first, _, second, _ = self.proj
+        return first.weight, first.bias, second.weight, second.bias
+
+    def takes_norms(
+        self,
+        norms: Sequence[nn.Module],
+        x: Tensor,
+        others: Sequence[nn.Module] = (),
+    ) -> bool:
+        """Whether :meth:`run_norms` does what all these modules do.
+
+        Args:
+            norms (Sequence[nn.Module]): What comes before.
+            x (Tensor): Of the size of the maps.
+            others (Sequence[nn.Module]): What must have no hooks, either.
+                Defaults to none.
+        """
+        return (
+            takes_triton('auto', x)
+            and type(self) is SEModule
+            and all(map(has_no_hooks, (self, *others)))
+            and all(map(counts_batches, norms))
+            and x.numel() > x.shape[1]  # or there is no deviation
+        )
+
+    def run_norms(
+        self, norms: Sequence[nn.BatchNorm2d], maps: Sequence[Tensor]
+    ) -> Tensor:
+        """Norms in training mode, squeeze and excitation, and a gate.
+
+        Args:
+            norms (Sequence[nn.BatchNorm2d]): Of each map.
+            maps (Sequence[Tensor]): See :func:`mmoverlock.ops.excite_norms`.
+
+        Returns:
+            Tensor: (B, C, H, W).
+        """
+        operands = [*map(as_operand, norms)]
+        return excite_norms(maps, operands, *self.weights())
 
 
 class StridedConv(nn.Conv2d):
@@ -294,11 +330,25 @@ class DropPath(nn.Module):
         if not self.training or kept == 1:
             return (None,) * count
         dtype = torch.promote_types(x.dtype, torch.float32)
-        keep = torch.empty(count, len(x), dtype=dtype, device=x.device)
-        return keep.bernoulli_(kept).div_(kept).unbind()
+        operands = (count, len(x)), dtype, x.device
+        if x.is_cuda and not is_compiling():  # in one launch
+            keep, _ = torch.native_dropout(
+                _ones(*operands), self.drop_prob, True
+            )
+        else:
+            keep = torch.empty(operands[0], dtype=dtype, device=x.device)
+            keep.bernoulli_(kept).div_(kept)
+        return keep.unbind()
 
     def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob}'
+
+
+@lru_cache
+def _ones(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return torch.ones(shape, dtype=dtype, device=device)
 
 
 def _scale_samples(x: Tensor, keep: Tensor | None) -> Tensor:
@@ -377,7 +427,11 @@ def run_layers(
     return x
 
 
-def prepare(sequences: Iterable[nn.Sequential], x: Tensor) -> dict:
+def prepare(
+    sequences: Iterable[nn.Sequential],
+    x: Tensor,
+    norms: Sequence[nn.Module] = (),
+) -> dict:
     """What kernels do once for all layers of a block, in two launches.
 
     The weights of 1x1 convolutions are rounded as autocast does, and batch
@@ -386,6 +440,8 @@ def prepare(sequences: Iterable[nn.Sequential], x: Tensor) -> dict:
     Args:
         sequences (Iterable[nn.Sequential]): The layers.
         x (Tensor): Of the dtype that they get, but for autocast.
+        norms (Sequence[nn.Module]): What is to be left as it is. Defaults to
+            none.
 
     Returns:
         dict: By layer, weight and bias of 1x1 convolutions; None for batch
@@ -395,7 +451,7 @@ def prepare(sequences: Iterable[nn.Sequential], x: Tensor) -> dict:
         return {}
     dtype = cast_as_convolutions(x[:0]).dtype
     prepared, convs, parameters, counts = {}, [], [], []
-    for sequence in filter(_has_no_hooks, sequences):
+    for sequence in filter(has_no_hooks, sequences):
         prepared[sequence] = None
         for layer in sequence:
             if isinstance(layer, PointwiseConv):
@@ -403,7 +459,7 @@ def prepare(sequences: Iterable[nn.Sequential], x: Tensor) -> dict:
                 parameters.append(layer.weight)
                 if layer.bias is not None:
                     parameters.append(layer.bias)
-            elif _counts_batches(layer):
+            elif layer not in norms and counts_batches(layer):
                 prepared[layer] = None
                 counts.append(layer.num_batches_tracked)
     rounded = iter(round_parameters(dtype, *parameters))
@@ -416,18 +472,37 @@ def prepare(sequences: Iterable[nn.Sequential], x: Tensor) -> dict:
     return prepared
 
 
-def _has_no_hooks(module: nn.Module) -> bool:
-    return not (module._forward_hooks or module._forward_pre_hooks)
+def has_no_hooks(module: nn.Module) -> bool:
+    """Whether nobody watches a module, in either direction."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
-def _counts_batches(layer: nn.Module) -> bool:
+def counts_batches(layer: nn.Module) -> bool:
     """Whether a layer is a batch norm of which no more than that is asked."""
     return (
         type(layer) is nn.BatchNorm2d
         and layer.training
         and layer.track_running_stats
         and layer.momentum is not None
-        and _has_no_hooks(layer)
+        and has_no_hooks(layer)
+    )
+
+
+def as_operand(norm: nn.BatchNorm2d) -> Norm:
+    """A batch norm as operators take it."""
+    return Norm(
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.num_batches_tracked,
+        norm.momentum,
+        norm.eps,
     )
 
 

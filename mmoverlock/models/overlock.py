@@ -17,7 +17,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import check_backend, is_compiling, why_not_triton
+from ..ops import check_backend, is_compiling, takes_triton, why_not_triton
 from ..ops.dynamic_conv import BACKENDS
 from .blocks import FocusBlock, RepConvBlock
 from .layers import LayerNorm2d, LayerScale, StridedConv, build_bn
@@ -567,6 +567,8 @@ class OverLoCK(BaseModule):
         """
         prior = self.high_level_proj(overview)
         upsampled = F.interpolate(prior, x.shape[-2:], mode='bilinear')
+        if takes_triton('auto', prior):  # every block reads it
+            upsampled = upsampled.to(prior.dtype)
         z = torch.cat([x, upsampled], dim=1)
         maps = [self._run('sub_blocks3', z, upsampled)]
         if self.out_indices[-1] >= 3:

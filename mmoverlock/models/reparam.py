@@ -108,7 +108,6 @@ class DilatedReparamConv(nn.Module):
         groups = {_group(norm) for _, norm in self._branches()}
         branches, backend = self._summable_branches(x, groups)
         if backend:
-            torch._foreach_add_([branch.batches for branch in branches], 1)
             return sum_of_branches(x, branches, backend, *groups)
         return sum(
             norm(self._convolve(x, conv.weight, None, conv.dilation[0]))
@@ -136,7 +135,7 @@ class DilatedReparamConv(nn.Module):
             for norm in norms
         ):
             return None, None
-        branches = [self._branch(*m) for m in self._branches()]
+        branches = self.as_operands()
         if takes_triton(self.backend, x, sum_by_kernels, x, branches):
             possible, backend = len(groups) == 1, 'triton'
         else:
@@ -145,19 +144,22 @@ class DilatedReparamConv(nn.Module):
             possible &= all(norm.momentum is not None for norm in norms)
         return branches, backend if possible else None
 
-    @staticmethod
-    def _branch(conv: nn.Conv2d, norm: nn.Module) -> Branch:
-        return Branch(
-            conv.weight,
-            norm.weight,
-            norm.bias,
-            norm.running_mean,
-            norm.running_var,
-            norm.num_batches_tracked,
-            conv.dilation[0],
-            norm.momentum,
-            norm.eps,
-        )
+    def as_operands(self) -> list[Branch]:
+        """The branches as operators take them."""
+        return [
+            Branch(
+                conv.weight,
+                norm.weight,
+                norm.bias,
+                norm.running_mean,
+                norm.running_var,
+                norm.num_batches_tracked,
+                conv.dilation[0],
+                norm.momentum,
+                norm.eps,
+            )
+            for conv, norm in self._branches()
+        ]
 
     def merge(self) -> tuple[Tensor, Tensor]:
         """The one convolution that the branches add up to in eval mode.

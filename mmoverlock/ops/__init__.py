@@ -9,7 +9,7 @@ from .depthwise import (
 )
 from .dynamic_conv import contmix
 from .environment import is_compiling
-from .excitation import squeeze_excite
+from .excitation import Norm, excite_norms, squeeze_excite
 from .ffn import feed_forward
 from .grn import response_norm, response_scale
 from .layernorm import layer_norm
@@ -19,11 +19,13 @@ from .residual import scaled_residual
 
 __all__ = [
     'Branch',
+    'Norm',
     'cast_as_convolutions',
     'check_backend',
     'contmix',
     'conv_norm',
     'depthwise_conv2d',
+    'excite_norms',
     'feed_forward',
     'is_compiling',
     'layer_norm',

@@ -167,6 +167,8 @@ def _describe(operand):
         return operand.dtype, shape, operand.requires_grad
     if isinstance(operand, list):
         return len(operand), _describe(operand[0])
+    if hasattr(operand, 'signature'):
+        return operand.signature()
     if isinstance(operand, tuple):
         return tuple(map(_describe, operand))
     return operand

@@ -1,6 +1,6 @@
 """What operators on maps have in common."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -95,10 +95,7 @@ class Operator:
             return self.function(*args)
         if not self.has_lists:
             return self.node.apply(None, *args)
-        lengths = tuple(
-            len(a) if isinstance(a, list | tuple) else None for a in args
-        )
-        return self.node.apply(lengths, *_flatten(args))
+        return self.node.apply(lengths(args), *flatten(args))
 
     def register_fake(self, function):
         return torch.library.register_fake(
@@ -118,7 +115,7 @@ def _node(name, function, backward, setup_context):
     def forward(ctx, lengths, *args):
         ctx.lengths = lengths
         if lengths is not None:
-            args = _nest(args, lengths)
+            args = nest(args, lengths)
         out = function(*args)
         if setup_context is not None:
             setup_context(ctx, args, out)
@@ -132,7 +129,7 @@ def _node(name, function, backward, setup_context):
             (None,) * length if grad is None and length is not None else grad
             for grad, length in zip(grads, ctx.lengths, strict=True)
         )
-        return None, *_flatten(grads)
+        return None, *flatten(grads)
 
     return type(
         name.split('::')[1],
@@ -143,7 +140,15 @@ def _node(name, function, backward, setup_context):
     )
 
 
-def _flatten(args):
+def lengths(args: Sequence) -> tuple[int | None, ...]:
+    """Of the lists among arguments."""
+    return tuple(
+        len(arg) if isinstance(arg, list | tuple) else None for arg in args
+    )
+
+
+def flatten(args: Sequence) -> list:
+    """Arguments, and those in lists among them."""
     flat = []
     for arg in args:
         if isinstance(arg, list | tuple):
@@ -153,7 +158,8 @@ def _flatten(args):
     return flat
 
 
-def _nest(args, lengths):
+def nest(args: Iterable, lengths: Sequence[int | None]) -> tuple:
+    """The opposite of :func:`flatten`, of as many as there are lengths."""
     args = iter(args)
     return tuple(
         next(args) if length is None else [next(args) for _ in range(length)]

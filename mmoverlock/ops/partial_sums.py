@@ -5,6 +5,9 @@ kernel adds those, in a fixed order. There are no atomic operations, so equal
 operands give equal bits, on GPUs with as many multiprocessors.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -105,6 +108,23 @@ def check_device(x: Tensor) -> None:
         )
 
 
+_thread = threading.local()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Have all sums within added in one launch, at the end.
+
+    Nothing within may read one, nor may one of these contexts be in another.
+    """
+    _thread.jobs = jobs = []
+    try:
+        yield
+    finally:
+        _thread.jobs = None
+    add(*jobs)
+
+
 def add(*jobs: tuple[Tensor | None, ...]) -> None:
     """Write sums of partial sums, all in one launch.
 
@@ -113,6 +133,9 @@ def add(*jobs: tuple[Tensor | None, ...]) -> None:
             precision, and what takes them: an output (C, ...) takes as many
             sums as it has values a channel, None leaves one out.
     """
+    if getattr(_thread, 'jobs', None) is not None:
+        _thread.jobs += jobs
+        return
     outs, parts, sizes = [], [], []
     for partial, *targets in jobs:
         count, sums, channels = partial.shape

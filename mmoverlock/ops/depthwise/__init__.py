@@ -75,7 +75,7 @@ class Branch(NamedTuple):
     shift: Tensor
     running_mean: Tensor
     running_var: Tensor
-    batches: Tensor  # (): their number, with this one
+    batches: Tensor  # (): their number
     dilation: int
     momentum: float | None  # None for a cumulative average
     eps: float
@@ -89,8 +89,9 @@ def sum_of_branches(
 ) -> Tensor:
     """Sum of batch-normalized depthwise convolutions of one map.
 
-    The running statistics are updated in place. For the backward pass only
-    the map is kept; the convolutions are computed again.
+    The running statistics and the number of batches are updated in place. For
+    the backward pass only the map is kept; the convolutions are computed
+    again.
 
     Args:
         x (Tensor): (B, C, H, W).
@@ -114,6 +115,7 @@ def sum_of_branches(
         raise ValueError(
             'there are no statistics over several processes in plain PyTorch'
         )
+    torch._foreach_add_([branch.batches for branch in branches], 1)
     x, *weights = _autocast(x, *(branch.weight for branch in branches))
     settings = [(b[3], b[4], *b[6:]) for b in branches]
     tensors = [

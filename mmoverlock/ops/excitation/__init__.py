@@ -1,9 +1,12 @@
-"""Squeeze and excitation of a map, and the gate behind it."""
+"""Squeeze and excitation of a map, the gate behind it, and norms before."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ..backends import check_backend, takes_triton
-from .reference import squeeze_excite as reference
+from . import reference
 
 
 def squeeze_excite(
@@ -42,6 +45,15 @@ def squeeze_excite(
             disagree.
         ImportError: If the backend needs what is not installed.
     """
+    _check_shapes(x, weight1, weight2, gate)
+    check_backend(backend)
+    operands = x, weight1, bias1, weight2, bias2, gate, silu
+    if takes_triton(backend, x, _kernels, *operands):
+        return _kernels(*operands)
+    return reference.squeeze_excite(*operands)
+
+
+def _check_shapes(x, weight1, weight2, gate):
     channels, hidden = x.shape[1], len(weight1)
     for name, tensor, shape in (
         ('weight1', weight1, (hidden, channels, 1, 1)),
@@ -53,10 +65,6 @@ def squeeze_excite(
                 f'{name} has shape {tuple(tensor.shape)}, '
                 f'expected {tuple(shape)}'
             )
-    check_backend(backend)
-    operands = x, weight1, bias1, weight2, bias2, gate, silu
-    takes_kernels = takes_triton(backend, x, _kernels, *operands)
-    return (_kernels if takes_kernels else reference)(*operands)
 
 
 def _kernels(*operands):
@@ -65,4 +73,65 @@ def _kernels(*operands):
     return run(*operands)
 
 
-__all__ = ['squeeze_excite']
+class Norm(NamedTuple):
+    """A batch norm in training mode; of C channels."""
+
+    scale: Tensor  # (C, ), as the next three
+    shift: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    batches: Tensor  # (): their number
+    momentum: float
+    eps: float
+
+
+def excite_norms(
+    maps: Sequence[Tensor],
+    norms: Sequence[Norm],
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    backend: str = 'auto',
+) -> Tensor:
+    """:func:`squeeze_excite` of what batch norms make of maps.
+
+    Of one map, without a gate; or of three: the norms of the first two are
+    added up, and the third is the gate of SiLU. Running statistics and numbers
+    of batches are updated in place.
+
+    Args:
+        maps (Sequence[Tensor]): (B, C, H, W) each, with more than one value a
+            channel.
+        norms (Sequence[Norm]): Of each.
+        weight1, bias1, weight2, bias2, backend: As above.
+
+    Returns:
+        Tensor: (B, C, H, W), in the dtype of the first map.
+
+    Raises:
+        ValueError: If the backend is unknown or cannot run, or the shapes
+            disagree.
+        ImportError: If the backend needs what is not installed.
+    """
+    x, *others = maps
+    if len(others) not in (0, 2) or any(y.shape != x.shape for y in others):
+        raise ValueError(
+            'expected one map or three of one shape, got '
+            f'{[tuple(x.shape) for x in maps]}'
+        )
+    _check_shapes(x, weight1, weight2, None)
+    check_backend(backend)
+    operands = maps, norms, weight1, bias1, weight2, bias2
+    if takes_triton(backend, x, _norm_kernels, x, *operands):
+        return _norm_kernels(x, *operands)
+    return reference.excite_norms(*operands)
+
+
+def _norm_kernels(_, *operands):
+    from .triton import excite_norms as run
+
+    return run(*operands)
+
+
+__all__ = ['Norm', 'excite_norms', 'squeeze_excite']

@@ -1,5 +1,7 @@
 """The definition, in plain PyTorch."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,3 +25,20 @@ def squeeze_excite(
     if silu:
         gate = F.silu(gate)
     return (gate * y).to(x.dtype)
+
+
+def excite_norms(
+    maps: Sequence[Tensor], norms: Sequence[Sequence], *weights: Tensor
+) -> Tensor:
+    """See :func:`mmoverlock.ops.excite_norms`."""
+    results = []
+    for x, norm in zip(maps, norms, strict=True):
+        scale, shift, mean, variance, batches, momentum, eps = norm
+        batches += 1
+        results.append(
+            F.batch_norm(x, mean, variance, scale, shift, True, momentum, eps)
+        )
+    if len(results) == 1:
+        return squeeze_excite(*results, *weights)
+    x, other, gate = results
+    return squeeze_excite(x + other, *weights, gate, True)

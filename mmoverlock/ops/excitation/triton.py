@@ -1,7 +1,7 @@
 """Kernels for maps in channels_last.
 
-With P positions, t the sum over them of ``grad * f(gate) * x``, f SiLU or the
-identity, and g of h the slope of GELU::
+With P positions of an image, t the sum over them of ``grad f(gate) x``, f SiLU
+or the identity, and g of h the slope of GELU::
 
     m = mean(x),  h = W1 m + b1,  s = sigmoid(W2 gelu(h) + b2)
     out = x f(gate) s
@@ -13,7 +13,21 @@ product; backward, grad, gate and x are read for t and read again for both
 gradients. What is (B, C) or (B, D) is done by one program an image, which
 also makes the sums over positions where there are few of those, and saves
 a launch.
+
+Batch norms in training mode come before where x and the gate are what they
+return: of n = (z - mean(z)) r with r = 1 / sqrt(var(z) + eps), x is a n + b or
+the sum of two such. Maps z are read for their statistics, image by image, in
+place of the mean. With N values a channel in a batch and d the gradient of
+a n + b::
+
+    grad of z = a r (d - mean(d) - n mean(d n))
+
+Of x, d is ``u s + dm`` with u = grad f(gate), so that sums over images of u
+and u n have all that is needed for t and for both means, whatever dm will be:
+sum(d) = s sum(u) + P dm, sum(d n) = s sum(u n) + dm sum(n).
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -23,63 +37,89 @@ from torch import Tensor
 from .. import partial_sums, tiles
 from ..common import cdiv, channels_last, custom_op, next_power_of_2
 from ..conv3x3.triton import _gelu, _gelu_slope
+from ..depthwise.triton.common import move
 from ..pointwise.triton import PRECISION
 
-SIZES = ('positions', 'parts', 'splits', 'count', 'batch')
+SIZES = ('positions', 'parts', 'splits', 'length', 'count', 'batch')
 FEW = 256  # positions that one program an image adds up by itself
 WEIGHT = 4096  # values of a weight that it has at a time
 CHANNELS = 64  # most channels that it has at a time
 PARTS = 128  # positions or partial sums that it adds at a time
 WARPS = 8
 WEIGHTS = dict(BATCH=32, CHANNELS=32, HIDDEN=16)  # a tile of their gradients
+NORMS = dict(PARTS=64, BLOCK=32)  # a tile of partial statistics
 
 
 @triton.jit
-def _open(gate, at, mask, SILU: tl.constexpr):
+def _open(b_gate, SILU: tl.constexpr):
     """A gate, and its slope."""
-    value = tiles.load(gate, at, mask)
-    slope = tl.full(value.shape, 1.0, tl.float32)
+    b_slope = tl.full(b_gate.shape, 1.0, tl.float32)
     if SILU:
-        open = tl.sigmoid(value)
-        slope = open * (1 + value * (1 - open))
-        value *= open
-    return value, slope
+        b_open = tl.sigmoid(b_gate)
+        b_slope = b_open * (1 + b_gate * (1 - b_open))
+        b_gate *= b_open
+    return b_gate, b_slope
+
+
+@triton.jit
+def _load_norm(p_norms, n: tl.constexpr, o_channel, m_channel, channels):
+    """Scale, shift, mean and r of norm n; norms (N, 4, C)."""
+    p_norm = p_norms + n * 4 * channels + o_channel
+    b_scale = tl.load(p_norm, mask=m_channel, other=0)
+    b_shift = tl.load(p_norm + channels, mask=m_channel, other=0)
+    b_mean = tl.load(p_norm + 2 * channels, mask=m_channel, other=0)
+    b_rstd = tl.load(p_norm + 3 * channels, mask=m_channel, other=0)
+    return b_scale, b_shift, b_mean, b_rstd
+
+
+@triton.jit
+def _load_normal(
+    p_x, o_x, m_x, p_norms, n: tl.constexpr, o_channel, m_channel, channels
+):
+    """A map normalized by norm n, and then scaled and shifted."""
+    b_scale, b_shift, b_mean, b_rstd = _load_norm(
+        p_norms, n, o_channel, m_channel, channels
+    )
+    b_x = (tiles.load(p_x, o_x, m_x) - b_mean[None]) * b_rstd[None]
+    return b_x, tl.fma(b_x, b_scale[None], b_shift[None])
 
 
 @triton.jit
 def _sum_rows(
-    x,
-    factor,
-    gate,
-    first,
-    last,
-    channel,
-    inside,
-    channels,
+    p_x,
+    p_factor,
+    p_gate,
+    rows,
+    step,
+    o_channel,
+    m_channel,
     ROWS: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """Sum over rows of a product, whose last two factors may be None."""
-    total = tl.zeros((ROWS, channel.shape[0]), tl.float32)
-    for start in range(first, last, ROWS):
+    """Sum (C, ) over rows, ``step`` apart, of x, factor and f(gate).
+
+    The last two may be None.
+    """
+    acc = tl.zeros((ROWS, o_channel.shape[0]), tl.float32)
+    for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
-        mask = (row < last) & inside[None]
-        at = row * channels + channel[None]
-        value = tiles.load(x, at, mask)
-        if factor is not None:
-            value *= tiles.load(factor, at, mask)
-        if gate is not None:
-            value *= _open(gate, at, mask, SILU)[0]
-        total += value
-    return tl.sum(total, 0)
+        m_x = (row < rows) & m_channel[None]
+        o_x = row * step + o_channel[None]
+        b_x = tiles.load(p_x, o_x, m_x)
+        if p_factor is not None:
+            b_x *= tiles.load(p_factor, o_x, m_x)
+        if p_gate is not None:
+            b_x *= _open(tiles.load(p_gate, o_x, m_x), SILU)[0]
+        acc += b_x
+    return tl.sum(acc, 0)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _pool_kernel(
-    x,
-    factor,
-    gate,
-    partial,
+    p_x,
+    p_factor,
+    p_gate,
+    p_parts,
     positions,
     splits,
     channels,
@@ -87,172 +127,551 @@ def _pool_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Partial sums (B, splits, C) of a map or of a product of maps."""
-    part, channel, inside = tiles.place(channels, BLOCK)
+    """Parts of sums over an image of a map or of a product of maps.
+
+    Maps (B, P, C), parts (B, splits, C); grid (B splits blocks of C, ).
+    """
+    part, o_channel, m_channel = tiles.place(channels, BLOCK)
     length = tl.cdiv(positions, splits)
     first = part % splits * length
-    start = (part // splits).to(tl.int64) * positions * channels
-    x += start
-    if factor is not None:
-        factor += start
-    if gate is not None:
-        gate += start
-    total = _sum_rows(
-        x,
-        factor,
-        gate,
-        first,
-        tl.minimum(first + length, positions),
-        channel,
-        inside,
+    o_x = ((part // splits).to(tl.int64) * positions + first) * channels
+    p_x += o_x
+    if p_factor is not None:
+        p_factor += o_x
+    if p_gate is not None:
+        p_gate += o_x
+    b_sum = _sum_rows(
+        p_x,
+        p_factor,
+        p_gate,
+        tl.minimum(length, positions - first),
         channels,
+        o_channel,
+        m_channel,
         ROWS,
         SILU,
     )
-    at = part.to(tl.int64) * channels + channel
-    tl.store(partial + at, total, mask=inside)
+    o_part = part.to(tl.int64) * channels + o_channel
+    tl.store(p_parts + o_part, b_sum, mask=m_channel)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _statistics_kernel(
+    maps,
+    p_parts,
+    positions,
+    splits,
+    length,
+    channels,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Parts of sums, and of squared deviations from the mean of a part.
+
+    N maps (B, P, C), parts (N, B splits, 2, C), of ``length`` positions each,
+    the last one of an image of what is left; grid (B splits blocks of C, N).
+    Differences from the first value are summed.
+    """
+    part, o_channel, m_channel = tiles.place(channels, BLOCK)
+    first = part % splits * length
+    rows = tl.minimum(length, positions - first)
+    o_first = ((part // splits).to(tl.int64) * positions + first) * channels
+    blocks = tl.cdiv(channels, BLOCK)
+    o_part = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // blocks)
+    p_part = p_parts + (o_part + part) * 2 * channels + o_channel
+    for n in tl.static_range(len(maps)):
+        if tl.program_id(1) == n:
+            p_x = maps[n] + o_first
+            b_first = tiles.load(p_x, o_channel, m_channel)
+            total = tl.zeros((ROWS, BLOCK), tl.float32)
+            squares = tl.zeros((ROWS, BLOCK), tl.float32)
+            for start in range(0, rows, ROWS):
+                row = start + tl.arange(0, ROWS)[:, None]
+                m_x = (row < rows) & m_channel[None]
+                b_x = tiles.load(p_x, row * channels + o_channel[None], m_x)
+                b_x = tl.where(m_x, b_x - b_first[None], 0.0)
+                total += b_x
+                squares = tl.fma(b_x, b_x, squares)
+            b_sum = tl.sum(total, 0)
+            b_squares = tl.sum(squares, 0) - b_sum * (b_sum / rows)
+            tl.store(p_part, b_sum + rows * b_first, mask=m_channel)
+            tl.store(p_part + channels, b_squares, mask=m_channel)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _norms_kernel(
+    p_parts,
+    scales,
+    shifts,
+    means,
+    variances,
+    batches,
+    p_norms,
+    positions,
+    splits,
+    length,
+    parts,
+    channels,
+    MOMENTA: tl.constexpr,
+    EPS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Norms from parts of statistics; moves the running ones.
+
+    parts (N, B splits, 2, C), see above; scales, shifts, means and variances
+    (C, ) each, batches () each, norms (N, 4, C): scale, shift, mean, r; grid
+    (blocks of C, N).
+    """
+    o_channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_channel = o_channel < channels
+    p_parts += tl.program_id(1).to(tl.int64) * parts * 2 * channels
+    total = tl.zeros((PARTS, BLOCK), tl.float64)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)[:, None]
+        m_part = (part < parts) & m_channel[None]
+        o_part = part * 2 * channels + o_channel[None]
+        total += tl.load(p_parts + o_part, mask=m_part, other=0)
+    count = (parts // splits * positions).to(tl.float64)
+    mean = tl.sum(total, 0) / count
+    squares = tl.zeros((PARTS, BLOCK), tl.float64)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)[:, None]
+        m_part = (part < parts) & m_channel[None]
+        o_part = part * 2 * channels + o_channel[None]
+        rows = tl.minimum(length, positions - part % splits * length)
+        b_sum = tl.load(p_parts + o_part, mask=m_part, other=0)
+        deviation = b_sum.to(tl.float64) / rows - mean[None]
+        b_squares = tl.load(p_parts + channels + o_part, mask=m_part, other=0)
+        b_squares += rows * deviation * deviation
+        squares += tl.where(m_part, b_squares, 0.0)
+    b_squares = tl.sum(squares, 0)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        for n in tl.static_range(len(batches)):
+            tl.store(batches[n], tl.load(batches[n]) + 1)
+    p_norm = p_norms + tl.program_id(1) * 4 * channels + o_channel
+    tl.store(p_norm + 2 * channels, mean.to(tl.float32), mask=m_channel)
+    for n in tl.static_range(len(MOMENTA)):
+        if tl.program_id(1) == n:
+            rstd = 1 / tl.sqrt(b_squares / count + EPS[n])
+            b_scale = tiles.load(scales[n], o_channel, m_channel)
+            b_shift = tiles.load(shifts[n], o_channel, m_channel)
+            tl.store(p_norm, b_scale, mask=m_channel)
+            tl.store(p_norm + channels, b_shift, mask=m_channel)
+            p_rstd = p_norm + 3 * channels
+            tl.store(p_rstd, rstd.to(tl.float32), mask=m_channel)
+            p_mean = means[n] + o_channel
+            move(p_mean, mean, MOMENTA[n], m_channel)
+            p_variance = variances[n] + o_channel
+            move(p_variance, b_squares / (count - 1), MOMENTA[n], m_channel)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _scale_kernel(
-    x,
-    weight1,
-    bias1,
-    weight2,
-    bias2,
-    state,
+    p_x,
+    p_norms,
+    p_weight1,
+    p_bias1,
+    p_weight2,
+    p_bias2,
+    p_state,
     parts,
     positions,
     channels,
     hidden,
+    NORMS: tl.constexpr,
     PARTS: tl.constexpr,
     CHANNELS: tl.constexpr,
     HIDDEN: tl.constexpr,
 ):
-    """``state`` (B, 2 C + D) is m, s and h; x (B, parts, C) is added up."""
+    """Mean, scale and hidden values of an image; grid (B, ).
+
+    x (B, parts, C) is added up; with NORMS, it is (NORMS, B, parts, 2, C), of
+    which the former of the two are. norms (N, 4, C); state (B, (2 + NORMS) C
+    + D): m, s, the mean of n of each norm, h.
+    """
     image = tl.program_id(0).to(tl.int64)
-    x += image * parts * channels
-    state += image * (2 * channels + hidden)
-    unit = tl.arange(0, HIDDEN)
-    real = unit < hidden
-    total = tl.zeros((HIDDEN, CHANNELS), tl.float32)
+    step = channels if NORMS == 0 else 2 * channels
+    p_x += image * parts * step
+    p_state += image * ((2 + NORMS) * channels + hidden)
+    o_hidden = tl.arange(0, HIDDEN)
+    m_hidden = o_hidden < hidden
+    p_hidden = p_state + (2 + NORMS) * channels + o_hidden
+    acc = tl.zeros((HIDDEN, CHANNELS), tl.float32)
     for first in range(0, channels, CHANNELS):
-        channel = first + tl.arange(0, CHANNELS)
-        inside = channel < channels
-        mean = _sum_rows(
-            x, None, None, 0, parts, channel, inside, channels, PARTS, False
-        )
-        mean = mean / positions
-        tl.store(state + channel, mean, mask=inside)
-        at = unit[:, None] * channels + channel[None]
-        weight = tiles.load(weight1, at, real[:, None] & inside[None])
-        total = tl.fma(weight, tl.broadcast_to(mean[None], at.shape), total)
-    h = tl.sum(total, 1) + tiles.load(bias1, unit, real)
-    tl.store(state + 2 * channels + unit, h, mask=real)
+        o_channel = first + tl.arange(0, CHANNELS)
+        m_channel = o_channel < channels
+        mean = tl.zeros((CHANNELS,), tl.float32)
+        for n in tl.static_range(1 if NORMS == 0 else NORMS):
+            o_map = n * tl.cast(tl.num_programs(0), tl.int64) * parts * step
+            b_mean = _sum_rows(
+                p_x + o_map,
+                None,
+                None,
+                parts,
+                step,
+                o_channel,
+                m_channel,
+                PARTS,
+                False,
+            )
+            b_mean /= positions
+            if NORMS > 0:
+                b_scale, b_shift, b_center, b_rstd = _load_norm(
+                    p_norms, n, o_channel, m_channel, channels
+                )
+                b_mean = (b_mean - b_center) * b_rstd
+                p_mean = p_state + (2 + n) * channels + o_channel
+                tl.store(p_mean, b_mean, mask=m_channel)
+                b_mean = tl.fma(b_mean, b_scale, b_shift)
+            mean += b_mean
+        tl.store(p_state + o_channel, mean, mask=m_channel)
+        o_weight = o_hidden[:, None] * channels + o_channel[None]
+        m_weight = m_hidden[:, None] & m_channel[None]
+        b_weight = tiles.load(p_weight1, o_weight, m_weight)
+        acc = tl.fma(b_weight, tl.broadcast_to(mean[None], acc.shape), acc)
+    h = tl.sum(acc, 1) + tiles.load(p_bias1, o_hidden, m_hidden)
+    tl.store(p_hidden, h, mask=m_hidden)
     h = _gelu(h)
     for first in range(0, channels, CHANNELS):
-        channel = first + tl.arange(0, CHANNELS)
-        inside = channel < channels
-        at = channel[:, None] * hidden + unit[None]
-        weight = tiles.load(weight2, at, inside[:, None] & real[None])
-        a = tl.sum(weight * h[None], 1) + tiles.load(bias2, channel, inside)
-        tl.store(state + channels + channel, tl.sigmoid(a), mask=inside)
+        o_channel = first + tl.arange(0, CHANNELS)
+        m_channel = o_channel < channels
+        o_weight = o_channel[:, None] * hidden + o_hidden[None]
+        m_weight = m_channel[:, None] & m_hidden[None]
+        b_weight = tiles.load(p_weight2, o_weight, m_weight)
+        a = tl.sum(b_weight * h[None], 1)
+        a += tiles.load(p_bias2, o_channel, m_channel)
+        p_scale = p_state + channels + o_channel
+        tl.store(p_scale, tl.sigmoid(a), mask=m_channel)
+
+
+@triton.jit
+def _load_maps(
+    p_x, p_other, p_gate, p_norms, o_x, m_x, o_channel, m_channel, channels
+):
+    """x and the gate, and the n of every map; see :func:`_apply_kernel`."""
+    b_other, b_gate, n_other, n_gate = None, None, None, None
+    if p_norms is None:
+        b_x = tiles.load(p_x, o_x, m_x)
+        n_x = b_x
+        if p_gate is not None:
+            b_gate = tiles.load(p_gate, o_x, m_x)
+    else:
+        n_x, b_x = _load_normal(
+            p_x, o_x, m_x, p_norms, 0, o_channel, m_channel, channels
+        )
+        if p_gate is not None:
+            n_other, b_other = _load_normal(
+                p_other, o_x, m_x, p_norms, 1, o_channel, m_channel, channels
+            )
+            n_gate, b_gate = _load_normal(
+                p_gate, o_x, m_x, p_norms, 2, o_channel, m_channel, channels
+            )
+            b_x += b_other
+    return b_x, b_gate, n_x, n_other, n_gate
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _apply_kernel(
+    p_x,
+    p_other,
+    p_gate,
+    p_norms,
+    p_state,
+    p_out,
+    state,
+    SILU: tl.constexpr,
+    positions,
+    count,
+    channels,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``out = x f(gate) s[image]``.
+
+    Maps (B, P, C), state (B, state); grid (B count blocks of C, ). With norms
+    (N, 4, C), x is a norm of x or, where there is a gate, the sum of one of x
+    and one of other, and the gate is a norm of gate.
+    """
+    image, o_channel, m_channel, o_x, m_x = tiles.locate(
+        positions, count, channels, ROWS, BLOCK
+    )
+    b_x, b_gate, _, _, _ = _load_maps(
+        p_x, p_other, p_gate, p_norms, o_x, m_x, o_channel, m_channel, channels
+    )
+    if p_gate is not None:
+        b_x *= _open(b_gate, SILU)[0]
+    p_scale = p_state + image * state + channels
+    b_x *= tiles.load(p_scale, o_channel, m_channel)[None]
+    tiles.store(p_out, o_x, b_x, m_x)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _products_kernel(
+    p_grad,
+    p_x,
+    p_other,
+    p_gate,
+    p_norms,
+    p_parts,
+    positions,
+    splits,
+    channels,
+    SILU: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Parts of sums over an image of u n and u and, where there is a gate,
+    of u n of the other map, v n of the gate and v.
+
+    u = grad f(gate), v = grad x f'(gate); maps (B, P, C), norms (N, 4, C),
+    see above; parts (B, splits, 2 or 5, C); grid (B splits blocks of C, ).
+    """
+    part, o_channel, m_channel = tiles.place(channels, BLOCK)
+    length = tl.cdiv(positions, splits)
+    first = part % splits * length
+    rows = tl.minimum(length, positions - first)
+    o_first = ((part // splits).to(tl.int64) * positions + first) * channels
+    sum_n = tl.zeros((ROWS, BLOCK), tl.float32)
+    sum_u = tl.zeros((ROWS, BLOCK), tl.float32)
+    sum_other = tl.zeros((ROWS, BLOCK), tl.float32)
+    sum_gate = tl.zeros((ROWS, BLOCK), tl.float32)
+    sum_v = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        m_x = (row < rows) & m_channel[None]
+        o_x = o_first + row * channels + o_channel[None]
+        b_x, b_gate, n_x, n_other, n_gate = _load_maps(
+            p_x,
+            p_other,
+            p_gate,
+            p_norms,
+            o_x,
+            m_x,
+            o_channel,
+            m_channel,
+            channels,
+        )
+        u = tiles.load(p_grad, o_x, m_x)
+        if p_gate is not None:
+            b_open, b_slope = _open(b_gate, SILU)
+            v = u * b_x * b_slope
+            u *= b_open
+            sum_v += v
+            sum_gate = tl.fma(v, n_gate, sum_gate)
+            sum_other = tl.fma(u, n_other, sum_other)
+        sum_u += u
+        sum_n = tl.fma(u, n_x, sum_n)
+    COUNT: tl.constexpr = 2 if p_gate is None else 5
+    p_part = p_parts + part.to(tl.int64) * COUNT * channels + o_channel
+    tl.store(p_part, tl.sum(sum_n, 0), mask=m_channel)
+    tl.store(p_part + channels, tl.sum(sum_u, 0), mask=m_channel)
+    if p_gate is not None:
+        p_part += 2 * channels
+        tl.store(p_part, tl.sum(sum_other, 0), mask=m_channel)
+        tl.store(p_part + channels, tl.sum(sum_gate, 0), mask=m_channel)
+        tl.store(p_part + 2 * channels, tl.sum(sum_v, 0), mask=m_channel)
+
+
+@triton.jit
+def _sum_parts(
+    p_parts,
+    n: tl.constexpr,
+    parts,
+    step,
+    o_channel,
+    m_channel,
+    channels,
+    PARTS: tl.constexpr,
+):
+    """Sum n of an image, from :func:`_products_kernel`."""
+    p_part = p_parts + n * channels
+    return _sum_rows(
+        p_part, None, None, parts, step, o_channel, m_channel, PARTS, False
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _scale_grad_kernel(
-    grad,
-    x,
-    gate,
-    weight1,
-    weight2,
-    state,
-    grads,
+    p_grad,
+    p_x,
+    p_gate,
+    p_norms,
+    p_weight1,
+    p_weight2,
+    p_state,
+    p_grads,
+    p_sums,
     parts,
     positions,
     channels,
     hidden,
+    NORMS: tl.constexpr,
     SILU: tl.constexpr,
     PARTS: tl.constexpr,
     CHANNELS: tl.constexpr,
     HIDDEN: tl.constexpr,
 ):
-    """``grads`` (B, 2 C + D) is dm, da and dh.
+    """Gradients dm, da and dh of an image; grid (B, ).
 
     The product of grad (B, parts, C), x and gate, if there are those two, is
-    added up to t.
+    added up to t. With NORMS, grad is the parts (B, parts, 2 or 5, C) of
+    :func:`_products_kernel`, and sums (B, 2 N, C) are those over the image of
+    d n and d for each of the N norms (N, 4, C). state as in
+    :func:`_scale_kernel`, grads (B, 2 C + D).
     """
     image = tl.program_id(0).to(tl.int64)
-    start = image * parts * channels
-    grad += start
-    if x is not None:
-        x += start
-    if gate is not None:
-        gate += start
-    state += image * (2 * channels + hidden)
-    grads += image * (2 * channels + hidden)
-    unit = tl.arange(0, HIDDEN)
-    real = unit < hidden
-    total = tl.zeros((CHANNELS, HIDDEN), tl.float32)
+    SUMS: tl.constexpr = 2 if NORMS == 1 else 5
+    step = channels if NORMS == 0 else SUMS * channels
+    p_grad += image * parts * step
+    if p_x is not None:
+        p_x += image * parts * step
+    if p_gate is not None:
+        p_gate += image * parts * step
+    p_state += image * ((2 + NORMS) * channels + hidden)
+    p_grads += image * (2 * channels + hidden)
+    o_hidden = tl.arange(0, HIDDEN)
+    m_hidden = o_hidden < hidden
+    acc = tl.zeros((CHANNELS, HIDDEN), tl.float32)
     for first in range(0, channels, CHANNELS):
-        channel = first + tl.arange(0, CHANNELS)
-        inside = channel < channels
-        da = _sum_rows(
-            grad, x, gate, 0, parts, channel, inside, channels, PARTS, SILU
-        )
-        s = tiles.load(state + channels, channel, inside)
-        da *= s * (1 - s)
-        tl.store(grads + channels + channel, da, mask=inside)
-        at = channel[:, None] * hidden + unit[None]
-        weight = tiles.load(weight2, at, inside[:, None] & real[None])
-        total = tl.fma(weight, tl.broadcast_to(da[:, None], at.shape), total)
-    dh = tl.sum(total, 0)
-    dh *= _gelu_slope(tiles.load(state + 2 * channels, unit, real))
-    tl.store(grads + 2 * channels + unit, dh, mask=real)
+        o_channel = first + tl.arange(0, CHANNELS)
+        m_channel = o_channel < channels
+        if NORMS == 0:
+            t = _sum_rows(
+                p_grad,
+                p_x,
+                p_gate,
+                parts,
+                step,
+                o_channel,
+                m_channel,
+                PARTS,
+                SILU,
+            )
+        else:
+            t = tl.zeros((CHANNELS,), tl.float32)
+            sum_u = _sum_parts(
+                p_grad, 1, parts, step, o_channel, m_channel, channels, PARTS
+            )
+            for n in tl.static_range(NORMS):
+                sum_n = _sum_parts(
+                    p_grad,
+                    2 * n,
+                    parts,
+                    step,
+                    o_channel,
+                    m_channel,
+                    channels,
+                    PARTS,
+                )
+                b_scale, b_shift, _, _ = _load_norm(
+                    p_norms, n, o_channel, m_channel, channels
+                )
+                t += b_scale * sum_n + b_shift * sum_u
+        s = tiles.load(p_state + channels, o_channel, m_channel)
+        da = t * s * (1 - s)
+        tl.store(p_grads + channels + o_channel, da, mask=m_channel)
+        o_weight = o_channel[:, None] * hidden + o_hidden[None]
+        m_weight = m_channel[:, None] & m_hidden[None]
+        b_weight = tiles.load(p_weight2, o_weight, m_weight)
+        acc = tl.fma(b_weight, tl.broadcast_to(da[:, None], acc.shape), acc)
+    dh = tl.sum(acc, 0)
+    p_hidden = p_state + (2 + NORMS) * channels
+    dh *= _gelu_slope(tiles.load(p_hidden, o_hidden, m_hidden))
+    tl.store(p_grads + 2 * channels + o_hidden, dh, mask=m_hidden)
     for first in range(0, channels, CHANNELS):
-        channel = first + tl.arange(0, CHANNELS)
-        inside = channel < channels
-        at = unit[:, None] * channels + channel[None]
-        weight = tiles.load(weight1, at, real[:, None] & inside[None])
-        dm = tl.sum(weight * dh[:, None], 0) / positions
-        tl.store(grads + channel, dm, mask=inside)
+        o_channel = first + tl.arange(0, CHANNELS)
+        m_channel = o_channel < channels
+        o_weight = o_hidden[:, None] * channels + o_channel[None]
+        m_weight = m_hidden[:, None] & m_channel[None]
+        b_weight = tiles.load(p_weight1, o_weight, m_weight)
+        dm = tl.sum(b_weight * dh[:, None], 0) / positions
+        tl.store(p_grads + o_channel, dm, mask=m_channel)
+        if NORMS > 0:
+            s = tiles.load(p_state + channels, o_channel, m_channel)
+            p_sum = p_sums + image * (2 * NORMS + 2 * (NORMS > 1)) * channels
+            p_sum += o_channel
+            sum_d = s * _sum_parts(
+                p_grad, 1, parts, step, o_channel, m_channel, channels, PARTS
+            )
+            dm *= positions
+            sum_d += dm
+            for n in tl.static_range(NORMS):
+                sum_n = s * _sum_parts(
+                    p_grad,
+                    2 * n,
+                    parts,
+                    step,
+                    o_channel,
+                    m_channel,
+                    channels,
+                    PARTS,
+                )
+                p_mean = p_state + (2 + n) * channels
+                mean = tiles.load(p_mean, o_channel, m_channel)
+                sum_n = tl.fma(dm, mean, sum_n)
+                tl.store(p_sum, sum_n, mask=m_channel)
+                tl.store(p_sum + channels, sum_d, mask=m_channel)
+                p_sum += 2 * channels
+            if NORMS == 2:
+                for n in tl.static_range(2):
+                    sum_v = s * _sum_parts(
+                        p_grad,
+                        3 + n,
+                        parts,
+                        step,
+                        o_channel,
+                        m_channel,
+                        channels,
+                        PARTS,
+                    )
+                    tl.store(p_sum + n * channels, sum_v, mask=m_channel)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _weights_grad_kernel(
-    state,
-    grads,
-    grad_weight1,
-    grad_bias1,
-    grad_weight2,
-    grad_bias2,
+    p_state,
+    p_grads,
+    p_sums,
+    p_grad_weight1,
+    p_grad_bias1,
+    p_grad_weight2,
+    p_grad_bias2,
+    p_grad_norms,
     batch,
+    state,
     channels,
     hidden,
+    ROWS: tl.constexpr,
     BATCH: tl.constexpr,
     CHANNELS: tl.constexpr,
     HIDDEN: tl.constexpr,
 ):
-    """Sums over images; grid (blocks of channels, blocks of h)."""
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    unit = tl.program_id(1) * HIDDEN + tl.arange(0, HIDDEN)
-    inside = channel < channels
-    real = unit < hidden
+    """Sums over images; grid (blocks of C, blocks of D).
+
+    Those of sums (B, ROWS, C) are the gradients of the norms, (ROWS, C).
+    """
+    o_channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    o_hidden = tl.program_id(1) * HIDDEN + tl.arange(0, HIDDEN)
+    m_channel = o_channel < channels
+    m_hidden = o_hidden < hidden
+    p_hidden = p_state + state - hidden
     sum_weight1 = tl.zeros((HIDDEN, CHANNELS), tl.float32)
     sum_weight2 = tl.zeros((CHANNELS, HIDDEN), tl.float32)
     sum_bias1 = tl.zeros((HIDDEN,), tl.float32)
     sum_bias2 = tl.zeros((CHANNELS,), tl.float32)
     for first in range(0, batch, BATCH):
-        image = first + tl.arange(0, BATCH)[:, None]
-        row = image.to(tl.int64) * (2 * channels + hidden)
-        mask = (image < batch) & inside[None]
-        at = row + channel[None]
-        m = tiles.load(state, at, mask)
-        da = tiles.load(grads + channels, at, mask)
-        mask = (image < batch) & real[None]
-        at = row + 2 * channels + unit[None]
-        h = _gelu(tiles.load(state, at, mask))
-        dh = tiles.load(grads, at, mask)
+        image = (first + tl.arange(0, BATCH)[:, None]).to(tl.int64)
+        o_grad = image * (2 * channels + hidden)
+        mask = (image < batch) & m_channel[None]
+        m = tiles.load(p_state, image * state + o_channel[None], mask)
+        p_da = p_grads + channels
+        da = tiles.load(p_da, o_grad + o_channel[None], mask)
+        mask = (image < batch) & m_hidden[None]
+        h = tiles.load(p_hidden, image * state + o_hidden[None], mask)
+        h = _gelu(h)
+        p_dh = p_grads + 2 * channels
+        dh = tiles.load(p_dh, o_grad + o_hidden[None], mask)
         sum_weight1 = tl.dot(
             tl.trans(dh), m, acc=sum_weight1, input_precision=PRECISION
         )
@@ -261,52 +680,73 @@ def _weights_grad_kernel(
         )
         sum_bias1 += tl.sum(dh, 0)
         sum_bias2 += tl.sum(da, 0)
-    at = unit[:, None] * channels + channel[None]
-    mask = real[:, None] & inside[None]
-    tiles.store(grad_weight1, at, sum_weight1, mask)
-    at = channel[:, None] * hidden + unit[None]
-    mask = inside[:, None] & real[None]
-    tiles.store(grad_weight2, at, sum_weight2, mask)
+    o_weight = o_hidden[:, None] * channels + o_channel[None]
+    m_weight = m_hidden[:, None] & m_channel[None]
+    tiles.store(p_grad_weight1, o_weight, sum_weight1, m_weight)
+    o_weight = o_channel[:, None] * hidden + o_hidden[None]
+    m_weight = m_channel[:, None] & m_hidden[None]
+    tiles.store(p_grad_weight2, o_weight, sum_weight2, m_weight)
     if tl.program_id(0) == 0:
-        tiles.store(grad_bias1, unit, sum_bias1, real)
+        tiles.store(p_grad_bias1, o_hidden, sum_bias1, m_hidden)
     if tl.program_id(1) == 0:
-        tiles.store(grad_bias2, channel, sum_bias2, inside)
+        tiles.store(p_grad_bias2, o_channel, sum_bias2, m_channel)
+    if p_sums is not None:
+        for n in range(tl.program_id(1), ROWS, tl.num_programs(1)):
+            o_sum = n * channels + o_channel
+            b_sum = _sum_rows(
+                p_sums + n * channels,
+                None,
+                None,
+                batch,
+                ROWS * channels,
+                o_channel,
+                m_channel,
+                BATCH,
+                False,
+            )
+            tiles.store(p_grad_norms, o_sum, b_sum, m_channel)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _apply_kernel(
-    x,
-    gate,
-    state,
-    y,
-    hidden,
-    SILU: tl.constexpr,
-    positions,
-    count,
+@triton.jit
+def _store_norm_grad(
+    p_grad,
+    d,
+    b_n,
+    o_x,
+    m_x,
+    p_norms,
+    p_sums,
+    n: tl.constexpr,
+    values,
+    o_channel,
+    m_channel,
     channels,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    image, channel, inside, at, mask = tiles.locate(
-        positions, count, channels, ROWS, BLOCK
+    """Gradient of the map of norm n from those, d, of the norm's result."""
+    b_scale, _, _, b_rstd = _load_norm(
+        p_norms, n, o_channel, m_channel, channels
     )
-    state += image * (2 * channels + hidden)
-    value = tiles.load(x, at, mask)
-    if gate is not None:
-        value *= _open(gate, at, mask, SILU)[0]
-    value *= tiles.load(state + channels, channel, inside)[None]
-    tiles.store(y, at, value, mask)
+    p_sum = p_sums + 2 * n * channels
+    b_product = tiles.load(p_sum, o_channel, m_channel) / values
+    b_sum = tiles.load(p_sum + channels, o_channel, m_channel) / values
+    d = d - tl.fma(b_n, b_product[None], b_sum[None])
+    tiles.store(p_grad, o_x, d * (b_scale * b_rstd)[None], m_x)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _apply_grad_kernel(
-    grad,
-    x,
-    gate,
+    p_grad,
+    p_x,
+    p_other,
+    p_gate,
+    p_norms,
+    p_sums,
+    p_state,
+    p_grads,
+    p_grad_x,
+    p_grad_other,
+    p_grad_gate,
     state,
-    grads,
-    grad_x,
-    grad_gate,
     hidden,
     SILU: tl.constexpr,
     positions,
@@ -315,19 +755,96 @@ def _apply_grad_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    image, channel, inside, at, mask = tiles.locate(
+    """Gradients of the maps; arguments as in :func:`_apply_kernel`.
+
+    sums (2 N, C), over all images, of d n and d for each of N norms; grads
+    (B, 2 C + D).
+    """
+    image, o_channel, m_channel, o_x, m_x = tiles.locate(
         positions, count, channels, ROWS, BLOCK
     )
-    row = image * (2 * channels + hidden)
-    value = tiles.load(grad, at, mask)
-    value *= tiles.load(state + row + channels, channel, inside)[None]
-    if gate is not None:
-        other, slope = _open(gate, at, mask, SILU)
-        slope *= value * tiles.load(x, at, mask)
-        tiles.store(grad_gate, at, slope, mask)
-        value *= other
-    value += tiles.load(grads + row, channel, inside)[None]
-    tiles.store(grad_x, at, value, mask)
+    b_x, b_gate, n_x, n_other, n_gate = _load_maps(
+        p_x, p_other, p_gate, p_norms, o_x, m_x, o_channel, m_channel, channels
+    )
+    d = tiles.load(p_grad, o_x, m_x)
+    p_scale = p_state + image * state + channels
+    d *= tiles.load(p_scale, o_channel, m_channel)[None]
+    d_gate = None
+    if p_gate is not None:
+        b_open, b_slope = _open(b_gate, SILU)
+        d_gate = d * b_x * b_slope
+        d *= b_open
+    p_dm = p_grads + image * (2 * channels + hidden)
+    d += tiles.load(p_dm, o_channel, m_channel)[None]
+    if p_norms is None:
+        tiles.store(p_grad_x, o_x, d, m_x)
+        if p_gate is not None:
+            tiles.store(p_grad_gate, o_x, d_gate, m_x)
+    else:
+        blocks = tl.cdiv(channels, BLOCK)
+        images = tl.num_programs(0) // blocks // count
+        values = images.to(tl.float32) * positions
+        _store_norm_grad(
+            p_grad_x,
+            d,
+            n_x,
+            o_x,
+            m_x,
+            p_norms,
+            p_sums,
+            0,
+            values,
+            o_channel,
+            m_channel,
+            channels,
+        )
+        if p_gate is not None:
+            _store_norm_grad(
+                p_grad_other,
+                d,
+                n_other,
+                o_x,
+                m_x,
+                p_norms,
+                p_sums,
+                1,
+                values,
+                o_channel,
+                m_channel,
+                channels,
+            )
+            _store_norm_grad(
+                p_grad_gate,
+                d_gate,
+                n_gate,
+                o_x,
+                m_x,
+                p_norms,
+                p_sums,
+                2,
+                values,
+                o_channel,
+                m_channel,
+                channels,
+            )
+
+
+def _split(x):
+    """How many parts an image is cut into, none of them empty, for a launch.
+
+    Returns:
+        tuple[int, int, dict]: Parts; programs; settings of the kernel.
+    """
+    batch, channels, height, width = x.shape
+    positions = height * width
+    rows, block = tiles.form(channels)
+    blocks = cdiv(channels, block)
+    slots = partial_sums.programs(x.device, tiles.RESIDENT)
+    # Not min, which would make a graph for every size of a map.
+    splits = torch.sym_min(cdiv(positions, rows), cdiv(slots, batch * blocks))
+    splits = cdiv(positions, cdiv(positions, splits))
+    settings = dict(ROWS=rows, BLOCK=block, num_warps=tiles.WARPS)
+    return splits, batch * splits * blocks, settings
 
 
 def sum_positions(
@@ -340,40 +857,92 @@ def sum_positions(
         image adds up to the sum over positions of the product of the maps:
         those, or partial sums and twice None; and how many of them.
     """
-    batch, channels, height, width = x.shape
-    positions = height * width
+    positions = x.shape[2:].numel()
     if positions <= FEW:
         return x, factor, gate, positions
-    rows, block = tiles.form(channels)
-    blocks = cdiv(channels, block)
-    slots = partial_sums.programs(x.device, tiles.RESIDENT)
-    splits = min(cdiv(positions, rows), cdiv(slots, batch * blocks))
-    partial = x.new_empty(batch, splits, channels, dtype=torch.float32)
+    splits, programs, settings = _split(x)
+    parts = x.new_empty(len(x), splits, x.shape[1], dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _pool_kernel[(batch * splits * blocks,)](
+        _pool_kernel[(programs,)](
             x,
             factor,
             gate,
-            partial,
+            parts,
             positions,
             splits,
-            channels,
+            x.shape[1],
             SILU=silu,
-            ROWS=rows,
-            BLOCK=block,
-            num_warps=tiles.WARPS,
+            **settings,
         )
-    return partial, None, None, splits
+    return parts, None, None, splits
 
 
-def _knobs(hidden):
+def _knobs(hidden, parts):
     hidden = next_power_of_2(hidden)
     return dict(
-        PARTS=PARTS,
+        # With fewer than 4, ptxas spills on capability 8.0.
+        PARTS=min(PARTS, max(4, next_power_of_2(parts))),
         CHANNELS=max(1, min(CHANNELS, WEIGHT // hidden)),
         HIDDEN=hidden,
         num_warps=WARPS,
     )
+
+
+def measure(
+    maps: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    batches: Sequence[Tensor],
+    momenta: Sequence[float],
+    eps: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """Two launches, which move running statistics and count the batch, too.
+
+    Args:
+        maps (Sequence[Tensor]): (B, C, H, W) each, in channels_last, not
+            empty.
+        scales, shifts, means, variances (Sequence[Tensor]): (C, ) each, of
+            the norms of the maps.
+        batches (Sequence[Tensor]): () each, and of any norms besides.
+        momenta, eps (Sequence[float]): Of each norm.
+
+    Returns:
+        tuple[Tensor, Tensor]: Parts of sums and of squared deviations, (N, B
+        * splits * 2, C); scales, shifts, means and reciprocal deviations, (N,
+        4, C).
+    """
+    batch, channels, height, width = maps[0].shape
+    positions = height * width
+    splits, programs, settings = _split(maps[0])
+    length = cdiv(positions, splits)
+    parts = maps[0].new_empty(
+        len(maps), batch * splits * 2, channels, dtype=torch.float32
+    )
+    norms = parts.new_empty(len(maps), 4, channels)
+    with torch.cuda.device_of(parts):
+        _statistics_kernel[programs, len(maps)](
+            tuple(maps), parts, positions, splits, length, channels, **settings
+        )
+        _norms_kernel[cdiv(channels, NORMS['BLOCK']), len(maps)](
+            parts,
+            tuple(scales),
+            tuple(shifts),
+            tuple(means),
+            tuple(variances),
+            tuple(batches),
+            norms,
+            positions,
+            splits,
+            length,
+            batch * splits,
+            channels,
+            MOMENTA=tuple(momenta),
+            EPS=tuple(eps),
+            **NORMS,
+        )
+    return parts, norms
 
 
 def forward(
@@ -384,6 +953,8 @@ def forward(
     bias2: Tensor,
     gate: Tensor | None = None,
     silu: bool = False,
+    other: Tensor | None = None,
+    measured: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Two launches, and one more where there are many positions.
 
@@ -392,19 +963,33 @@ def forward(
         weight1, bias1, weight2, bias2 (Tensor): Contiguous, of any dtype.
         gate (Tensor, optional): (B, C, H, W), in channels_last.
         silu (bool): Whether f is SiLU. Defaults to False.
+        other (Tensor, optional): (B, C, H, W), in channels_last.
+        measured (tuple, optional): What :func:`measure` returned for x or, if
+            there is a gate, for x, other and gate, whose norms are taken.
+            Defaults to None: x and gate are taken as they are.
 
     Returns:
-        tuple[Tensor, Tensor]: The result, and for the gradient m, s and h,
-        (B, 2 C + D), in single precision.
+        tuple[Tensor, Tensor]: The result, and for the gradient m, s, the
+        means of what is normalized, and h, (B, 2 C + ... + D), in single
+        precision.
     """
     batch, channels, height, width = x.shape
     hidden = len(weight1)
-    summed, _, _, parts = sum_positions(x, None, None)
-    state = x.new_empty(batch, 2 * channels + hidden, dtype=torch.float32)
+    if measured is None:
+        norms, count = None, 0
+        summed, _, _, parts = sum_positions(x, None, None)
+    else:
+        summed, norms = measured
+        parts, _, _ = _split(x)
+        count = _summands(norms)
+    state = x.new_empty(
+        batch, (2 + count) * channels + hidden, dtype=torch.float32
+    )
     y = torch.empty_like(x)
     with torch.cuda.device_of(x):
         _scale_kernel[(batch,)](
             summed,
+            norms,
             weight1,
             bias1,
             weight2,
@@ -414,10 +999,27 @@ def forward(
             height * width,
             channels,
             hidden,
-            **_knobs(hidden),
+            NORMS=count,
+            **_knobs(hidden, parts),
         )
-        tiles.launch(_apply_kernel, x, x, gate, state, y, hidden, silu)
+        tiles.launch(
+            _apply_kernel,
+            x,
+            x,
+            other,
+            gate,
+            norms,
+            state,
+            y,
+            state.shape[1],
+            silu,
+        )
     return y, state
+
+
+def _summands(norms):
+    """How many norms are added up: all but that of the gate."""
+    return 1 if len(norms) == 1 else 2
 
 
 def backward(
@@ -430,58 +1032,109 @@ def backward(
     gate: Tensor | None,
     state: Tensor,
     silu: bool = False,
+    other: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> list[Tensor]:
-    """Three launches, and one more where there are many positions.
+    """Three launches, and one more where there are many positions or norms.
 
     Returns:
         list[Tensor]: The gradients of x, the weights and biases in their
-        order, and of the gate if there is one.
+        order, and, if there are those, of the gate and of other; with norms,
+        those of scale and shift of each in the end, (2 N, C), in single
+        precision.
     """
     batch, channels, height, width = x.shape
     hidden = len(weight1)
-    *summed, parts = sum_positions(grad, x, gate, silu)
-    grads = torch.empty_like(state)
+    grads = x.new_empty(batch, 2 * channels + hidden, dtype=torch.float32)
     results = [
         torch.empty_like(tensor)
-        for tensor in (x, weight1, bias1, weight2, bias2, gate)
-        if tensor is not None
+        for tensor in (x, weight1, bias1, weight2, bias2)
     ]
-    grad_x, *weights, grad_gate = [*results, None][:6]
+    grad_gate = None if gate is None else torch.empty_like(gate)
+    grad_other = None if other is None else torch.empty_like(other)
+    sums = grad_norms = None
+    count = rows = 0
+    if norms is None:
+        *summed, parts = sum_positions(grad, x, gate, silu)
+    else:
+        count, rows = _summands(norms), 2 * len(norms)
+        parts, programs, settings = _split(x)
+        summed = [
+            grads.new_empty(
+                batch, parts * (2 if gate is None else 5), channels
+            )
+        ]
+        summed += None, None
+        sums = grads.new_empty(batch, rows, channels)
+        grad_norms = grads.new_empty(rows, channels)
     with torch.cuda.device_of(x):
+        if norms is not None:
+            _products_kernel[(programs,)](
+                grad,
+                x,
+                other,
+                gate,
+                norms,
+                summed[0],
+                height * width,
+                parts,
+                channels,
+                SILU=silu,
+                **settings,
+            )
         _scale_grad_kernel[(batch,)](
             *summed,
+            norms,
             weight1,
             weight2,
             state,
             grads,
+            sums,
             parts,
             height * width,
             channels,
             hidden,
+            NORMS=count,
             SILU=silu,
-            **_knobs(hidden),
+            **_knobs(hidden, parts),
         )
         grid = (
             cdiv(channels, WEIGHTS['CHANNELS']),
             cdiv(hidden, WEIGHTS['HIDDEN']),
         )
         _weights_grad_kernel[grid](
-            state, grads, *weights, batch, channels, hidden, **WEIGHTS
+            state,
+            grads,
+            sums,
+            *results[1:],
+            grad_norms,
+            batch,
+            state.shape[1],
+            channels,
+            hidden,
+            ROWS=rows,
+            **WEIGHTS,
         )
         tiles.launch(
             _apply_grad_kernel,
             x,
             grad,
             x,
+            other,
             gate,
+            norms,
+            grad_norms,
             state,
             grads,
-            grad_x,
+            results[0],
+            grad_other,
             grad_gate,
+            state.shape[1],
             hidden,
             silu,
         )
-    return results
+    others = grad_gate, grad_other, grad_norms
+    return [*results, *(t for t in others if t is not None)]
 
 
 def _empty_outputs(x, weight1):
@@ -583,3 +1236,123 @@ def squeeze_excite(
     if gate is not None:
         gate = channels_last(gate)
     return _squeeze_excite(x, weight1, bias1, weight2, bias2, gate, silu)[0]
+
+
+@custom_op(
+    'mmoverlock::measure_norms', mutates_args=('means', 'variances', 'batches')
+)
+def _measure_norms(
+    maps: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    batches: Sequence[Tensor],
+    momenta: Sequence[float],
+    eps: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """See :func:`measure`."""
+    partial_sums.check_device(maps[0])
+    return measure(
+        maps, scales, shifts, means, variances, batches, momenta, eps
+    )
+
+
+@_measure_norms.register_fake
+def _(maps, scales, shifts, means, variances, batches, momenta, eps):
+    channels = maps[0].shape[1]
+    parts = maps[0].shape[0] * _split(maps[0])[0] * 2
+    return tuple(
+        maps[0].new_empty(len(maps), rows, channels, dtype=torch.float32)
+        for rows in (parts, 4)
+    )
+
+
+@custom_op('mmoverlock::excite_norms')
+def _excite_norms(
+    maps: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    parts: Tensor,
+    norms: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`forward`."""
+    x, other, gate = [*maps, None, None][:3]
+    weights = (t.contiguous() for t in (weight1, bias1, weight2, bias2))
+    return forward(x, *weights, gate, True, other, (parts, norms))
+
+
+@_excite_norms.register_fake
+def _(maps, scales, shifts, weight1, *args):
+    batch, channels = maps[0].shape[:2]
+    size = (2 + _summands(maps)) * channels + weight1.shape[0]
+    state = maps[0].new_empty(batch, size, dtype=torch.float32)
+    return torch.empty_like(maps[0]), state
+
+
+@custom_op('mmoverlock::excite_norms_backward', differentiable=False)
+def _excite_norms_backward(
+    grad: Tensor,
+    maps: Sequence[Tensor],
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    norms: Tensor,
+    state: Tensor,
+) -> list[Tensor]:
+    """See :func:`backward`."""
+    x, other, gate = [*maps, None, None][:3]
+    weights = [t.contiguous() for t in (weight1, bias1, weight2, bias2)]
+    grad = channels_last(grad)
+    return backward(grad, x, *weights, gate, state, True, other, norms)
+
+
+@_excite_norms_backward.register_fake
+def _(grad, maps, weight1, bias1, weight2, bias2, norms, state):
+    grads = [
+        torch.empty_like(t)
+        for t in (maps[0], weight1, bias1, weight2, bias2, *maps[:0:-1])
+    ]
+    return [*grads, norms.new_empty(2 * len(maps), norms.shape[2])]
+
+
+def _save_norms(ctx, inputs, output):
+    maps, scales, shifts, *weights, _, norms = inputs
+    ctx.dtypes = [
+        t.dtype for pair in zip(scales, shifts, strict=True) for t in pair
+    ]
+    ctx.save_for_backward(*weights, norms, output[1], *maps)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_norms(ctx, grad, _):
+    if grad is None:
+        return (None,) * 9
+    *tensors, state = ctx.saved_tensors[:6]
+    maps = ctx.saved_tensors[6:]
+    grad_x, *grads = _excite_norms_backward(grad, maps, *tensors, state)
+    *grad_maps, norms = grads[4:]
+    rows = [row.to(t) for row, t in zip(norms, ctx.dtypes, strict=True)]
+    grad_maps = [grad_x, *reversed(grad_maps)]
+    return grad_maps, rows[::2], rows[1::2], *grads[:4], None, None
+
+
+_excite_norms.register_autograd(
+    _differentiate_norms, setup_context=_save_norms
+)
+
+
+def excite_norms(
+    maps: Sequence[Tensor], norms: Sequence[Sequence], *weights: Tensor
+) -> Tensor:
+    """See :func:`mmoverlock.ops.excite_norms`."""
+    maps = [channels_last(x) for x in maps]
+    fields = [list(field) for field in zip(*norms, strict=True)]
+    with torch.no_grad():
+        measured = _measure_norms(maps, *fields)
+    return _excite_norms(maps, *fields[:2], *weights, *measured)[0]

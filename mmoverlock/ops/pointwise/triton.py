@@ -54,17 +54,18 @@ def _load_map(
     pixels,
     o_channel,
     channels,
+    step,
     FACTOR: tl.constexpr,
 ):
     """A block (PIXELS, C) of ``(x * scale[image] + shift) * keep[image]``.
 
-    Without a scale, it is x.
+    Without a scale, it is x. Pixels are ``step`` apart in memory.
 
     Pixels behind the last one are zero before the shift; nothing counts them.
     """
     m_channel = o_channel < channels
     m_map = (o_pixel < pixels)[:, None] & m_channel[None]
-    o_map = (image * pixels + o_pixel)[:, None] * channels + o_channel[None]
+    o_map = (image * pixels + o_pixel)[:, None] * step + o_channel[None]
     b_map = tl.load(p_map + o_map, mask=m_map, other=0)
     if p_scale is not None:
         b_scale = tl.load(
@@ -135,6 +136,7 @@ def _product_kernel(
             pixels,
             o_in,
             inputs,
+            inputs,
             FACTOR,
         )
         b_weight = tl.load(
@@ -172,6 +174,82 @@ def _product_kernel(
         tl.store(p_sum + outputs, tl.sum(b_wide, 0), mask=m_out)
 
 
+@triton.jit
+def _weight_grad(
+    p_grad,
+    p_x,
+    p_scale,
+    p_shift,
+    p_keep,
+    p_parts,
+    p_bias_parts,
+    split,
+    splits,
+    block_out,
+    block_in,
+    pixels,
+    count,
+    items,
+    inputs,
+    outputs,
+    step,
+    PIXELS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """A tile of part ``split`` of :func:`_weight_grad_kernel`."""
+    FACTOR: tl.constexpr = tl.float32 if UPCAST else p_x.dtype.element_ty
+    o_out = block_out * OUTPUTS + tl.arange(0, OUTPUTS)
+    o_in = block_in * INPUTS + tl.arange(0, INPUTS)
+    acc = tl.zeros((OUTPUTS, INPUTS), tl.float32)
+    total = tl.zeros((OUTPUTS,), tl.float32)
+    for item in range(split, items, splits):
+        image = tl.cast(item // count, tl.int64)
+        o_pixel = item % count * PIXELS + tl.arange(0, PIXELS)
+        b_grad = _load_map(
+            p_grad,
+            None,
+            None,
+            None,
+            image,
+            o_pixel,
+            pixels,
+            o_out,
+            outputs,
+            outputs,
+            FACTOR,
+        )
+        b_x = _load_map(
+            p_x,
+            p_scale,
+            p_shift,
+            p_keep,
+            image,
+            o_pixel,
+            pixels,
+            o_in,
+            inputs,
+            step,
+            FACTOR,
+        )
+        acc = tl.dot(tl.trans(b_grad), b_x, acc=acc, input_precision=PRECISION)
+        if block_in == 0:
+            b_total = tl.sum(b_grad.to(tl.float32), 0)
+            if p_keep is not None:
+                b_total *= tl.load(p_keep + image)
+            total += b_total
+    o_part = tl.cast(split, tl.int64) * outputs + o_out
+    m_out = o_out < outputs
+    tl.store(
+        p_parts + o_part[:, None] * inputs + o_in[None],
+        acc,
+        mask=m_out[:, None] & (o_in < inputs)[None],
+    )
+    if block_in == 0:
+        tl.store(p_bias_parts + o_part, total, mask=m_out)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _weight_grad_kernel(
     p_grad,
@@ -200,53 +278,86 @@ def _weight_grad_kernel(
     inputs) and (splits, outputs); grid (splits, blocks of outputs, blocks of
     inputs).
     """
-    FACTOR: tl.constexpr = tl.float32 if UPCAST else p_x.dtype.element_ty
-    o_out = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    o_in = tl.program_id(2) * INPUTS + tl.arange(0, INPUTS)
-    acc = tl.zeros((OUTPUTS, INPUTS), tl.float32)
-    total = tl.zeros((OUTPUTS,), tl.float32)
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        image = (item // count).to(tl.int64)
-        o_pixel = item % count * PIXELS + tl.arange(0, PIXELS)
-        b_grad = _load_map(
-            p_grad,
-            None,
-            None,
-            None,
-            image,
-            o_pixel,
-            pixels,
-            o_out,
-            outputs,
-            FACTOR,
-        )
-        b_x = _load_map(
-            p_x,
-            p_scale,
-            p_shift,
-            p_keep,
-            image,
-            o_pixel,
-            pixels,
-            o_in,
-            inputs,
-            FACTOR,
-        )
-        acc = tl.dot(tl.trans(b_grad), b_x, acc=acc, input_precision=PRECISION)
-        if tl.program_id(2) == 0:
-            b_total = tl.sum(b_grad.to(tl.float32), 0)
-            if p_keep is not None:
-                b_total *= tl.load(p_keep + image)
-            total += b_total
-    o_part = tl.program_id(0).to(tl.int64) * outputs + o_out
-    m_out = o_out < outputs
-    tl.store(
-        p_parts + o_part[:, None] * inputs + o_in[None],
-        acc,
-        mask=m_out[:, None] & (o_in < inputs)[None],
+    _weight_grad(
+        p_grad,
+        p_x,
+        p_scale,
+        p_shift,
+        p_keep,
+        p_parts,
+        p_bias_parts,
+        tl.program_id(0),
+        tl.num_programs(0),
+        tl.program_id(1),
+        tl.program_id(2),
+        pixels,
+        count,
+        items,
+        inputs,
+        outputs,
+        inputs,
+        PIXELS,
+        OUTPUTS,
+        INPUTS,
+        UPCAST,
     )
-    if tl.program_id(2) == 0:
-        tl.store(p_bias_parts + o_part, total, mask=m_out)
+
+
+@triton.jit
+def _weight_grads_kernel(
+    grads,
+    maps,
+    parts,
+    bias_parts,
+    odd_pixels,
+    odd_splits,
+    inputs,
+    outputs,
+    steps,
+    PIXELS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """The same for some products, without what is around them.
+
+    Of each, grad (N, outputs), x (N, inputs), whose rows are ``step`` apart,
+    parts (splits, outputs, inputs) and (splits, outputs); grid (splits of all,
+    times blocks of outputs and of inputs, ). Odd numbers 2 N + 1 keep Triton
+    from compiling for kinds of them.
+    """
+    program = tl.program_id(0)
+    for i in tl.static_range(len(grads)):
+        pixels = odd_pixels[i] // 2
+        splits = odd_splits[i] // 2
+        blocks = tl.cdiv(inputs[i], INPUTS)
+        programs = splits * tl.cdiv(outputs[i], OUTPUTS) * blocks
+        if (program >= 0) & (program < programs):
+            items = tl.cdiv(pixels, PIXELS)
+            _weight_grad(
+                grads[i],
+                maps[i],
+                None,
+                None,
+                None,
+                parts[i],
+                bias_parts[i],
+                program % splits,
+                splits,
+                program // splits // blocks,
+                program // splits % blocks,
+                pixels,
+                items,
+                items,
+                inputs[i],
+                outputs[i],
+                steps[i],
+                PIXELS,
+                OUTPUTS,
+                INPUTS,
+                UPCAST,
+            )
+        program -= programs
 
 
 def _upcast(x):
@@ -390,3 +501,61 @@ def weight_grad(
             **_blocks(knobs),
         )
     return parts, bias_parts
+
+
+def weight_grads(
+    *products: tuple[Tensor, Tensor],
+) -> list[tuple[Tensor, Tensor]]:
+    """Gradients of the weights and the biases of some products, in one launch.
+
+    Args:
+        products (tuple[Tensor, Tensor]): The gradient of the result, (N, O),
+            contiguous, and x, (N, I), whose values are next to each other.
+
+    Returns:
+        list[tuple[Tensor, Tensor]]: Of each, partial sums for
+        :func:`partial_sums.add`, (parts, 1, O * I) and (parts, 1, O).
+    """
+    grads, maps = zip(*products, strict=True)
+    knobs = _knobs('weight_grad', maps[0])
+    outputs, inputs = ([t.shape[1] for t in ts] for ts in (grads, maps))
+    blocks = [
+        cdiv(o, knobs['outputs']) * cdiv(i, knobs['inputs'])
+        for o, i in zip(outputs, inputs, strict=True)
+    ]
+    # Each takes its share of those that run at a time.
+    work = sum(len(x) * count for x, count in zip(maps, blocks, strict=True))
+    splits = [
+        max(
+            1,
+            min(cdiv(len(x), knobs['pixels']), PROGRAMS * len(x) // work),
+        )
+        for x in maps
+    ]
+    parts = [
+        [
+            grad.new_empty(count, 1, size, dtype=torch.float32)
+            for size in (o * i, o)
+        ]
+        for grad, count, o, i in zip(
+            grads, splits, outputs, inputs, strict=True
+        )
+    ]
+    grid = sum(
+        count * size for count, size in zip(splits, blocks, strict=True)
+    )
+    with torch.cuda.device_of(grads[0]):
+        _weight_grads_kernel[(grid,)](
+            grads,
+            maps,
+            tuple(part for part, _ in parts),
+            tuple(part for _, part in parts),
+            tuple(2 * len(x) + 1 for x in maps),
+            tuple(2 * count + 1 for count in splits),
+            tuple(inputs),
+            tuple(outputs),
+            tuple(x.stride(0) for x in maps),
+            UPCAST=_upcast(maps[0]),
+            **_blocks(knobs),
+        )
+    return parts

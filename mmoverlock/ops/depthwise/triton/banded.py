@@ -32,7 +32,7 @@ from .weight_grads import WINDOW, by_channel, dot, num_splits
 
 # Rows of a tile, and of a kernel at a time; PAIR is how many channels a warp
 # takes from one load. Programs are those of sums, where there is enough to do.
-KNOBS = dict(T=5, R=3, CHANNELS=16, PAIR=2, WARPS=8, programs=528)
+KNOBS = dict(T=4, R=2, CHANNELS=16, PAIR=2, WARPS=8, programs=528)
 CANDIDATES = dict(  # for benchmarks/gpu_tune.py
     T=(4, 5, 7),
     R=(2, 3, 4),
@@ -202,6 +202,7 @@ def _conv2d_kernel(
     p_x,
     p_taps,
     p_bias,
+    p_other,
     p_out,
     channels,
     height,
@@ -218,10 +219,8 @@ def _conv2d_kernel(
 ):
     """Sum of the convolutions of maps, one for each branch.
 
-    ``out[n] = bias + sum over b and tap of taps[b, tap] x[b, n + tap]``
-
-    x (branches, B, H, W, C), taps (all taps, C), bias (C, ), out (B, H, W, C);
-    grid (chunks, blocks of channels).
+    As of conv2d.py; x (branches, B, H, W, C), taps (all taps, C), bias (C, ),
+    other and out (B, H, W, C); grid (chunks, blocks of channels).
     """
     row, col, o_row, m_tile, columns = _place(
         tl.program_id(0), images, height, width, across, T
@@ -262,12 +261,15 @@ def _conv2d_kernel(
         row, col, o_row, m_tile, columns, channel, channels, width
     )
     for t in tl.static_range(T):
-        b_out = (acc[t] + b_bias).to(p_out.dtype.element_ty)
-        tl.store(
-            p_out + o_out + t * width * channels,
-            _by_column(b_out, CHANNELS, PAIR),
-            mask=m_out & (row + t < height)[:, None, None],
-        )
+        m_row = m_out & (row + t < height)[:, None, None]
+        b_out = acc[t] + b_bias
+        if p_other is not None:
+            b_other = tl.load(p_other + o_out, mask=m_row, other=0)
+            b_out += by_channel(b_other, CHANNELS, PAIR).to(tl.float32)
+        b_out = b_out.to(p_out.dtype.element_ty)
+        b_out = _by_column(b_out, CHANNELS, PAIR)
+        tl.store(p_out + o_out, b_out, mask=m_row)
+        o_out += width * channels
 
 
 @triton.jit
@@ -301,7 +303,7 @@ def _statistics_kernel(
     """Number of values, mean and sum of squared deviations from it.
 
     Of every channel of every branch; x (B, H, W, C), taps (all taps, C), y
-    (B, H, W, C), the output of the first branch, parts (splits, branches, 3,
+    (B, H, W, C), the output of the first branch, parts (splits, branches * 3,
     C); grid (splits, blocks of channels).
     """
     split = tl.program_id(0)
@@ -516,6 +518,7 @@ def convolve_maps(
     branches: tuple,
     bias: Tensor | None,
     flip: bool,
+    other: Tensor | None,
 ) -> None:
     """See :func:`conv2d.convolve_maps`.
 
@@ -523,9 +526,8 @@ def convolve_maps(
         x (Tensor): (branches, B, C, H, W), each map in channels_last.
         out (Tensor): (B, C, H, W) in channels_last, not empty.
     """
-    _launch(
-        _conv2d_kernel, out, x, taps, bias, out, BRANCHES=branches, FLIP=flip
-    )
+    operands = x, taps, bias, other, out
+    _launch(_conv2d_kernel, out, *operands, BRANCHES=branches, FLIP=flip)
 
 
 def statistics(x: Tensor, taps: Tensor, first: Tensor, branches: tuple):
@@ -537,12 +539,12 @@ def statistics(x: Tensor, taps: Tensor, first: Tensor, branches: tuple):
         branches (tuple): Size, dilation and first tap of each.
 
     Returns:
-        Tensor: (splits, branches, 3, C), float32.
+        Tensor: (splits, branches * 3, C), float32.
     """
     channels = x.shape[1]
     blocks = cdiv(channels, KNOBS['CHANNELS'])
     splits = num_splits(_chunks(x), blocks, KNOBS['programs'])
-    shape = splits, len(branches), 3, channels
+    shape = splits, 3 * len(branches), channels
     parts = x.new_empty(shape, dtype=torch.float32)
     _launch(
         _statistics_kernel,

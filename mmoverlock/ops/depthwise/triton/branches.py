@@ -25,14 +25,15 @@ Processes that share statistics (SyncBN) exchange those of all branches once,
 and sum(g) and sum(g z) once, before p, q and o.
 
 What is kept for the backward pass is x and the output of the first branch,
-whose kernel is the largest. Every step is one launch, five
-forward, one more for the running statistics, and seven backward. Sums are
+whose kernel is the largest. Every step is one launch, five forward and seven
+backward; batches are counted and running statistics moved by the way. Sums are
 made of partial sums in a fixed order, in double precision in the end, so
 results are deterministic.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -48,6 +49,7 @@ from .common import (
     autocast,
     convolve,
     load_rows,
+    move,
     tile_of,
     zeros,
 )
@@ -69,10 +71,11 @@ def _channels(channels):
 
 
 @triton.jit
-def _pack_kernel(weights, p_taps, channels, BRANCHES: tl.constexpr):
+def _pack_kernel(weights, batches, p_taps, channels, BRANCHES: tl.constexpr):
     """Taps of all branches, (C, k * k) each, to (all taps, C).
 
-    Grid (blocks of channels, all taps).
+    Adds one to the number of batches, () each, of every branch. Grid (blocks
+    of channels, all taps).
     """
     channel, m_channel = _channels(channels)
     tap = tl.program_id(1)
@@ -86,6 +89,8 @@ def _pack_kernel(weights, p_taps, channels, BRANCHES: tl.constexpr):
                 b_tap.to(p_taps.dtype.element_ty),
                 mask=m_channel,
             )
+            if (own == 0) & (tl.program_id(0) == 0):
+                tl.store(batches[b], tl.load(batches[b]) + 1)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -105,7 +110,7 @@ def _statistics_kernel(
     """Number of values, mean and sum of squared deviations from it.
 
     Of every channel of every branch; x (B, H, W, C), taps (all taps, C), y
-    (B, H, W, C), the output of the first branch, parts (splits, branches, 3,
+    (B, H, W, C), the output of the first branch, parts (splits, branches * 3,
     C); grid (splits, blocks of channels). Every lane sums differences from the
     first value that it saw.
     """
@@ -170,12 +175,23 @@ def _statistics_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _combine_kernel(
-    p_parts, p_out, splits, channels, SPLITS: tl.constexpr, N: tl.constexpr
+    p_parts,
+    p_out,
+    means,
+    variances,
+    batches,
+    splits,
+    channels,
+    SPLITS: tl.constexpr,
+    N: tl.constexpr,
+    MOMENTA: tl.constexpr,
 ):
-    """Statistics of the whole from those of parts.
+    """Statistics of the whole from those of parts; moves the running ones.
 
-    parts (splits, N, 3, C), out (N, 3, C) in float64; grid (blocks of
-    channels, N).
+    parts (splits, N * 3, C), out (N, 3, C) in float64, means and variances (C,
+    ) each, batches () each, the number of batches with this one; MOMENTA has
+    -1 for a cumulative average, and nothing where nothing is moved; grid
+    (blocks of channels, N).
     """
     channel, m_channel = _channels(channels)
     o_branch = tl.program_id(1) * 3 * channels + channel
@@ -199,7 +215,16 @@ def _combine_kernel(
     p_out += o_branch
     tl.store(p_out, count, mask=m_channel)
     tl.store(p_out + channels, mean, mask=m_channel)
-    tl.store(p_out + 2 * channels, tl.sum(squares, 0), mask=m_channel)
+    squares = tl.sum(squares, 0)
+    tl.store(p_out + 2 * channels, squares, mask=m_channel)
+    variance = squares / tl.maximum(count - 1, 1)
+    for b in tl.static_range(len(MOMENTA)):
+        if tl.program_id(1) == b:
+            momentum = tl.full((), MOMENTA[b], tl.float64)
+            if MOMENTA[b] < 0:
+                momentum = 1 / tl.load(batches[b]).to(tl.float64)
+            move(means[b] + channel, mean, momentum, m_channel)
+            move(variances[b] + channel, variance, momentum, m_channel)
 
 
 @triton.jit
@@ -285,43 +310,6 @@ def _merge_kernel(
             acc += b_tap.to(tl.float64) * factors[b]
         b_tap = acc.to(tl.float32).to(p_merged.dtype.element_ty)
         tl.store(p_out + s * channels, b_tap, mask=m_channel)
-
-
-@triton.jit
-def _running_kernel(
-    p_statistics,
-    means,
-    variances,
-    batches,
-    channels,
-    MOMENTA: tl.constexpr,
-):
-    """Move the running statistics.
-
-    statistics (branches, 3, C), means and variances (C, ) each, batches ()
-    each, the number of batches with this one; MOMENTA has -1 for a cumulative
-    average; grid (blocks of channels, ).
-    """
-    channel, m_channel = _channels(channels)
-    for b in tl.static_range(len(MOMENTA)):
-        p_branch = p_statistics + 3 * b * channels + channel
-        count = tl.load(p_branch, mask=m_channel, other=1)
-        mean = tl.load(p_branch + channels, mask=m_channel, other=0)
-        squares = tl.load(p_branch + 2 * channels, mask=m_channel, other=0)
-        variance = squares / tl.maximum(count - 1, 1)
-        momentum = tl.full((), MOMENTA[b], tl.float64)
-        if MOMENTA[b] < 0:
-            momentum = 1 / tl.load(batches[b]).to(tl.float64)
-        _move(means[b] + channel, mean, momentum, m_channel)
-        _move(variances[b] + channel, variance, momentum, m_channel)
-
-
-@triton.jit
-def _move(p_running, b_new, momentum, m_channel):
-    b_old = tl.load(p_running, mask=m_channel, other=0)
-    b_moved = b_old.to(tl.float64)
-    b_moved += momentum * (b_new - b_moved)
-    tl.store(p_running, b_moved.to(b_old.dtype), mask=m_channel)
 
 
 @triton.jit
@@ -580,30 +568,58 @@ def _blocks(channels):
     return cdiv(channels, BLOCK.value)
 
 
-def _pack(weights, plan, dtype):
-    channels = len(weights[0])
-    taps = weights[0].new_empty(plan.taps, channels, dtype=dtype)
-    _pack_kernel[_blocks(channels), plan.taps](
-        tuple(weights), taps, channels, BRANCHES=plan.branches
-    )
-    return taps
+class _Running(NamedTuple):
+    """What batch norms keep; a list of each, a value for every branch."""
+
+    means: list[Tensor]
+    variances: list[Tensor]
+    batches: list[Tensor]
+    momenta: list[float]  # -1 for a cumulative average
 
 
-def _statistics(x, taps, plan):
-    """Counts, means and sums of squared deviations from them, of branches.
+def _measure(x, weights, dilations, running, group=None):
+    """Measure the branches, and move what batch norms keep.
 
     Returns:
-        tuple[Tensor]: (branches, 3, C) in float64; the output of the first
-        branch.
+        tuple[Tensor]: Counts, means and sums of squared deviations from them,
+        over all processes of a group, (branches, 3, C) in float64; the packed
+        taps; the output of the first branch.
     """
+    plan = _plan(tuple(w.shape[-1] for w in weights), tuple(dilations))
+    channels, n = x.shape[1], len(weights)
+    taps = x.new_empty(plan.taps, channels)
     first = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        _pack_kernel[_blocks(channels), plan.taps](
+            tuple(weights),
+            tuple(running.batches),
+            taps,
+            channels,
+            BRANCHES=plan.branches,
+        )
+        parts = _statistics(x, taps, first, plan.branches)
+        if group is not None:
+            local = _combine(parts)
+            parts = local.new_empty(
+                distributed.get_world_size(group), 3 * n, channels
+            )
+            distributed.all_gather([*parts], local.flatten(0, 1), group)
+        statistics = _combine(parts, running)
+    return statistics, taps, first
+
+
+def _statistics(x, taps, first, branches):
+    """Parts of the statistics; writes the output of the first branch.
+
+    Returns:
+        Tensor: (parts, branches * 3, C), float32.
+    """
     if x.element_size() == 2 and x.numel():
-        parts = banded.statistics(x, taps, first, plan.branches)
-        return _combine(parts), first
-    layout = Layout.of(x.shape, max(size for size, *_ in plan.branches))
+        return banded.statistics(x, taps, first, branches)
+    layout = Layout.of(x.shape, max(size for size, *_ in branches))
     tiles, blocks = layout.grid(x.shape)
     splits = num_splits(tiles, blocks, KNOBS['statistics'])
-    shape = splits, len(plan.branches), 3, x.shape[1]
+    shape = splits, 3 * len(branches), x.shape[1]
     parts = x.new_empty(shape, dtype=torch.float32)
     _statistics_kernel[splits, blocks](
         x,
@@ -612,49 +628,40 @@ def _statistics(x, taps, plan):
         parts,
         *x.shape[1:],
         tiles,
-        BRANCHES=plan.branches,
+        BRANCHES=branches,
         T=layout.rows,
         LANES=layout.lanes,
     )
-    return _combine(parts), first
+    return parts
 
 
-def _combine(parts):
-    """Statistics of the whole from those of parts, (parts, branches, 3, C)."""
-    splits, branches, _, channels = parts.shape
-    out = parts.new_empty(branches, 3, channels, dtype=torch.float64)
-    _combine_kernel[_blocks(channels), branches](
-        parts, out, splits, channels, SPLITS=16, N=branches
+def _combine(parts, running=None):
+    """Statistics of the whole from those of parts (parts, branches * 3, C)."""
+    splits, rows, channels = parts.shape
+    out = parts.new_empty(rows // 3, 3, channels, dtype=torch.float64)
+    *lists, momenta = (None, None, None, ())
+    if running is not None:
+        *lists, momenta = map(tuple, running)
+    _combine_kernel[_blocks(channels), len(out)](
+        parts,
+        out,
+        *lists,
+        splits,
+        channels,
+        SPLITS=16,
+        N=len(out),
+        MOMENTA=momenta,
     )
     return out
 
 
-def _gather(statistics, group):
-    """Statistics over all processes of a group."""
-    parts = statistics.new_empty(
-        distributed.get_world_size(group), *statistics.shape
-    )
-    distributed.all_gather([*parts], statistics, group)
-    return _combine(parts)
-
-
-def _forward(x, weights, scales, shifts, dilations, eps, group=None):
-    """See :func:`sum_of_branches`.
-
-    Returns:
-        tuple[Tensor]: The sum; the statistics over all processes; the packed
-        taps; the output of the first branch.
-    """
-    sizes = tuple(weight.shape[-1] for weight in weights)
-    plan = _plan(sizes, tuple(dilations))
+def _forward(x, weights, scales, shifts, dilations, eps, statistics, taps):
+    """The sum, of the merged kernel."""
+    plan = _plan(tuple(w.shape[-1] for w in weights), tuple(dilations))
     channels = x.shape[1]
+    merged = taps.new_empty(plan.size**2, channels)
+    bias = taps.new_empty(channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        taps = _pack(weights, plan, x.dtype)
-        statistics, first = _statistics(x, taps, plan)
-        if group is not None:
-            statistics = _gather(statistics, group)
-        merged = taps.new_empty(plan.size**2, channels)
-        bias = taps.new_empty(channels, dtype=torch.float32)
         _merge_kernel[_blocks(channels), plan.size](
             taps,
             tuple(scales),
@@ -667,8 +674,7 @@ def _forward(x, weights, scales, shifts, dilations, eps, group=None):
             BRANCHES=plan.branches,
             EPS=tuple(eps),
         )
-        out = convolve_maps(x[None], merged, ((plan.size, 1, 0),), bias)
-    return out, statistics, taps, first
+        return convolve_maps(x[None], merged, ((plan.size, 1, 0),), bias)
 
 
 def _backward(
@@ -682,8 +688,11 @@ def _backward(
     dilations,
     eps,
     group=None,
+    other=None,
 ):
     """Gradients of x, of scales and shifts (2, branches, C), and of weights.
+
+    Another gradient of x is added to that, if there is one.
 
     Those of scales and shifts are this process's share, as in
     torch.nn.SyncBatchNorm.
@@ -740,7 +749,7 @@ def _backward(
                 T=layout.rows,
                 LANES=layout.lanes,
             )
-        grad_x = convolve_maps(grad_ys, taps, branches, flip=True)
+        grad_x = convolve_maps(grad_ys, taps, branches, flip=True, other=other)
         parts = weight_grads(x, grad_ys, branches)
         grads = [torch.empty_like(weight) for weight in weights]
         _unpack_kernel[_blocks(channels), plan.taps](
@@ -755,6 +764,34 @@ def _backward(
     return grad_x, norm_grads, grads
 
 
+@custom_op(
+    'mmoverlock::measure_branches',
+    mutates_args=('means', 'variances', 'batches'),
+)
+def _measure_branches(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    batches: Sequence[Tensor],
+    momenta: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    running = _Running(means, variances, batches, momenta)
+    return _measure(x, weights, dilations, running)
+
+
+@_measure_branches.register_fake
+def _(x, weights, dilations, means, variances, batches, momenta):
+    channels = x.shape[1]
+    taps = sum(weight.shape[-1] ** 2 for weight in weights)
+    return (
+        x.new_empty(len(weights), 3, channels, dtype=torch.float64),
+        x.new_empty(taps, channels),
+        torch.empty_like(x),
+    )
+
+
 @custom_op('mmoverlock::sum_of_branches')
 def _sum_of_branches(
     x: Tensor,
@@ -763,20 +800,18 @@ def _sum_of_branches(
     shifts: Sequence[Tensor],
     dilations: Sequence[int],
     eps: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _forward(x, weights, scales, shifts, dilations, eps)
+    statistics: Tensor,
+    taps: Tensor,
+    first: Tensor,
+) -> Tensor:
+    return _forward(
+        x, weights, scales, shifts, dilations, eps, statistics, taps
+    )
 
 
 @_sum_of_branches.register_fake
-def _(x, weights, scales, shifts, dilations, eps):
-    channels = x.shape[1]
-    taps = sum(weight.shape[-1] ** 2 for weight in weights)
-    return (
-        torch.empty_like(x),
-        x.new_empty(len(weights), 3, channels, dtype=torch.float64),
-        x.new_empty(taps, channels),
-        torch.empty_like(x),
-    )
+def _(x, *args):
+    return torch.empty_like(x)
 
 
 @custom_op('mmoverlock::sum_of_branches_backward', differentiable=False)
@@ -808,10 +843,10 @@ def _(grad, x, first, taps, statistics, weights, scales, dilations, eps):
 
 
 def _setup(ctx, inputs, output):
-    x, weights, scales, _, ctx.dilations, ctx.eps = inputs
+    x, weights, scales, _, ctx.dilations, ctx.eps, statistics, *maps = inputs
     ctx.count = len(weights)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *output[:0:-1], *weights, *scales)
+    ctx.save_for_backward(x, *reversed(maps), statistics, *weights, *scales)
 
 
 def _saved(ctx, grad):
@@ -823,12 +858,12 @@ def _saved(ctx, grad):
     return *operands, *parameters, ctx.dilations, ctx.eps
 
 
-def _differentiate(ctx, grad, *_):
+def _differentiate(ctx, grad):
     if grad is None:
-        return (None,) * 6
+        return (None,) * 9
     grad_x, norm_grads, *grads = _sum_of_branches_grads(*_saved(ctx, grad))
     scales, shifts = norm_grads
-    return grad_x, grads, [*scales], [*shifts], None, None
+    return grad_x, grads, [*scales], [*shifts], *(None,) * 5
 
 
 _sum_of_branches.register_autograd(_differentiate, setup_context=_setup)
@@ -838,52 +873,30 @@ class _SynchronizedSum(torch.autograd.Function):
     """The same over the processes of a group, with one exchange each way."""
 
     @staticmethod
-    def forward(ctx, x, dilations, eps, group, *parameters):
+    def forward(ctx, x, dilations, eps, group, measured, *parameters):
         n = len(dilations)
         parameters = [parameters[i * n : (i + 1) * n] for i in range(3)]
-        out = _forward(x, *parameters, dilations, eps, group)
-        _setup(ctx, (x, *parameters, dilations, eps), out)
+        operands = x, *parameters, dilations, eps, *measured
+        out = _forward(*operands[:-1])
+        _setup(ctx, operands, out)
         ctx.group = group
-        ctx.mark_non_differentiable(*out[1:])
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, *_):
+    def backward(ctx, grad):
         grad_x, norm_grads, grads = _backward(*_saved(ctx, grad), ctx.group)
-        return grad_x, None, None, None, *grads, *norm_grads.flatten(0, 1)
+        return grad_x, *(None,) * 4, *grads, *norm_grads.flatten(0, 1)
 
 
-# An exchange in the middle of a graph breaks it.
-_synchronized_sum = torch.compiler.disable(_SynchronizedSum.apply)
-
-
-@custom_op(
-    'mmoverlock::move_running_statistics',
-    mutates_args=('means', 'variances'),
-)
-def _move_running_statistics(
-    statistics: Tensor,
-    means: Sequence[Tensor],
-    variances: Sequence[Tensor],
-    batches: Sequence[Tensor],
-    momenta: Sequence[float],
-) -> None:
-    channels = statistics.shape[-1]
-    with torch.cuda.device_of(statistics):
-        _running_kernel[(_blocks(channels),)](
-            statistics,
-            tuple(means),
-            tuple(variances),
-            tuple(batches),
-            channels,
-            MOMENTA=tuple(momenta),
-        )
-
-
-@_move_running_statistics.register_fake
-def _(statistics, means, variances, batches, momenta):
-    pass
+@torch.compiler.disable  # an exchange in the middle of a graph breaks it
+def _synchronized_sum(x, norms, dilations, eps, running, group):
+    with torch.no_grad():
+        measured = _measure(x, norms[0], dilations, running, group)
+    parameters = sum(norms, [])
+    return _SynchronizedSum.apply(
+        x, dilations, eps, group, measured, *parameters
+    )
 
 
 def sum_of_branches(
@@ -894,18 +907,15 @@ def sum_of_branches(
     """See :func:`mmoverlock.ops.sum_of_branches`."""
     x = autocast(x)
     fields = [list(field) for field in zip(*branches, strict=True)]
-    weights, scales, shifts, means, variances, batches = fields[:6]
-    dilations, momenta, eps = fields[6:]
-    if group is None:
-        out, statistics, *_ = _sum_of_branches(
-            x, weights, scales, shifts, dilations, eps
-        )
-    else:
-        out, statistics, *_ = _synchronized_sum(
-            x, dilations, eps, group, *weights, *scales, *shifts
-        )
-    momenta = [-1.0 if momentum is None else momentum for momentum in momenta]
-    _move_running_statistics(
-        statistics.detach(), means, variances, batches, momenta
+    norms, kept, (dilations, momenta, eps) = (
+        fields[:3],
+        fields[3:6],
+        fields[6:],
     )
-    return out
+    momenta = [-1.0 if momentum is None else momentum for momentum in momenta]
+    if group is not None:
+        running = _Running(*kept, momenta)
+        return _synchronized_sum(x, norms, dilations, eps, running, group)
+    with torch.no_grad():
+        measured = _measure_branches(x, norms[0], dilations, *kept, momenta)
+    return _sum_of_branches(x, *norms, dilations, eps, *measured)

@@ -196,6 +196,15 @@ def is_read(row, size, dilation, tile):
     return any(meets(row - t, size, dilation) for t in range(tile))
 
 
+@triton.jit
+def move(p_running, b_new, momentum, m_channel):
+    """Move running statistics towards those of a batch, float64."""
+    b_old = tl.load(p_running, mask=m_channel, other=0)
+    b_moved = b_old.to(tl.float64)
+    b_moved += momentum * (b_new - b_moved)
+    tl.store(p_running, b_moved.to(b_old.dtype), mask=m_channel)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _sum_parts_kernel(
     p_parts, p_out, splits, count, BLOCK: tl.constexpr, SPLITS: tl.constexpr

@@ -24,6 +24,7 @@ def _conv2d_kernel(
     p_x,
     p_taps,
     p_bias,
+    p_other,
     p_out,
     channels,
     height,
@@ -35,10 +36,11 @@ def _conv2d_kernel(
 ):
     """Sum of the convolutions of maps, one for each branch.
 
-    ``out[n] = bias + sum over b and tap of taps[b, tap] x[b, n + tap]``
+    ``out[n] = bias + other[n] + sum over b and tap of taps[b, tap] x[b, n +
+    tap]``, what is None left out
 
-    x (branches, B, H, W, C), taps (all taps, C), bias (C, ), out (B, H, W, C);
-    grid (tiles, blocks of channels).
+    x (branches, B, H, W, C), taps (all taps, C), bias (C, ), other and out (B,
+    H, W, C); grid (tiles, blocks of channels).
     """
     row, col, channel, o_tile = tile_of(
         tl.program_id(0), channels, height, width, T, LANES
@@ -69,11 +71,12 @@ def _conv2d_kernel(
         b_bias = tl.load(p_bias + channel, mask=channel < channels, other=0)
         b_bias = b_bias.to(tl.float32)
     for t in tl.static_range(T):
-        tl.store(
-            p_out + o_tile + t * width * channels,
-            (acc[t] + b_bias).to(p_out.dtype.element_ty),
-            mask=m_out & (row + t < height),
-        )
+        m_row = m_out & (row + t < height)
+        o_row = o_tile + t * width * channels
+        b_out = acc[t] + b_bias
+        if p_other is not None:
+            b_out += tl.load(p_other + o_row, mask=m_row, other=0)
+        tl.store(p_out + o_row, b_out.to(p_out.dtype.element_ty), mask=m_row)
 
 
 def convolve_maps(
@@ -82,6 +85,7 @@ def convolve_maps(
     branches: tuple,
     bias: Tensor | None = None,
     flip: bool = False,
+    other: Tensor | None = None,
 ) -> Tensor:
     """Sum over branches of maps, each convolved with its taps.
 
@@ -92,6 +96,8 @@ def convolve_maps(
         bias (Tensor, optional): (C, ).
         flip (bool): Whether the taps of each come in reversed order, which
             makes it the gradient of a convolution. Defaults to False.
+        other (Tensor, optional): (B, C, H, W) in channels_last, which is
+            added.
 
     Returns:
         Tensor: (B, C, H, W) in channels_last.
@@ -99,7 +105,7 @@ def convolve_maps(
     out = torch.empty_like(x[0])
     if out.numel() and x.element_size() == 2:
         with torch.cuda.device_of(x):
-            banded.convolve_maps(x, out, taps, branches, bias, flip)
+            banded.convolve_maps(x, out, taps, branches, bias, flip, other)
     elif out.numel():
         layout = Layout.of(out.shape, max(size for size, *_ in branches))
         with torch.cuda.device_of(x):
@@ -107,6 +113,7 @@ def convolve_maps(
                 x,
                 taps,
                 bias,
+                other,
                 out,
                 *out.shape[1:],
                 BRANCHES=branches,

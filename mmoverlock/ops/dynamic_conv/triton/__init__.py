@@ -371,8 +371,8 @@ def _mix_backward(
             tiles = problem.tiles(windows.KNOBS['COLS'])
             for half, size in enumerate(problem.sizes):
                 if problem.forms[half] is None:
-                    dfs[half] = scratch(tiles, units, size**2, channels)
-                    dbs[half] = scratch(tiles, units, size**2)
+                    dfs[half] = scratch(tiles, units * size**2, channels)
+                    dbs[half] = scratch(tiles * units, size**2)
                     dtables[half] = scratch(
                         problem.height,
                         problem.across(windows.KNOBS['COLS']),
@@ -450,8 +450,8 @@ def _mix_backward(
                 batch, triton.cdiv(classes.KNOBS['PROGRAMS'], each)
             )
             chunk = triton.cdiv(batch, images)
-            dfs[half] = scratch(tiles, units, size**2, channels)
-            dbs[half] = scratch(chunk, groups, tiles, tp)
+            dfs[half] = scratch(tiles, units * size**2, channels)
+            dbs[half] = scratch(chunk * groups * tiles, tp)
             dtables[half] = scratch(chunk, groups, tiles, m, tp)
             chunks[half], parts[half] = chunk, tiles
             terms[half] = chunk * groups * tiles

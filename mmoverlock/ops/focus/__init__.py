@@ -1,0 +1,92 @@
+"""The block of the Focus-Net in training, for GPUs."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..depthwise import Branch
+from ..excitation import Norm
+
+Pair = tuple[Tensor, Tensor]
+
+
+class FocusParameters(NamedTuple):
+    """What :func:`focus_block` takes besides its maps.
+
+    C channels are features and P the prior, T = C + P; D are hidden.
+    """
+
+    prior: tuple[Tensor, ...]  # (P, 1, 1, 1), (P, ), twice; or nothing
+    conv1: Pair  # (T, 1, 3, 3), (T, )
+    norm1: Pair  # (T, ), (T, )
+    mix_conv: Pair  # as conv1
+    mix_norm: Norm  # of T channels
+    mix: Pair  # (C, T, 1, 1), (C, )
+    response: Pair  # (1, C, 1, 1) each
+    query: Tensor  # (C / 2, C, 1, 1)
+    query_norm: Norm
+    key: Tensor  # (C / 2, P, 1, 1)
+    key_norm: Norm
+    kernels: tuple[Tensor, Tensor, Tensor, Tensor]  # see contmix
+    value: Tensor  # (C, C, 1, 1), as the gate
+    value_norm: Norm
+    branches: list[Branch]
+    branches_norm: Norm
+    gate: Tensor
+    gate_norm: Norm
+    excite: tuple[Tensor, Tensor, Tensor, Tensor]  # see squeeze_excite
+    out_norm: Norm
+    out: Pair  # (T, C, 1, 1), (T, )
+    scale1: Pair  # (T, 1, 1, 1), (T, )
+    conv2: Pair
+    norm2: Pair
+    expand: Pair  # (D, T, 1, 1), (D, )
+    conv3: Pair
+    response2: Pair  # (1, D, 1, 1) each
+    reduce: Pair  # (T, D, 1, 1), (T, )
+    scale2: Pair
+
+    def signature(self) -> tuple:
+        """What kernels are compiled for, in a few words."""
+        tensors = self.key, self.expand[0], *self.kernels
+        facts = [(t.shape, t.dtype, t.requires_grad) for t in tensors]
+        return len(self.prior), len(self.branches), *facts
+
+
+def focus_block(
+    z: Tensor,
+    initial: Tensor | None,
+    parameters: FocusParameters,
+    keeps: Sequence[Tensor | None],
+    scale: float,
+    eps: tuple[float, float],
+    regions: int,
+) -> Tensor:
+    """All that a Focus block does in training, in one node of autograd.
+
+    It computes what the layers do one by one; in one node, gradients of a map
+    are added where they are made, and the partial sums of all gradients of
+    parameters in one launch. Kernels alone. Running statistics and numbers of
+    batches are updated in place.
+
+    Args:
+        z (Tensor): (B, T, H, W), in the dtype that convolutions take, no side
+            shorter than a dynamic kernel.
+        initial (Tensor, optional): (B, P, H, W), if there is a ``prior``.
+        parameters (FocusParameters): In single precision or half.
+        keeps (Sequence[Tensor | None]): What the samples of both branches are
+            scaled by, (B, ) each, in single precision.
+        scale (float): Of the queries.
+        eps (tuple[float, float]): Of the two layer norms.
+        regions (int): Along each axis, that the keys are of.
+
+    Returns:
+        Tensor: (B, T, H, W).
+    """
+    from .triton import focus_block as run
+
+    return run(z, initial, parameters, keeps, scale, eps, regions)
+
+
+__all__ = ['FocusParameters', 'focus_block']
