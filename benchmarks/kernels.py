@@ -127,6 +127,17 @@ def _columns(branch):
     return size, [(size, [])] * (dilation > 2)
 
 
+def _banded(branch, a):
+    """The same by banded matrices: over windows, and blocks of rows."""
+    size, dilation, _ = branch
+    blocks = size if dilation > 2 else cdiv(size, a['ROWS'])
+    loops = [(blocks, [])] * (blocks > 1)
+    if a['NARROW']:
+        return loops
+    columns = cdiv(a['width'], a['across'])
+    return [(cdiv(columns + size // 2 * dilation * 2, 16), loops)]
+
+
 def _chunks(unit, a):
     """Products that a unit of a weight gradient sums over, of all programs."""
     _, _, dilation, _, _, _, columns, *_, windows = unit
@@ -146,6 +157,15 @@ def _trips(name, grid, a):
     Raises:
         KeyError: If that is not known.
     """
+    if 'NARROW' in a:
+        loops = [_banded(branch, a) for branch in a['BRANCHES']]
+        if name == '_statistics_kernel':
+            tiles = a['images'] * cdiv(a['height'], a['T']) * a['across']
+            chunks = cdiv(tiles, 16) / grid[0]
+            return [(chunks, inner) for inner in loops]
+        if name == '_branch_grads_kernel':
+            loops = loops[1:]
+        return [loop for inner in loops for loop in inner]
     if name == '_conv2d_kernel':
         return [_columns(branch) for branch in a['BRANCHES']]
     if name == '_branch_grads_kernel':

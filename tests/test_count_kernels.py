@@ -33,7 +33,7 @@ def test_loops():
 
 
 def test_compiled_convolution(tmp_path):
-    """Multiply-adds are those of its definition."""
+    """Multiply-adds, and products of matrices, are those of its definition."""
     out = python(
         """
 import json, sys
@@ -41,33 +41,49 @@ import torch
 sys.path.insert(0, '..')
 from benchmarks.kernels import compile_step, describe
 from mmoverlock.models.reparam import DilatedReparamConv
+from mmoverlock.ops.depthwise.triton import banded
 from mmoverlock.ops.depthwise.triton.common import Layout
 with torch.device('meta'):
     conv = DilatedReparamConv(64, 5, dict(type='BN'), True, 'triton')
     x = torch.empty(2, 64, 21, 21).requires_grad_()
-kernels = compile_step(conv, x)
-forward = kernels[0]
-rows = Layout.of(x.shape, 5).rows
-print(describe(kernels))
-print(json.dumps([
-    rows, forward.name, forward.launches, forward.warps, forward.issued,
-    forward.milliseconds, forward.spills, len(kernels),
-]))
+for dtype in torch.float32, torch.bfloat16:
+    kernels = compile_step(conv, x, dtype)
+    forward = kernels[0]
+    print(describe(kernels))
+    print(json.dumps([
+        forward.name, forward.launches, forward.warps, forward.issued,
+        forward.milliseconds, forward.spills, len(kernels),
+    ]))
+print(json.dumps([Layout.of(x.shape, 5).rows, banded.KNOBS]))
 """,
         TRITON_CACHE_DIR=str(tmp_path),
     )
-    *table, row = out.splitlines()
-    rows, name, launches, warps, issued, milliseconds, *others = json.loads(
-        row
-    )
-    assert name == 'depthwise.triton.conv2d._conv2d_kernel'
-    assert launches == 1
-    tiles = 2 * -(-21 // rows) * -(-21 // 8) * 2  # 8 columns, 32 channels
-    assert warps == 4 * tiles
-    assert issued['FFMA'] == 2 * rows * 5 * 5  # two columns a thread
-    expected = 1e3 * warps * sum(issued.values()) / (132 * 4 * 1.755e9)
-    assert milliseconds == pytest.approx(expected)
-    assert others[0] == 0
-    assert len(table) == others[1] + 3  # a head and two sums
-    assert name in table[1]
-    assert table[-2].startswith('depthwise')
+    lines = out.splitlines()
+    rows, knobs = json.loads(lines.pop())
+    ends = [i for i, line in enumerate(lines) if line.startswith('[')]
+    bands = knobs['T'] * knobs['R']
+    blocks = -(-5 // knobs['R'])
+    chunks = -(-2 * 2 * -(-21 // knobs['T']) // 16)
+    cases = [
+        # Tiles of 8 columns by 32 channels, two columns a thread
+        ('conv2d', 4 * 2 * -(-21 // rows) * -(-21 // 8) * 2, 'FFMA')
+        + (2 * rows * 5 * 5,),
+        # 16 tiles of 11 columns; two products for each of 2 channels a warp
+        ('banded', 8 * chunks * 4, 'HMMA', blocks * bands * 2 * 2),
+    ]
+    for first, end, case in zip((0, ends[0] + 1), ends, cases, strict=True):
+        table = lines[first:end]
+        name, launches, warps, issued, milliseconds, *others = json.loads(
+            lines[end]
+        )
+        module, expected_warps, instruction, number = case
+        assert name == f'depthwise.triton.{module}._conv2d_kernel'
+        assert launches == 1
+        assert warps == expected_warps
+        assert issued[instruction] == number
+        expected = 1e3 * warps * sum(issued.values()) / (132 * 4 * 1.755e9)
+        assert milliseconds == pytest.approx(expected)
+        assert others[0] == 0
+        assert len(table) == others[1] + 3  # a head and two sums
+        assert name in table[1]
+        assert table[-2].startswith('depthwise')

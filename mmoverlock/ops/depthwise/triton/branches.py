@@ -4,7 +4,8 @@
 reciprocal standard deviation r, scale s:
 
 - statistics: one launch, in which every program makes the y of its tiles in
-  registers, branch after branch, and only counts them;
+  registers, branch after branch, and only counts them (of 16-bit maps, with
+  the others, in banded.py);
 - value: one convolution, the kernels ``s r w`` added in the frame of the
   largest one, with the bias ``sum of shift - s r m``;
 - backward: with g the gradient of out, the gradient of y is
@@ -41,6 +42,7 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from ...common import cdiv, custom_op
+from . import banded
 from .common import (
     SIZES,
     Layout,
@@ -70,7 +72,7 @@ def _channels(channels):
 
 @triton.jit
 def _pack_kernel(weights, batches, p_taps, channels, BRANCHES: tl.constexpr):
-    """Taps of all branches, (C, k * k) each, to (all taps, C), float32.
+    """Taps of all branches, (C, k * k) each, to (all taps, C).
 
     Adds one to the number of batches, () each, of every branch. Grid (blocks
     of channels, all taps).
@@ -84,7 +86,7 @@ def _pack_kernel(weights, batches, p_taps, channels, BRANCHES: tl.constexpr):
             b_tap = tl.load(weights[b] + channel * count + own, mask=m_channel)
             tl.store(
                 p_taps + tap * channels + channel,
-                b_tap.to(tl.float32),
+                b_tap.to(p_taps.dtype.element_ty),
                 mask=m_channel,
             )
             if (own == 0) & (tl.program_id(0) == 0):
@@ -306,7 +308,8 @@ def _merge_kernel(
                 other=0,
             )
             acc += b_tap.to(tl.float64) * factors[b]
-        tl.store(p_out + s * channels, acc.to(tl.float32), mask=m_channel)
+        b_tap = acc.to(tl.float32).to(p_merged.dtype.element_ty)
+        tl.store(p_out + s * channels, b_tap, mask=m_channel)
 
 
 @triton.jit
@@ -584,12 +587,8 @@ def _measure(x, weights, dilations, running, group=None):
     """
     plan = _plan(tuple(w.shape[-1] for w in weights), tuple(dilations))
     channels, n = x.shape[1], len(weights)
-    taps = x.new_empty(plan.taps, channels, dtype=torch.float32)
+    taps = x.new_empty(plan.taps, channels)
     first = torch.empty_like(x)
-    layout = Layout.of(x.shape, max(size for size, *_ in plan.branches))
-    tiles, blocks = layout.grid(x.shape)
-    splits = num_splits(tiles, blocks, KNOBS['statistics'])
-    parts = taps.new_empty(splits, 3 * n, channels)
     with torch.cuda.device_of(x):
         _pack_kernel[_blocks(channels), plan.taps](
             tuple(weights),
@@ -598,17 +597,7 @@ def _measure(x, weights, dilations, running, group=None):
             channels,
             BRANCHES=plan.branches,
         )
-        _statistics_kernel[splits, blocks](
-            x,
-            taps,
-            first,
-            parts,
-            *x.shape[1:],
-            tiles,
-            BRANCHES=plan.branches,
-            T=layout.rows,
-            LANES=layout.lanes,
-        )
+        parts = _statistics(x, taps, first, plan.branches)
         if group is not None:
             local = _combine(parts)
             parts = local.new_empty(
@@ -617,6 +606,33 @@ def _measure(x, weights, dilations, running, group=None):
             distributed.all_gather([*parts], local.flatten(0, 1), group)
         statistics = _combine(parts, running)
     return statistics, taps, first
+
+
+def _statistics(x, taps, first, branches):
+    """Parts of the statistics; writes the output of the first branch.
+
+    Returns:
+        Tensor: (parts, branches * 3, C), float32.
+    """
+    if x.element_size() == 2 and x.numel():
+        return banded.statistics(x, taps, first, branches)
+    layout = Layout.of(x.shape, max(size for size, *_ in branches))
+    tiles, blocks = layout.grid(x.shape)
+    splits = num_splits(tiles, blocks, KNOBS['statistics'])
+    shape = splits, 3 * len(branches), x.shape[1]
+    parts = x.new_empty(shape, dtype=torch.float32)
+    _statistics_kernel[splits, blocks](
+        x,
+        taps,
+        first,
+        parts,
+        *x.shape[1:],
+        tiles,
+        BRANCHES=branches,
+        T=layout.rows,
+        LANES=layout.lanes,
+    )
+    return parts
 
 
 def _combine(parts, running=None):
@@ -644,7 +660,7 @@ def _forward(x, weights, scales, shifts, dilations, eps, statistics, taps):
     plan = _plan(tuple(w.shape[-1] for w in weights), tuple(dilations))
     channels = x.shape[1]
     merged = taps.new_empty(plan.size**2, channels)
-    bias = taps.new_empty(channels)
+    bias = taps.new_empty(channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _merge_kernel[_blocks(channels), plan.size](
             taps,
@@ -690,7 +706,9 @@ def _backward(
         frame = weight_grad(x, grad, plan.size, 1)
         sums = frame.new_empty(len(branches) + 1, channels)
         norm_grads = scales[0].new_empty(2, len(branches), channels)
-        factors = taps.new_empty(3, len(branches), channels)
+        factors = frame.new_empty(
+            3, len(branches), channels, dtype=torch.float32
+        )
         _sums_kernel[_blocks(channels), len(branches)](
             taps,
             frame,
@@ -720,14 +738,12 @@ def _backward(
         grad_ys = x.new_empty(
             len(branches), len(x), *x.shape[2:], channels
         ).permute(0, 1, 4, 2, 3)
-        if x.numel():
+        operands = x, first, grad, taps, factors, grad_ys
+        if x.numel() and x.element_size() == 2:
+            banded.branch_grads(*operands, branches)
+        elif x.numel():
             _branch_grads_kernel[tiles, blocks](
-                x,
-                first,
-                grad,
-                taps,
-                factors,
-                grad_ys,
+                *operands,
                 *x.shape[1:],
                 BRANCHES=branches,
                 T=layout.rows,
@@ -771,7 +787,7 @@ def _(x, weights, dilations, means, variances, batches, momenta):
     taps = sum(weight.shape[-1] ** 2 for weight in weights)
     return (
         x.new_empty(len(weights), 3, channels, dtype=torch.float64),
-        x.new_empty(taps, channels, dtype=torch.float32),
+        x.new_empty(taps, channels),
         torch.empty_like(x),
     )
 

@@ -3,7 +3,8 @@
 A program has ``T`` rows of a few columns and a block of channels; every
 thread keeps its values of those rows. Going through the columns of a kernel,
 it loads the ``T + K - 1`` rows of the input below one column once, for
-``T * K`` multiply-adds in single precision.
+``T * K`` multiply-adds in single precision. So it goes for maps of single
+precision; see banded.py for those of 16 bits.
 """
 
 from functools import lru_cache
@@ -27,7 +28,7 @@ CANDIDATES = dict(  # for benchmarks/gpu_tune.py
 )
 SPARSE = tl.constexpr(3)  # dilation that is too large for rows to be shared
 # Arguments that come in too many values to compile for kinds of them
-SIZES = ('height', 'width', 'items', 'images', 'splits', 'count')
+SIZES = ('height', 'width', 'items', 'images', 'splits', 'count', 'across')
 
 
 @triton.jit

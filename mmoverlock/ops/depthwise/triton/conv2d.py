@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common import custom_op
+from . import banded
 from .common import (
     SIZES,
     Layout,
@@ -90,7 +91,7 @@ def convolve_maps(
 
     Args:
         x (Tensor): (branches, B, C, H, W), each map in channels_last.
-        taps (Tensor): (all taps, C), float32.
+        taps (Tensor): (all taps, C), in the dtype of x.
         branches (tuple): Size, dilation and first tap of each.
         bias (Tensor, optional): (C, ).
         flip (bool): Whether the taps of each come in reversed order, which
@@ -102,7 +103,10 @@ def convolve_maps(
         Tensor: (B, C, H, W) in channels_last.
     """
     out = torch.empty_like(x[0])
-    if out.numel():
+    if out.numel() and x.element_size() == 2:
+        with torch.cuda.device_of(x):
+            banded.convolve_maps(x, out, taps, branches, bias, flip, other)
+    elif out.numel():
         layout = Layout.of(out.shape, max(size for size, *_ in branches))
         with torch.cuda.device_of(x):
             _conv2d_kernel[layout.grid(out.shape)](
@@ -135,12 +139,12 @@ def weight_grad(x: Tensor, grad: Tensor, size: int, dilation: int) -> Tensor:
 def _conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int
 ) -> Tensor:
-    return convolve_maps(x[None], *_taps(weight, dilation), bias)
+    return convolve_maps(x[None], *_taps(weight, dilation, x.dtype), bias)
 
 
-def _taps(weight, dilation):
+def _taps(weight, dilation, dtype):
     """Taps (k^2, C), which may be how they are stored, and their branch."""
-    taps = weight.flatten(1).mT.to(torch.float32).contiguous()
+    taps = weight.flatten(1).mT.to(dtype).contiguous()
     return taps, ((weight.shape[-1], dilation, 0),)
 
 
@@ -157,7 +161,7 @@ def _conv2d_grads(
     grad_x, grad_weight = x.new_empty(0), weight.new_empty(0)
     grad_bias = weight.new_empty(0)
     if needed[0]:
-        taps, branches = _taps(weight, dilation)
+        taps, branches = _taps(weight, dilation, x.dtype)
         grad_x = convolve_maps(grad[None], taps, branches, None, flip=True)
     if needed[1]:
         sums = weight_grad(x, grad, weight.shape[-1], dilation)

@@ -253,7 +253,7 @@ def _units_kernel(
         row += first * dilation - reach
         b_next = _input_row(p_row, row, height, m_x, ones)
         for i in tl.static_range(T + ROWS - 1):
-            b_x = tl.permute(_by_channel(b_next, CHANNELS, PAIR), 0, 2, 1)
+            b_x = tl.permute(by_channel(b_next, CHANNELS, PAIR), 0, 2, 1)
             if i < T + ROWS - 2:  # on its way while the products are made
                 b_next = _input_row(
                     p_row + (i + 1) * step,
@@ -264,11 +264,11 @@ def _units_kernel(
                 )
             for t in tl.static_range(T):
                 if 0 <= i - t and i - t < ROWS:
-                    b_grad = _by_channel(grads[t], CHANNELS, PAIR)
-                    part = _dot(b_x, b_grad, acc[i - t])
+                    b_grad = by_channel(grads[t], CHANNELS, PAIR)
+                    part = dot(b_x, b_grad, acc[i - t])
                     acc = acc[: i - t] + (part,) + acc[i - t + 1 :]
     o_part = (tl.cast(split, tl.int64) * PARTS + lane) * ALL_TAPS + tap
-    # The order of channels that _by_channel leaves.
+    # The order of channels that by_channel leaves.
     order = tl.arange(0, CHANNELS)
     own = order % (CHANNELS // PAIR) * PAIR + order // (CHANNELS // PAIR)
     own = (tl.program_id(1) * CHANNELS + own)[:, None]
@@ -299,7 +299,7 @@ def _input_row(p_row, row, height, m_x, ones):
 
 
 @triton.jit
-def _by_channel(b_rows, CHANNELS: tl.constexpr, PAIR: tl.constexpr):
+def by_channel(b_rows, CHANNELS: tl.constexpr, PAIR: tl.constexpr):
     """Matrices (C, tiles, columns) of rows (tiles, columns, C).
 
     Channels next to each other belong to one warp, which moves them as one
@@ -311,7 +311,7 @@ def _by_channel(b_rows, CHANNELS: tl.constexpr, PAIR: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, acc):
+def dot(a, b, acc):
     if INTERPRETED:  # which computes nonsense from products of bf16
         a = a.to(tl.float32)
         b = b.to(tl.float32)
