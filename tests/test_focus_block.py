@@ -99,7 +99,7 @@ def test_equal_bits_and_recomputation(calls):
     grad = draw(*SHAPE)
     for again in (False, True):
         block = draw_block(False)
-        run = partial(recompute, block) if again else block
+        run = partial(recompute, block, block) if again else block
         run.buffers, run.named_parameters = (
             block.buffers,
             block.named_parameters,
