@@ -308,7 +308,7 @@ GLOBALS = Made(getattr, (HistoryBuffer.mean, '__globals__'))
         # Attributes of what is allowed.
         Made(Made(getattr, (HistoryBuffer, 'mean')), (1,)),
         Made(*GLOBALS.reduced, None, None, iter([('np', 1)])),
-        np.dtype('i8,O'),  # whose items numpy takes for pointers
+        Made(np.dtype, ('i8,O',)),  # whose items are pointers
     ],
 )
 def test_abuse_of_what_is_allowed(tmp_path, value):
