@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
-from tiny import run_tool
 
 import mmoverlock
 from mmoverlock import cli
@@ -77,17 +76,24 @@ def run(*arguments, folder):
     )
 
 
-def test_list_of_tools(tmp_path):
-    """That a tool runs by its name is in test_packaging.py."""
-    names = ', '.join(sorted(path.stem for path in ROOT.glob('tools/*.py')))
-    for arguments, code in (['--help'], 0), (['trian'], 2):
-        done = run(*arguments, folder=tmp_path)
-        assert done.returncode == code
-        assert names in done.stdout + done.stderr
-
-
-def test_no_such_config():
-    message = run_tool('get_flops', 'mmoverlock::imagenet/x.py', status=2)
+def test_tools_by_name(tmp_path):
+    pytest.importorskip('mmpretrain')
+    name = 'mmoverlock::imagenet/overlock_xt_300e.py'
+    done = run('get_flops', name, '--shape', '32', '32', folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f'{name}, 3 x 32 x 32' in done.stdout
+    assert not [*tmp_path.iterdir()]
+    done = run('get_flops', 'mmoverlock::imagenet/x.py', folder=tmp_path)
+    assert done.returncode == 2
+    message = done.stderr.splitlines()[-1]
     assert message.startswith(
         "get_flops.py: mmoverlock has no config 'imagenet/x"
     )
+
+
+def test_list_of_tools(tmp_path):
+    names = ', '.join(sorted(path.stem for path in ROOT.glob('tools/*.py')))
+    for arguments, code in ((), 0), (['--help'], 0), (['trian'], 2):
+        done = run(*arguments, folder=tmp_path)
+        assert done.returncode == code
+        assert names in done.stdout + done.stderr
