@@ -1,8 +1,5 @@
 """Hooks for the processes that test_distributed.py starts."""
 
-import os
-import signal
-
 import torch
 from mmengine.dist import get_rank
 from mmengine.hooks import EMAHook, Hook
@@ -41,6 +38,7 @@ class SaveRank(Hook):
             find_unused=runner.model.find_unused_parameters,
             norms={type(norm).__name__ for norm in norms},
             losses=self.losses,
+            numel=sum(p.numel() for p in model.parameters()),
             seeds=self.seeds,
             state=state,
         )
@@ -58,17 +56,3 @@ class SaveUnits(Hook):
         ]
         numel = sum(p.numel() for p in runner.model.parameters())
         save(runner, units=units, numel=numel)
-
-
-@HOOKS.register_module()
-class Die(Hook):
-    """Ends the second process, and no other, in its second iteration."""
-
-    def __init__(self, killed):
-        self.killed = killed
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if get_rank() == 1 and runner.iter == 1:
-            if self.killed:
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise RuntimeError('only this process fails')

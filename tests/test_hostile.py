@@ -3,7 +3,6 @@
 import os
 import pickle
 
-import mmengine
 import numpy as np
 import pytest
 import tiny
@@ -60,15 +59,8 @@ def models(tmp_path_factory):
 
 COMMANDS = [
     'train {folder}/classifier.py --work-dir {work} --resume {file}',
-    'train {folder}/classifier.py --work-dir {work} --resume',
-    'train {folder}/classifier.py --work-dir {work} --cfg-options '
-    'load_from={file}',
-    *(
-        'train {folder}/pretrained.py --work-dir {work} --cfg-options '
-        f'model.{part}.init_cfg.checkpoint={{file}} '
-        f'model.{other}.init_cfg=None'
-        for part, other in (('backbone', 'head'), ('head', 'backbone'))
-    ),
+    'train {folder}/pretrained.py --work-dir {work} --cfg-options '
+    'model.head.init_cfg.checkpoint={file} model.backbone.init_cfg=None',
     'test {folder}/pretrained.py {file} --work-dir {work}',
     'predict {folder}/cls.py {file} {folder}/image.png --out {work}/out',
     'convert_checkpoint {file} {work}/converted.pth',
@@ -96,34 +88,14 @@ def test_checkpoints(models, marker, tmp_path, command):
 
 # ------------------------------------------------------------------- data
 
-NAMED_FILES = [
-    ('train', 'train_dataloader.dataset.ann_file', 'pkl'),
-    ('train', 'val_dataloader.dataset.hierarchy_file', 'np'),
-    ('test', 'test_evaluator.ann_file', 'yml'),
-]
 
-
-@pytest.mark.parametrize(('tool', 'key', 'suffix'), NAMED_FILES)
-def test_unsafe_files(marker, tmp_path, tool, key, suffix):
-    file = tmp_path / f'file.{suffix}'
+def test_unsafe_files(marker, tmp_path):
+    file = tmp_path / 'file.np'
     file.write_bytes(pickle.dumps(Attack(marker)))
-    checkpoint = ['a.pth'] * (tool == 'test')
-    argv = [MASK_RCNN, *checkpoint, '--cfg-options', f'{key}={file}']
-    message = refused(tool, *argv)
+    key = 'val_dataloader.dataset.hierarchy_file'
+    message = refused('train', MASK_RCNN, '--cfg-options', f'{key}={file}')
     assert f'{key}={file} is not read, because it could run' in message
     assert 'save what it holds as .json' in message
-
-
-def test_unsafe_files_are_real(tmp_path):
-    """What mmengine, and what numpy under mmdet, would run."""
-    (tmp_path / 'a.pkl').write_bytes(pickle.dumps(Attack(tmp_path / 'a')))
-    mmengine.load(tmp_path / 'a.pkl')
-    code = f'!!python/object/apply:os.mkdir [{tmp_path}/b]'
-    (tmp_path / 'b.yml').write_text(code)
-    mmengine.load(tmp_path / 'b.yml')
-    (tmp_path / 'c.np').write_bytes(pickle.dumps(Attack(tmp_path / 'c')))
-    np.load(tmp_path / 'c.np', allow_pickle=True)
-    assert all((tmp_path / name).is_dir() for name in 'abc')
 
 
 def test_files_in_a_list_and_results(tmp_path):

@@ -61,8 +61,7 @@ KINDS = {
         dict(color_type='color_ignore_orientation', to_float32=True),
         3,
     ),
-    'pillow': ('a.jpg', write_turned, dict(imdecode_backend='pillow'), 3),
-    'grey': ('a.jpg', write_turned, dict(color_type='grayscale'), 1),
+    'gray': ('a.jpg', write_turned, dict(color_type='grayscale'), 1),
     'array': (
         'a.npy',
         write_array,
@@ -116,10 +115,9 @@ def test_load(kind, tmp_path):
     assert picture.shape == (*size, 3) and picture.std() > 20
 
 
-@pytest.mark.parametrize('kind', ['16 bits', 'bands'])
-def test_tools_see_what_tests_see(kind, tmp_path, monkeypatch):
+def test_tools_see_what_tests_see(tmp_path, monkeypatch):
     """Inputs of the network in a test, and in three tools."""
-    cfg, file = write_data(tmp_path, kind)
+    cfg, file = write_data(tmp_path, 'bands')
     seen = []
     forward = OverLoCK.forward
     monkeypatch.setattr(
@@ -176,13 +174,11 @@ def test_pictures():
 @pytest.mark.parametrize(
     ('steps', 'words'),
     [
-        ([dict(type='LoadImageFromFile')], 'damaged, no image, or none that'),
         (
             [dict(type='LoadImageFromFile', ignore_empty=True)],
             'damaged, no image, or none that',
         ),
         ([lambda data: None], 'leaves it out'),
-        ([lambda data: data], 'leaves it out'),
         (
             [
                 lambda data: data | dict(img=np.zeros((4, 7))),
@@ -231,16 +227,16 @@ def config(scope='mmdet', **splits):
 
 
 @pytest.mark.parametrize('name', WRAPPED)
-@pytest.mark.parametrize(
-    ('splits', 'split'),
-    [({}, 'val'), (dict(test=None), 'val'), (dict(train=LEAF), 'test')],
-)
-def test_datasets(name, splits, split):
+def test_datasets(name):
     """In any wrapper, for testing or else validating."""
-    cfg = config(**splits | {split: WRAPPED[name]})
-    assert dataset_meta(cfg)['classes'] == ['x', 'y']
-    steps = [type(step).__name__ for step in build_pipeline(cfg).transforms]
-    assert steps == ['LoadImageFromFile', 'PackDetInputs']
+    for cfg in (
+        config(train=LEAF, test=WRAPPED[name]),
+        config(test=None, val=WRAPPED[name]),
+    ):
+        assert dataset_meta(cfg)['classes'] == ['x', 'y']
+        steps = build_pipeline(cfg).transforms
+        names = [type(step).__name__ for step in steps]
+        assert names == ['LoadImageFromFile', 'PackDetInputs']
 
 
 def test_order_of_datasets():
@@ -272,19 +268,15 @@ def test_no_pipeline():
     'step',
     [
         'mmdet.LoadAnnotations',
-        'mmdet.LoadPanopticAnnotations',
         'mmdet.FilterAnnotations',
-        'mmseg.LoadAnnotations',
         'mmseg.LoadBiomedicalAnnotation',
-        'mmseg.LoadDepthAnnotation',
     ],
 )
-@pytest.mark.parametrize('as_class', [False, True])
-def test_truth_is_not_loaded(step, as_class):
-    kind = TRANSFORMS.get(step) if as_class else step
-    steps = [LOAD, dict(type=kind), PACK]
-    pipeline = build_pipeline(config(test=LEAF | dict(pipeline=steps)))
-    assert len(pipeline.transforms) == 2
+def test_truth_is_not_loaded(step):
+    for kind in (step, TRANSFORMS.get(step)):
+        steps = [LOAD, dict(type=kind), PACK]
+        pipeline = build_pipeline(config(test=LEAF | dict(pipeline=steps)))
+        assert len(pipeline.transforms) == 2
 
 
 def test_files_are_local(tmp_path):
@@ -301,18 +293,13 @@ def test_files_are_local(tmp_path):
 
 
 @pytest.mark.parametrize('as_class', [False, True])
-@pytest.mark.parametrize(
-    'given', [dict(classes='{file}'), dict(metainfo=dict(classes='{file}'))]
-)
-def test_classes_in_a_file(tmp_path, given, as_class):
+def test_classes_in_a_file(tmp_path, as_class):
     """Of both forms that mmpretrain takes; names, not letters of the path."""
     file = tmp_path / 'classes.txt'
-    given = Config(given)
-    for part in (given, given.get('metainfo', {})):
-        if 'classes' in part:
-            part['classes'] = str(file)
+    given = dict(classes=str(file))
     kind = 'mmpretrain.CustomDataset'
-    kind = DATASETS.get(kind) if as_class else kind
+    if as_class:
+        kind, given = DATASETS.get(kind), dict(metainfo=given)
     cfg = config(test=dict(type=kind, **given))
     with pytest.raises(inference.ConfigError, match='classes.txt.*not exist'):
         dataset_meta(cfg)
@@ -324,10 +311,8 @@ def test_classes_of_a_checkpoint(tmp_path):
     """They go before those of the config, in the form before mmengine too."""
     config_file, checkpoint = tiny.write_model('cls', tmp_path)
     cfg = Config.fromfile(config_file)
-    assert (
-        len(inference.init_model(cfg, checkpoint).dataset_meta['classes'])
-        == 1000
-    )
+    meta = inference.init_model(cfg, checkpoint).dataset_meta
+    assert len(meta['classes']) == 1000
     state = torch.load(checkpoint)
     classes = [str(i) for i in range(1000)]
     for meta in (
