@@ -78,6 +78,28 @@ def takes_triton(
     )
 
 
+def run(
+    backend: str, reference: Callable, kernels: Callable, x: Tensor, *operands
+) -> Tensor | tuple[Tensor, ...]:
+    """Run an operator's kernels where they can run, or else its definition.
+
+    Args:
+        backend (str): See :func:`check_backend`.
+        reference (callable): Plain PyTorch, of the map and the operands.
+        kernels (callable): The same; Triton is imported with the first call.
+        x (Tensor): The map.
+        operands: The others.
+
+    Raises:
+        ValueError: If there is no such backend, or 'triton' cannot take the
+            map.
+        ImportError: If it needs what is not installed.
+    """
+    check_backend(backend)
+    takes_kernels = takes_triton(backend, x, kernels, x, *operands)
+    return (kernels if takes_kernels else reference)(x, *operands)
+
+
 @torch.compiler.assume_constant_result  # tracing cannot ask a device
 def runs_triton(device: torch.device) -> bool:
     """Whether 'auto' is 'triton' on a device."""

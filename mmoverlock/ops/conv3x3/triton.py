@@ -29,7 +29,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import partial_sums
-from ..common import cdiv, channels_last, custom_op, next_power_of_2
+from ..common import (
+    cast_as_convolutions,
+    cdiv,
+    channels_last,
+    custom_op,
+    next_power_of_2,
+)
 
 # Arguments that come in too many values to compile for kinds of them.
 SIZES = ('height', 'width', 'rows', 'strips')
@@ -639,8 +645,8 @@ def residual_conv(
     gelu: bool = False,
     residual: bool = True,
     squares: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`mmoverlock.ops.residual_conv`."""
-    return _residual_conv(
-        channels_last(x), weight, bias, gelu, residual, squares
-    )
+    x = channels_last(cast_as_convolutions(x))
+    y, sums = _residual_conv(x, weight, bias, gelu, residual, squares)
+    return (y, sums) if squares else y

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..backends import check_backend, takes_triton
+from ..backends import run
 from .reference import squeeze_excite as reference
 
 
@@ -53,16 +53,24 @@ def squeeze_excite(
                 f'{name} has shape {tuple(tensor.shape)}, '
                 f'expected {tuple(shape)}'
             )
-    check_backend(backend)
-    operands = x, weight1, bias1, weight2, bias2, gate, silu
-    takes_kernels = takes_triton(backend, x, _kernels, *operands)
-    return (_kernels if takes_kernels else reference)(*operands)
+    return run(
+        backend,
+        reference,
+        _kernels,
+        x,
+        weight1,
+        bias1,
+        weight2,
+        bias2,
+        gate,
+        silu,
+    )
 
 
 def _kernels(*operands):
-    from .triton import squeeze_excite as run
+    from .triton import squeeze_excite as kernels
 
-    return run(*operands)
+    return kernels(*operands)
 
 
 __all__ = ['squeeze_excite']
