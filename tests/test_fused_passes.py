@@ -242,8 +242,8 @@ def test_other_layouts_and_half_weights(run, options):
 def test_deterministic(monkeypatch, run, options):
     """Equal bits twice; close ones with other numbers of programs."""
     results = []
-    for module in (squeeze, responses):
-        monkeypatch.setattr(module, 'FEW', 50)
+    monkeypatch.setattr(squeeze, 'FEW', 50)
+    monkeypatch.setitem(responses.KNOBS, 'few', 50)
     for slots in (3, 3, 1, 17):
         monkeypatch.setattr(partial_sums, 'programs', lambda *_, n=slots: n)
         operands = draw_operands(run, options, (2, 20, 9, 8))

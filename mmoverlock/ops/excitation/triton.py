@@ -34,46 +34,6 @@ WARPS = 8
 WEIGHTS = dict(BATCH=32, CHANNELS=32, HIDDEN=16)  # a tile of their gradients
 
 
-@triton.jit
-def _open(gate, at, mask, SILU: tl.constexpr):
-    """A gate, and its slope."""
-    value = tiles.load(gate, at, mask)
-    slope = tl.full(value.shape, 1.0, tl.float32)
-    if SILU:
-        open = tl.sigmoid(value)
-        slope = open * (1 + value * (1 - open))
-        value *= open
-    return value, slope
-
-
-@triton.jit
-def _sum_rows(
-    x,
-    factor,
-    gate,
-    first,
-    last,
-    channel,
-    inside,
-    channels,
-    ROWS: tl.constexpr,
-    SILU: tl.constexpr,
-):
-    """Sum over rows of a product, whose last two factors may be None."""
-    total = tl.zeros((ROWS, channel.shape[0]), tl.float32)
-    for start in range(first, last, ROWS):
-        row = start + tl.arange(0, ROWS)[:, None]
-        mask = (row < last) & inside[None]
-        at = row * channels + channel[None]
-        value = tiles.load(x, at, mask)
-        if factor is not None:
-            value *= tiles.load(factor, at, mask)
-        if gate is not None:
-            value *= _open(gate, at, mask, SILU)[0]
-        total += value
-    return tl.sum(total, 0)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def _pool_kernel(
     x,
@@ -91,23 +51,15 @@ def _pool_kernel(
     part, channel, inside = tiles.place(channels, BLOCK)
     length = tl.cdiv(positions, splits)
     first = part % splits * length
-    start = (part // splits).to(tl.int64) * positions * channels
+    rows = tl.minimum(length, positions - first)
+    start = ((part // splits).to(tl.int64) * positions + first) * channels
     x += start
     if factor is not None:
         factor += start
     if gate is not None:
         gate += start
-    total = _sum_rows(
-        x,
-        factor,
-        gate,
-        first,
-        tl.minimum(first + length, positions),
-        channel,
-        inside,
-        channels,
-        ROWS,
-        SILU,
+    total = tiles.sum_rows(
+        x, factor, rows, channels, channel, inside, ROWS, gate, SILU
     )
     at = part.to(tl.int64) * channels + channel
     tl.store(partial + at, total, mask=inside)
@@ -139,9 +91,7 @@ def _scale_kernel(
     for first in range(0, channels, CHANNELS):
         channel = first + tl.arange(0, CHANNELS)
         inside = channel < channels
-        mean = _sum_rows(
-            x, None, None, 0, parts, channel, inside, channels, PARTS, False
-        )
+        mean = tiles.sum_rows(x, None, parts, channels, channel, inside, PARTS)
         mean = mean / positions
         tl.store(state + channel, mean, mask=inside)
         at = unit[:, None] * channels + channel[None]
@@ -197,8 +147,8 @@ def _scale_grad_kernel(
     for first in range(0, channels, CHANNELS):
         channel = first + tl.arange(0, CHANNELS)
         inside = channel < channels
-        da = _sum_rows(
-            grad, x, gate, 0, parts, channel, inside, channels, PARTS, SILU
+        da = tiles.sum_rows(
+            grad, x, parts, channels, channel, inside, PARTS, gate, SILU
         )
         s = tiles.load(state + channels, channel, inside)
         da *= s * (1 - s)
@@ -293,7 +243,7 @@ def _apply_kernel(
     state += image * (2 * channels + hidden)
     value = tiles.load(x, at, mask)
     if gate is not None:
-        value *= _open(gate, at, mask, SILU)[0]
+        value *= tiles.load_gate(gate, at, mask, SILU)[0]
     value *= tiles.load(state + channels, channel, inside)[None]
     tiles.store(y, at, value, mask)
 
@@ -322,7 +272,7 @@ def _apply_grad_kernel(
     value = tiles.load(grad, at, mask)
     value *= tiles.load(state + row + channels, channel, inside)[None]
     if gate is not None:
-        other, slope = _open(gate, at, mask, SILU)
+        other, slope = tiles.load_gate(gate, at, mask, SILU)
         slope *= value * tiles.load(x, at, mask)
         tiles.store(grad_gate, at, slope, mask)
         value *= other
@@ -346,7 +296,7 @@ def sum_positions(
         return x, factor, gate, positions
     rows, block = tiles.form(channels)
     blocks = cdiv(channels, block)
-    slots = partial_sums.programs(x.device, tiles.RESIDENT)
+    slots = partial_sums.programs(x.device, tiles.KNOBS['resident'])
     splits = min(cdiv(positions, rows), cdiv(slots, batch * blocks))
     partial = x.new_empty(batch, splits, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -361,7 +311,7 @@ def sum_positions(
             SILU=silu,
             ROWS=rows,
             BLOCK=block,
-            num_warps=tiles.WARPS,
+            num_warps=tiles.KNOBS['warps'],
         )
     return partial, None, None, splits
 

@@ -25,26 +25,11 @@ from ..common import cdiv, channels_last, custom_op, next_power_of_2
 
 EPS = tl.constexpr(1e-6)
 SIZES = ('positions', 'count', 'splits')
-FEW = 256  # positions that one program an image adds up by itself
-VALUES = 8192  # of a map that it has at a time
-WARPS = 8
-
-
-@triton.jit
-def _sum_rows(
-    p_x, p_factor, rows, step, o_channel, m_channel, ROWS: tl.constexpr
-):
-    """Sum (C, ) over rows, ``step`` apart, of x times a factor if any."""
-    acc = tl.zeros((ROWS, o_channel.shape[0]), tl.float32)
-    for first in range(0, rows, ROWS):
-        row = first + tl.arange(0, ROWS)[:, None]
-        mask = (row < rows) & m_channel[None]
-        o_x = row * step + o_channel[None]
-        b_x = tiles.load(p_x, o_x, mask)
-        if p_factor is not None:
-            b_x *= tiles.load(p_factor, o_x, mask)
-        acc += b_x
-    return tl.sum(acc, 0)
+KNOBS = dict(
+    few=256,  # positions that one program an image adds up by itself
+    values=8192,  # of a map that it has at a time
+    warps=8,
+)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -70,15 +55,17 @@ def _sum_kernel(
     o_x = ((part // splits).to(tl.int64) * positions + first) * channels
     p_x += o_x
     if p_grad is None:
-        b_sum = _sum_rows(p_x, p_x, rows, channels, o_channel, m_channel, ROWS)
+        b_sum = tiles.sum_rows(
+            p_x, p_x, rows, channels, o_channel, m_channel, ROWS
+        )
         o_sum = part.to(tl.int64) * channels + o_channel
     else:
         p_grad += o_x
-        b_sum = _sum_rows(
+        b_sum = tiles.sum_rows(
             p_grad, p_x, rows, channels, o_channel, m_channel, ROWS
         )
         o_sum = part.to(tl.int64) * 2 * channels + o_channel
-        b_shift = _sum_rows(
+        b_shift = tiles.sum_rows(
             p_grad, None, rows, channels, o_channel, m_channel, ROWS
         )
         tl.store(p_sums + channels + o_sum, b_shift, mask=m_channel)
@@ -107,7 +94,7 @@ def _scale_kernel(
     p_image = p_squares + image * parts * channels
     p_factor = p_image if SQUARE else None
     b_norm = tl.sqrt(
-        _sum_rows(
+        tiles.sum_rows(
             p_image, p_factor, parts, channels, o_channel, m_channel, ROWS
         )
     )
@@ -145,14 +132,18 @@ def _scale_grad_kernel(
     if p_x is None:
         step = 2 * channels
         p_image = p_sums + image * parts * step
-        ds = _sum_rows(p_image, None, parts, step, o_channel, m_channel, ROWS)
+        ds = tiles.sum_rows(
+            p_image, None, parts, step, o_channel, m_channel, ROWS
+        )
         p_image += channels
     else:
         step = channels
         p_image = p_sums + image * parts * step
         p_x += image * parts * step
-        ds = _sum_rows(p_image, p_x, parts, step, o_channel, m_channel, ROWS)
-    dt = _sum_rows(p_image, None, parts, step, o_channel, m_channel, ROWS)
+        ds = tiles.sum_rows(
+            p_image, p_x, parts, step, o_channel, m_channel, ROWS
+        )
+    dt = tiles.sum_rows(p_image, None, parts, step, o_channel, m_channel, ROWS)
     o_out = image * channels + o_channel
     b_norm = tl.load(p_norm + o_out, mask=m_channel, other=0)
     mean = tl.sum(b_norm, 0) / channels + EPS
@@ -208,11 +199,11 @@ def _sums(x, grad):
     """
     batch, channels, height, width = x.shape
     positions = height * width
-    if positions <= FEW:
+    if positions <= KNOBS['few']:
         return (x, None, positions) if grad is None else (grad, x, positions)
     rows, block = tiles.form(channels)
     blocks = cdiv(channels, block)
-    slots = partial_sums.programs(x.device, tiles.RESIDENT)
+    slots = partial_sums.programs(x.device, tiles.KNOBS['resident'])
     splits = min(cdiv(positions, rows), cdiv(slots, batch * blocks))
     # No part is empty.
     splits = cdiv(positions, cdiv(positions, splits))
@@ -227,15 +218,18 @@ def _sums(x, grad):
         channels,
         ROWS=rows,
         BLOCK=block,
-        num_warps=tiles.WARPS,
+        num_warps=tiles.KNOBS['warps'],
     )
     return sums, None, splits
 
 
-def _knobs(channels):
-    channels = next_power_of_2(channels)
+def _whole(channels):
+    """The settings of a program that has all channels of an image."""
+    block = next_power_of_2(channels)
     return dict(
-        ROWS=max(1, VALUES // channels), CHANNELS=channels, num_warps=WARPS
+        ROWS=max(1, KNOBS['values'] // block),
+        CHANNELS=block,
+        num_warps=KNOBS['warps'],
     )
 
 
@@ -263,7 +257,7 @@ def scales(
         parts,
         channels,
         SQUARE=square,
-        **_knobs(channels),
+        **_whole(channels),
     )
     return norm, scale
 
@@ -297,7 +291,7 @@ def scale_grads(
         partial,
         parts,
         channels,
-        **_knobs(channels),
+        **_whole(channels),
     )
     return coef, partial
 

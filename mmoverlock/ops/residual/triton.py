@@ -17,43 +17,48 @@ SIZES = ('count', 'positions', 'splits')
 
 @triton.jit(do_not_specialize=SIZES)
 def _forward_kernel(
-    x,
-    y,
-    weight,
-    bias,
-    keep,
-    out,
+    p_x,
+    p_y,
+    p_weight,
+    p_bias,
+    p_keep,
+    p_out,
     count,
     positions,
     channels,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    tile, channel, inside = tiles.place(channels, BLOCK)
-    row = tile * ROWS + tl.arange(0, ROWS)[:, None]
-    real = row < count
-    mask = real & inside[None]
-    at = row.to(tl.int64) * channels + channel[None]
-    value = tiles.load(x, at, mask)
-    if weight is not None:
-        value *= tiles.load(weight, channel, inside)[None]
-    if bias is not None:
-        value += tiles.load(bias, channel, inside)[None]
-    other = tiles.load(y, at, mask)
-    if keep is not None:
-        other *= tiles.load(keep, row // positions, real)
-    tiles.store(out, at, value + other, mask)
+    """``out = x weight + bias + y keep[image]``, without what is None.
+
+    x, y and out (count, C), of which an image has ``positions``; weight and
+    bias (C, ), keep (B, ); grid (tiles of ROWS blocks of C, ).
+    """
+    tile, o_channel, m_channel = tiles.place(channels, BLOCK)
+    o_row = tile * ROWS + tl.arange(0, ROWS)[:, None]
+    m_row = o_row < count
+    m_x = m_row & m_channel[None]
+    o_x = o_row.to(tl.int64) * channels + o_channel[None]
+    b_x = tiles.load(p_x, o_x, m_x)
+    if p_weight is not None:
+        b_x *= tiles.load(p_weight, o_channel, m_channel)[None]
+    if p_bias is not None:
+        b_x += tiles.load(p_bias, o_channel, m_channel)[None]
+    b_y = tiles.load(p_y, o_x, m_x)
+    if p_keep is not None:
+        b_y *= tiles.load(p_keep, o_row // positions, m_row)
+    tiles.store(p_out, o_x, b_x + b_y, m_x)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _backward_kernel(
-    grad,
-    x,
-    weight,
-    keep,
-    grad_x,
-    grad_y,
-    partial,
+    p_grad,
+    p_x,
+    p_weight,
+    p_keep,
+    p_grad_x,
+    p_grad_y,
+    p_parts,
     count,
     positions,
     channels,
@@ -61,29 +66,36 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``partial`` is (splits, 2, C): gradients of weight and bias."""
-    split, channel, inside = tiles.place(channels, BLOCK)
-    if weight is not None:
-        scale = tiles.load(weight, channel, inside)[None]
-        grad_scale = tl.zeros((ROWS, BLOCK), tl.float32)
-        grad_shift = tl.zeros((ROWS, BLOCK), tl.float32)
+    """``grad_x = grad weight``, ``grad_y = grad keep[image]``, and sums.
+
+    Each where there is its factor. grad, x, grad_x and grad_y (count, C);
+    parts (splits, 2, C) of the gradients of weight, the sum over positions of
+    ``grad x``, and of bias, that of ``grad``; grid (splits blocks of C, ).
+    """
+    split, o_channel, m_channel = tiles.place(channels, BLOCK)
+    if p_weight is not None:
+        b_weight = tiles.load(p_weight, o_channel, m_channel)[None]
+        b_grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+        b_grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(split * ROWS, count, splits * ROWS):
-        row = first + tl.arange(0, ROWS)[:, None]
-        real = row < count
-        mask = real & inside[None]
-        at = row.to(tl.int64) * channels + channel[None]
-        g = tiles.load(grad, at, mask)
-        if weight is not None:
-            grad_scale = tl.fma(g, tiles.load(x, at, mask), grad_scale)
-            grad_shift += g
-            tiles.store(grad_x, at, g * scale, mask)
-        if keep is not None:
-            g *= tiles.load(keep, row // positions, real)
-            tiles.store(grad_y, at, g, mask)
-    if weight is not None:
-        at = split.to(tl.int64) * 2 * channels + channel
-        tl.store(partial + at, tl.sum(grad_scale, 0), mask=inside)
-        tl.store(partial + channels + at, tl.sum(grad_shift, 0), mask=inside)
+        o_row = first + tl.arange(0, ROWS)[:, None]
+        m_row = o_row < count
+        m_x = m_row & m_channel[None]
+        o_x = o_row.to(tl.int64) * channels + o_channel[None]
+        b_grad = tiles.load(p_grad, o_x, m_x)
+        if p_weight is not None:
+            b_x = tiles.load(p_x, o_x, m_x)
+            b_grad_weight = tl.fma(b_grad, b_x, b_grad_weight)
+            b_grad_bias += b_grad
+            tiles.store(p_grad_x, o_x, b_grad * b_weight, m_x)
+        if p_keep is not None:
+            b_grad *= tiles.load(p_keep, o_row // positions, m_row)
+            tiles.store(p_grad_y, o_x, b_grad, m_x)
+    if p_weight is not None:
+        o_part = split.to(tl.int64) * 2 * channels + o_channel
+        tl.store(p_parts + o_part, tl.sum(b_grad_weight, 0), mask=m_channel)
+        p_parts += channels
+        tl.store(p_parts + o_part, tl.sum(b_grad_bias, 0), mask=m_channel)
 
 
 def forward(
@@ -117,7 +129,7 @@ def forward(
             channels,
             ROWS=rows,
             BLOCK=block,
-            num_warps=tiles.WARPS,
+            num_warps=tiles.KNOBS['warps'],
         )
     return out
 
@@ -142,7 +154,7 @@ def backward(
     count = x.numel() // channels
     rows, block = tiles.form(channels)
     blocks = cdiv(channels, block)
-    slots = partial_sums.programs(x.device, tiles.RESIDENT)
+    slots = partial_sums.programs(x.device, tiles.KNOBS['resident'])
     splits = min(cdiv(count, rows), cdiv(slots, blocks))
     partial = None
     if weight is not None:
@@ -162,7 +174,7 @@ def backward(
             splits,
             ROWS=rows,
             BLOCK=block,
-            num_warps=tiles.WARPS,
+            num_warps=tiles.KNOBS['warps'],
         )
     return grad_x, grad_y, partial
 
