@@ -126,7 +126,7 @@ def why_not_triton(device: torch.device) -> str | None:
     return None
 
 
-def _launch(device):
+def _launch(device: torch.device) -> None:
     """Compile and launch a small kernel."""
     from .partial_sums import add
 
@@ -180,7 +180,7 @@ def run_here(kernels: Callable, *operands) -> bool:
     return _runs[key]
 
 
-def _describe(operand):
+def _describe(operand: object) -> object:
     """An operand without the size of a map; of several alike, the first."""
     if isinstance(operand, Tensor):
         shape = operand.shape
@@ -194,10 +194,10 @@ def _describe(operand):
     return operand
 
 
-def _try(kernels, operands):
+def _try(kernels: Callable, operands: tuple) -> Exception | None:
     """The error of kernels, or None."""
 
-    def copy(operand):
+    def copy(operand: Tensor) -> Tensor:
         return operand.detach().clone().requires_grad_(operand.requires_grad)
 
     operands = tree_map_only(Tensor, copy, operands)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def custom_op(
             to True; a gradient through the others is an error.
     """
 
-    def register(function):
+    def register(function: Callable) -> 'Operator':
         # As torch.library.custom_op does, so that modules can be reloaded.
         from torch._library.custom_ops import get_library_allowing_overwrite
 
@@ -68,7 +69,7 @@ def custom_op(
     return register
 
 
-def _refuse(name, *_):
+def _refuse(name: str, *_) -> NoReturn:
     raise NotImplementedError(
         f"{name} has no gradient: take the backend 'reference' (of ContMix: "
         "'tiled') where gradients of gradients are needed"
@@ -88,7 +89,7 @@ class Operator:
         arguments = self.run._schema.arguments
         self.has_lists = any(str(a.type) == 'List[Tensor]' for a in arguments)
 
-    def __call__(self, *args):
+    def __call__(self, *args) -> Any:
         if is_compiling() or torch._C._len_torch_dispatch_stack():
             return self.run(*args)
         if self.node is None or not torch.is_grad_enabled():
@@ -100,22 +101,31 @@ class Operator:
         )
         return self.node.apply(lengths, *_flatten(args))
 
-    def register_fake(self, function):
+    def register_fake(self, function: Callable) -> Callable:
         return torch.library.register_fake(
             self.name, function, lib=self.library
         )
 
-    def register_autograd(self, backward, setup_context=None):
+    def register_autograd(
+        self, backward: Callable, setup_context: Callable | None = None
+    ) -> None:
         torch.library.register_autograd(
             self.name, backward, setup_context=setup_context, lib=self.library
         )
         self.node = _node(self.name, self.function, backward, setup_context)
 
 
-def _node(name, function, backward, setup_context):
+def _node(
+    name: str,
+    function: Callable,
+    backward: Callable,
+    setup_context: Callable | None,
+) -> type[torch.autograd.Function]:
     """The same as a function of autograd, of flat arguments."""
 
-    def forward(ctx, lengths, *args):
+    def forward(
+        ctx: Any, lengths: tuple[int | None, ...] | None, *args
+    ) -> Any:
         ctx.lengths = lengths
         if lengths is not None:
             args = _nest(args, lengths)
@@ -124,7 +134,7 @@ def _node(name, function, backward, setup_context):
             setup_context(ctx, args, out)
         return tuple(out) if isinstance(out, list) else out
 
-    def differentiate(ctx, *grads):
+    def differentiate(ctx: Any, *grads) -> tuple:
         grads = backward(ctx, *grads)
         if ctx.lengths is None:
             return None, *grads
@@ -143,7 +153,7 @@ def _node(name, function, backward, setup_context):
     )
 
 
-def _flatten(args):
+def _flatten(args: Iterable) -> list:
     flat = []
     for arg in args:
         if isinstance(arg, list | tuple):
@@ -153,7 +163,7 @@ def _flatten(args):
     return flat
 
 
-def _nest(args, lengths):
+def _nest(args: Iterable, lengths: tuple[int | None, ...]) -> tuple:
     args = iter(args)
     return tuple(
         next(args) if length is None else [next(args) for _ in range(length)]

@@ -52,7 +52,7 @@ def residual_conv(
     )
 
 
-def _kernels(*operands):
+def _kernels(*operands) -> Tensor | tuple[Tensor, Tensor]:
     from .triton import residual_conv as kernels
 
     return kernels(*operands)

@@ -21,7 +21,7 @@ in bfloat16, if rows and columns that strips share are found in the caches.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -50,7 +50,7 @@ class Form(NamedTuple):
     resident: int  # programs that a multiprocessor has registers for
 
     @property
-    def registers(self):
+    def registers(self) -> int:
         """Of a thread."""
         return 65536 // (32 * self.warps * self.resident) // 8 * 8
 
@@ -445,11 +445,11 @@ def plan(shape: tuple, form: Form, slots: int) -> Plan:
     across = cdiv(width, form.columns)
     splits = max(1, slots // blocks)  # no program waits for another one
 
-    def cut(down):
+    def cut(down: int) -> tuple[int, int]:
         rows = cdiv(height, down)
         return rows, cdiv(height, rows) * across
 
-    def cost(down):  # rows that are loaded, in the longest program
+    def cost(down: int) -> int:  # rows that are loaded, in the longest program
         rows, strips = cut(down)
         tiles = cdiv(batch * strips, lanes[0])
         return cdiv(tiles, splits) * (rows + 2)
@@ -595,13 +595,27 @@ def _residual_conv(
 
 
 @_residual_conv.register_fake
-def _(x, weight, bias, gelu, residual, squares):
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gelu: bool,
+    residual: bool,
+    squares: bool,
+) -> tuple[Tensor, Tensor]:
     return _empty_outputs(
         channels_last(x), weight, bias, gelu, residual, squares
     )
 
 
-def _empty_outputs(x, weight, bias, gelu, residual, squares):
+def _empty_outputs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gelu: bool,
+    residual: bool,
+    squares: bool,
+) -> tuple[Tensor, Tensor]:
     shape = x.shape[:2] if squares else (0,)
     return torch.empty_like(x), x.new_zeros(shape, dtype=torch.float32)
 
@@ -641,7 +655,15 @@ def _residual_conv_backward(
 
 
 @_residual_conv_backward.register_fake
-def _(grad, x, weight, y, coef, gelu, residual):
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    coef: Tensor | None,
+    gelu: bool,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(channels_last(x)),
         weight.new_empty(weight.shape),
@@ -649,14 +671,16 @@ def _(grad, x, weight, y, coef, gelu, residual):
     )
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weight, bias, ctx.gelu, ctx.residual, squares = inputs
     ctx.save_for_backward(x, weight, output[0] if squares else None)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad, grad_squares):
+def _differentiate(
+    ctx: Any, grad: Tensor | None, grad_squares: Tensor | None
+) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
     coef = None
     if y is not None and grad_squares is not None:

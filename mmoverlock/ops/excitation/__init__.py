@@ -67,7 +67,7 @@ def squeeze_excite(
     )
 
 
-def _kernels(*operands):
+def _kernels(*operands) -> Tensor:
     from .triton import squeeze_excite as kernels
 
     return kernels(*operands)

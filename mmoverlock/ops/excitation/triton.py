@@ -15,6 +15,8 @@ also makes the sums over positions where there are few of those, and saves
 a launch.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -316,7 +318,7 @@ def sum_positions(
     return partial, None, None, splits
 
 
-def _knobs(hidden):
+def _knobs(hidden: int) -> dict[str, int]:
     hidden = next_power_of_2(hidden)
     return dict(
         PARTS=PARTS,
@@ -434,7 +436,7 @@ def backward(
     return results
 
 
-def _empty_outputs(x, weight1):
+def _empty_outputs(x: Tensor, weight1: Tensor) -> tuple[Tensor, Tensor]:
     # Not len(x), which would make a graph for every batch size.
     batch, channels = x.shape[:2]
     size = 2 * channels + weight1.shape[0]
@@ -466,7 +468,15 @@ def _squeeze_excite(
 
 
 @_squeeze_excite.register_fake
-def _(x, weight1, bias1, weight2, bias2, gate, silu):
+def _(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    gate: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
     return _empty_outputs(channels_last(x), weight1)
 
 
@@ -494,7 +504,17 @@ def _squeeze_excite_backward(
 
 
 @_squeeze_excite_backward.register_fake
-def _(grad, x, weight1, bias1, weight2, bias2, gate, state, silu):
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    gate: Tensor | None,
+    state: Tensor,
+    silu: bool,
+) -> list[Tensor]:
     results = [torch.empty_like(channels_last(x))]
     for weight in (weight1, bias1, weight2, bias2):
         results.append(torch.empty_like(weight.contiguous()))
@@ -503,13 +523,15 @@ def _(grad, x, weight1, bias1, weight2, bias2, gate, state, silu):
     return results
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, ctx.silu = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad, _):
+def _differentiate(
+    ctx: Any, grad: Tensor | None, _: Tensor
+) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 7
     grads = _squeeze_excite_backward(grad, *ctx.saved_tensors, ctx.silu)

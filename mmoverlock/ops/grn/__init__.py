@@ -43,7 +43,7 @@ def response_norm(
     return run(backend, reference, _kernels, x, gamma, beta)
 
 
-def _kernels(*operands):
+def _kernels(*operands) -> Tensor:
     from .triton import response_norm as kernels
 
     return kernels(*operands)

@@ -15,6 +15,8 @@ feed-forward network, whose convolution and products leave partial sums
 behind, has this part in common.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -190,7 +192,7 @@ def _apply_kernel(
     tiles.store(p_out, o_x, b_out, m_x)
 
 
-def _sums(x, grad):
+def _sums(x: Tensor, grad: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
     """Parts of sums over images, or the maps where there are few positions.
 
     Returns:
@@ -223,7 +225,7 @@ def _sums(x, grad):
     return sums, None, splits
 
 
-def _whole(channels):
+def _whole(channels: int) -> dict[str, int]:
     """The settings of a program that has all channels of an image."""
     block = next_power_of_2(channels)
     return dict(
@@ -346,7 +348,9 @@ def _response_norm(
 
 
 @_response_norm.register_fake
-def _empty_outputs(x, gamma, beta):
+def _empty_outputs(
+    x: Tensor, gamma: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     norm, scale = (
         x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2)
     )
@@ -368,7 +372,9 @@ def _response_norm_backward(
 
 
 @_response_norm_backward.register_fake
-def _(grad, x, gamma, norm, scale):
+def _(
+    grad: Tensor, x: Tensor, gamma: Tensor, norm: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     gamma = gamma.contiguous()
     return (
         torch.empty_like(channels_last(x)),
@@ -377,14 +383,16 @@ def _(grad, x, gamma, norm, scale):
     )
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, gamma, beta = inputs
     ctx.save_for_backward(x, gamma, *output[1:])
     ctx.beta_dtype = beta.dtype
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad, *_):
+def _differentiate(
+    ctx: Any, grad: Tensor | None, *_
+) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None
     grad_x, grad_gamma, grad_beta = _response_norm_backward(

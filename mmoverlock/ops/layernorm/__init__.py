@@ -38,7 +38,7 @@ def layer_norm(
     return run(backend, reference, _kernels, x, weight, bias, eps)
 
 
-def _kernels(*operands):
+def _kernels(*operands) -> Tensor:
     from .triton import layer_norm as kernels
 
     return kernels(*operands)

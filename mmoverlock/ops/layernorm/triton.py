@@ -7,6 +7,8 @@ gradients of weight and bias come out of the same pass, as partial sums. So
 4 bytes a value move forward and 6 backward, in bfloat16.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -111,7 +113,7 @@ def _backward_kernel(
     tl.store(p_parts + channels, tl.sum(b_grad_bias, 0), mask=m_channel)
 
 
-def _form(channels):
+def _form(channels: int) -> tuple[int, int]:
     """Rows and channels of a program."""
     block = next_power_of_2(channels)
     return max(1, 32 * KNOBS['warps'] * KNOBS['values'] // block), block
@@ -199,7 +201,7 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 @_layer_norm.register_fake
-def _(x, weight, bias, eps):
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return torch.empty_like(channels_last(x))
 
 
@@ -219,7 +221,9 @@ def _layer_norm_backward(
 
 
 @_layer_norm_backward.register_fake
-def _(grad, x, weight, eps):
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(channels_last(x)),
         torch.empty_like(weight),
@@ -227,13 +231,13 @@ def _(grad, x, weight, eps):
     )
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, weight, bias, ctx.eps = inputs
     ctx.save_for_backward(x, weight)
     ctx.bias_dtype = bias.dtype
 
 
-def _differentiate(ctx, grad):
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     grad_x, grad_weight, grad_bias = _layer_norm_backward(
         grad, x, weight, ctx.eps

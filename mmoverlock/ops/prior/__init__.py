@@ -61,7 +61,7 @@ def update_prior(
     return run(backend, reference, _kernels, *operands)
 
 
-def _kernels(*operands):
+def _kernels(*operands) -> Tensor:
     from .triton import update_prior as kernels
 
     return kernels(*operands)

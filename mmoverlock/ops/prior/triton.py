@@ -3,6 +3,8 @@
 All channels are scaled, the features by 1, which changes no value.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -226,7 +228,14 @@ def _update_prior(
 
 
 @_update_prior.register_fake
-def _(z, initial, weight, bias, initial_weight, initial_bias):
+def _(
+    z: Tensor,
+    initial: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_weight: Tensor,
+    initial_bias: Tensor,
+) -> Tensor:
     return torch.empty_like(channels_last(z))
 
 
@@ -258,21 +267,21 @@ def _update_prior_backward(
     return [grad_z, grad_initial, *results]
 
 
-def _contiguous(*tensors):
+def _contiguous(*tensors) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors if tensor is not None]
 
 
 @_update_prior_backward.register_fake
-def _(grad, z, initial, *weights):
+def _(grad: Tensor, z: Tensor, initial: Tensor, *weights) -> list[Tensor]:
     tensors = channels_last(z), channels_last(initial), *_contiguous(*weights)
     return [torch.empty_like(tensor) for tensor in tensors]
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate(ctx, grad):
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grads = _update_prior_backward(grad, *ctx.saved_tensors)
     if len(grads) == 5:
         grads.insert(3, None)

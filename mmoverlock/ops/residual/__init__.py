@@ -54,7 +54,7 @@ def scaled_residual(
     return run(backend, reference, _kernels, x, y, weight, bias, keep)
 
 
-def _kernels(*operands):
+def _kernels(*operands) -> Tensor:
     from .triton import scaled_residual as kernels
 
     return kernels(*operands)

@@ -4,6 +4,9 @@
 scales x or y, its gradient is that of the sum, and nothing is written.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -179,7 +182,13 @@ def backward(
     return grad_x, grad_y, partial
 
 
-def _empty_gradients(x, y_dtype, weight, bias, keep):
+def _empty_gradients(
+    x: Tensor,
+    y_dtype: torch.dtype,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    keep: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     """What is to be written for x, weight, bias and y."""
     return (
         None if weight is None else torch.empty_like(x),
@@ -189,11 +198,11 @@ def _empty_gradients(x, y_dtype, weight, bias, keep):
     )
 
 
-def _there(tensors):
+def _there(tensors: Iterable[Tensor | None]) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def _contiguous(*tensors):
+def _contiguous(*tensors) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
@@ -213,7 +222,13 @@ def _scaled_residual(
 
 
 @_scaled_residual.register_fake
-def _(x, y, weight, bias, keep):
+def _(
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    keep: Tensor | None,
+) -> Tensor:
     return torch.empty_like(channels_last(x))
 
 
@@ -242,7 +257,14 @@ def _scaled_residual_backward(
 
 
 @_scaled_residual_backward.register_fake
-def _(grad, x, y_dtype, weight, bias, keep):
+def _(
+    grad: Tensor,
+    x: Tensor,
+    y_dtype: torch.dtype,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    keep: Tensor | None,
+) -> list[Tensor]:
     return _there(
         _empty_gradients(
             channels_last(x), y_dtype, *_contiguous(weight, bias, keep)
@@ -250,7 +272,7 @@ def _(grad, x, y_dtype, weight, bias, keep):
     )
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, y, weight, bias, keep = inputs
     if weight is None:
         # Its shape is that of y and of the gradient.
@@ -259,7 +281,7 @@ def _save(ctx, inputs, output):
     ctx.y_dtype = y.dtype
 
 
-def _differentiate(ctx, grad):
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, keep = ctx.saved_tensors
     gradients = iter(())
     if weight is not None or keep is not None:

@@ -32,6 +32,7 @@ results are deterministic.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -560,7 +561,7 @@ def _unpack_kernel(
 class _Plan:
     """What the kernels know when they are compiled, of branches."""
 
-    def __init__(self, sizes, dilations):
+    def __init__(self, sizes: tuple[int, ...], dilations: tuple[int, ...]):
         firsts = [sum(k**2 for k in sizes[:b]) for b in range(len(sizes))]
         self.branches = tuple(zip(sizes, dilations, firsts, strict=True))
         self.taps = sum(k**2 for k in sizes)
@@ -573,11 +574,11 @@ def _plan(sizes: tuple, dilations: tuple) -> _Plan:
     return _Plan(sizes, dilations)
 
 
-def _blocks(channels):
+def _blocks(channels: int) -> int:
     return cdiv(channels, BLOCK.value)
 
 
-def _pack(weights, plan):
+def _pack(weights: Sequence[Tensor], plan: _Plan) -> Tensor:
     channels = len(weights[0])
     taps = weights[0].new_empty(plan.taps, channels, dtype=torch.float32)
     _pack_kernel[_blocks(channels), plan.taps](
@@ -586,7 +587,7 @@ def _pack(weights, plan):
     return taps
 
 
-def _statistics(x, taps, plan):
+def _statistics(x: Tensor, taps: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
     """Counts, means and sums of squared deviations from them, of branches.
 
     Returns:
@@ -612,7 +613,7 @@ def _statistics(x, taps, plan):
     return _combine(parts), first
 
 
-def _combine(parts):
+def _combine(parts: Tensor) -> Tensor:
     """Statistics of the whole from those of parts, (parts, branches, 3, C)."""
     splits, branches, _, channels = parts.shape
     out = parts.new_empty(branches, 3, channels, dtype=torch.float64)
@@ -622,7 +623,7 @@ def _combine(parts):
     return out
 
 
-def _gather(statistics, group):
+def _gather(statistics: Tensor, group: 'distributed.ProcessGroup') -> Tensor:
     """Statistics over all processes of a group."""
     parts = statistics.new_empty(
         distributed.get_world_size(group), *statistics.shape
@@ -631,7 +632,15 @@ def _gather(statistics, group):
     return _combine(parts)
 
 
-def _forward(x, weights, scales, shifts, dilations, eps, group=None):
+def _forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    dilations: Sequence[int],
+    eps: Sequence[float],
+    group: 'distributed.ProcessGroup | None' = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`sum_of_branches`.
 
     Returns:
@@ -665,17 +674,17 @@ def _forward(x, weights, scales, shifts, dilations, eps, group=None):
 
 
 def _backward(
-    grad,
-    x,
-    first,
-    taps,
-    statistics,
-    weights,
-    scales,
-    dilations,
-    eps,
-    group=None,
-):
+    grad: Tensor,
+    x: Tensor,
+    first: Tensor,
+    taps: Tensor,
+    statistics: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    dilations: Sequence[int],
+    eps: Sequence[float],
+    group: 'distributed.ProcessGroup | None' = None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Gradients of x, of scales and shifts (2, branches, C), and of weights.
 
     Those of scales and shifts are this process's share, as in
@@ -761,7 +770,14 @@ def _sum_of_branches(
 
 
 @_sum_of_branches.register_fake
-def _(x, weights, scales, shifts, dilations, eps):
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    dilations: Sequence[int],
+    eps: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     channels = x.shape[1]
     taps = sum(weight.shape[-1] ** 2 for weight in weights)
     return (
@@ -791,7 +807,17 @@ def _sum_of_branches_grads(
 
 
 @_sum_of_branches_grads.register_fake
-def _(grad, x, first, taps, statistics, weights, scales, dilations, eps):
+def _(
+    grad: Tensor,
+    x: Tensor,
+    first: Tensor,
+    taps: Tensor,
+    statistics: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    dilations: Sequence[int],
+    eps: Sequence[float],
+) -> list[Tensor]:
     norm_grads = scales[0].new_empty(2, len(scales), x.shape[1])
     return [
         torch.empty_like(grad),
@@ -800,14 +826,14 @@ def _(grad, x, first, taps, statistics, weights, scales, dilations, eps):
     ]
 
 
-def _setup(ctx, inputs, output):
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weights, scales, _, ctx.dilations, ctx.eps = inputs
     ctx.count = len(weights)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, *output[:0:-1], *weights, *scales)
 
 
-def _saved(ctx, grad):
+def _saved(ctx: Any, grad: Tensor) -> tuple:
     x, first, taps, statistics, *parameters = ctx.saved_tensors
     grad = grad.contiguous(memory_format=torch.channels_last)
     n = ctx.count
@@ -816,7 +842,7 @@ def _saved(ctx, grad):
     return *operands, *parameters, ctx.dilations, ctx.eps
 
 
-def _differentiate(ctx, grad, *_):
+def _differentiate(ctx: Any, grad: Tensor | None, *_) -> tuple:
     if grad is None:
         return (None,) * 6
     grad_x, norm_grads, *grads = _sum_of_branches_grads(*_saved(ctx, grad))
@@ -831,7 +857,14 @@ class _SynchronizedSum(torch.autograd.Function):
     """The same over the processes of a group, with one exchange each way."""
 
     @staticmethod
-    def forward(ctx, x, dilations, eps, group, *parameters):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dilations: Sequence[int],
+        eps: Sequence[float],
+        group: 'distributed.ProcessGroup',
+        *parameters,
+    ) -> tuple[Tensor, ...]:
         n = len(dilations)
         parameters = [parameters[i * n : (i + 1) * n] for i in range(3)]
         out = _forward(x, *parameters, dilations, eps, group)
@@ -842,7 +875,7 @@ class _SynchronizedSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
         grad_x, norm_grads, grads = _backward(*_saved(ctx, grad), ctx.group)
         return grad_x, None, None, None, *grads, *norm_grads.flatten(0, 1)
 
@@ -875,7 +908,13 @@ def _move_running_statistics(
 
 
 @_move_running_statistics.register_fake
-def _(statistics, means, variances, batches, momenta):
+def _(
+    statistics: Tensor,
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    batches: Sequence[Tensor],
+    momenta: Sequence[float],
+) -> None:
     pass
 
 

@@ -1,5 +1,7 @@
 """A large depthwise convolution, forward and backward."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -131,14 +133,16 @@ def _conv2d(
     return convolve_maps(x[None], *_taps(weight, dilation), bias)
 
 
-def _taps(weight, dilation):
+def _taps(
+    weight: Tensor, dilation: int
+) -> tuple[Tensor, tuple[tuple[int, int, int]]]:
     """Taps (k^2, C), which may be how they are stored, and their branch."""
     taps = weight.flatten(1).mT.to(torch.float32).contiguous()
     return taps, ((weight.shape[-1], dilation, 0),)
 
 
 @_conv2d.register_fake
-def _(x, weight, bias, dilation):
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -161,7 +165,9 @@ def _conv2d_grads(
 
 
 @_conv2d_grads.register_fake
-def _(grad, x, weight, dilation, needed):
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, dilation: int, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(x) if needed[0] else x.new_empty(0),
         weight.new_empty(weight.shape if needed[1] else 0),
@@ -169,13 +175,13 @@ def _(grad, x, weight, dilation, needed):
     )
 
 
-def _setup(ctx, inputs, output):
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, weight, bias, ctx.dilation = inputs
     ctx.save_for_backward(x, weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     grad = grad.contiguous(memory_format=torch.channels_last)
     of_x, of_weight, of_bias, _ = ctx.needs_input_grad[-4:]
