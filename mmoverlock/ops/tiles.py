@@ -89,9 +89,8 @@ def store(p_x, o_x, b_x, m_x):
 
 
 @triton.jit
-def load_gate(p_gate, o_gate, m_gate, SILU: tl.constexpr):
+def open_gate(b_gate, SILU: tl.constexpr):
     """``f(gate)`` and its slope; f is SiLU or the identity."""
-    b_gate = load(p_gate, o_gate, m_gate)
     b_slope = tl.full(b_gate.shape, 1.0, tl.float32)
     if SILU:
         b_open = tl.sigmoid(b_gate)
@@ -104,12 +103,12 @@ def load_gate(p_gate, o_gate, m_gate, SILU: tl.constexpr):
 def sum_rows(
     p_x,
     p_factor,
+    p_gate,
     rows,
     step,
     o_channel,
     m_channel,
     ROWS: tl.constexpr,
-    p_gate=None,
     SILU: tl.constexpr = False,
 ):
     """Sums (C, ) over rows, ``step`` apart, of ``x factor f(gate)``.
@@ -125,6 +124,6 @@ def sum_rows(
         if p_factor is not None:
             b_x *= load(p_factor, o_x, m_x)
         if p_gate is not None:
-            b_x *= load_gate(p_gate, o_x, m_x, SILU)[0]
+            b_x *= open_gate(load(p_gate, o_x, m_x), SILU)[0]
         acc += b_x
     return tl.sum(acc, 0)

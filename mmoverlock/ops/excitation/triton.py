@@ -61,7 +61,7 @@ def _pool_kernel(
     if gate is not None:
         gate += start
     total = tiles.sum_rows(
-        x, factor, rows, channels, channel, inside, ROWS, gate, SILU
+        x, factor, gate, rows, channels, channel, inside, ROWS, SILU
     )
     at = part.to(tl.int64) * channels + channel
     tl.store(partial + at, total, mask=inside)
@@ -93,7 +93,9 @@ def _scale_kernel(
     for first in range(0, channels, CHANNELS):
         channel = first + tl.arange(0, CHANNELS)
         inside = channel < channels
-        mean = tiles.sum_rows(x, None, parts, channels, channel, inside, PARTS)
+        mean = tiles.sum_rows(
+            x, None, None, parts, channels, channel, inside, PARTS
+        )
         mean = mean / positions
         tl.store(state + channel, mean, mask=inside)
         at = unit[:, None] * channels + channel[None]
@@ -150,7 +152,7 @@ def _scale_grad_kernel(
         channel = first + tl.arange(0, CHANNELS)
         inside = channel < channels
         da = tiles.sum_rows(
-            grad, x, parts, channels, channel, inside, PARTS, gate, SILU
+            grad, x, gate, parts, channels, channel, inside, PARTS, SILU
         )
         s = tiles.load(state + channels, channel, inside)
         da *= s * (1 - s)
@@ -245,7 +247,7 @@ def _apply_kernel(
     state += image * (2 * channels + hidden)
     value = tiles.load(x, at, mask)
     if gate is not None:
-        value *= tiles.load_gate(gate, at, mask, SILU)[0]
+        value *= tiles.open_gate(tiles.load(gate, at, mask), SILU)[0]
     value *= tiles.load(state + channels, channel, inside)[None]
     tiles.store(y, at, value, mask)
 
@@ -274,7 +276,7 @@ def _apply_grad_kernel(
     value = tiles.load(grad, at, mask)
     value *= tiles.load(state + row + channels, channel, inside)[None]
     if gate is not None:
-        other, slope = tiles.load_gate(gate, at, mask, SILU)
+        other, slope = tiles.open_gate(tiles.load(gate, at, mask), SILU)
         slope *= value * tiles.load(x, at, mask)
         tiles.store(grad_gate, at, slope, mask)
         value *= other

@@ -58,17 +58,17 @@ def _sum_kernel(
     p_x += o_x
     if p_grad is None:
         b_sum = tiles.sum_rows(
-            p_x, p_x, rows, channels, o_channel, m_channel, ROWS
+            p_x, p_x, None, rows, channels, o_channel, m_channel, ROWS
         )
         o_sum = part.to(tl.int64) * channels + o_channel
     else:
         p_grad += o_x
         b_sum = tiles.sum_rows(
-            p_grad, p_x, rows, channels, o_channel, m_channel, ROWS
+            p_grad, p_x, None, rows, channels, o_channel, m_channel, ROWS
         )
         o_sum = part.to(tl.int64) * 2 * channels + o_channel
         b_shift = tiles.sum_rows(
-            p_grad, None, rows, channels, o_channel, m_channel, ROWS
+            p_grad, None, None, rows, channels, o_channel, m_channel, ROWS
         )
         tl.store(p_sums + channels + o_sum, b_shift, mask=m_channel)
     tl.store(p_sums + o_sum, b_sum, mask=m_channel)
@@ -97,7 +97,14 @@ def _scale_kernel(
     p_factor = p_image if SQUARE else None
     b_norm = tl.sqrt(
         tiles.sum_rows(
-            p_image, p_factor, parts, channels, o_channel, m_channel, ROWS
+            p_image,
+            p_factor,
+            None,
+            parts,
+            channels,
+            o_channel,
+            m_channel,
+            ROWS,
         )
     )
     mean = tl.sum(b_norm, 0) / channels + EPS
@@ -135,7 +142,7 @@ def _scale_grad_kernel(
         step = 2 * channels
         p_image = p_sums + image * parts * step
         ds = tiles.sum_rows(
-            p_image, None, parts, step, o_channel, m_channel, ROWS
+            p_image, None, None, parts, step, o_channel, m_channel, ROWS
         )
         p_image += channels
     else:
@@ -143,9 +150,11 @@ def _scale_grad_kernel(
         p_image = p_sums + image * parts * step
         p_x += image * parts * step
         ds = tiles.sum_rows(
-            p_image, p_x, parts, step, o_channel, m_channel, ROWS
+            p_image, p_x, None, parts, step, o_channel, m_channel, ROWS
         )
-    dt = tiles.sum_rows(p_image, None, parts, step, o_channel, m_channel, ROWS)
+    dt = tiles.sum_rows(
+        p_image, None, None, parts, step, o_channel, m_channel, ROWS
+    )
     o_out = image * channels + o_channel
     b_norm = tl.load(p_norm + o_out, mask=m_channel, other=0)
     mean = tl.sum(b_norm, 0) / channels + EPS
