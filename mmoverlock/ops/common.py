@@ -33,6 +33,11 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def contiguous(*tensors) -> list[Tensor | None]:
+    """Tensors as kernels read them; None stays None."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
 def custom_op(
     name: str, mutates_args: Iterable[str] = (), differentiable: bool = True
 ) -> 'Callable[[Callable], Operator]':

@@ -33,6 +33,7 @@ from ..common import (
     cast_as_convolutions,
     cdiv,
     channels_last,
+    contiguous,
     custom_op,
     next_power_of_2,
 )
@@ -588,7 +589,8 @@ def _residual_conv(
     x = channels_last(x)
     if not x.numel():
         return _empty_outputs(x, weight, bias, gelu, residual, squares)
-    y, sums = forward(x, weight.contiguous(), bias, gelu, residual, squares)
+    weight, bias = contiguous(weight, bias)
+    y, sums = forward(x, weight, bias, gelu, residual, squares)
     if sums is None:
         return y, x.new_empty(0, dtype=torch.float32)
     return y, sums.sum(1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import partial_sums
-from ..common import channels_last, custom_op
+from ..common import channels_last, contiguous, custom_op
 from ..conv3x3 import triton as conv
 from ..layernorm import triton as norm
 
@@ -29,7 +29,8 @@ def _conv_norm(
     x = channels_last(x)
     if not x.numel():
         return torch.empty_like(x), torch.empty_like(x)
-    y, _ = conv.forward(x, weight.contiguous(), bias, residual=residual)
+    weight, bias = contiguous(weight, bias)
+    y, _ = conv.forward(x, weight, bias, residual=residual)
     return y, norm.forward(y, scale.contiguous(), shift.contiguous(), eps)
 
 

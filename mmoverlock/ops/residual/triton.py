@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import partial_sums, tiles
-from ..common import cdiv, channels_last, custom_op
+from ..common import cdiv, channels_last, contiguous, custom_op
 
 SIZES = ('count', 'positions', 'splits')
 
@@ -202,10 +202,6 @@ def _there(tensors: Iterable[Tensor | None]) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def _contiguous(*tensors) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
 @custom_op('mmoverlock::scaled_residual')
 def _scaled_residual(
     x: Tensor,
@@ -218,7 +214,7 @@ def _scaled_residual(
     x = channels_last(x)
     if not x.numel():
         return torch.empty_like(x)
-    return forward(x, channels_last(y), *_contiguous(weight, bias, keep))
+    return forward(x, channels_last(y), *contiguous(weight, bias, keep))
 
 
 @_scaled_residual.register_fake
@@ -243,7 +239,7 @@ def _scaled_residual_backward(
 ) -> list[Tensor]:
     """Gradients of x, weight, bias and y, but for those that are None."""
     x = channels_last(x)
-    weight, bias, keep = _contiguous(weight, bias, keep)
+    weight, bias, keep = contiguous(weight, bias, keep)
     if not x.numel():
         gradients = _there(_empty_gradients(x, y_dtype, weight, bias, keep))
         return [gradient.zero_() for gradient in gradients]
@@ -267,7 +263,7 @@ def _(
 ) -> list[Tensor]:
     return _there(
         _empty_gradients(
-            channels_last(x), y_dtype, *_contiguous(weight, bias, keep)
+            channels_last(x), y_dtype, *contiguous(weight, bias, keep)
         )
     )
 
