@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import DEVICE, NHWC, draw
+from kernels import DEVICE, NHWC, draw, opchecked
 
 from mmoverlock.models.layers import (
     LayerNorm2d,
@@ -18,7 +18,6 @@ from mmoverlock.models.layers import (
     SEModule,
 )
 from mmoverlock.ops import (
-    common,
     conv_norm,
     feed_forward,
     layer_norm,
@@ -36,7 +35,7 @@ responses = pytest.importorskip('mmoverlock.ops.grn.triton')
 
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 TOLERANCES = {SINGLE: 1e-6, HALF: 1e-3, BRAIN: 1e-2}
-LOOSE = {layer_norm: 3, residual_conv: 1.2, conv_norm: 4, feed_forward: 4}
+LOOSE = {layer_norm: 3, residual_conv: 1.2, conv_norm: 4, feed_forward: 6}
 CASTS = residual_conv, conv_norm, feed_forward  # as autocast does
 DEFINITIONS, SPECS = {}, {}
 
@@ -188,8 +187,8 @@ def draw_operands(run, shape, dtype=SINGLE, without='', other=None):
     sizes |= dict(
         D=max(16, channels // 8),
         E=3 * channels,
-        O=channels + 1,
-        P=max(1, channels // 3),
+        O=2 * channels,
+        P=(channels + 1) // 2,
     )
     operands = {}
     for name, *letters in SPECS[run]:
@@ -421,35 +420,22 @@ def test_compile(run):
         kernels_of(run), fullgraph=True, backend='aot_eager', dynamic=True
     )
     for shape, stance in (
-        ((2, 3, 5, 6), 'default'),
-        ((3, 3, 7, 3), 'fail_on_recompile'),
+        ((3, 4, 5, 6), 'default'),
+        ((5, 4, 7, 3), 'fail_on_recompile'),
     ):
         operands = draw_operands(run, shape)
         with torch.compiler.set_stance(stance):
             assert_right(run, operands, compiled)
 
 
-OPCHECKS = 'test_schema', 'test_autograd_registration', 'test_faketensor'
-
-
 @EVERY_CASE
-def test_registered(monkeypatch, never_the_same, run, without):
-    """Both passes as PyTorch sees them are what runs."""
-    calls = []
-    call = common.Operator.__call__
-
-    def record(operator, *args):
-        calls.append((operator.run, args))
-        return call(operator, *args)
-
-    monkeypatch.setattr(common.Operator, '__call__', record)
+def test_registered(never_the_same, run, without):
     operands = draw_operands(run, (1, 2, 2, 3), without=without)
-    results = outputs(kernels_of(run)(**operands))
-    sum(y.sum() for y in results).backward()
+    with opchecked() as calls:
+        results = outputs(kernels_of(run)(**operands))
+        sum(y.sum() for y in results).backward()
     # Nothing runs backward where all gradients are that of the sum.
     assert len(calls) == 1 + (without != 'weight bias keep')
-    for operator, args in calls:
-        torch.library.opcheck(operator, args, test_utils=OPCHECKS)
 
 
 @EVERY_OPERATOR
