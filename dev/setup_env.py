@@ -30,7 +30,7 @@ PY = VENV / 'bin' / 'python'
 SHIM = ROOT / 'dev' / 'torchvision_shim.py'
 CACHE = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache'))
 
-BUILD_TOOLS = 'ninja', 'packaging', 'psutil', 'setuptools', 'wheel'
+BUILD_TOOLS = 'ninja', 'packaging', 'psutil', 'setuptools>=77', 'wheel'
 CXX = os.environ.get('CXX', 'c++')
 CXX_FLAGS = '-O2', '-DNDEBUG', '-g0', '-w'
 
