@@ -4,32 +4,33 @@
 operators take. The interpreter must be off.
 """
 
+import importlib
+import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
 import triton
+from kernels import draw
+from test_depthwise import draw_branches
+from test_operators import SPECS, draw_operands, kernels_of, outputs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
+from mmoverlock import ops
 from mmoverlock.models.reparam import BRANCHES
-from mmoverlock.ops import partial_sums
-from mmoverlock.ops.conv3x3 import triton as residual_conv
-from mmoverlock.ops.depthwise.triton import branches as sums
+from mmoverlock.ops import depthwise_conv2d, partial_sums, sum_of_branches
 from mmoverlock.ops.dynamic_conv import triton as contmix
-from mmoverlock.ops.excitation import triton as squeeze_excite
-from mmoverlock.ops.ffn import triton as feed_forward
-from mmoverlock.ops.grn import triton as response_norm
-from mmoverlock.ops.layernorm import triton as layer_norm
-from mmoverlock.ops.prior import triton as update_prior
-from mmoverlock.ops.residual import triton as scaled_residual
 
 CUOBJDUMP = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
+PACKAGE = f'{ops.__name__}.'
 TYPES = {
     torch.float32: '*fp32',
     torch.float16: '*fp16',
@@ -111,6 +112,20 @@ def not_assembled():
     return patch.object(CUDABackend, 'add_stages', add_all_but_the_last)
 
 
+def _name(kernel):
+    return f'{kernel.__module__}.{kernel.__name__}'.removeprefix(PACKAGE)
+
+
+def all_kernels():
+    """Names of what is launched, but for ContMix, as compiling gives them."""
+    return {
+        _name(kernel)
+        for module in pkgutil.walk_packages(ops.__path__, PACKAGE)
+        for name, kernel in vars(importlib.import_module(module.name)).items()
+        if name.endswith('_kernel') and isinstance(kernel, triton.JITFunction)
+    }
+
+
 def _types(argument):
     """Dtypes in place of tensors."""
     if isinstance(argument, tuple):
@@ -138,123 +153,48 @@ def compile_launches(run, capability):
         }
         args = [_types(args[name]) for name in kernel.arg_names]
         use = compile_kernel(kernel, capability, args, constants, kwargs)
-        uses.append((kernel.__name__, use))
+        uses.append((_name(kernel), use))
 
     with patch.object(triton.JITFunction, 'run', compile_launch):
         run()
     return uses
 
 
-def _empty_map(*shape, dtype):
-    x = torch.empty(shape, dtype=dtype)
-    return x.contiguous(memory_format=torch.channels_last)
+def _differentiate(run):
+    """Both passes on a CPU, whose tensors kernels are told to take."""
+    with patch.object(partial_sums, 'triton', SimpleNamespace(JITFunction=())):
+        out = outputs(run())
+        sum(y.sum() for y in out).backward()
 
 
-def compile_passes(capability, dtype, channels):
-    """Compile the kernels of convolution and norm, with all they can do."""
+def compile_operators(capability, dtype, channels, operators=tuple(SPECS)):
+    """Compile what operators on maps launch, with all that they can do."""
 
     def run():
-        x, y = (_empty_map(2, channels, 8, 9, dtype=dtype) for _ in range(2))
-        weight, bias = torch.empty(channels, 1, 3, 3), torch.empty(channels)
-        scale = torch.empty(2, channels)
-        residual_conv.forward(x, weight, bias, gelu=True, squares=True)
-        _, partial = residual_conv.backward(
-            x, x, weight, y, scale, scale, gelu=True, sum_grad_x=True
-        )
-        partial_sums.add((partial, weight, bias, bias))
-        layer_norm.forward(x, bias, bias, 1e-6)
-        layer_norm.backward(x, x, bias, 1e-6, x)
+        for operator in operators:
+            # Few positions and many
+            for shape in ((2, channels, 8, 9), (2, channels, 17, 16)):
+                operands = draw_operands(operator, shape, dtype)
+                _differentiate(partial(kernels_of(operator), **operands))
 
     return compile_launches(run, capability)
 
 
-def compile_fused_passes(capability, dtype, channels):
-    """Compile the kernels of the others, with all that they can do."""
-
-    def run():
-        bias, weight = torch.empty(channels), torch.empty(channels, 1, 1, 1)
-        hidden = max(16, channels // 8)
-        weights = (
-            torch.empty(hidden, channels, 1, 1),
-            torch.empty(hidden),
-            torch.empty(channels, hidden, 1, 1),
-            bias,
-        )
-        x = _empty_map(2, channels, 8, 9, dtype=dtype)
-        _, state = squeeze_excite.forward(x, *weights, x, True)
-        squeeze_excite.backward(x, x, *weights, x, state, True)
-        _, *saved = response_norm.forward(x, bias, bias)
-        response_norm.backward(x, x, bias, *saved)
-        x = _empty_map(2, channels, 17, 16, dtype=dtype)
-        squeeze_excite.forward(x, *weights, x)  # many positions
-        response_norm.forward(x, bias, bias)
-        response_norm.backward(x, x, bias, *saved)
-        squeeze_excite.sum_positions(x, x, x, True)
-        keep = torch.empty(2)
-        scaled_residual.forward(x, x, weight, bias, keep)
-        scaled_residual.backward(x, x, dtype, weight, keep)
-        prior = _empty_map(2, channels, 17, 16, dtype=dtype)
-        z = _empty_map(2, 4 * channels, 17, 16, dtype=dtype)
-        operands = z, prior, weight, bias, weight, bias
-        update_prior.forward(*operands)
-        update_prior.backward(z, z, prior, weight, weight)
-
-    return compile_launches(run, capability)
-
-
-def compile_branches(capability, dtype, branches, channels, height=56):
+def compile_branches(capability, dtype, sizes, channels, height=56):
     """Compile what a convolution with its companions takes.
 
     Args:
         capability, dtype, channels: As above.
-        branches (Sequence[tuple]): Size and dilation of each.
+        sizes (Sequence[tuple]): Size and dilation of each.
         height (int): Of the map, by which tiles are chosen. Defaults to 56.
     """
 
     def run():
-        x = _empty_map(2, channels, height, height, dtype=dtype)
-        weights = [torch.empty(channels, 1, k, k) for k, _ in branches]
-        norms = [torch.empty(channels) for _ in branches]
-        dilations = [dilation for _, dilation in branches]
-        eps = [1e-5] * len(branches)
-        batches = [torch.empty((), dtype=torch.int64) for _ in branches]
-        running = sums._Running(norms, norms, batches, [0.1] * len(branches))
-        statistics, taps, first = sums._measure(x, weights, dilations, running)
-        sums._forward(
-            x, weights, norms, norms, dilations, eps, statistics, taps
-        )
-        sums._backward(
-            x, x, first, taps, statistics, weights, norms, dilations, eps
-        )
-
-    return compile_launches(run, capability)
-
-
-def compile_feed_forward(capability, dtype, channels):
-    """Compile what the network behind a 1x1 convolution takes."""
-
-    def run():
-        x = _empty_map(2, channels, 8, 9, dtype=dtype)
-        hidden = 4 * channels
-        vector = torch.empty(hidden)
-        bias = torch.empty(channels)
-        parameters = (
-            torch.empty(hidden, channels, 1, 1),
-            vector,
-            torch.empty(hidden, 1, 3, 3),
-            vector,
-            torch.empty(1, hidden, 1, 1),
-            torch.empty(1, hidden, 1, 1),
-            torch.empty(channels, hidden, 1, 1),
-            bias,
-            x,
-            torch.empty(channels, 1, 1, 1),
-            bias,
-            torch.empty(2),
-            True,
-        )
-        out, *saved = feed_forward.feed_forward(x, *parameters)
-        feed_forward._feed_forward_backward(out, x, *saved, *parameters)
+        x = draw(2, channels, height, height, dtype=dtype).requires_grad_()
+        branches = draw_branches(sizes, channels, torch.float32)
+        _differentiate(partial(sum_of_branches, x, branches, 'triton'))
+        weight = branches[0].weight
+        _differentiate(partial(depthwise_conv2d, x, weight, backend='triton'))
 
     return compile_launches(run, capability)
 
@@ -264,9 +204,7 @@ def compile_contmix(capability, dtype, height, width, size):
 
     def run():
         shapes = (32, height, width), (32, 7, 7), (64, height, width)
-        query, key, value = (
-            _empty_map(2, *shape, dtype=dtype) for shape in shapes
-        )
+        query, key, value = (draw(2, *shape, dtype=dtype) for shape in shapes)
         taps = 5**2 + size**2
         inputs = (
             query,
@@ -284,27 +222,41 @@ def compile_contmix(capability, dtype, height, width, size):
     return compile_launches(run, capability)
 
 
+def compile_all(capability, dtype):
+    """Compile every kernel, some of them for several shapes.
+
+    Returns:
+        dict: By kind, see :func:`compile_launches`.
+    """
+    where = capability, dtype
+    return dict(
+        operators=compile_operators(*where, 640),
+        branches=compile_branches(*where, ((5, 1), (3, 2)), 64),
+        contmix=[
+            *compile_contmix(*where, 14, 14, 13),
+            *compile_contmix(*where, 50, 84, 13),
+        ],
+    )
+
+
 if __name__ == '__main__':
     capability = int(sys.argv[1]) if len(sys.argv) > 1 else 90
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for channels in (64, 384, 1024):
-            print(capability, dtype, channels, flush=True)
-            for compile_all in (
-                compile_passes,
-                compile_fused_passes,
-                compile_feed_forward,
-            ):
-                for name, use in compile_all(capability, dtype, channels):
-                    print(f'    {name:22}', use, flush=True)
+        kinds = compile_all(capability, dtype)
         for size, channels, height in (
             (17, 64, 56),
             (15, 128, 28),
             (13, 256, 14),
             (7, 512, 7),
         ):
-            branches = ((size, 1), *BRANCHES[size])
-            print(capability, dtype, size, flush=True)
-            for name, use in compile_branches(
-                capability, dtype, branches, channels, height
-            ):
-                print(f'    {name:22}', use, flush=True)
+            kinds[f'{size} x {size}'] = compile_branches(
+                capability,
+                dtype,
+                ((size, 1), *BRANCHES[size]),
+                channels,
+                height,
+            )
+        for kind, uses in kinds.items():
+            print(capability, dtype, kind)
+            for name, use in uses:
+                print(f'    {name:22}', use)

@@ -6,12 +6,17 @@ Without a GPU, Triton's interpreter runs the kernels.
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
+from mmoverlock.ops.common import Operator
+
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 NHWC = torch.channels_last
+OPCHECKS = 'test_schema', 'test_autograd_registration', 'test_faketensor'
 
 
 def draw(*shape, dtype=torch.float32):
@@ -29,6 +34,26 @@ def relative_error(actual, expected):
     assert actual.shape == expected.shape
     difference = actual.double() - expected
     return (difference.norm() / expected.norm().clamp(min=1e-9)).item()
+
+
+@contextmanager
+def opchecked():
+    """Operators of the project that are called are, for PyTorch, what runs.
+
+    Yields:
+        list: Those that were called, and with what.
+    """
+    calls = []
+    call = Operator.__call__
+
+    def record(operator, *args):
+        calls.append((operator.run, args))
+        return call(operator, *args)
+
+    with patch.object(Operator, '__call__', record):
+        yield calls
+    for operator, args in calls:
+        torch.library.opcheck(operator, args, test_utils=OPCHECKS)
 
 
 def python(code, **env):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from kernels import python
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmoverlock.ops import backends, check_backend, takes_triton
@@ -87,6 +88,30 @@ def test_launch(monkeypatch):
     )
     with pytest.raises(RuntimeError, match='1 . 1 is 3'):
         backends._launch(torch.device(device))
+
+
+def test_without_triton():
+    """Everything but the kernels is there, and they say what they need."""
+    python("""
+import sys
+sys.modules['triton'] = None
+from mmoverlock.models import OverLoCK
+from mmoverlock.ops import check_backend
+OverLoCK('xt', out_indices=(0,))
+for name in 'depthwise_backend', 'contmix_backend':
+    try:
+        OverLoCK('xt', out_indices=(0,), **{name: 'triton'})
+    except ImportError as error:
+        assert 'needs triton 3.6 or later' in str(error)
+    else:
+        raise AssertionError(name)
+""")
+
+
+def test_old_triton(monkeypatch):
+    monkeypatch.setattr('triton.__version__', '3.5.1')
+    with pytest.raises(ImportError, match='this is triton 3.5.1 with torch'):
+        check_backend('triton')
 
 
 def test_by_name():

@@ -76,17 +76,16 @@ class Operators(TorchDispatchMode):
         return f(*args, **kwargs)
 
 
-@pytest.mark.parametrize('train', [True, False])
-def test_what_a_cpu_runs(train):
+def test_what_a_cpu_runs():
     """With data on a CPU, the code for GPUs runs the same operators."""
     model = OverLoCK(
         TINY,
         drop_path_rate=0.1,
         contmix_backend=BACKEND,
         depthwise_backend=BACKEND,
-    ).train(train)
+    )
     images = torch.randn(2, 3, 64, 64)
-    result = count_operators(model, images, train, torch.float32)
+    result = count_operators(model, images, True, torch.float32)
     actual = Counter({name: row[0] for name, row in result.rows.items()})
     assert actual.total() == result.operators + result.launches
     assert result.operators > 200 and result.launches > 10
@@ -103,9 +102,7 @@ def test_what_a_cpu_runs(train):
         for _ in range(2):
             expected.calls.clear()
             model.zero_grad()
-            counting._step(
-                model, [images], train, torch.float32, nullcontext()
-            )
+            counting._step(model, [images], True, torch.float32, nullcontext())
     # Some maps and gradients have other layouts, so that they are copied.
     for name in ('aten.copy_.default', 'aten.clone.default'):
         assert abs(expected.calls.pop(name, 0) - actual.pop(name, 0)) < 4
@@ -154,11 +151,8 @@ def convolve(module, x):
             2 * SIZE + 4,
             0,
         ),
-        (lambda _, x: x.view(-1), [draw()], 0, 0),
-        (lambda _, x: torch.empty_like(x), [draw()], 0, 0),
-        (lambda _, x, y: x + y, [draw(), draw()], 3 * SIZE, 0),
+        (lambda _, x: torch.empty_like(x).view(-1), [draw()], 0, 0),
         (lambda _, x, y: x + y, [draw(True), draw()], 3 * SIZE, 3 * SIZE),
-        (lambda _, x: x[:, :8] + 1, [draw(True)], SIZE, SIZE),
         (
             lambda _, x: x[:, :8].sum(),
             [draw(True)],
@@ -167,8 +161,6 @@ def convolve(module, x):
         ),
         (lambda _, x: x + x.sum(), [draw(True)], 3 * SIZE + 8, 0),
         # As in cuDNN, results are in the layout of the map.
-        (convolve, [draw()], 2 * SIZE + 1024, 0),
-        (convolve, [draw(True)], 2 * SIZE + 1024, 0),
         (lambda m, x: convolve(m, x) + x, [draw(True)], 5 * SIZE + 1024, 0),
     ],
 )
@@ -198,16 +190,12 @@ LOW, HIGH = torch.bfloat16, torch.float32
     'run, dtype, copies, result',
     [
         (convolve, HIGH, 2, LOW),
-        (convolve, LOW, 1, LOW),
         (lambda m, x: convolve(m, convolve(m, x)), LOW, 1, LOW),  # once
-        (lambda m, x: x @ x.mT, HIGH, 2, LOW),
         (lambda m, x: F.linear(x, x[0, 0]), LOW, 0, LOW),
         (lambda m, x: F.layer_norm(x, (64,)), LOW, 1, HIGH),
-        (lambda m, x: F.layer_norm(x, (64,)), HIGH, 0, HIGH),
         (lambda m, x: x.sum((2, 3)), LOW, 0, HIGH),
         (lambda m, x: torch.addcmul(x, x, m.weight[0, 0, 0]), LOW, 2, HIGH),
         (lambda m, x: torch.addcmul(x, x, x), LOW, 0, LOW),
-        (lambda m, x: x + 1, LOW, 0, LOW),
         (lambda m, x: F.gelu(x), LOW, 0, LOW),
         (lambda m, x: convolve(m.double(), x.double()), HIGH, 1, torch.double),
     ],

@@ -42,10 +42,9 @@ def draw(shape, size, dtype=torch.float64):
 def test_agrees_with_conv2d(shape, size, dilation, layout):
     operands = draw(shape, size)
     x = operands[0].contiguous(memory_format=layout)
-    padding = size // 2 * dilation
     results = [
-        depthwise_conv2d(x, *operands[1:], dilation=dilation),
-        F.conv2d(x, *operands[1:], 1, padding, dilation, shape[1]),
+        run(x, *operands[1:], dilation=dilation)
+        for run in (depthwise_conv2d, plain_conv2d)
     ]
     cotangent = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(shape)
     for actual, expected in zip(
@@ -75,12 +74,12 @@ def test_residual(size, dilation):
         torch.testing.assert_close(actual, expected)
 
 
-def draw_branches(sizes, channels, dtype=torch.float64):
+def draw_branches(sizes, channels, dtype=torch.float64, device='cpu'):
     """Branches with their own parameters and statistics, from one seed."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape):
-        return torch.randn(shape, generator=generator, dtype=dtype)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
     return [
         Branch(
@@ -89,13 +88,34 @@ def draw_branches(sizes, channels, dtype=torch.float64):
             shift=draw(channels).requires_grad_(),
             running_mean=draw(channels),
             running_var=draw(channels).exp(),
-            batches=torch.ones((), dtype=torch.int64),
+            batches=torch.ones((), dtype=torch.int64, device=device),
             dilation=dilation,
-            momentum=0.1,
-            eps=1e-5,
+            momentum=0.1 + 0.1 * i,
+            eps=1e-5 * (1 + i),
         )
-        for size, dilation in sizes
+        for i, (size, dilation) in enumerate(sizes)
     ]
+
+
+def plain_conv2d(x, weight, bias, dilation):
+    padding = weight.shape[-1] // 2 * dilation
+    return F.conv2d(x, weight, bias, 1, padding, dilation, len(weight))
+
+
+def plain_sum_of_branches(x, branches):
+    return sum(
+        F.batch_norm(
+            plain_conv2d(x, b.weight, None, b.dilation),
+            b.running_mean,
+            b.running_var,
+            b.scale,
+            b.shift,
+            True,
+            b.momentum,
+            b.eps,
+        )
+        for b in branches
+    )
 
 
 SIZES = [(13, 1), (5, 1), (7, 2), (3, 4), (9, 2)]
@@ -106,24 +126,9 @@ def test_sum_of_branches(shape):
     """Value, gradients and statistics are those of the plain form."""
     x = draw(shape, 3)[0]
     results = []
-    for plain in (False, True):
+    for run in (sum_of_branches, plain_sum_of_branches):
         branches = draw_branches(SIZES, shape[1])
-        if plain:
-            out = sum(
-                F.batch_norm(
-                    depthwise_conv2d(x, b.weight, None, b.dilation),
-                    b.running_mean,
-                    b.running_var,
-                    b.scale,
-                    b.shift,
-                    True,
-                    b.momentum,
-                    b.eps,
-                )
-                for b in branches
-            )
-        else:
-            out = sum_of_branches(x, branches)
+        out = run(x, branches)
         parameters = [p for b in branches for p in b[:3]]
         cotangent = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(shape)
         results.append(

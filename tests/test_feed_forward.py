@@ -1,11 +1,10 @@
-"""Products with scales and sums, and the feed-forward network, for GPUs."""
-
-import json
+"""Products of maps with matrices, and the network that they are part of."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import DEVICE, draw, exact, python, relative_error
+from kernels import DEVICE, draw, exact, opchecked, relative_error
+from test_operators import draw_operands, leaves
 
 from mmoverlock.ops import (
     feed_forward,
@@ -16,9 +15,6 @@ from mmoverlock.ops import (
 
 products = pytest.importorskip(
     'mmoverlock.ops.pointwise.triton', exc_type=ImportError
-)
-operators = pytest.importorskip(
-    'mmoverlock.ops.ffn.triton', exc_type=ImportError
 )
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 SHAPES = [
@@ -72,147 +68,30 @@ def test_product(shape, dtype, scaled, shifted, poison):
     assert relative_error(grad_x, expected) < tolerance
 
 
-def draw_parameters(channels):
-    hidden = 3 * channels
-    return [
-        draw(hidden, channels, 1, 1),
-        draw(hidden),
-        draw(hidden, 1, 3, 3).contiguous(),
-        draw(hidden),
-        draw(1, hidden, 1, 1),
-        draw(1, hidden, 1, 1),
-        draw(channels + 1, hidden, 1, 1),
-        draw(channels + 1),
-    ]
-
-
-def draw_identity(shape, options, dtype):
-    """Identity, gain, offset and what drops images; or None."""
-    batch, channels, *size = shape
-    channels += 1
-    return [
-        draw(batch, channels, *size, dtype=dtype) if options else None,
-        draw(channels, 1, 1, 1) if 'gain' in options else None,
-        draw(channels) if 'offset' in options else None,
-        torch.arange(batch, device=DEVICE) * 0.75 if options else None,
-    ]
-
-
-def define(
-    x,
-    weight1,
-    bias1,
-    conv,
-    conv_bias,
-    gamma,
-    beta,
-    weight2,
-    bias2,
-    r,
-    identity=None,
-    gain=None,
-    offset=None,
-    keep=None,
-):
-    f = F.gelu(F.conv2d(x, weight1, bias1))
-    y = r * f + F.conv2d(f, conv, conv_bias, padding=1, groups=len(conv))
-    norm = y.square().sum((2, 3), keepdim=True).sqrt()
-    response = norm / (norm.mean(1, keepdim=True) + 1e-6)
-    y = F.conv2d(y * (gamma * response + 1) + beta, weight2, bias2)
-    if keep is not None:
-        y = y * keep[:, None, None, None]
-    if gain is not None:
-        identity = F.conv2d(identity, gain, offset, groups=len(gain))
-    return y if identity is None else identity + y
-
-
-@pytest.mark.parametrize('shape, dtype', SHAPES)
-@pytest.mark.parametrize(
-    'residual, options',
-    [
-        (True, ''),
-        (False, ''),
-        (True, 'identity'),
-        (True, 'identity gain'),
-        (True, 'identity gain offset'),
-    ],
-)
-def test_feed_forward(shape, dtype, residual, options, poison):
-    torch.manual_seed(0)
-    operands = [draw(*shape, dtype=dtype), *draw_parameters(shape[1])]
-    *identity, keep = draw_identity(shape, options, dtype)
-    operands += [tensor for tensor in identity if tensor is not None]
-    operands = [tensor.requires_grad_() for tensor in operands]
-    others = [exact(tensor) for tensor in operands]
-
-    def arguments(tensors):
-        tensors = [*tensors, None, None, None][:12]
-        return *tensors[:9], residual, *tensors[9:], keep
-
-    out = feed_forward(*arguments(operands))
-    expected = define(*arguments(others))
-    assert out.dtype == dtype
-    assert out.is_contiguous(memory_format=torch.channels_last)
-    grad = draw(*out.shape, dtype=dtype)
-    grads = torch.autograd.grad(out, operands, grad)
-    again = torch.autograd.grad(
-        feed_forward(*arguments(operands)), operands, grad
-    )
-    expected_grads = torch.autograd.grad(expected, others, grad.double())
-    assert relative_error(out, expected) < TOLERANCES[dtype]
-    for operand, result, other, exact_grad in zip(
-        operands, grads, again, expected_grads, strict=True
-    ):
-        assert result.dtype == operand.dtype
-        assert relative_error(result, exact_grad) < 2 * TOLERANCES[dtype]
-        assert torch.equal(result, other)
-
-
 def test_dead_maps():
     """Channels that are zero everywhere have finite gradients."""
-    operands = [torch.zeros(1, 2, 3, 3, device=DEVICE), *draw_parameters(2)]
-    for i in (2, 4):  # the biases before the norm
-        operands[i].zero_()
-    operands = [tensor.requires_grad_() for tensor in operands]
-    grads = torch.autograd.grad(feed_forward(*operands).sum(), operands)
-    assert all(grad.isfinite().all() for grad in grads)
+    operands = draw_operands(feed_forward, (1, 2, 3, 3))
+    operands['x'] = torch.zeros_like(operands['x'], requires_grad=True)
+    for name in ('bias1', 'conv_bias'):  # before the norm
+        operands[name] = torch.zeros_like(operands[name], requires_grad=True)
+    out = feed_forward(**operands)
+    for grad in torch.autograd.grad(out.sum(), leaves(operands)):
+        assert grad.isfinite().all()
 
 
 def test_fused_form():
     """Without a shift of the norm, as :func:`fuse` leaves it."""
-    torch.manual_seed(0)
-    x, parameters = draw(2, 4, 5, 3), draw_parameters(4)
-    parameters[5] = None
-    expected = [p if p is None else p.double() for p in parameters]
-    expected[5] = torch.zeros(1, dtype=torch.float64, device=DEVICE)
-    expected = define(x.double(), *expected, False)
-    out = feed_forward(x, *parameters, residual=False)
-    assert relative_error(out, expected) < 1e-6
-
-
-def test_registered(never_the_same):
-    torch.manual_seed(0)
-    shape = 1, 2, 3, 3
-    for dtype, options in (
-        (torch.float32, 'identity gain offset'),
-        (torch.float32, 'identity'),
-        (torch.bfloat16, ''),
-    ):
-        *others, keep = draw_identity(shape, options, dtype)
-        operands = [draw(*shape, dtype=dtype), *draw_parameters(2), *others]
-        for tensor in operands:
-            if tensor is not None:
-                tensor.requires_grad_()
-        torch.library.opcheck(
-            operators.feed_forward.run, (*operands, keep, True)
-        )
+    operands = draw_operands(feed_forward, (2, 4, 5, 3))
+    operands['beta'] = None
+    out = feed_forward(**operands)
+    operands['beta'] = torch.zeros(1, 12, 1, 1, device=DEVICE)
+    assert torch.equal(out, feed_forward(**operands))
 
 
 def test_gradients_of_gradients_are_refused():
-    operands = [draw(1, 2, 3, 3), *draw_parameters(2)]
-    operands = [tensor.requires_grad_() for tensor in operands]
+    operands = draw_operands(feed_forward, (1, 2, 3, 3))
     (grad,) = torch.autograd.grad(
-        feed_forward(*operands).sum(), operands[0], create_graph=True
+        feed_forward(**operands).sum(), operands['x'], create_graph=True
     )
     with pytest.raises(NotImplementedError, match="take the backend 'refer"):
         grad.sum().backward()
@@ -250,8 +129,9 @@ def test_pointwise_conv_is_registered(never_the_same):
         for tensor in operands:
             if tensor is not None:
                 tensor.requires_grad_()
-        operator = torch.ops.mmoverlock.pointwise_conv.default
-        torch.library.opcheck(operator, (*operands, *rounded))
+        with opchecked() as calls:
+            pointwise_conv(*operands, *rounded).sum().backward()
+        assert len(calls) == 2
 
 
 def test_rounding():
@@ -260,19 +140,3 @@ def test_rounding():
     assert round_parameters(x.dtype, x)[0].data_ptr() == x.data_ptr()
     for rounded in round_parameters(torch.bfloat16, x, x.bfloat16()):
         assert torch.equal(rounded, x.bfloat16())
-
-
-def test_fits_every_card_in_single_precision(tmp_path):
-    """Registers, and the 99 KB of shared memory of capability 8.6."""
-    out = python(
-        'import json, torch\n'
-        'from compile_launches import compile_feed_forward\n'
-        'uses = compile_feed_forward(80, torch.float32, 64)\n'
-        'print(json.dumps(uses))',
-        TRITON_CACHE_DIR=str(tmp_path),
-    )
-    uses = json.loads(out.splitlines()[-1])
-    assert {'_product_kernel', '_weight_grad_kernel'} < {u[0] for u in uses}
-    for name, use in uses:
-        assert use['spills'] == 0, (name, use)
-        assert use['shared'] <= 99 * 1024, (name, use)

@@ -78,6 +78,28 @@ def takes_triton(
     )
 
 
+def run(
+    backend: str, reference: Callable, kernels: Callable, x: Tensor, *operands
+) -> Tensor | tuple[Tensor, ...]:
+    """Run an operator's kernels where they can run, or else its definition.
+
+    Args:
+        backend (str): See :func:`check_backend`.
+        reference (callable): Plain PyTorch, of the map and the operands.
+        kernels (callable): The same; Triton is imported with the first call.
+        x (Tensor): The map.
+        operands: The others.
+
+    Raises:
+        ValueError: If there is no such backend, or 'triton' cannot take the
+            map.
+        ImportError: If it needs what is not installed.
+    """
+    check_backend(backend)
+    takes_kernels = takes_triton(backend, x, kernels, x, *operands)
+    return (kernels if takes_kernels else reference)(x, *operands)
+
+
 @torch.compiler.assume_constant_result  # tracing cannot ask a device
 def runs_triton(device: torch.device) -> bool:
     """Whether 'auto' is 'triton' on a device."""
@@ -104,7 +126,7 @@ def why_not_triton(device: torch.device) -> str | None:
     return None
 
 
-def _launch(device):
+def _launch(device: torch.device) -> None:
     """Compile and launch a small kernel."""
     from .partial_sums import add
 
@@ -158,7 +180,7 @@ def run_here(kernels: Callable, *operands) -> bool:
     return _runs[key]
 
 
-def _describe(operand):
+def _describe(operand: object) -> object:
     """An operand without the size of a map; of several alike, the first."""
     if isinstance(operand, Tensor):
         shape = operand.shape
@@ -174,10 +196,10 @@ def _describe(operand):
     return operand
 
 
-def _try(kernels, operands):
+def _try(kernels: Callable, operands: tuple) -> Exception | None:
     """The error of kernels, or None."""
 
-    def copy(operand):
+    def copy(operand: Tensor) -> Tensor:
         return operand.detach().clone().requires_grad_(operand.requires_grad)
 
     operands = tree_map_only(Tensor, copy, operands)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def contiguous(*tensors) -> list[Tensor | None]:
+    """Tensors as kernels read them; None stays None."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
 def custom_op(
     name: str, mutates_args: Iterable[str] = (), differentiable: bool = True
 ) -> 'Callable[[Callable], Operator]':
@@ -50,7 +56,7 @@ def custom_op(
             to True; a gradient through the others is an error.
     """
 
-    def register(function):
+    def register(function: Callable) -> 'Operator':
         # As torch.library.custom_op does, so that modules can be reloaded.
         from torch._library.custom_ops import get_library_allowing_overwrite
 
@@ -68,7 +74,7 @@ def custom_op(
     return register
 
 
-def _refuse(name, *_):
+def _refuse(name: str, *_) -> NoReturn:
     raise NotImplementedError(
         f"{name} has no gradient: take the backend 'reference' (of ContMix: "
         "'tiled') where gradients of gradients are needed"
@@ -88,7 +94,7 @@ class Operator:
         arguments = self.run._schema.arguments
         self.has_lists = any(str(a.type) == 'List[Tensor]' for a in arguments)
 
-    def __call__(self, *args):
+    def __call__(self, *args) -> Any:
         if is_compiling() or torch._C._len_torch_dispatch_stack():
             return self.run(*args)
         if self.node is None or not torch.is_grad_enabled():
@@ -97,22 +103,31 @@ class Operator:
             return self.node.apply(None, *args)
         return self.node.apply(lengths(args), *flatten(args))
 
-    def register_fake(self, function):
+    def register_fake(self, function: Callable) -> Callable:
         return torch.library.register_fake(
             self.name, function, lib=self.library
         )
 
-    def register_autograd(self, backward, setup_context=None):
+    def register_autograd(
+        self, backward: Callable, setup_context: Callable | None = None
+    ) -> None:
         torch.library.register_autograd(
             self.name, backward, setup_context=setup_context, lib=self.library
         )
         self.node = _node(self.name, self.function, backward, setup_context)
 
 
-def _node(name, function, backward, setup_context):
+def _node(
+    name: str,
+    function: Callable,
+    backward: Callable,
+    setup_context: Callable | None,
+) -> type[torch.autograd.Function]:
     """The same as a function of autograd, of flat arguments."""
 
-    def forward(ctx, lengths, *args):
+    def forward(
+        ctx: Any, lengths: tuple[int | None, ...] | None, *args
+    ) -> Any:
         ctx.lengths = lengths
         if lengths is not None:
             args = nest(args, lengths)
@@ -121,7 +136,7 @@ def _node(name, function, backward, setup_context):
             setup_context(ctx, args, out)
         return tuple(out) if isinstance(out, list) else out
 
-    def differentiate(ctx, *grads):
+    def differentiate(ctx: Any, *grads) -> tuple:
         grads = backward(ctx, *grads)
         if ctx.lengths is None:
             return None, *grads

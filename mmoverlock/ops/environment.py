@@ -1,6 +1,7 @@
 """What depends on who is calling, and on what is installed."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ def hides_sizes() -> bool:
     return any_size and is_compiling() and not is_exporting()
 
 
-def apply(function: type[torch.autograd.Function], *args):
+def apply(function: type[torch.autograd.Function], *args) -> Any:
     """Apply a function; within torch.jit.trace, its forward pass alone.
 
     A trace can neither have such functions in a model nor be saved with them.

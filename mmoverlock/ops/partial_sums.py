@@ -17,8 +17,10 @@ from torch import Tensor
 
 from .common import cdiv
 
-VALUES = 4096  # that a program which adds partial sums has at a time
-PARTS = 128, 16  # of a column that it has at a time: of many, of a few
+KNOBS = dict(  # of the program that adds partial sums
+    values=4096,  # at a time
+    parts=(128, 16),  # of a column at a time: of many, of a few
+)
 
 
 @lru_cache
@@ -47,14 +49,15 @@ def _add(
     PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    """A block of one output; the columns of parts are (channel, sum)."""
     o_out = block * COLUMNS + tl.arange(0, COLUMNS)
     m_out = o_out < count
-    part = tl.arange(0, PARTS)[:, None]
-    p_part = p_parts + part * tl.cast(step, tl.int64) + o_out[None]
+    o_part = tl.arange(0, PARTS)[:, None]
+    p_part = p_parts + o_part * tl.cast(step, tl.int64) + o_out[None]
     acc = tl.zeros((PARTS, COLUMNS), tl.float32)
     for start in range(0, parts, PARTS):
-        mask = (start + part < parts) & m_out[None]
-        acc += tl.load(p_part, mask=mask, other=0)
+        m_part = (start + o_part < parts) & m_out[None]
+        acc += tl.load(p_part, mask=m_part, other=0)
         p_part += PARTS * tl.cast(step, tl.int64)
     b_out = tl.sum(acc, 0).to(p_out.dtype.element_ty)
     p_out += o_out % channels * (count // channels) + o_out // channels
@@ -148,10 +151,10 @@ def add(*jobs: tuple[Tensor | None, ...]) -> None:
                 sizes.append((count, sums * channels, size, channels))
             first += size
     counts, steps, lengths, channels = zip(*sizes, strict=True)
-    many, few = PARTS
+    many, few = KNOBS['parts']
     forms = tuple(few if count <= few else many for count in counts)
     grid = sum(
-        cdiv(length, VALUES // form)
+        cdiv(length, KNOBS['values'] // form)
         for length, form in zip(lengths, forms, strict=True)
     )
     with torch.cuda.device_of(outs[0]):
@@ -163,5 +166,5 @@ def add(*jobs: tuple[Tensor | None, ...]) -> None:
             lengths,
             channels,
             PARTS=forms,
-            VALUES=VALUES,
+            VALUES=KNOBS['values'],
         )

@@ -8,39 +8,50 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv
+from .common import cdiv, next_power_of_2
 
-WARPS = 4
-VALUES = 16  # of a thread
-MAX_CHANNELS = 64  # of a tile
-RESIDENT = 4  # looping programs that a multiprocessor has registers for
+KNOBS = dict(
+    warps=4,
+    values=16,  # of a thread
+    channels=64,  # of a tile, at most
+    resident=4,  # looping programs that a multiprocessor has registers for
+)
 
 
 def form(channels: int) -> tuple[int, int]:
     """Rows and channels of a tile."""
-    block = min(MAX_CHANNELS, triton.next_power_of_2(channels))
-    return 32 * WARPS * VALUES // block, block
+    block = min(KNOBS['channels'], next_power_of_2(channels))
+    return 32 * KNOBS['warps'] * KNOBS['values'] // block, block
 
 
 @triton.jit
 def place(channels, BLOCK: tl.constexpr):
-    """The tile of this program, its channels, and which of them exist."""
+    """The tile of this program, its channels, and which of them exist.
+
+    Grid (tiles blocks of C, ); both vectors are (BLOCK, ).
+    """
     blocks = tl.cdiv(channels, BLOCK)
     program = tl.program_id(0)
-    channel = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    return program // blocks, channel, channel < channels
+    o_channel = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    return program // blocks, o_channel, o_channel < channels
 
 
 @triton.jit
 def locate(
     positions, count, channels, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A tile of one of ``count`` an image: image, channels and values."""
-    tile, channel, inside = place(channels, BLOCK)
+    """A tile of one of ``count`` an image: image, channels and values.
+
+    Returns:
+        tuple: Image; offsets and mask of channels (BLOCK, ) and of values
+        (ROWS, BLOCK) in a map (B, positions, C).
+    """
+    tile, o_channel, m_channel = place(channels, BLOCK)
     image = (tile // count).to(tl.int64)
-    row = tile % count * ROWS + tl.arange(0, ROWS)[:, None]
-    at = (image * positions + row) * channels + channel[None]
-    return image, channel, inside, at, (row < positions) & inside[None]
+    o_row = tile % count * ROWS + tl.arange(0, ROWS)[:, None]
+    o_x = (image * positions + o_row) * channels + o_channel[None]
+    m_x = (o_row < positions) & m_channel[None]
+    return image, o_channel, m_channel, o_x, m_x
 
 
 def launch(kernel: triton.JITFunction, x: Tensor, *args) -> None:
@@ -61,17 +72,58 @@ def launch(kernel: triton.JITFunction, x: Tensor, *args) -> None:
         channels,
         ROWS=rows,
         BLOCK=block,
-        num_warps=WARPS,
+        num_warps=KNOBS['warps'],
     )
 
 
 @triton.jit
-def load(pointer, at, mask):
+def load(p_x, o_x, m_x):
     """Values in single precision, 0 where there are none."""
-    return tl.load(pointer + at, mask=mask, other=0).to(tl.float32)
+    return tl.load(p_x + o_x, mask=m_x, other=0).to(tl.float32)
 
 
 @triton.jit
-def store(pointer, at, value, mask):
+def store(p_x, o_x, b_x, m_x):
     """Store values in the dtype of what they are stored in."""
-    tl.store(pointer + at, value.to(pointer.dtype.element_ty), mask=mask)
+    tl.store(p_x + o_x, b_x.to(p_x.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def open_gate(b_gate, SILU: tl.constexpr):
+    """``f(gate)`` and its slope; f is SiLU or the identity."""
+    b_slope = tl.full(b_gate.shape, 1.0, tl.float32)
+    if SILU:
+        b_open = tl.sigmoid(b_gate)
+        b_slope = b_open * (1 + b_gate * (1 - b_open))
+        b_gate *= b_open
+    return b_gate, b_slope
+
+
+@triton.jit
+def sum_rows(
+    p_x,
+    p_factor,
+    p_gate,
+    rows,
+    step,
+    o_channel,
+    m_channel,
+    ROWS: tl.constexpr,
+    SILU: tl.constexpr = False,
+):
+    """Sums (C, ) over rows, ``step`` apart, of ``x factor f(gate)``.
+
+    Without those of the last two that are None.
+    """
+    acc = tl.zeros((ROWS, o_channel.shape[0]), tl.float32)
+    for first in range(0, rows, ROWS):
+        o_row = first + tl.arange(0, ROWS)[:, None]
+        m_x = (o_row < rows) & m_channel[None]
+        o_x = o_row * step + o_channel[None]
+        b_x = load(p_x, o_x, m_x)
+        if p_factor is not None:
+            b_x *= load(p_factor, o_x, m_x)
+        if p_gate is not None:
+            b_x *= open_gate(load(p_gate, o_x, m_x), SILU)[0]
+        acc += b_x
+    return tl.sum(acc, 0)

@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from ..backends import check_backend, takes_triton
-from ..common import cast_as_convolutions
+from ..backends import run
 from .reference import residual_conv as reference
 
 
@@ -48,18 +47,15 @@ def residual_conv(
             f'weight has shape {tuple(weight.shape)}, '
             f'expected {(x.shape[1], 1, 3, 3)}'
         )
-    check_backend(backend)
-    operands = x, weight, bias, gelu, residual, squares
-    if not takes_triton(backend, x, _kernels, *operands):
-        return reference(*operands)
-    y, sums = _kernels(*operands)
-    return (y, sums) if squares else y
+    return run(
+        backend, reference, _kernels, x, weight, bias, gelu, residual, squares
+    )
 
 
-def _kernels(x, *operands):
-    from .triton import residual_conv as run
+def _kernels(*operands) -> Tensor | tuple[Tensor, Tensor]:
+    from .triton import residual_conv as kernels
 
-    return run(cast_as_convolutions(x), *operands)
+    return kernels(*operands)
 
 
 __all__ = ['residual_conv']

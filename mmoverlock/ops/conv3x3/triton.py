@@ -21,20 +21,25 @@ in bfloat16, if rows and columns that strips share are found in the caches.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import partial_sums
-from ..common import cdiv, channels_last, custom_op, next_power_of_2
+from .. import partial_sums, tiles
+from ..common import (
+    cast_as_convolutions,
+    cdiv,
+    channels_last,
+    contiguous,
+    custom_op,
+    next_power_of_2,
+)
 
 # Arguments that come in too many values to compile for kinds of them.
 SIZES = ('height', 'width', 'rows', 'strips')
-MIN_ROWS = 3  # of a strip, where the map has them
-BLOCKS = 16, 64  # fewest and most channels of a program
 
 
 class Form(NamedTuple):
@@ -46,18 +51,22 @@ class Form(NamedTuple):
     resident: int  # programs that a multiprocessor has registers for
 
     @property
-    def registers(self):
+    def registers(self) -> int:
         """Of a thread."""
         return 65536 // (32 * self.warps * self.resident) // 8 * 8
 
 
-FORWARD = Form(channels=2, columns=7, warps=4, resident=4)
-BACKWARD = Form(channels=2, columns=4, warps=4, resident=3)
+KNOBS = dict(
+    forward=Form(channels=2, columns=7, warps=4, resident=4),
+    backward=Form(channels=2, columns=4, warps=4, resident=3),
+    min_rows=3,  # of a strip, where the map has them
+    channels=(16, 64),  # fewest and most of a program
+)
 
 
 @triton.jit
 def _strip(strip, height, width, rows, COLUMNS: tl.constexpr):
-    """Images, first rows and first columns of strips."""
+    """Images, first rows and first columns of strips, each (STRIPS, 1)."""
     across = tl.cdiv(width, COLUMNS)
     down = tl.cdiv(height, rows)
     col = strip % across * COLUMNS
@@ -86,35 +95,39 @@ def _normal(x):
 
 @triton.jit
 def _gelu(x):
+    """The exact GELU."""
     return x * _normal(x)
 
 
 @triton.jit
 def _gelu_slope(x):
+    """Its derivative."""
     bell = 0.3989422804014327 * tl.exp2(-0.7213475204444817 * x * x)
     return tl.fma(x, bell, _normal(x))
 
 
 @triton.jit
-def _taps(weight, channel, channels, LANES: tl.constexpr):
-    """The nine taps, each a tensor of the shape of the lanes."""
+def _load_taps(p_weight, o_channel, channels, LANES: tl.constexpr):
+    """The nine taps, each of the shape of the lanes."""
     taps = ()
-    pointer = weight + tl.broadcast_to(channel * 9, LANES)
-    inside = tl.broadcast_to(channel < channels, LANES)
+    p_taps = p_weight + tl.broadcast_to(o_channel * 9, LANES)
+    m_taps = tl.broadcast_to(o_channel < channels, LANES)
     for k in tl.static_range(9):
-        tap = tl.load(pointer + k, mask=inside, other=0)
-        taps = taps + (tap.to(tl.float32),)
+        b_tap = tl.load(p_taps + k, mask=m_taps, other=0)
+        taps = taps + (b_tap.to(tl.float32),)
     return taps
 
 
 @triton.jit
-def _row(x, step, ok, col, width, FIRST: tl.constexpr, LAST: tl.constexpr):
+def _load_row(
+    p_x, step, m_row, col, width, FIRST: tl.constexpr, LAST: tl.constexpr
+):
     """Values in columns FIRST to LAST of a strip, 0 outside the map."""
-    values = ()
+    row = ()
     for j in tl.static_range(FIRST, LAST):
-        inside = ok & (col + j >= 0) & (col + j < width)
-        values = values + (tl.load(x + step * j, mask=inside, other=0),)
-    return values
+        m_x = m_row & (col + j >= 0) & (col + j < width)
+        row = row + (tl.load(p_x + step * j, mask=m_x, other=0),)
+    return row
 
 
 @triton.jit
@@ -130,11 +143,11 @@ def _add_row(acc, row, left, middle, right):
 
 @triton.jit(do_not_specialize=SIZES)
 def _forward_kernel(
-    x,
-    weight,
-    bias,
-    y,
-    squares,
+    p_x,
+    p_weight,
+    p_bias,
+    p_y,
+    p_squares,
     channels,
     height,
     width,
@@ -145,45 +158,57 @@ def _forward_kernel(
     COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
 ):
+    """``y[n] = bias + f(x[n]) + sum over taps of weight[tap] f(x[n + tap])``.
+
+    f is GELU or the identity, and is added if RESIDUAL. x and y (B, H, W, C),
+    weight (C, 9), bias (C, ); squares (strips, C), the sums over a strip of
+    the squares of y; grid (blocks of LANES[0] of all strips blocks of
+    LANES[1] of C, ). A block has the shape of LANES, and is of one row and
+    one column of every strip.
+    """
     blocks = tl.cdiv(channels, LANES[1])
     program = tl.program_id(0)
-    channel = program % blocks * LANES[1] + tl.arange(0, LANES[1])[None]
+    o_channel = program % blocks * LANES[1] + tl.arange(0, LANES[1])[None]
     strip = program // blocks * LANES[0] + tl.arange(0, LANES[0])[:, None]
-    ok = (strip < strips) & (channel < channels)
+    m_lane = (strip < strips) & (o_channel < channels)
     image, row, col = _strip(strip, height, width, rows, COLUMNS)
-    taps = _taps(weight, channel, channels, LANES)
-    start = tl.zeros(LANES, tl.float32)
-    if bias is not None:
-        pointer = bias + tl.broadcast_to(channel, LANES)
-        start += tl.load(pointer, mask=ok, other=0).to(tl.float32)
+    taps = _load_taps(p_weight, o_channel, channels, LANES)
+    b_start = tl.zeros(LANES, tl.float32)
+    if p_bias is not None:
+        o_bias = tl.broadcast_to(o_channel, LANES)
+        b_start += tiles.load(p_bias, o_bias, m_lane)
     centre = taps[4]
     if RESIDUAL:
         centre += 1
     step = tl.cast(channels, tl.int64)
     line = step * width
-    at = ((image * height + row) * width + col).to(tl.int64) * step + channel
-    x += at
-    y += at
+    o_x = ((image * height + row) * width + col).to(tl.int64) * step
+    o_x += o_channel
+    p_x += o_x
+    p_y += o_x
 
+    # Rows of the output that lack one row and two rows of the input.
     upper = ()
     lower = ()
     for _ in tl.static_range(COLUMNS):
-        upper = upper + (start,)
-        lower = lower + (start,)
+        upper = upper + (b_start,)
+        lower = lower + (b_start,)
     total = tl.zeros(LANES, tl.float32)
-    coming = _row(x - line, step, ok & (row > 0), col, width, -1, COLUMNS + 1)
+    coming = _load_row(
+        p_x - line, step, m_lane & (row > 0), col, width, -1, COLUMNS + 1
+    )
     for i in range(-1, rows + 1):
         current = ()
         for j in tl.static_range(COLUMNS + 2):
-            value = coming[j].to(tl.float32)
+            b_x = coming[j].to(tl.float32)
             if GELU:
-                value = _gelu(value)
-            current = current + (value,)
+                b_x = _gelu(b_x)
+            current = current + (b_x,)
         below = row + i + 1
-        coming = _row(
-            x + line * (i + 1),
+        coming = _load_row(
+            p_x + line * (i + 1),
             step,
-            ok & (below < height) & (i < rows),
+            m_lane & (below < height) & (i < rows),
             col,
             width,
             -1,
@@ -193,46 +218,47 @@ def _forward_kernel(
         upper = _add_row(lower, current, taps[3], centre, taps[5])
         lower = ()
         for _ in tl.static_range(COLUMNS):
-            lower = lower + (start,)
+            lower = lower + (b_start,)
         lower = _add_row(lower, current, taps[0], taps[1], taps[2])
         # The row above is complete.
-        real = ok & (i > 0) & (row + i <= height)
-        target = y + line * (i - 1)
+        m_row = m_lane & (i > 0) & (row + i <= height)
+        p_row = p_y + line * (i - 1)
         for j in tl.static_range(COLUMNS):
-            inside = real & (col + j < width)
-            stored = out[j].to(y.dtype.element_ty)
-            tl.store(target + step * j, stored, mask=inside)
-            if squares is not None:
-                value = tl.where(inside, stored.to(tl.float32), 0)
-                total = tl.fma(value, value, total)
-    if squares is not None:
-        tl.store(squares + strip.to(tl.int64) * step + channel, total, mask=ok)
+            m_y = m_row & (col + j < width)
+            b_y = out[j].to(p_y.dtype.element_ty)
+            tl.store(p_row + step * j, b_y, mask=m_y)
+            if p_squares is not None:
+                b_wide = tl.where(m_y, b_y.to(tl.float32), 0)
+                total = tl.fma(b_wide, b_wide, total)
+    if p_squares is not None:
+        o_sum = strip.to(tl.int64) * step + o_channel
+        tl.store(p_squares + o_sum, total, mask=m_lane)
 
 
 @triton.jit
-def _grads(grad, y, scale, coef):
-    """A row of the gradient of the output."""
+def _grads(grad, y, b_scale, b_coef):
+    """A row of the gradient of the output, ``grad scale + y coef``."""
     row = ()
     for j in tl.static_range(len(grad)):
-        value = grad[j].to(tl.float32)
-        if scale is not None:
-            value *= scale
-        if coef is not None:
-            value = tl.fma(y[j].to(tl.float32), coef, value)
-        row = row + (value,)
+        b_grad = grad[j].to(tl.float32)
+        if b_scale is not None:
+            b_grad *= b_scale
+        if b_coef is not None:
+            b_grad = tl.fma(y[j].to(tl.float32), b_coef, b_grad)
+        row = row + (b_grad,)
     return row
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _backward_kernel(
-    grad,
-    x,
-    y,
-    scale,
-    coef,
-    weight,
-    grad_x,
-    partial,
+    p_grad,
+    p_x,
+    p_y,
+    p_scale,
+    p_coef,
+    p_weight,
+    p_grad_x,
+    p_parts,
     channels,
     height,
     width,
@@ -245,12 +271,21 @@ def _backward_kernel(
     COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """``partial`` is (splits, SUMS, C): of the taps, of g and of grad_x."""
+    """Gradients, with ``g = grad scale[image] + y coef[image]``::
+
+        grad_x[n] = f'(x[n]) (g[n] + sum over taps of weight[tap] g[n - tap])
+        grad_weight[tap] = sum over n of f(x[n]) g[n - tap]
+
+    f, RESIDUAL and blocks as in the forward kernel. grad, x, y and grad_x
+    (B, H, W, C), scale and coef (B, C), weight (C, 9); parts (splits, SUMS, C)
+    of the sums for the nine taps, of g and, for 11 SUMS, of grad_x; grid
+    (splits blocks of LANES[1] of C, ).
+    """
     blocks = tl.cdiv(channels, LANES[1])
     split = tl.program_id(0) // blocks
-    channel = tl.program_id(0) % blocks * LANES[1]
-    channel += tl.arange(0, LANES[1])[None]
-    taps = _taps(weight, channel, channels, LANES)
+    o_channel = tl.program_id(0) % blocks * LANES[1]
+    o_channel += tl.arange(0, LANES[1])[None]
+    taps = _load_taps(p_weight, o_channel, channels, LANES)
     centre = taps[4]
     if RESIDUAL:
         centre += 1
@@ -262,74 +297,84 @@ def _backward_kernel(
 
     for first in range(split * LANES[0], strips, splits * LANES[0]):
         strip = first + tl.arange(0, LANES[0])[:, None]
-        ok = (strip < strips) & (channel < channels)
+        m_lane = (strip < strips) & (o_channel < channels)
         image, row, col = _strip(strip, height, width, rows, COLUMNS)
-        at = (image * height + row) * width + col
-        at = at.to(tl.int64) * step + channel
-        factor = None
-        other = None
-        if scale is not None:
-            factor = tl.load(scale + image * step + channel, mask=ok, other=0)
-        if coef is not None:
-            other = tl.load(coef + image * step + channel, mask=ok, other=0)
-        g_row = grad + at
-        x_row = x + at
-        y_row = grad + at
-        if coef is not None:
-            y_row = y + at
-        out_row = grad_x + at
+        o_x = (image * height + row) * width + col
+        o_x = o_x.to(tl.int64) * step + o_channel
+        b_scale = None
+        b_coef = None
+        if p_scale is not None:
+            p_image = p_scale + image * step
+            b_scale = tl.load(p_image + o_channel, mask=m_lane, other=0)
+        if p_coef is not None:
+            p_image = p_coef + image * step
+            b_coef = tl.load(p_image + o_channel, mask=m_lane, other=0)
+        p_grad_row = p_grad + o_x
+        p_x_row = p_x + o_x
+        p_y_row = p_grad + o_x
+        if p_coef is not None:
+            p_y_row = p_y + o_x
+        p_out_row = p_grad_x + o_x
 
         # The rows of g above, at and below the present one.
-        ok_row = ok & (row > 0)
-        coming = _row(g_row - line, step, ok_row, col, width, -1, COLUMNS + 1)
+        m_row = m_lane & (row > 0)
+        coming = _load_row(
+            p_grad_row - line, step, m_row, col, width, -1, COLUMNS + 1
+        )
         coming_y = coming
-        if coef is not None:
-            coming_y = _row(
-                y_row - line, step, ok_row, col, width, -1, COLUMNS + 1
+        if p_coef is not None:
+            coming_y = _load_row(
+                p_y_row - line, step, m_row, col, width, -1, COLUMNS + 1
             )
-        above = _grads(coming, coming_y, factor, other)
-        coming = _row(g_row, step, ok, col, width, -1, COLUMNS + 1)
+        above = _grads(coming, coming_y, b_scale, b_coef)
+        coming = _load_row(
+            p_grad_row, step, m_lane, col, width, -1, COLUMNS + 1
+        )
         coming_y = coming
-        if coef is not None:
-            coming_y = _row(y_row, step, ok, col, width, -1, COLUMNS + 1)
-        here = _grads(coming, coming_y, factor, other)
-        ok_row = ok & (row + 1 < height)
-        coming = _row(g_row + line, step, ok_row, col, width, -1, COLUMNS + 1)
+        if p_coef is not None:
+            coming_y = _load_row(
+                p_y_row, step, m_lane, col, width, -1, COLUMNS + 1
+            )
+        here = _grads(coming, coming_y, b_scale, b_coef)
+        m_row = m_lane & (row + 1 < height)
+        coming = _load_row(
+            p_grad_row + line, step, m_row, col, width, -1, COLUMNS + 1
+        )
         coming_y = coming
-        if coef is not None:
-            coming_y = _row(
-                y_row + line, step, ok_row, col, width, -1, COLUMNS + 1
+        if p_coef is not None:
+            coming_y = _load_row(
+                p_y_row + line, step, m_row, col, width, -1, COLUMNS + 1
             )
         for i in range(rows):
-            below = _grads(coming, coming_y, factor, other)
-            real = ok & (row + i < height)
-            current = _row(
-                x_row + line * i, step, real, col, width, 0, COLUMNS
+            below = _grads(coming, coming_y, b_scale, b_coef)
+            m_here = m_lane & (row + i < height)
+            current = _load_row(
+                p_x_row + line * i, step, m_here, col, width, 0, COLUMNS
             )
             # Of the next row.
-            ok_row = ok & (row + i + 2 < height) & (i + 1 < rows)
-            coming = _row(
-                g_row + line * (i + 2),
+            m_row = m_lane & (row + i + 2 < height) & (i + 1 < rows)
+            coming = _load_row(
+                p_grad_row + line * (i + 2),
                 step,
-                ok_row,
+                m_row,
                 col,
                 width,
                 -1,
                 COLUMNS + 1,
             )
             coming_y = coming
-            if coef is not None:
-                coming_y = _row(
-                    y_row + line * (i + 2),
+            if p_coef is not None:
+                coming_y = _load_row(
+                    p_y_row + line * (i + 2),
                     step,
-                    ok_row,
+                    m_row,
                     col,
                     width,
                     -1,
                     COLUMNS + 1,
                 )
             for j in tl.static_range(COLUMNS):
-                value = current[j].to(tl.float32)
+                b_x = current[j].to(tl.float32)
                 near = (
                     below[j + 2],
                     below[j + 1],
@@ -341,36 +386,36 @@ def _backward_kernel(
                     above[j + 1],
                     above[j],
                 )
-                result = near[4] * centre
+                b_grad_x = near[4] * centre
                 for k in tl.static_range(9):
                     if k != 4:
-                        result = tl.fma(near[k], taps[k], result)
+                        b_grad_x = tl.fma(near[k], taps[k], b_grad_x)
                 if GELU:
-                    result *= _gelu_slope(value)
-                    value = _gelu(value)
-                inside = real & (col + j < width)
+                    b_grad_x *= _gelu_slope(b_x)
+                    b_x = _gelu(b_x)
+                m_x = m_here & (col + j < width)
                 tl.store(
-                    out_row + line * i + step * j,
-                    result.to(grad_x.dtype.element_ty),
-                    mask=inside,
+                    p_out_row + line * i + step * j,
+                    b_grad_x.to(p_grad_x.dtype.element_ty),
+                    mask=m_x,
                 )
                 more = ()
                 for k in tl.static_range(9):
-                    more = more + (tl.fma(value, near[k], sums[k]),)
-                more = more + (sums[9] + tl.where(inside, near[4], 0),)
+                    more = more + (tl.fma(b_x, near[k], sums[k]),)
+                more = more + (sums[9] + tl.where(m_x, near[4], 0),)
                 if SUMS == 11:
-                    more = more + (sums[10] + tl.where(inside, result, 0),)
+                    more = more + (sums[10] + tl.where(m_x, b_grad_x, 0),)
                 sums = more
             above = here
             here = below
 
-    channel = tl.program_id(0) % blocks * LANES[1] + tl.arange(0, LANES[1])
-    partial += split.to(tl.int64) * SUMS * channels + channel
+    o_channel = tl.program_id(0) % blocks * LANES[1] + tl.arange(0, LANES[1])
+    p_parts += split.to(tl.int64) * SUMS * channels + o_channel
     for k in tl.static_range(SUMS):
         tl.store(
-            partial + k * channels,
+            p_parts + k * channels,
             tl.sum(sums[k], 0),
-            mask=channel < channels,
+            mask=o_channel < channels,
         )
 
 
@@ -394,23 +439,23 @@ def plan(shape: tuple, form: Form, slots: int) -> Plan:
         slots (int): Programs that run at a time.
     """
     batch, channels, height, width = shape
-    least, most = BLOCKS
+    least, most = KNOBS['channels']
     block = min(max(next_power_of_2(channels), least), most)
     lanes = 32 * form.warps * form.channels // block, block
     blocks = cdiv(channels, block)
     across = cdiv(width, form.columns)
     splits = max(1, slots // blocks)  # no program waits for another one
 
-    def cut(down):
+    def cut(down: int) -> tuple[int, int]:
         rows = cdiv(height, down)
         return rows, cdiv(height, rows) * across
 
-    def cost(down):  # rows that are loaded, in the longest program
+    def cost(down: int) -> int:  # rows that are loaded, in the longest program
         rows, strips = cut(down)
         tiles = cdiv(batch * strips, lanes[0])
         return cdiv(tiles, splits) * (rows + 2)
 
-    downs = range(1, max(1, height // MIN_ROWS) + 1)
+    downs = range(1, max(1, height // KNOBS['min_rows']) + 1)
     return Plan(lanes, *cut(min(downs, key=cost)), blocks, splits)
 
 
@@ -436,8 +481,9 @@ def forward(
         sums of its squares, (B, strips, C), in single precision.
     """
     y = torch.empty_like(x)
-    slots = partial_sums.programs(x.device, FORWARD.resident)
-    lanes, rows, strips, blocks, _ = plan(tuple(x.shape), FORWARD, slots)
+    form = KNOBS['forward']
+    slots = partial_sums.programs(x.device, form.resident)
+    lanes, rows, strips, blocks, _ = plan(tuple(x.shape), form, slots)
     batch, channels, height, width = x.shape
     sums = None
     if squares:
@@ -457,10 +503,10 @@ def forward(
             batch * strips,
             GELU=gelu,
             RESIDUAL=residual,
-            COLUMNS=FORWARD.columns,
+            COLUMNS=form.columns,
             LANES=lanes,
-            num_warps=FORWARD.warps,
-            maxnreg=FORWARD.registers,
+            num_warps=form.warps,
+            maxnreg=form.registers,
         )
     return y, sums
 
@@ -494,8 +540,9 @@ def backward(
         taps, of the bias, and the sum of the gradient of x.
     """
     grad_x = torch.empty_like(x)
-    slots = partial_sums.programs(x.device, BACKWARD.resident)
-    cut = plan(tuple(x.shape), BACKWARD, slots)
+    form = KNOBS['backward']
+    slots = partial_sums.programs(x.device, form.resident)
+    cut = plan(tuple(x.shape), form, slots)
     lanes, rows, strips, blocks, splits = cut
     batch, channels, height, width = x.shape
     splits = min(cdiv(batch * strips, lanes[0]), splits)
@@ -520,10 +567,10 @@ def backward(
             GELU=gelu,
             RESIDUAL=residual,
             SUMS=sums,
-            COLUMNS=BACKWARD.columns,
+            COLUMNS=form.columns,
             LANES=lanes,
-            num_warps=BACKWARD.warps,
-            maxnreg=BACKWARD.registers,
+            num_warps=form.warps,
+            maxnreg=form.registers,
         )
     return grad_x, partial
 
@@ -542,20 +589,35 @@ def _residual_conv(
     x = channels_last(x)
     if not x.numel():
         return _empty_outputs(x, weight, bias, gelu, residual, squares)
-    y, sums = forward(x, weight.contiguous(), bias, gelu, residual, squares)
+    weight, bias = contiguous(weight, bias)
+    y, sums = forward(x, weight, bias, gelu, residual, squares)
     if sums is None:
         return y, x.new_empty(0, dtype=torch.float32)
     return y, sums.sum(1)
 
 
 @_residual_conv.register_fake
-def _(x, weight, bias, gelu, residual, squares):
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gelu: bool,
+    residual: bool,
+    squares: bool,
+) -> tuple[Tensor, Tensor]:
     return _empty_outputs(
         channels_last(x), weight, bias, gelu, residual, squares
     )
 
 
-def _empty_outputs(x, weight, bias, gelu, residual, squares):
+def _empty_outputs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gelu: bool,
+    residual: bool,
+    squares: bool,
+) -> tuple[Tensor, Tensor]:
     shape = x.shape[:2] if squares else (0,)
     return torch.empty_like(x), x.new_zeros(shape, dtype=torch.float32)
 
@@ -595,7 +657,15 @@ def _residual_conv_backward(
 
 
 @_residual_conv_backward.register_fake
-def _(grad, x, weight, y, coef, gelu, residual):
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    coef: Tensor | None,
+    gelu: bool,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(channels_last(x)),
         weight.new_empty(weight.shape),
@@ -603,14 +673,16 @@ def _(grad, x, weight, y, coef, gelu, residual):
     )
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weight, bias, ctx.gelu, ctx.residual, squares = inputs
     ctx.save_for_backward(x, weight, output[0] if squares else None)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad, grad_squares):
+def _differentiate(
+    ctx: Any, grad: Tensor | None, grad_squares: Tensor | None
+) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
     coef = None
     if y is not None and grad_squares is not None:
@@ -639,8 +711,8 @@ def residual_conv(
     gelu: bool = False,
     residual: bool = True,
     squares: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`mmoverlock.ops.residual_conv`."""
-    return _residual_conv(
-        channels_last(x), weight, bias, gelu, residual, squares
-    )
+    x = channels_last(cast_as_convolutions(x))
+    y, sums = _residual_conv(x, weight, bias, gelu, residual, squares)
+    return (y, sums) if squares else y

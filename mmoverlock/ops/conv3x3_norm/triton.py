@@ -4,11 +4,13 @@ The norm's gradient of y is added to the one that comes from elsewhere while it
 is made, and one launch adds the partial sums of all four gradients.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import partial_sums
-from ..common import channels_last, custom_op
+from ..common import channels_last, contiguous, custom_op
 from ..conv3x3 import triton as conv
 from ..layernorm import triton as norm
 
@@ -27,12 +29,21 @@ def _conv_norm(
     x = channels_last(x)
     if not x.numel():
         return torch.empty_like(x), torch.empty_like(x)
-    y, _ = conv.forward(x, weight.contiguous(), bias, residual=residual)
+    weight, bias = contiguous(weight, bias)
+    y, _ = conv.forward(x, weight, bias, residual=residual)
     return y, norm.forward(y, scale.contiguous(), shift.contiguous(), eps)
 
 
 @_conv_norm.register_fake
-def _(x, weight, bias, scale, shift, eps, residual):
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    residual: bool,
+) -> tuple[Tensor, Tensor]:
     x = channels_last(x)
     return torch.empty_like(x), torch.empty_like(x)
 
@@ -70,18 +81,31 @@ def _conv_norm_backward(
 
 
 @_conv_norm_backward.register_fake
-def _(grad_y, grad_z, x, y, weight, bias, scale, shift, eps, residual):
+def _(
+    grad_y: Tensor | None,
+    grad_z: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    residual: bool,
+) -> list[Tensor]:
     tensors = channels_last(x), weight, bias, scale, shift
     return [torch.empty_like(t) for t in tensors if t is not None]
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, ctx.eps, ctx.residual = inputs
     ctx.save_for_backward(tensors[0], output[0], *tensors[1:])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad_y, grad_z):
+def _differentiate(
+    ctx: Any, grad_y: Tensor | None, grad_z: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if grad_y is None and grad_z is None:
         return (None,) * 7
     x, y, weight, bias, *_ = ctx.saved_tensors

@@ -7,7 +7,7 @@ run, or PyTorch's convolution. The figures are in benchmarks/NOTES.md.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ def depthwise_conv2d(
     return apply(_DepthwiseConv2d, *tensors, dilation)
 
 
-def _convolve(*operands):
+def _convolve(*operands) -> Tensor:
     from .triton import depthwise_conv2d as convolve
 
     return convolve(*operands)
@@ -127,14 +127,14 @@ def sum_of_branches(
     return apply(_SumOfBranches, x, settings, *tensors)
 
 
-def sum_by_kernels(*operands):
+def sum_by_kernels(*operands) -> Tensor:
     """:func:`sum_of_branches` of the backend 'triton'."""
     from .triton import sum_of_branches as sum_up
 
     return sum_up(*operands)
 
 
-def _autocast(*tensors):
+def _autocast(*tensors) -> Sequence[Tensor | None]:
     """What autocast does before an operator of PyTorch, on a CPU."""
     dtype = _autocast_dtype()
     if not dtype:
@@ -142,7 +142,7 @@ def _autocast(*tensors):
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
-def _autocast_dtype():
+def _autocast_dtype() -> torch.dtype | bool:
     """What autocast casts to on a CPU, if it is on."""
     if hasattr(torch, 'get_autocast_dtype'):
         on, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
@@ -158,13 +158,15 @@ def _identity(weight: Tensor) -> Tensor:
     return kernel
 
 
-def _conv2d(x, weight, bias=None, dilation=1):
+def _conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1
+) -> Tensor:
     x = _with_strides(x)
     padding = [side // 2 * dilation for side in weight.shape[2:]]
     return F.conv2d(x, weight, bias, 1, padding, dilation, len(weight))
 
 
-def _with_strides(x):
+def _with_strides(x: Tensor) -> Tensor:
     """The map itself, whose strides inductor keeps.
 
     What it makes of a view of one image has a stride of 0 in the batch, which
@@ -183,7 +185,9 @@ def _with_strides(x):
     return x.as_strided(x.shape, strides)
 
 
-def _conv2d_cpu(x, weight, bias=None, dilation=1):
+def _conv2d_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1
+) -> Tensor:
     size = weight.shape[-1]
     if dilation == 1 and size in SLOW_WIDTHS:
         more = (SLOW_WIDTHS.stop - size) // 2
@@ -193,7 +197,9 @@ def _conv2d_cpu(x, weight, bias=None, dilation=1):
     return _conv2d(x, weight, bias, dilation)
 
 
-def _conv2d_by_phase(x, weight, bias, dilation):
+def _conv2d_by_phase(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int
+) -> Tensor:
     """The pixels that a dilated kernel sees together, as maps of their own."""
     height, width = x.shape[2:]
     x = F.pad(x, (0, -width % dilation, 0, -height % dilation))
@@ -208,7 +214,7 @@ def _conv2d_by_phase(x, weight, bias, dilation):
     return x[:, :height, :width].permute(0, 3, 1, 2)
 
 
-def _contiguous(x):
+def _contiguous(x: Tensor) -> Tensor:
     """``x.contiguous()``; of large maps in channels_last, image by image.
 
     It is matrices that PyTorch transposes in blocks, which stay in the cache.
@@ -261,19 +267,21 @@ def _weight_grad_of_any_size(
 
 
 @_weight_grad_of_any_size.register_fake
-def _(x, grad, size, dilation):
+def _(x: Tensor, grad: Tensor, size: int, dilation: int) -> Tensor:
     return grad.new_empty(grad.shape[1], 1, size, size)
 
 
 class _DepthwiseConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, dilation):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.dilation = dilation
         return _conv2d_cpu(x, weight, bias, dilation)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.to(x.dtype)  # another one under autocast
         grad_x = grad_weight = grad_bias = None
@@ -288,7 +296,9 @@ class _DepthwiseConv2d(torch.autograd.Function):
 
 class _SumOfBranches(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, settings, *tensors):
+    def forward(
+        ctx: Any, x: Tensor, settings: list[tuple], *tensors
+    ) -> Tensor:
         total = None
         statistics = []
         for i, (mean, var, dilation, momentum, eps) in enumerate(settings):
@@ -304,7 +314,7 @@ class _SumOfBranches(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
         branches = len(ctx.settings)
         statistics = tensors[3 * branches :]

@@ -106,7 +106,14 @@ def contmix(
         return BACKENDS[backend](query, key, value, weight, bias, tuple(rpb))
 
 
-def _check_shapes(query, key, value, weight, bias, rpb):
+def _check_shapes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rpb: tuple[Tensor, Tensor],
+) -> None:
     groups = len(rpb[0])
     sizes = [(table.shape[-1] + 1) // 2 for table in rpb]
     if any(

@@ -4,6 +4,8 @@ Written to be read. It gathers every window, so it stores ``kernel_size ** 2``
 copies of the values; use :func:`mmoverlock.ops.contmix`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -68,10 +70,14 @@ def contmix_reference(
         sizes, logits, rpb, value.chunk(2, dim=1), strict=True
     ):
 
-        def taps(starts, length, k=k):  # (L, K): the taps of each position
+        def taps(
+            starts: Callable, length: int, k: int = k
+        ) -> Tensor:  # (L, K): the taps of each position
             return starts(length, k)[:, None] + torch.arange(k)
 
-        def neighborhood(maps, starts, taps=taps):  # to (..., H, W, K, K)
+        def neighborhood(
+            maps: Tensor, starts: Callable, taps: Callable = taps
+        ) -> Tensor:  # to (..., H, W, K, K)
             rows = taps(starts, height)[:, None, :, None]
             cols = taps(starts, width)[None, :, None, :]
             return maps[..., rows, cols]

@@ -16,7 +16,7 @@ anew: what is stored is as large as the inputs.
 
 from collections.abc import Iterator
 from functools import cache, lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,18 +65,20 @@ def _choose_tiles(length: int, kernel_size: int) -> tuple[int, int, int]:
     regions share.
     """
 
-    def start(position):  # of the window; in Python, to be traceable
+    def start(
+        position: int,
+    ) -> int:  # of the window; in Python, to be traceable
         first = min(position, length - 1) - kernel_size // 2
         return min(max(first, 0), length - kernel_size)
 
-    def cut(tiles):
+    def cut(tiles: int) -> tuple[int, int, int]:
         size = -(-length // tiles)
         moves = max(
             start(i + size - 1) - start(i) for i in range(0, length, size)
         )
         return tiles, size, kernel_size + moves
 
-    def cost(tiling):  # of a square map
+    def cost(tiling: tuple[int, int, int]) -> int:  # of a square map
         tiles, size, region = tiling
         share = 1 + LAYOUT if region > kernel_size else 1
         return (tiles * region) ** 2 * (share * size**2 + CHANNELS)
@@ -224,7 +226,7 @@ def _add_up(maps: Tensor, bags: _Bags) -> Tensor:
     return sums.view(*maps.shape[:-2], -1, maps.shape[-1])
 
 
-def _repeat(index, count, length):
+def _repeat(index: Tensor, count: int, length: int) -> Tensor:
     """An index for each of so many maps of a length, one after the other."""
     starts = torch.arange(0, count * length, length, device=index.device)
     return (starts[:, None] + index).flatten()
@@ -237,7 +239,9 @@ def _bits(x: Tensor) -> Tensor:
     return x.view(torch.int16)
 
 
-def _kernels(query, filters, windows, plan):
+def _kernels(
+    query: Tensor, filters: Tensor, windows: Tensor, plan: _Plan
+) -> Tensor:
     """Kernels (B, G, T * P, K^2) of queries (B, G, T * P, c)."""
     bias = _take(windows, plan.bias).expand(len(query), -1, -1, -1)
     query, filters = query.flatten(0, 1), filters.flatten(0, 1)
@@ -301,7 +305,9 @@ class _Tiles:
         return grad_kernels, _add_up(grad_regions, plan.pixels)
 
 
-def _mix(query, filters, windows, value, plan):
+def _mix(
+    query: Tensor, filters: Tensor, windows: Tensor, value: Tensor, plan: _Plan
+) -> Tensor:
     """Mix with one kernel size.
 
     Args:
@@ -323,7 +329,14 @@ def _mix(query, filters, windows, value, plan):
     return out
 
 
-def _mix_grads(grad, query, filters, windows, value, plan):
+def _mix_grads(
+    grad: Tensor,
+    query: Tensor,
+    filters: Tensor,
+    windows: Tensor,
+    value: Tensor,
+    plan: _Plan,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_query = torch.empty_like(query)
     grad_filters = torch.empty_like(filters)
     grad_windows = torch.zeros_like(windows)
@@ -347,13 +360,20 @@ def _mix_grads(grad, query, filters, windows, value, plan):
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, filters, windows, value, plan):
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        filters: Tensor,
+        windows: Tensor,
+        value: Tensor,
+        plan: _Plan,
+    ) -> Tensor:
         ctx.save_for_backward(query, filters, windows, value)
         ctx.plan = plan
         return _mix(query, filters, windows, value, plan)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *_mix_grads(grad, *ctx.saved_tensors, ctx.plan), None
 
 
@@ -373,7 +393,9 @@ def _mix_any_size(
 
 
 @_mix_any_size.register_fake
-def _(query, filters, windows, value, *sizes):
+def _(
+    query: Tensor, filters: Tensor, windows: Tensor, value: Tensor, *sizes
+) -> Tensor:
     return torch.empty_like(value)
 
 
@@ -393,16 +415,16 @@ def _mix_any_size_backward(
 
 
 @_mix_any_size_backward.register_fake
-def _(grad, *operands):
+def _(grad: Tensor, *operands) -> tuple[Tensor, ...]:
     return tuple(map(torch.empty_like, operands[:4]))
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
     ctx.sizes = inputs[4:]
 
 
-def _differentiate(ctx, grad):
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grads = _mix_any_size_backward(grad, *ctx.saved_tensors, *ctx.sizes)
     return *grads, None, None, None
 
@@ -422,7 +444,7 @@ def contmix_tiled(
     groups = len(rpb[0])
     height, width = value.shape[2:]
 
-    def by_group(maps):  # (B, G, H * W, C)
+    def by_group(maps: Tensor) -> Tensor:  # (B, G, H * W, C)
         return maps.flatten(2).unflatten(1, (groups, -1)).mT.contiguous()
 
     filters = by_group(key).mT @ weight.T

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..backends import check_backend, takes_triton
+from ..backends import check_backend, run, takes_triton
 from . import reference
 
 
@@ -46,14 +46,13 @@ def squeeze_excite(
         ImportError: If the backend needs what is not installed.
     """
     _check_shapes(x, weight1, weight2, gate)
-    check_backend(backend)
     operands = x, weight1, bias1, weight2, bias2, gate, silu
-    if takes_triton(backend, x, _kernels, *operands):
-        return _kernels(*operands)
-    return reference.squeeze_excite(*operands)
+    return run(backend, reference.squeeze_excite, _kernels, *operands)
 
 
-def _check_shapes(x, weight1, weight2, gate):
+def _check_shapes(
+    x: Tensor, weight1: Tensor, weight2: Tensor, gate: Tensor | None
+) -> None:
     channels, hidden = x.shape[1], len(weight1)
     for name, tensor, shape in (
         ('weight1', weight1, (hidden, channels, 1, 1)),
@@ -67,10 +66,10 @@ def _check_shapes(x, weight1, weight2, gate):
             )
 
 
-def _kernels(*operands):
-    from .triton import squeeze_excite as run
+def _kernels(*operands) -> Tensor:
+    from .triton import squeeze_excite as kernels
 
-    return run(*operands)
+    return kernels(*operands)
 
 
 class Norm(NamedTuple):
@@ -128,10 +127,10 @@ def excite_norms(
     return reference.excite_norms(*operands)
 
 
-def _norm_kernels(_, *operands):
-    from .triton import excite_norms as run
+def _norm_kernels(_: Tensor, *operands) -> Tensor:
+    from .triton import excite_norms as kernels
 
-    return run(*operands)
+    return kernels(*operands)
 
 
 __all__ = ['Norm', 'excite_norms', 'squeeze_excite']

@@ -51,17 +51,6 @@ NORMS = dict(PARTS=64, BLOCK=32)  # a tile of partial statistics
 
 
 @triton.jit
-def _open(b_gate, SILU: tl.constexpr):
-    """A gate, and its slope."""
-    b_slope = tl.full(b_gate.shape, 1.0, tl.float32)
-    if SILU:
-        b_open = tl.sigmoid(b_gate)
-        b_slope = b_open * (1 + b_gate * (1 - b_open))
-        b_gate *= b_open
-    return b_gate, b_slope
-
-
-@triton.jit
 def _load_norm(p_norms, n: tl.constexpr, o_channel, m_channel, channels):
     """Scale, shift, mean and r of norm n; norms (N, 4, C)."""
     p_norm = p_norms + n * 4 * channels + o_channel
@@ -82,36 +71,6 @@ def _load_normal(
     )
     b_x = (tiles.load(p_x, o_x, m_x) - b_mean[None]) * b_rstd[None]
     return b_x, tl.fma(b_x, b_scale[None], b_shift[None])
-
-
-@triton.jit
-def _sum_rows(
-    p_x,
-    p_factor,
-    p_gate,
-    rows,
-    step,
-    o_channel,
-    m_channel,
-    ROWS: tl.constexpr,
-    SILU: tl.constexpr,
-):
-    """Sum (C, ) over rows, ``step`` apart, of x, factor and f(gate).
-
-    The last two may be None.
-    """
-    acc = tl.zeros((ROWS, o_channel.shape[0]), tl.float32)
-    for start in range(0, rows, ROWS):
-        row = start + tl.arange(0, ROWS)[:, None]
-        m_x = (row < rows) & m_channel[None]
-        o_x = row * step + o_channel[None]
-        b_x = tiles.load(p_x, o_x, m_x)
-        if p_factor is not None:
-            b_x *= tiles.load(p_factor, o_x, m_x)
-        if p_gate is not None:
-            b_x *= _open(tiles.load(p_gate, o_x, m_x), SILU)[0]
-        acc += b_x
-    return tl.sum(acc, 0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -140,7 +99,7 @@ def _pool_kernel(
         p_factor += o_x
     if p_gate is not None:
         p_gate += o_x
-    b_sum = _sum_rows(
+    b_sum = tiles.sum_rows(
         p_x,
         p_factor,
         p_gate,
@@ -304,7 +263,7 @@ def _scale_kernel(
         mean = tl.zeros((CHANNELS,), tl.float32)
         for n in tl.static_range(1 if NORMS == 0 else NORMS):
             o_map = n * tl.cast(tl.num_programs(0), tl.int64) * parts * step
-            b_mean = _sum_rows(
+            b_mean = tiles.sum_rows(
                 p_x + o_map,
                 None,
                 None,
@@ -400,7 +359,7 @@ def _apply_kernel(
         p_x, p_other, p_gate, p_norms, o_x, m_x, o_channel, m_channel, channels
     )
     if p_gate is not None:
-        b_x *= _open(b_gate, SILU)[0]
+        b_x *= tiles.open_gate(b_gate, SILU)[0]
     p_scale = p_state + image * state + channels
     b_x *= tiles.load(p_scale, o_channel, m_channel)[None]
     tiles.store(p_out, o_x, b_x, m_x)
@@ -454,7 +413,7 @@ def _products_kernel(
         )
         u = tiles.load(p_grad, o_x, m_x)
         if p_gate is not None:
-            b_open, b_slope = _open(b_gate, SILU)
+            b_open, b_slope = tiles.open_gate(b_gate, SILU)
             v = u * b_x * b_slope
             u *= b_open
             sum_v += v
@@ -486,7 +445,7 @@ def _sum_parts(
 ):
     """Sum n of an image, from :func:`_products_kernel`."""
     p_part = p_parts + n * channels
-    return _sum_rows(
+    return tiles.sum_rows(
         p_part, None, None, parts, step, o_channel, m_channel, PARTS, False
     )
 
@@ -537,7 +496,7 @@ def _scale_grad_kernel(
         o_channel = first + tl.arange(0, CHANNELS)
         m_channel = o_channel < channels
         if NORMS == 0:
-            t = _sum_rows(
+            t = tiles.sum_rows(
                 p_grad,
                 p_x,
                 p_gate,
@@ -693,7 +652,7 @@ def _weights_grad_kernel(
     if p_sums is not None:
         for n in range(tl.program_id(1), ROWS, tl.num_programs(1)):
             o_sum = n * channels + o_channel
-            b_sum = _sum_rows(
+            b_sum = tiles.sum_rows(
                 p_sums + n * channels,
                 None,
                 None,
@@ -771,7 +730,7 @@ def _apply_grad_kernel(
     d *= tiles.load(p_scale, o_channel, m_channel)[None]
     d_gate = None
     if p_gate is not None:
-        b_open, b_slope = _open(b_gate, SILU)
+        b_open, b_slope = tiles.open_gate(b_gate, SILU)
         d_gate = d * b_x * b_slope
         d *= b_open
     p_dm = p_grads + image * (2 * channels + hidden)
@@ -839,11 +798,11 @@ def _split(x):
     positions = height * width
     rows, block = tiles.form(channels)
     blocks = cdiv(channels, block)
-    slots = partial_sums.programs(x.device, tiles.RESIDENT)
+    slots = partial_sums.programs(x.device, tiles.KNOBS['resident'])
     # Not min, which would make a graph for every size of a map.
     splits = torch.sym_min(cdiv(positions, rows), cdiv(slots, batch * blocks))
     splits = cdiv(positions, cdiv(positions, splits))
-    settings = dict(ROWS=rows, BLOCK=block, num_warps=tiles.WARPS)
+    settings = dict(ROWS=rows, BLOCK=block, num_warps=tiles.KNOBS['warps'])
     return splits, batch * splits * blocks, settings
 
 

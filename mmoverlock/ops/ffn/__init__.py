@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..common import cast_as_convolutions
+from ..common import cast_as_convolutions, contiguous
 
 
 def feed_forward(
@@ -56,8 +56,7 @@ def feed_forward(
     """
     from .triton import feed_forward as run
 
-    out, *_ = run(
-        cast_as_convolutions(x),
+    parameters = contiguous(
         weight1,
         bias1,
         conv_weight,
@@ -66,13 +65,9 @@ def feed_forward(
         beta,
         weight2,
         bias2,
-        identity,
-        gain,
-        offset,
-        keep,
-        residual,
     )
-    return out
+    others = identity, *contiguous(gain, offset, keep)
+    return run(cast_as_convolutions(x), *parameters, *others, residual)[0]
 
 
 __all__ = ['feed_forward']

@@ -16,6 +16,8 @@ gradient turns it into that of ``y`` while loading. Products without a scale
 are those of PyTorch.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -77,11 +79,13 @@ def feed_forward(
     return out, h, y, norm, scale, *rounded[:2]
 
 
-def _factors(x, weight):
+def _factors(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return rows(x), weight.flatten(1).mT
 
 
-def _empty_outputs(x, weight1, weight2, identity):
+def _empty_outputs(
+    x: Tensor, weight1: Tensor, weight2: Tensor, identity: Tensor | None
+) -> tuple[Tensor, ...]:
     batch, _, height, width = x.shape
     dtypes = x.dtype if identity is None else identity.dtype, x.dtype, x.dtype
     out, h, y = (
@@ -103,7 +107,9 @@ def _empty_outputs(x, weight1, weight2, identity):
 
 
 @feed_forward.register_fake
-def _(x, weight1, *args):
+def _(
+    x: Tensor, weight1: Tensor, *args
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _empty_outputs(x, weight1, args[5], args[7])
 
 
@@ -197,7 +203,9 @@ def _feed_forward_backward(
     return [grad_x, grad_weight1, *grads, *grad_others]
 
 
-def _scaled(identity, gain, offset):
+def _scaled(
+    identity: Tensor | None, gain: Tensor | None, offset: Tensor | None
+) -> list[Tensor]:
     """What gets gradients of its own in the sum."""
     if gain is None:
         return []
@@ -205,7 +213,17 @@ def _scaled(identity, gain, offset):
 
 
 @_feed_forward_backward.register_fake
-def _(grad, x, h, y, norm, scale, rounded1, rounded2, *args):
+def _(
+    grad: Tensor,
+    x: Tensor,
+    h: Tensor,
+    y: Tensor,
+    norm: Tensor,
+    scale: Tensor,
+    rounded1: Tensor,
+    rounded2: Tensor,
+    *args,
+) -> list[Tensor]:
     *parameters, identity, gain, offset, _, _ = args
     tensors = channels_last(x), *parameters
     if gain is not None:
@@ -214,7 +232,7 @@ def _(grad, x, h, y, norm, scale, rounded1, rounded2, *args):
     return [torch.empty_like(tensor) for tensor in tensors]
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, *parameters, identity, gain, offset, keep, ctx.residual = inputs
     ctx.set_materialize_grads(False)
     ctx.has_identity = identity is not None
@@ -229,7 +247,9 @@ def _save(ctx, inputs, output):
     )
 
 
-def _differentiate(ctx, grad, *_):
+def _differentiate(
+    ctx: Any, grad: Tensor | None, *_
+) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 14
     grads = _feed_forward_backward(grad, *ctx.saved_tensors, ctx.residual)

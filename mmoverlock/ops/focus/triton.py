@@ -101,7 +101,7 @@ def _unpool(grad, out):
         ACROSS=regions // width + 2,
         ROWS=block[0],
         BLOCK=block[1],
-        num_warps=tiles.WARPS,
+        num_warps=tiles.KNOBS['warps'],
     )
 
 
@@ -452,7 +452,7 @@ def _without_statistics(p):
 
 class _FocusBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, initial, p, keeps, settings, *leaves):
+    def forward(ctx, z, initial, p, keeps, settings, *leaves) -> Tensor:
         result, saved = _forward(z, initial, p, keeps, settings)
         ctx.settings = _without_statistics(p), keeps, settings
         ctx.lengths = lengths(saved)
@@ -462,7 +462,7 @@ class _FocusBlock(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad) -> tuple[Tensor | None, ...]:
         saved = _Saved(*nest(ctx.saved_tensors, ctx.lengths))
         p, keeps, settings = ctx.settings
         with partial_sums.together(), torch.cuda.device_of(grad):

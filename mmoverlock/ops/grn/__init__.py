@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..backends import check_backend, takes_triton
+from ..backends import run
 from .reference import response_norm as reference
 from .reference import response_scale
 
@@ -40,16 +40,13 @@ def response_norm(
             raise ValueError(
                 f'{name} has shape {tuple(tensor.shape)}, expected {shape}'
             )
-    check_backend(backend)
-    operands = x, gamma, beta
-    takes_kernels = takes_triton(backend, x, _kernels, *operands)
-    return (_kernels if takes_kernels else reference)(*operands)
+    return run(backend, reference, _kernels, x, gamma, beta)
 
 
-def _kernels(*operands):
-    from .triton import response_norm as run
+def _kernels(*operands) -> Tensor:
+    from .triton import response_norm as kernels
 
-    return run(*operands)
+    return kernels(*operands)
 
 
 __all__ = ['response_norm', 'response_scale']

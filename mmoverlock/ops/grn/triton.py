@@ -15,6 +15,8 @@ feed-forward network, whose convolution and products leave partial sums
 behind, has this part in common.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -25,26 +27,11 @@ from ..common import cdiv, channels_last, custom_op, next_power_of_2
 
 EPS = tl.constexpr(1e-6)
 SIZES = ('positions', 'count', 'splits')
-FEW = 256  # positions that one program an image adds up by itself
-VALUES = 8192  # of a map that it has at a time
-WARPS = 8
-
-
-@triton.jit
-def _sum_rows(
-    p_x, p_factor, rows, step, o_channel, m_channel, ROWS: tl.constexpr
-):
-    """Sum (C, ) over rows, ``step`` apart, of x times a factor if any."""
-    acc = tl.zeros((ROWS, o_channel.shape[0]), tl.float32)
-    for first in range(0, rows, ROWS):
-        row = first + tl.arange(0, ROWS)[:, None]
-        mask = (row < rows) & m_channel[None]
-        o_x = row * step + o_channel[None]
-        b_x = tiles.load(p_x, o_x, mask)
-        if p_factor is not None:
-            b_x *= tiles.load(p_factor, o_x, mask)
-        acc += b_x
-    return tl.sum(acc, 0)
+KNOBS = dict(
+    few=256,  # positions that one program an image adds up by itself
+    values=8192,  # of a map that it has at a time
+    warps=8,
+)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -70,16 +57,18 @@ def _sum_kernel(
     o_x = ((part // splits).to(tl.int64) * positions + first) * channels
     p_x += o_x
     if p_grad is None:
-        b_sum = _sum_rows(p_x, p_x, rows, channels, o_channel, m_channel, ROWS)
+        b_sum = tiles.sum_rows(
+            p_x, p_x, None, rows, channels, o_channel, m_channel, ROWS
+        )
         o_sum = part.to(tl.int64) * channels + o_channel
     else:
         p_grad += o_x
-        b_sum = _sum_rows(
-            p_grad, p_x, rows, channels, o_channel, m_channel, ROWS
+        b_sum = tiles.sum_rows(
+            p_grad, p_x, None, rows, channels, o_channel, m_channel, ROWS
         )
         o_sum = part.to(tl.int64) * 2 * channels + o_channel
-        b_shift = _sum_rows(
-            p_grad, None, rows, channels, o_channel, m_channel, ROWS
+        b_shift = tiles.sum_rows(
+            p_grad, None, None, rows, channels, o_channel, m_channel, ROWS
         )
         tl.store(p_sums + channels + o_sum, b_shift, mask=m_channel)
     tl.store(p_sums + o_sum, b_sum, mask=m_channel)
@@ -107,8 +96,15 @@ def _scale_kernel(
     p_image = p_squares + image * parts * channels
     p_factor = p_image if SQUARE else None
     b_norm = tl.sqrt(
-        _sum_rows(
-            p_image, p_factor, parts, channels, o_channel, m_channel, ROWS
+        tiles.sum_rows(
+            p_image,
+            p_factor,
+            None,
+            parts,
+            channels,
+            o_channel,
+            m_channel,
+            ROWS,
         )
     )
     mean = tl.sum(b_norm, 0) / channels + EPS
@@ -145,14 +141,20 @@ def _scale_grad_kernel(
     if p_x is None:
         step = 2 * channels
         p_image = p_sums + image * parts * step
-        ds = _sum_rows(p_image, None, parts, step, o_channel, m_channel, ROWS)
+        ds = tiles.sum_rows(
+            p_image, None, None, parts, step, o_channel, m_channel, ROWS
+        )
         p_image += channels
     else:
         step = channels
         p_image = p_sums + image * parts * step
         p_x += image * parts * step
-        ds = _sum_rows(p_image, p_x, parts, step, o_channel, m_channel, ROWS)
-    dt = _sum_rows(p_image, None, parts, step, o_channel, m_channel, ROWS)
+        ds = tiles.sum_rows(
+            p_image, p_x, None, parts, step, o_channel, m_channel, ROWS
+        )
+    dt = tiles.sum_rows(
+        p_image, None, None, parts, step, o_channel, m_channel, ROWS
+    )
     o_out = image * channels + o_channel
     b_norm = tl.load(p_norm + o_out, mask=m_channel, other=0)
     mean = tl.sum(b_norm, 0) / channels + EPS
@@ -199,7 +201,7 @@ def _apply_kernel(
     tiles.store(p_out, o_x, b_out, m_x)
 
 
-def _sums(x, grad):
+def _sums(x: Tensor, grad: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
     """Parts of sums over images, or the maps where there are few positions.
 
     Returns:
@@ -208,11 +210,11 @@ def _sums(x, grad):
     """
     batch, channels, height, width = x.shape
     positions = height * width
-    if positions <= FEW:
+    if positions <= KNOBS['few']:
         return (x, None, positions) if grad is None else (grad, x, positions)
     rows, block = tiles.form(channels)
     blocks = cdiv(channels, block)
-    slots = partial_sums.programs(x.device, tiles.RESIDENT)
+    slots = partial_sums.programs(x.device, tiles.KNOBS['resident'])
     splits = min(cdiv(positions, rows), cdiv(slots, batch * blocks))
     # No part is empty.
     splits = cdiv(positions, cdiv(positions, splits))
@@ -227,15 +229,18 @@ def _sums(x, grad):
         channels,
         ROWS=rows,
         BLOCK=block,
-        num_warps=tiles.WARPS,
+        num_warps=tiles.KNOBS['warps'],
     )
     return sums, None, splits
 
 
-def _knobs(channels):
-    channels = next_power_of_2(channels)
+def _whole(channels: int) -> dict[str, int]:
+    """The settings of a program that has all channels of an image."""
+    block = next_power_of_2(channels)
     return dict(
-        ROWS=max(1, VALUES // channels), CHANNELS=channels, num_warps=WARPS
+        ROWS=max(1, KNOBS['values'] // block),
+        CHANNELS=block,
+        num_warps=KNOBS['warps'],
     )
 
 
@@ -263,7 +268,7 @@ def scales(
         parts,
         channels,
         SQUARE=square,
-        **_knobs(channels),
+        **_whole(channels),
     )
     return norm, scale
 
@@ -297,7 +302,7 @@ def scale_grads(
         partial,
         parts,
         channels,
-        **_knobs(channels),
+        **_whole(channels),
     )
     return coef, partial
 
@@ -352,7 +357,9 @@ def _response_norm(
 
 
 @_response_norm.register_fake
-def _empty_outputs(x, gamma, beta):
+def _empty_outputs(
+    x: Tensor, gamma: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     norm, scale = (
         x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2)
     )
@@ -374,7 +381,9 @@ def _response_norm_backward(
 
 
 @_response_norm_backward.register_fake
-def _(grad, x, gamma, norm, scale):
+def _(
+    grad: Tensor, x: Tensor, gamma: Tensor, norm: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     gamma = gamma.contiguous()
     return (
         torch.empty_like(channels_last(x)),
@@ -383,14 +392,16 @@ def _(grad, x, gamma, norm, scale):
     )
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, gamma, beta = inputs
     ctx.save_for_backward(x, gamma, *output[1:])
     ctx.beta_dtype = beta.dtype
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad, *_):
+def _differentiate(
+    ctx: Any, grad: Tensor | None, *_
+) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None
     grad_x, grad_gamma, grad_beta = _response_norm_backward(

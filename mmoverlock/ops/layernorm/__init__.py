@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..backends import check_backend, takes_triton
+from ..backends import run
 from .reference import layer_norm as reference
 
 
@@ -35,16 +35,13 @@ def layer_norm(
         ValueError: If the backend is unknown or cannot run.
         ImportError: If the backend needs what is not installed.
     """
-    check_backend(backend)
-    operands = x, weight, bias, eps
-    takes_kernels = takes_triton(backend, x, _kernels, *operands)
-    return (_kernels if takes_kernels else reference)(*operands)
+    return run(backend, reference, _kernels, x, weight, bias, eps)
 
 
-def _kernels(*operands):
-    from .triton import layer_norm as run
+def _kernels(*operands) -> Tensor:
+    from .triton import layer_norm as kernels
 
-    return run(*operands)
+    return kernels(*operands)
 
 
 __all__ = ['layer_norm']

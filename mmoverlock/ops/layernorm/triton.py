@@ -7,105 +7,116 @@ gradients of weight and bias come out of the same pass, as partial sums. So
 4 bytes a value move forward and 6 backward, in bfloat16.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import partial_sums
+from .. import partial_sums, tiles
 from ..common import cdiv, channels_last, custom_op, next_power_of_2
 
-VALUES = 16  # of a thread, at least
-WARPS = 4
-RESIDENT = 4  # programs that a multiprocessor has registers for
-ROWS = 32  # at least, for every program that ends in partial sums
+KNOBS = dict(
+    values=16,  # of a thread, at least
+    warps=4,
+    resident=4,  # programs that a multiprocessor has registers for
+    rows=32,  # at least, for every program that ends in partial sums
+)
 
 
 @triton.jit
-def _normalize(x, real, channels, eps):
-    """Normalized rows and their reciprocal deviations."""
-    mean = tl.sum(x, 1)[:, None] / channels
-    x = tl.where(real, x - mean, 0)
-    rstd = tl.rsqrt(tl.sum(x * x, 1)[:, None] / channels + eps)
-    return x * rstd, rstd
+def _normalize(b_x, m_x, channels, eps):
+    """Normalized rows (ROWS, C) and their reciprocal deviations (ROWS, 1)."""
+    mean = tl.sum(b_x, 1)[:, None] / channels
+    b_x = tl.where(m_x, b_x - mean, 0)
+    rstd = tl.rsqrt(tl.sum(b_x * b_x, 1)[:, None] / channels + eps)
+    return b_x * rstd, rstd
 
 
 @triton.jit(do_not_specialize=('count',))
 def _forward_kernel(
-    x,
-    weight,
-    bias,
-    y,
+    p_x,
+    p_weight,
+    p_bias,
+    p_y,
     count,
     channels,
     eps,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    channel = tl.arange(0, BLOCK)[None]
-    inside = channel < channels
-    real = (row < count) & inside
-    at = row.to(tl.int64) * channels + channel
-    value = tl.load(x + at, mask=real, other=0).to(tl.float32)
-    scale = tl.load(weight + channel, mask=inside, other=0).to(tl.float32)
-    shift = tl.load(bias + channel, mask=inside, other=0).to(tl.float32)
-    value, _ = _normalize(value, inside, channels, eps)
-    value = tl.fma(value, scale, shift)
-    tl.store(y + at, value.to(y.dtype.element_ty), mask=real)
+    """``y = (x - mean) rstd weight + bias``, ``rstd = (var + eps)^-1/2``.
+
+    x and y (count, C), weight and bias (C, ); grid (tiles of ROWS, ).
+    """
+    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    o_channel = tl.arange(0, BLOCK)[None]
+    m_channel = o_channel < channels
+    m_x = (o_row < count) & m_channel
+    o_x = o_row.to(tl.int64) * channels + o_channel
+    b_x = tiles.load(p_x, o_x, m_x)
+    b_weight = tiles.load(p_weight, o_channel, m_channel)
+    b_bias = tiles.load(p_bias, o_channel, m_channel)
+    b_x, _ = _normalize(b_x, m_channel, channels, eps)
+    tiles.store(p_y, o_x, tl.fma(b_x, b_weight, b_bias), m_x)
 
 
 @triton.jit(do_not_specialize=('count',))
 def _backward_kernel(
-    grad,
-    x,
-    weight,
-    other,
-    grad_x,
-    partial,
+    p_grad,
+    p_x,
+    p_weight,
+    p_other,
+    p_grad_x,
+    p_parts,
     count,
     channels,
     eps,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``partial`` is (programs, 2, C): gradients of weight and bias.
+    """Gradients, with z the normalized x and ``dz = grad weight``::
 
-    ``other``, if there is one, is added to the gradient of x.
+        grad_x = rstd (dz - mean(dz) - z mean(dz z)) + other
+
+    grad, x, grad_x and, if there is one, other (count, C); parts (programs,
+    2, C) of the gradients of weight, the sum over positions of ``grad z``, and
+    of bias, that of ``grad``; grid (programs, ).
     """
     program = tl.program_id(0)
-    channel = tl.arange(0, BLOCK)[None]
-    inside = channel < channels
-    scale = tl.load(weight + channel, mask=inside, other=0).to(tl.float32)
-    grad_scale = tl.zeros((ROWS, BLOCK), tl.float32)
-    grad_shift = tl.zeros((ROWS, BLOCK), tl.float32)
+    o_channel = tl.arange(0, BLOCK)[None]
+    m_channel = o_channel < channels
+    b_weight = tiles.load(p_weight, o_channel, m_channel)
+    b_grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+    b_grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(program * ROWS, count, tl.num_programs(0) * ROWS):
-        row = first + tl.arange(0, ROWS)[:, None]
-        real = (row < count) & inside
-        at = row.to(tl.int64) * channels + channel
-        value = tl.load(x + at, mask=real, other=0).to(tl.float32)
-        g = tl.load(grad + at, mask=real, other=0).to(tl.float32)
-        value, rstd = _normalize(value, inside, channels, eps)
-        grad_scale = tl.fma(g, value, grad_scale)
-        grad_shift += g
-        g *= scale
-        mean = tl.sum(g, 1)[:, None] / channels
-        slope = tl.sum(g * value, 1)[:, None] / channels
-        g = rstd * (g - mean - value * slope)
-        if other is not None:
-            g += tl.load(other + at, mask=real, other=0).to(tl.float32)
-        tl.store(grad_x + at, g.to(grad_x.dtype.element_ty), mask=real)
-    channel = tl.arange(0, BLOCK)
-    partial += program.to(tl.int64) * 2 * channels + channel
-    inside = channel < channels
-    tl.store(partial, tl.sum(grad_scale, 0), mask=inside)
-    tl.store(partial + channels, tl.sum(grad_shift, 0), mask=inside)
+        o_row = first + tl.arange(0, ROWS)[:, None]
+        m_x = (o_row < count) & m_channel
+        o_x = o_row.to(tl.int64) * channels + o_channel
+        b_x = tiles.load(p_x, o_x, m_x)
+        b_grad = tiles.load(p_grad, o_x, m_x)
+        b_z, rstd = _normalize(b_x, m_channel, channels, eps)
+        b_grad_weight = tl.fma(b_grad, b_z, b_grad_weight)
+        b_grad_bias += b_grad
+        b_dz = b_grad * b_weight
+        mean = tl.sum(b_dz, 1)[:, None] / channels
+        slope = tl.sum(b_dz * b_z, 1)[:, None] / channels
+        b_grad_x = rstd * (b_dz - mean - b_z * slope)
+        if p_other is not None:
+            b_grad_x += tiles.load(p_other, o_x, m_x)
+        tiles.store(p_grad_x, o_x, b_grad_x, m_x)
+    o_channel = tl.arange(0, BLOCK)
+    p_parts += program.to(tl.int64) * 2 * channels + o_channel
+    m_channel = o_channel < channels
+    tl.store(p_parts, tl.sum(b_grad_weight, 0), mask=m_channel)
+    tl.store(p_parts + channels, tl.sum(b_grad_bias, 0), mask=m_channel)
 
 
-def _form(channels):
+def _form(channels: int) -> tuple[int, int]:
     """Rows and channels of a program."""
     block = next_power_of_2(channels)
-    return max(1, 32 * WARPS * VALUES // block), block
+    return max(1, 32 * KNOBS['warps'] * KNOBS['values'] // block), block
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -131,7 +142,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
             eps,
             ROWS=rows,
             BLOCK=block,
-            num_warps=WARPS,
+            num_warps=KNOBS['warps'],
         )
     return y
 
@@ -158,8 +169,8 @@ def backward(
     count = x.numel() // channels
     rows, block = _form(channels)
     parts = min(
-        cdiv(count, max(rows, ROWS)),
-        partial_sums.programs(x.device, RESIDENT),
+        cdiv(count, max(rows, KNOBS['rows'])),
+        partial_sums.programs(x.device, KNOBS['resident']),
     )
     partial = x.new_empty(parts, 2, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -175,7 +186,7 @@ def backward(
             eps,
             ROWS=rows,
             BLOCK=block,
-            num_warps=WARPS,
+            num_warps=KNOBS['warps'],
         )
     return grad_x, partial
 
@@ -190,7 +201,7 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 @_layer_norm.register_fake
-def _(x, weight, bias, eps):
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return torch.empty_like(channels_last(x))
 
 
@@ -210,7 +221,9 @@ def _layer_norm_backward(
 
 
 @_layer_norm_backward.register_fake
-def _(grad, x, weight, eps):
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(channels_last(x)),
         torch.empty_like(weight),
@@ -218,13 +231,13 @@ def _(grad, x, weight, eps):
     )
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, weight, bias, ctx.eps = inputs
     ctx.save_for_backward(x, weight)
     ctx.bias_dtype = bias.dtype
 
 
-def _differentiate(ctx, grad):
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     grad_x, grad_weight, grad_bias = _layer_norm_backward(
         grad, x, weight, ctx.eps

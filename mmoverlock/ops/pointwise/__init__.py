@@ -5,6 +5,8 @@ products in one launch, and gradients of weights are in single precision at
 once.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,13 @@ def _pointwise_conv(
 
 
 @_pointwise_conv.register_fake
-def _(x, weight, bias, rounded, rounded_bias):
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rounded: Tensor,
+    rounded_bias: Tensor | None,
+) -> Tensor:
     batch, _, height, width = x.shape
     out = x.new_empty(batch, height, width, weight.shape[0])
     return out.permute(0, 3, 1, 2)
@@ -83,7 +91,13 @@ def _pointwise_conv_backward(
 
 
 @_pointwise_conv_backward.register_fake
-def _(grad, x, weight, bias, rounded):
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rounded: Tensor,
+) -> list[Tensor]:
     batch, channels, height, width = x.shape
     grad_x = x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
     grads = [grad_x, weight.new_empty(weight.shape)]
@@ -92,11 +106,11 @@ def _(grad, x, weight, bias, rounded):
     return grads
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
 
 
-def _differentiate(ctx, grad):
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grads = _pointwise_conv_backward(grad, *ctx.saved_tensors)
     return *[*grads, None][:3], None, None
 

@@ -360,20 +360,20 @@ def _weight_grads_kernel(
         program -= programs
 
 
-def _upcast(x):
+def _upcast(x: Tensor) -> bool:
     # The interpreter computes nonsense from products of bf16.
     return INTERPRET and x.dtype == torch.bfloat16
 
 
-def _knobs(kernel, x):
+def _knobs(kernel: str, x: Tensor) -> dict[str, int]:
     return KNOBS[kernel] | (WIDE if x.element_size() == 4 else {})
 
 
-def _count_tiles(x, knobs):
+def _count_tiles(x: Tensor, knobs: dict) -> int:
     return cdiv(x.shape[2:].numel(), knobs['pixels'])
 
 
-def _blocks(knobs):
+def _blocks(knobs: dict) -> dict[str, int]:
     knobs = dict(knobs)
     names = 'pixels', 'outputs', 'inputs'
     return {name.upper(): knobs.pop(name) for name in names} | knobs

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..backends import check_backend, takes_triton
+from ..backends import run
 from .reference import update_prior as reference
 
 
@@ -58,15 +58,13 @@ def update_prior(
                 f'{name} has shape {tuple(tensor.shape)}, expected {shape}'
             )
     operands = z, initial, weight, bias, initial_weight, initial_bias
-    check_backend(backend)
-    takes_kernels = takes_triton(backend, z, _kernels, *operands)
-    return (_kernels if takes_kernels else reference)(*operands)
+    return run(backend, reference, _kernels, *operands)
 
 
-def _kernels(*operands):
-    from .triton import update_prior as run
+def _kernels(*operands) -> Tensor:
+    from .triton import update_prior as kernels
 
-    return run(*operands)
+    return kernels(*operands)
 
 
 __all__ = ['update_prior']

@@ -3,6 +3,8 @@
 All channels are scaled, the features by 1, which changes no value.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,54 +17,62 @@ SIZES = ('count', 'splits')
 
 
 @triton.jit
-def _load_scale(weight, prior, mask):
-    """Weights of priors, and 1 for features."""
-    return tl.where(mask, tiles.load(weight, prior, mask), 1)[None]
+def _load_weight(p_weight, o_prior, m_prior):
+    """Weights (1, C) of priors, and 1 for features."""
+    b_weight = tiles.load(p_weight, o_prior, m_prior)
+    return tl.where(m_prior, b_weight, 1)[None]
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _forward_kernel(
-    z,
-    initial,
-    weight,
-    bias,
-    initial_weight,
-    initial_bias,
-    out,
+    p_z,
+    p_initial,
+    p_weight,
+    p_bias,
+    p_initial_weight,
+    p_initial_bias,
+    p_out,
     count,
     channels,
     total,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``channels`` of ``total`` are features."""
-    tile, channel, inside = tiles.place(total, BLOCK)
-    prior = channel - channels
-    guided = inside & (prior >= 0)
-    row = tile * ROWS + tl.arange(0, ROWS)[:, None]
-    mask = (row < count) & inside[None]
-    at = row.to(tl.int64) * total + channel[None]
-    value = tiles.load(z, at, mask) * _load_scale(weight, prior, guided)
-    shift = tiles.load(initial_bias, prior, guided)
-    if bias is not None:
-        shift += tiles.load(bias, prior, guided)
-    value += shift[None]
-    at_prior = row.to(tl.int64) * (total - channels) + prior[None]
-    other = tiles.load(initial, at_prior, mask & guided[None])
-    other *= tiles.load(initial_weight, prior, guided)[None]
-    tiles.store(out, at, value + other, mask)
+    """``out = z weight + bias + initial initial_weight + initial_bias``.
+
+    So it is of priors; features are copied. z and out (count, C + P), of
+    which ``channels`` C of ``total`` are features; initial (count, P); weights
+    and biases (P, ); grid (tiles of ROWS blocks of C + P, ).
+    """
+    tile, o_channel, m_channel = tiles.place(total, BLOCK)
+    o_prior = o_channel - channels
+    m_prior = m_channel & (o_prior >= 0)
+    o_row = tile * ROWS + tl.arange(0, ROWS)[:, None]
+    m_z = (o_row < count) & m_channel[None]
+    o_z = o_row.to(tl.int64) * total + o_channel[None]
+    b_out = tiles.load(p_z, o_z, m_z) * _load_weight(
+        p_weight, o_prior, m_prior
+    )
+    b_bias = tiles.load(p_initial_bias, o_prior, m_prior)
+    if p_bias is not None:
+        b_bias += tiles.load(p_bias, o_prior, m_prior)
+    b_out += b_bias[None]
+    o_initial = o_row.to(tl.int64) * (total - channels) + o_prior[None]
+    b_initial = tiles.load(p_initial, o_initial, m_z & m_prior[None])
+    b_initial *= tiles.load(p_initial_weight, o_prior, m_prior)[None]
+    tiles.store(p_out, o_z, b_out + b_initial, m_z)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _backward_kernel(
-    grad,
-    z,
-    initial,
-    weight,
-    initial_weight,
-    grad_z,
-    grad_initial,
-    partial,
+    p_grad,
+    p_z,
+    p_initial,
+    p_weight,
+    p_initial_weight,
+    p_grad_z,
+    p_grad_initial,
+    p_parts,
     count,
     channels,
     total,
@@ -70,36 +80,45 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``partial`` is (splits, 3, P): of the two weights, and of a bias."""
-    split, channel, inside = tiles.place(total, BLOCK)
-    prior = channel - channels
+    """``grad_z = grad weight``, ``grad_initial = grad initial_weight``; sums.
+
+    grad, z and grad_z (count, C + P), initial and grad_initial (count, P);
+    parts (splits, 3, P) of the sums over positions of ``grad z``, ``grad
+    initial`` and ``grad``: gradients of the two weights, and of either bias;
+    grid (splits blocks of C + P, ).
+    """
+    split, o_channel, m_channel = tiles.place(total, BLOCK)
+    o_prior = o_channel - channels
     priors = total - channels
-    guided = inside & (prior >= 0)
-    scale = _load_scale(weight, prior, guided)
-    initial_scale = tiles.load(initial_weight, prior, guided)[None]
-    grad_scale = tl.zeros((ROWS, BLOCK), tl.float32)
-    grad_initial_scale = tl.zeros((ROWS, BLOCK), tl.float32)
-    grad_shift = tl.zeros((ROWS, BLOCK), tl.float32)
+    m_prior = m_channel & (o_prior >= 0)
+    b_weight = _load_weight(p_weight, o_prior, m_prior)
+    b_initial_weight = tiles.load(p_initial_weight, o_prior, m_prior)[None]
+    b_grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+    b_grad_initial_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+    b_grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(split * ROWS, count, splits * ROWS):
-        row = first + tl.arange(0, ROWS)[:, None]
-        mask = (row < count) & inside[None]
-        mask_prior = mask & guided[None]
-        at = row.to(tl.int64) * total + channel[None]
-        at_prior = row.to(tl.int64) * priors + prior[None]
-        g = tiles.load(grad, at, mask)
-        value = tiles.load(z, at, mask_prior)
-        grad_scale = tl.fma(g, value, grad_scale)
-        value = tiles.load(initial, at_prior, mask_prior)
-        grad_initial_scale = tl.fma(g, value, grad_initial_scale)
-        grad_shift += g
-        tiles.store(grad_z, at, g * scale, mask)
-        tiles.store(grad_initial, at_prior, g * initial_scale, mask_prior)
-    at = split.to(tl.int64) * 3 * priors + prior
-    tl.store(partial + at, tl.sum(grad_scale, 0), mask=guided)
-    at += priors
-    tl.store(partial + at, tl.sum(grad_initial_scale, 0), mask=guided)
-    at += priors
-    tl.store(partial + at, tl.sum(grad_shift, 0), mask=guided)
+        o_row = first + tl.arange(0, ROWS)[:, None]
+        m_z = (o_row < count) & m_channel[None]
+        m_initial = m_z & m_prior[None]
+        o_z = o_row.to(tl.int64) * total + o_channel[None]
+        o_initial = o_row.to(tl.int64) * priors + o_prior[None]
+        b_grad = tiles.load(p_grad, o_z, m_z)
+        b_z = tiles.load(p_z, o_z, m_initial)
+        b_grad_weight = tl.fma(b_grad, b_z, b_grad_weight)
+        b_initial = tiles.load(p_initial, o_initial, m_initial)
+        b_grad_initial_weight = tl.fma(
+            b_grad, b_initial, b_grad_initial_weight
+        )
+        b_grad_bias += b_grad
+        tiles.store(p_grad_z, o_z, b_grad * b_weight, m_z)
+        b_grad *= b_initial_weight
+        tiles.store(p_grad_initial, o_initial, b_grad, m_initial)
+    o_part = split.to(tl.int64) * 3 * priors + o_prior
+    tl.store(p_parts + o_part, tl.sum(b_grad_weight, 0), mask=m_prior)
+    o_part += priors
+    tl.store(p_parts + o_part, tl.sum(b_grad_initial_weight, 0), mask=m_prior)
+    o_part += priors
+    tl.store(p_parts + o_part, tl.sum(b_grad_bias, 0), mask=m_prior)
 
 
 def forward(
@@ -137,7 +156,7 @@ def forward(
             total,
             ROWS=rows,
             BLOCK=block,
-            num_warps=tiles.WARPS,
+            num_warps=tiles.KNOBS['warps'],
         )
     return out
 
@@ -161,7 +180,7 @@ def backward(
     count = z.numel() // total
     rows, block = tiles.form(total)
     blocks = cdiv(total, block)
-    slots = partial_sums.programs(z.device, tiles.RESIDENT)
+    slots = partial_sums.programs(z.device, tiles.KNOBS['resident'])
     splits = min(cdiv(count, rows), cdiv(slots, blocks))
     partial = z.new_empty(splits, 3, priors, dtype=torch.float32)
     with torch.cuda.device_of(z):
@@ -180,7 +199,7 @@ def backward(
             splits,
             ROWS=rows,
             BLOCK=block,
-            num_warps=tiles.WARPS,
+            num_warps=tiles.KNOBS['warps'],
         )
     return grad_z, grad_initial, partial
 
@@ -209,7 +228,14 @@ def _update_prior(
 
 
 @_update_prior.register_fake
-def _(z, initial, weight, bias, initial_weight, initial_bias):
+def _(
+    z: Tensor,
+    initial: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_weight: Tensor,
+    initial_bias: Tensor,
+) -> Tensor:
     return torch.empty_like(channels_last(z))
 
 
@@ -241,21 +267,21 @@ def _update_prior_backward(
     return [grad_z, grad_initial, *results]
 
 
-def _contiguous(*tensors):
+def _contiguous(*tensors) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors if tensor is not None]
 
 
 @_update_prior_backward.register_fake
-def _(grad, z, initial, *weights):
+def _(grad: Tensor, z: Tensor, initial: Tensor, *weights) -> list[Tensor]:
     tensors = channels_last(z), channels_last(initial), *_contiguous(*weights)
     return [torch.empty_like(tensor) for tensor in tensors]
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate(ctx, grad):
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grads = _update_prior_backward(grad, *ctx.saved_tensors)
     if len(grads) == 5:
         grads.insert(3, None)

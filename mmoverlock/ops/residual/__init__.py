@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..backends import check_backend, takes_triton
+from ..backends import run
 from .reference import scaled_residual as reference
 
 
@@ -51,16 +51,13 @@ def scaled_residual(
                 f'{name} has shape {tuple(tensor.shape)}, '
                 f'expected {tuple(shape)}'
             )
-    check_backend(backend)
-    operands = x, y, weight, bias, keep
-    takes_kernels = takes_triton(backend, x, _kernels, *operands)
-    return (_kernels if takes_kernels else reference)(*operands)
+    return run(backend, reference, _kernels, x, y, weight, bias, keep)
 
 
-def _kernels(*operands):
-    from .triton import scaled_residual as run
+def _kernels(*operands) -> Tensor:
+    from .triton import scaled_residual as kernels
 
-    return run(*operands)
+    return kernels(*operands)
 
 
 __all__ = ['scaled_residual']

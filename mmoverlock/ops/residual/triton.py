@@ -4,56 +4,64 @@
 scales x or y, its gradient is that of the sum, and nothing is written.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import partial_sums, tiles
-from ..common import cdiv, channels_last, custom_op
+from ..common import cdiv, channels_last, contiguous, custom_op
 
 SIZES = ('count', 'positions', 'splits')
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _forward_kernel(
-    x,
-    y,
-    weight,
-    bias,
-    keep,
-    out,
+    p_x,
+    p_y,
+    p_weight,
+    p_bias,
+    p_keep,
+    p_out,
     count,
     positions,
     channels,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    tile, channel, inside = tiles.place(channels, BLOCK)
-    row = tile * ROWS + tl.arange(0, ROWS)[:, None]
-    real = row < count
-    mask = real & inside[None]
-    at = row.to(tl.int64) * channels + channel[None]
-    value = tiles.load(x, at, mask)
-    if weight is not None:
-        value *= tiles.load(weight, channel, inside)[None]
-    if bias is not None:
-        value += tiles.load(bias, channel, inside)[None]
-    other = tiles.load(y, at, mask)
-    if keep is not None:
-        other *= tiles.load(keep, row // positions, real)
-    tiles.store(out, at, value + other, mask)
+    """``out = x weight + bias + y keep[image]``, without what is None.
+
+    x, y and out (count, C), of which an image has ``positions``; weight and
+    bias (C, ), keep (B, ); grid (tiles of ROWS blocks of C, ).
+    """
+    tile, o_channel, m_channel = tiles.place(channels, BLOCK)
+    o_row = tile * ROWS + tl.arange(0, ROWS)[:, None]
+    m_row = o_row < count
+    m_x = m_row & m_channel[None]
+    o_x = o_row.to(tl.int64) * channels + o_channel[None]
+    b_x = tiles.load(p_x, o_x, m_x)
+    if p_weight is not None:
+        b_x *= tiles.load(p_weight, o_channel, m_channel)[None]
+    if p_bias is not None:
+        b_x += tiles.load(p_bias, o_channel, m_channel)[None]
+    b_y = tiles.load(p_y, o_x, m_x)
+    if p_keep is not None:
+        b_y *= tiles.load(p_keep, o_row // positions, m_row)
+    tiles.store(p_out, o_x, b_x + b_y, m_x)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _backward_kernel(
-    grad,
-    x,
-    weight,
-    keep,
-    grad_x,
-    grad_y,
-    partial,
+    p_grad,
+    p_x,
+    p_weight,
+    p_keep,
+    p_grad_x,
+    p_grad_y,
+    p_parts,
     count,
     positions,
     channels,
@@ -61,29 +69,36 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``partial`` is (splits, 2, C): gradients of weight and bias."""
-    split, channel, inside = tiles.place(channels, BLOCK)
-    if weight is not None:
-        scale = tiles.load(weight, channel, inside)[None]
-        grad_scale = tl.zeros((ROWS, BLOCK), tl.float32)
-        grad_shift = tl.zeros((ROWS, BLOCK), tl.float32)
+    """``grad_x = grad weight``, ``grad_y = grad keep[image]``, and sums.
+
+    Each where there is its factor. grad, x, grad_x and grad_y (count, C);
+    parts (splits, 2, C) of the gradients of weight, the sum over positions of
+    ``grad x``, and of bias, that of ``grad``; grid (splits blocks of C, ).
+    """
+    split, o_channel, m_channel = tiles.place(channels, BLOCK)
+    if p_weight is not None:
+        b_weight = tiles.load(p_weight, o_channel, m_channel)[None]
+        b_grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+        b_grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(split * ROWS, count, splits * ROWS):
-        row = first + tl.arange(0, ROWS)[:, None]
-        real = row < count
-        mask = real & inside[None]
-        at = row.to(tl.int64) * channels + channel[None]
-        g = tiles.load(grad, at, mask)
-        if weight is not None:
-            grad_scale = tl.fma(g, tiles.load(x, at, mask), grad_scale)
-            grad_shift += g
-            tiles.store(grad_x, at, g * scale, mask)
-        if keep is not None:
-            g *= tiles.load(keep, row // positions, real)
-            tiles.store(grad_y, at, g, mask)
-    if weight is not None:
-        at = split.to(tl.int64) * 2 * channels + channel
-        tl.store(partial + at, tl.sum(grad_scale, 0), mask=inside)
-        tl.store(partial + channels + at, tl.sum(grad_shift, 0), mask=inside)
+        o_row = first + tl.arange(0, ROWS)[:, None]
+        m_row = o_row < count
+        m_x = m_row & m_channel[None]
+        o_x = o_row.to(tl.int64) * channels + o_channel[None]
+        b_grad = tiles.load(p_grad, o_x, m_x)
+        if p_weight is not None:
+            b_x = tiles.load(p_x, o_x, m_x)
+            b_grad_weight = tl.fma(b_grad, b_x, b_grad_weight)
+            b_grad_bias += b_grad
+            tiles.store(p_grad_x, o_x, b_grad * b_weight, m_x)
+        if p_keep is not None:
+            b_grad *= tiles.load(p_keep, o_row // positions, m_row)
+            tiles.store(p_grad_y, o_x, b_grad, m_x)
+    if p_weight is not None:
+        o_part = split.to(tl.int64) * 2 * channels + o_channel
+        tl.store(p_parts + o_part, tl.sum(b_grad_weight, 0), mask=m_channel)
+        p_parts += channels
+        tl.store(p_parts + o_part, tl.sum(b_grad_bias, 0), mask=m_channel)
 
 
 def forward(
@@ -117,7 +132,7 @@ def forward(
             channels,
             ROWS=rows,
             BLOCK=block,
-            num_warps=tiles.WARPS,
+            num_warps=tiles.KNOBS['warps'],
         )
     return out
 
@@ -142,7 +157,7 @@ def backward(
     count = x.numel() // channels
     rows, block = tiles.form(channels)
     blocks = cdiv(channels, block)
-    slots = partial_sums.programs(x.device, tiles.RESIDENT)
+    slots = partial_sums.programs(x.device, tiles.KNOBS['resident'])
     splits = min(cdiv(count, rows), cdiv(slots, blocks))
     partial = None
     if weight is not None:
@@ -162,12 +177,18 @@ def backward(
             splits,
             ROWS=rows,
             BLOCK=block,
-            num_warps=tiles.WARPS,
+            num_warps=tiles.KNOBS['warps'],
         )
     return grad_x, grad_y, partial
 
 
-def _empty_gradients(x, y_dtype, weight, bias, keep):
+def _empty_gradients(
+    x: Tensor,
+    y_dtype: torch.dtype,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    keep: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     """What is to be written for x, weight, bias and y."""
     return (
         None if weight is None else torch.empty_like(x),
@@ -177,12 +198,8 @@ def _empty_gradients(x, y_dtype, weight, bias, keep):
     )
 
 
-def _there(tensors):
+def _there(tensors: Iterable[Tensor | None]) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
-
-
-def _contiguous(*tensors):
-    return [None if t is None else t.contiguous() for t in tensors]
 
 
 @custom_op('mmoverlock::scaled_residual')
@@ -197,11 +214,17 @@ def _scaled_residual(
     x = channels_last(x)
     if not x.numel():
         return torch.empty_like(x)
-    return forward(x, channels_last(y), *_contiguous(weight, bias, keep))
+    return forward(x, channels_last(y), *contiguous(weight, bias, keep))
 
 
 @_scaled_residual.register_fake
-def _(x, y, weight, bias, keep):
+def _(
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    keep: Tensor | None,
+) -> Tensor:
     return torch.empty_like(channels_last(x))
 
 
@@ -216,7 +239,7 @@ def _scaled_residual_backward(
 ) -> list[Tensor]:
     """Gradients of x, weight, bias and y, but for those that are None."""
     x = channels_last(x)
-    weight, bias, keep = _contiguous(weight, bias, keep)
+    weight, bias, keep = contiguous(weight, bias, keep)
     if not x.numel():
         gradients = _there(_empty_gradients(x, y_dtype, weight, bias, keep))
         return [gradient.zero_() for gradient in gradients]
@@ -230,15 +253,22 @@ def _scaled_residual_backward(
 
 
 @_scaled_residual_backward.register_fake
-def _(grad, x, y_dtype, weight, bias, keep):
+def _(
+    grad: Tensor,
+    x: Tensor,
+    y_dtype: torch.dtype,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    keep: Tensor | None,
+) -> list[Tensor]:
     return _there(
         _empty_gradients(
-            channels_last(x), y_dtype, *_contiguous(weight, bias, keep)
+            channels_last(x), y_dtype, *contiguous(weight, bias, keep)
         )
     )
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, y, weight, bias, keep = inputs
     if weight is None:
         # Its shape is that of y and of the gradient.
@@ -247,7 +277,7 @@ def _save(ctx, inputs, output):
     ctx.y_dtype = y.dtype
 
 
-def _differentiate(ctx, grad):
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, keep = ctx.saved_tensors
     gradients = iter(())
     if weight is not None or keep is not None:

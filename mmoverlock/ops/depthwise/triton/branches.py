@@ -33,7 +33,7 @@ results are deterministic.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -551,7 +551,7 @@ def _unpack_kernel(
 class _Plan:
     """What the kernels know when they are compiled, of branches."""
 
-    def __init__(self, sizes, dilations):
+    def __init__(self, sizes: tuple[int, ...], dilations: tuple[int, ...]):
         firsts = [sum(k**2 for k in sizes[:b]) for b in range(len(sizes))]
         self.branches = tuple(zip(sizes, dilations, firsts, strict=True))
         self.taps = sum(k**2 for k in sizes)
@@ -564,7 +564,7 @@ def _plan(sizes: tuple, dilations: tuple) -> _Plan:
     return _Plan(sizes, dilations)
 
 
-def _blocks(channels):
+def _blocks(channels: int) -> int:
     return cdiv(channels, BLOCK.value)
 
 
@@ -833,7 +833,17 @@ def _sum_of_branches_grads(
 
 
 @_sum_of_branches_grads.register_fake
-def _(grad, x, first, taps, statistics, weights, scales, dilations, eps):
+def _(
+    grad: Tensor,
+    x: Tensor,
+    first: Tensor,
+    taps: Tensor,
+    statistics: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    dilations: Sequence[int],
+    eps: Sequence[float],
+) -> list[Tensor]:
     norm_grads = scales[0].new_empty(2, len(scales), x.shape[1])
     return [
         torch.empty_like(grad),
@@ -849,7 +859,7 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(x, *reversed(maps), statistics, *weights, *scales)
 
 
-def _saved(ctx, grad):
+def _saved(ctx: Any, grad: Tensor) -> tuple:
     x, first, taps, statistics, *parameters = ctx.saved_tensors
     grad = grad.contiguous(memory_format=torch.channels_last)
     n = ctx.count
@@ -873,7 +883,9 @@ class _SynchronizedSum(torch.autograd.Function):
     """The same over the processes of a group, with one exchange each way."""
 
     @staticmethod
-    def forward(ctx, x, dilations, eps, group, measured, *parameters):
+    def forward(
+        ctx, x, dilations, eps, group, measured, *parameters
+    ) -> Tensor:
         n = len(dilations)
         parameters = [parameters[i * n : (i + 1) * n] for i in range(3)]
         operands = x, *parameters, dilations, eps, *measured
@@ -884,7 +896,7 @@ class _SynchronizedSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad) -> tuple[Tensor | None, ...]:
         grad_x, norm_grads, grads = _backward(*_saved(ctx, grad), ctx.group)
         return grad_x, *(None,) * 4, *grads, *norm_grads.flatten(0, 1)
 

@@ -186,13 +186,13 @@ def tap_sums(
 
 
 @constexpr_function
-def meets(distance, size, dilation):
+def meets(distance: int, size: int, dilation: int) -> bool:
     """Whether a kernel has a tap so many rows behind its first one."""
     return distance % dilation == 0 and 0 <= distance // dilation < size
 
 
 @constexpr_function
-def is_read(row, size, dilation, tile):
+def is_read(row: int, size: int, dilation: int, tile: int) -> bool:
     return any(meets(row - t, size, dilation) for t in range(tile))
 
 
@@ -255,7 +255,7 @@ class Layout(NamedTuple):
 
 
 @lru_cache
-def _layout(channels, height, size):
+def _layout(channels: int, height: int, size: int) -> Layout:
     rows = min(
         KNOBS['rows'],
         key=lambda t: cdiv(height, t) * (t * size + 4 * (t + size)),

@@ -1,5 +1,7 @@
 """A large depthwise convolution, forward and backward."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -149,7 +151,7 @@ def _taps(weight, dilation, dtype):
 
 
 @_conv2d.register_fake
-def _(x, weight, bias, dilation):
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -172,7 +174,9 @@ def _conv2d_grads(
 
 
 @_conv2d_grads.register_fake
-def _(grad, x, weight, dilation, needed):
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, dilation: int, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(x) if needed[0] else x.new_empty(0),
         weight.new_empty(weight.shape if needed[1] else 0),
@@ -180,13 +184,13 @@ def _(grad, x, weight, dilation, needed):
     )
 
 
-def _setup(ctx, inputs, output):
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, weight, bias, ctx.dilation = inputs
     ctx.save_for_backward(x, weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     grad = grad.contiguous(memory_format=torch.channels_last)
     of_x, of_weight, of_bias, _ = ctx.needs_input_grad[-4:]

@@ -361,7 +361,7 @@ def _units(
     return tuple(units), lanes, taps + with_sum
 
 
-def _windows(reach, narrow):
+def _windows(reach: int, narrow: bool) -> tuple[int, int]:
     """Windows of the input that a tile needs, and its columns at most."""
     size = WINDOW.value
     if narrow:

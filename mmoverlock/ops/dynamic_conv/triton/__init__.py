@@ -15,7 +15,9 @@ There are no atomic operations, so results are the same in every run. Offsets
 have 64 bits; within an image of a map that runs by classes, 32.
 """
 
+from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -27,7 +29,7 @@ from . import classes, filters, windows
 from .common import INTERPRET
 
 
-def _power(size):
+def _power(size: int) -> int:
     """Sizes of blocks are powers of 2, at least 16."""
     return max(16, triton.next_power_of_2(size))
 
@@ -43,7 +45,7 @@ def _forms(height: int, width: int, *sizes: int) -> tuple[dict | None, ...]:
     )
 
 
-def _narrow(x):
+def _narrow(x: Tensor) -> Tensor:
     """The map; in channels_last if its images have offsets beyond 32 bits."""
     sides = zip(x.shape[1:], x.stride()[1:], strict=True)
     span = sum(length * stride for length, stride in sides)
@@ -53,7 +55,15 @@ def _narrow(x):
 class _Problem:
     """Sizes, and the settings of kernels that follow from them."""
 
-    def __init__(self, query, key, small, large, value, scale):
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        small: Tensor,
+        large: Tensor,
+        value: Tensor,
+        scale: float,
+    ):
         self.batch, _, self.height, self.width = value.shape
         self.groups = len(small)
         self.units = self.batch * self.groups
@@ -85,7 +95,7 @@ class _Problem:
         )
         self.rows = self.batch * query.shape[1]
 
-    def constants(self):
+    def constants(self) -> tuple[tuple[int, ...], ...]:
         """For each kernel size (G, H, W, K, NC, M, MT, TP, PT)."""
         return tuple(
             (
@@ -97,7 +107,7 @@ class _Problem:
             for form, size in zip(self.forms, self.sizes, strict=True)
         )
 
-    def by_classes(self):
+    def by_classes(self) -> Iterator[tuple[int, dict, dict]]:
         """(index, tiling, settings) of the sizes that run by classes."""
         first = 0
         for half, form in enumerate(self.forms):
@@ -115,7 +125,7 @@ class _Problem:
                 yield half, form, settings
             first += self.sizes[half] ** 2
 
-    def by_windows(self):
+    def by_windows(self) -> dict | None:
         """Settings of those that do not, or None if all do."""
         if all(self.forms):
             return None
@@ -138,7 +148,7 @@ class _Problem:
             }
         return settings
 
-    def regions(self):
+    def regions(self) -> dict[str, int]:
         """What kernels by positions take in addition."""
         return {
             f'REGION{half}': _power(
@@ -148,19 +158,19 @@ class _Problem:
         }
 
     @property
-    def pixels(self):
+    def pixels(self) -> int:
         """Columns of a tile of pixels."""
         return min(windows.KNOBS['PIXELS'], _power(self.width))
 
-    def across(self, columns):
+    def across(self, columns: int) -> int:
         return triton.cdiv(self.width, columns)
 
-    def tiles(self, columns):
+    def tiles(self, columns: int) -> int:
         rows = triton.cdiv(self.height, windows.KNOBS['ROWS'])
         return rows * self.across(columns)
 
 
-def _positions(forms, groups):
+def _positions(forms: Sequence[dict | None], groups: int) -> list[int]:
     """Positions of an image in whole tiles, for each size by classes."""
     return [
         groups * form['NC'] * form['MT'] * form['M'] if form else 0
@@ -168,7 +178,9 @@ def _positions(forms, groups):
     ]
 
 
-def _dense_sizes(forms, groups):
+def _dense_sizes(
+    forms: Sequence[dict | None], groups: int
+) -> list[tuple[int, int]]:
     """Elements of the dense biases of each size, by taps and by pixels."""
     return [
         (count * form['TP'], count * form['PT']) if form else (0, 0)
@@ -176,7 +188,7 @@ def _dense_sizes(forms, groups):
     ]
 
 
-def _ctype(dtype):
+def _ctype(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
@@ -288,7 +300,16 @@ def _mix(
 
 
 @_mix.register_fake
-def _empty_outputs(query, key, weight, bias, small, large, value, scale):
+def _empty_outputs(
+    query: Tensor,
+    key: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    small: Tensor,
+    large: Tensor,
+    value: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, _, height, width = value.shape
     groups = len(small)
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -343,7 +364,7 @@ def _mix_backward(
     sizes = _dense_sizes(problem.forms, groups)
     denses = dense.split([*map(sum, sizes)])
 
-    def scratch(*shape):
+    def scratch(*shape) -> Tensor:
         return lse.new_empty(shape)
 
     positions = _positions(problem.forms, problem.groups)
@@ -550,17 +571,21 @@ def _mix_backward(
 
 
 @_mix_backward.register_fake
-def _(grad, *inputs_and_more):
+def _(
+    grad: Tensor, *inputs_and_more
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return tuple(map(torch.empty_like, inputs_and_more[:7]))
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad, *_):
+def _differentiate(
+    ctx: Any, grad: Tensor | None, *_
+) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 8
     tensors = ctx.saved_tensors

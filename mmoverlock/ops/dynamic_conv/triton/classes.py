@@ -56,7 +56,9 @@ def count_classes(height: int, width: int, size: int) -> int:
 def tile_classes(height: int, width: int, size: int) -> dict:
     """Constants of the tiling of a map."""
 
-    def most(length):  # positions along an axis that share a window
+    def most(
+        length: int,
+    ) -> int:  # positions along an axis that share a window
         return size if length == size else size // 2 + 1
 
     positions = most(height) * most(width)

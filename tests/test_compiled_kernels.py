@@ -1,0 +1,80 @@
+"""Kernels compile for GPUs that are not there, and fit on all of them.
+
+The interpreter takes what the compiler does not.
+"""
+
+import json
+
+import pytest
+from kernels import python
+
+pytest.importorskip('triton', '3.6')
+
+SHARED = 99 * 1024  # bytes of a block on the smallest, capability 8.6
+MANY = 'pointwise', 'depthwise', 'dynamic_conv.triton.filters'  # registers
+# In single precision, in half precision, of several processes
+ELSEWHERE = {
+    'depthwise.triton.weight_grads._columns_kernel',
+    'depthwise.triton.weight_grads._units_kernel',
+    'depthwise.triton.branches._factors_kernel',
+}
+CONTMIX = dict(
+    filters=('prepare', 'contract', 'finish'),
+    windows=('forward', 'backward_positions', 'backward_pixels'),
+    classes=(
+        'forward',
+        'backward_query',
+        'backward_filters',
+        'backward_value',
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    'capability, dtype',
+    [
+        (90, 'bfloat16'),
+        *(
+            pytest.param(*where, marks=pytest.mark.slow)
+            for where in [
+                (80, 'bfloat16'),
+                (80, 'float16'),
+                (80, 'float32'),
+                (90, 'float32'),
+                (100, 'bfloat16'),
+                (120, 'float32'),
+            ]
+        ),
+    ],
+)
+def test_compiles_without_spills(capability, dtype, tmp_path):
+    out = python(
+        f"""
+import json, torch
+from compile_launches import *
+from mmoverlock.ops import feed_forward
+uses = compile_all({capability}, torch.{dtype})
+with not_assembled():  # larger tiles would not fit
+    single = compile_operators(80, torch.float32, 64, [feed_forward])
+print(json.dumps([uses, single, [*all_kernels()]]))
+""",
+        TRITON_CACHE_DIR=str(tmp_path),
+    )
+    uses, single, expected = json.loads(out.splitlines()[-1])
+    names = {name for rows in uses.values() for name, _ in rows}
+    assert {*expected} - names <= ELSEWHERE
+    assert names - {*expected} == {
+        f'dynamic_conv.triton.{file}.{name}'
+        for file, names in CONTMIX.items()
+        for name in names
+    }
+    for name, use in single:
+        assert use['shared'] <= SHARED, (name, use)
+    for kind, rows in uses.items():
+        for name, use in rows:
+            assert use['shared'] <= SHARED, (name, use)
+            if kind == 'contmix' and dtype == 'float32':
+                continue
+            assert use['spills'] == 0, (name, use)
+            if capability == 90 and not name.startswith(MANY):
+                assert use['registers'] <= 168, (name, use)

@@ -1,0 +1,555 @@
+"""What operators on maps have in common, against float64.
+
+Without a GPU, Triton's interpreter runs the kernels.
+"""
+
+import inspect
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernels import DEVICE, NHWC, draw, opchecked
+
+from mmoverlock.models.layers import (
+    LayerNorm2d,
+    LayerScale,
+    ResDWConv,
+    SEModule,
+)
+from mmoverlock.ops import (
+    conv_norm,
+    feed_forward,
+    layer_norm,
+    partial_sums,
+    residual_conv,
+    response_norm,
+    scaled_residual,
+    squeeze_excite,
+    update_prior,
+)
+
+triton = pytest.importorskip('triton', '3.6')
+squeeze = pytest.importorskip('mmoverlock.ops.excitation.triton')
+responses = pytest.importorskip('mmoverlock.ops.grn.triton')
+
+SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+TOLERANCES = {SINGLE: 1e-6, HALF: 1e-3, BRAIN: 1e-2}
+LOOSE = {layer_norm: 3, residual_conv: 1.2, conv_norm: 4, feed_forward: 6}
+CASTS = residual_conv, conv_norm, feed_forward  # as autocast does
+DEFINITIONS, SPECS = {}, {}
+
+
+def defines(run, spec):
+    """Tells what an operator is, and names and shapes of its operands.
+
+    A letter is batch, channels, height or width; D, E, O and P are made of
+    the channels. What has no shape is whether something is done.
+    """
+
+    def register(function):
+        DEFINITIONS[run] = function
+        SPECS[run] = [operand.split() for operand in spec.split(', ')]
+        return function
+
+    return register
+
+
+@defines(layer_norm, 'x BCHW, weight C, bias C')
+def normalize(x, weight, bias):
+    mean = x.mean(1, keepdim=True)
+    var = (x - mean).square().mean(1, keepdim=True)
+    x = (x - mean) / (var + 1e-6).sqrt()
+    return x * weight[:, None, None] + bias[:, None, None]
+
+
+@defines(residual_conv, 'x BCHW, weight C133, bias C, gelu, residual, squares')
+def convolve(x, weight, bias, gelu=False, residual=True, squares=False):
+    if gelu:
+        x = F.gelu(x)
+    y = F.conv2d(x, weight, bias, padding=1, groups=len(weight))
+    if residual:
+        y = x + y
+    return (y, y.square().sum((2, 3))) if squares else y
+
+
+@defines(conv_norm, 'x BCHW, weight C133, bias C, scale C, shift C, residual')
+def convolve_and_normalize(x, weight, bias, scale, shift, residual):
+    y = convolve(x, weight, bias, residual=residual)
+    return y, normalize(y, scale, shift)
+
+
+@defines(response_norm, 'x BCHW, gamma 1C11, beta 1C11')
+def respond(x, gamma, beta):
+    norm = x.square().sum((2, 3), keepdim=True).sqrt()
+    response = norm / (norm.mean(1, keepdim=True) + 1e-6)
+    return x * (gamma * response + 1) + beta
+
+
+@defines(
+    squeeze_excite,
+    'x BCHW, weight1 DC11, bias1 D, weight2 CD11, bias2 C, gate BCHW, silu',
+)
+def excite(x, weight1, bias1, weight2, bias2, gate, silu):
+    a = F.conv2d(x.mean((2, 3), keepdim=True), weight1, bias1)
+    y = x * torch.sigmoid(F.conv2d(F.gelu(a), weight2, bias2))
+    if gate is None:
+        return y
+    return (F.silu(gate) if silu else gate) * y
+
+
+@defines(scaled_residual, 'x BCHW, y BCHW, weight C111, bias C, keep B')
+def add(x, y, weight, bias, keep):
+    if weight is not None:
+        x = F.conv2d(x, weight, bias, groups=len(weight))
+    return x + (y if keep is None else y * keep[:, None, None, None])
+
+
+@defines(
+    update_prior,
+    'z BCHW, initial BPHW, weight P111, bias P, initial_weight P111, '
+    'initial_bias P',
+)
+def guide(z, initial, weight, bias, initial_weight, initial_bias):
+    priors = len(weight)
+    z, prior = z[:, :-priors], z[:, -priors:]
+    prior = F.conv2d(prior, weight, bias, groups=priors)
+    initial = F.conv2d(initial, initial_weight, initial_bias, groups=priors)
+    return torch.cat([z, prior + initial], 1)
+
+
+@defines(
+    feed_forward,
+    'x BCHW, weight1 EC11, bias1 E, conv_weight E133, conv_bias E, '
+    'gamma 1E11, beta 1E11, weight2 OE11, bias2 O, residual, '
+    'identity BOHW, gain O111, offset O, keep B',
+)
+def feed(
+    x,
+    weight1,
+    bias1,
+    conv_weight,
+    conv_bias,
+    gamma,
+    beta,
+    weight2,
+    bias2,
+    residual,
+    identity,
+    gain,
+    offset,
+    keep,
+):
+    x = F.conv2d(x, weight1, bias1)
+    y = convolve(x, conv_weight, conv_bias, True, residual)
+    y = F.conv2d(respond(y, gamma, beta), weight2, bias2)
+    return y if identity is None else add(identity, y, gain, offset, keep)
+
+
+CASES = [  # an operator, and which of its operands it gets none of
+    (layer_norm, ''),
+    (residual_conv, ''),
+    (residual_conv, 'bias gelu squares'),
+    (residual_conv, 'gelu residual'),
+    (conv_norm, ''),
+    (conv_norm, 'bias residual'),
+    (response_norm, ''),
+    (squeeze_excite, ''),
+    (squeeze_excite, 'silu'),
+    (squeeze_excite, 'gate silu'),
+    (scaled_residual, ''),
+    (scaled_residual, 'keep'),
+    (scaled_residual, 'bias keep'),
+    (scaled_residual, 'weight bias'),
+    (scaled_residual, 'weight bias keep'),
+    (update_prior, ''),
+    (update_prior, 'bias'),
+    (feed_forward, ''),
+    (feed_forward, 'offset'),
+    (feed_forward, 'gain offset'),
+    (feed_forward, 'identity gain offset keep residual'),
+]
+EVERY_CASE = pytest.mark.parametrize(
+    'run, without',
+    CASES,
+    ids=[f'{run.__name__} without {names}' for run, names in CASES],
+)
+EVERY_OPERATOR = pytest.mark.parametrize(
+    'run', SPECS, ids=[run.__name__ for run in SPECS]
+)
+
+
+def draw_operands(run, shape, dtype=SINGLE, without='', other=None):
+    """Operands by name; ``other`` is the dtype of the second map."""
+    torch.manual_seed(0)
+    sizes = dict(zip('BCHW1234', (*shape, 1, 2, 3, 4), strict=True))
+    channels = shape[1]
+    sizes |= dict(
+        D=max(16, channels // 8),
+        E=3 * channels,
+        O=2 * channels,
+        P=(channels + 1) // 2,
+    )
+    operands = {}
+    for name, *letters in SPECS[run]:
+        if name in without.split():
+            operands[name] = None if letters else False
+        elif not letters:
+            operands[name] = True
+        elif name == 'keep':
+            operands[name] = 1.5 - 0.75 * torch.arange(shape[0], device=DEVICE)
+        else:
+            dims = [sizes[letter] for letter in letters[0]]
+            is_map = letters[0].endswith('HW')
+            tensor = draw(*dims, dtype=dtype if is_map else SINGLE)
+            if not operands:  # whose mean is as large as its deviation
+                tensor += 1
+            elif is_map:
+                tensor = tensor.to(other or dtype)
+            elif len(dims) == 4:
+                tensor *= dims[1] ** -0.5
+            operands[name] = tensor.requires_grad_()
+    return operands
+
+
+def is_tensor(operand):
+    return isinstance(operand, torch.Tensor)
+
+
+def exact(operands):
+    return {
+        name: t.detach().double().clone().requires_grad_(t.requires_grad)
+        if is_tensor(t)
+        else t
+        for name, t in operands.items()
+    }
+
+
+def leaves(operands):
+    return [t for t in operands.values() if is_tensor(t) and t.requires_grad]
+
+
+def kernels_of(run):
+    """The operator with its kernels."""
+    has_backend = 'backend' in inspect.signature(run).parameters
+    return partial(run, backend='triton') if has_backend else run
+
+
+def outputs(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def assert_close(actual, expected, tolerance):
+    """Within a share of the largest expected value."""
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        atol = tolerance * max(1, e.abs().max().item())
+        torch.testing.assert_close(a.double(), e, rtol=0, atol=atol)
+
+
+def assert_right(run, operands, call=None, used=(0, 1)):
+    """Values and every gradient; their dtypes and layouts."""
+    results = outputs((call or kernels_of(run))(**operands))
+    others = exact(operands)
+    expected = outputs(DEFINITIONS[run](**others))
+    first = operands.get('identity')
+    first = next(iter(operands.values())) if first is None else first
+    assert results[0].dtype == first.dtype
+    for y in results:
+        assert y.dim() != 4 or y.is_contiguous(memory_format=NHWC)
+    used = [i for i in used if i < len(results)]
+    weights = [torch.randn(results[i].shape).to(results[i]) for i in used]
+    grads = torch.autograd.grad(  # which arrive in NCHW
+        [results[i] for i in used],
+        leaves(operands),
+        weights,
+        materialize_grads=True,
+    )
+    expected_grads = torch.autograd.grad(
+        [expected[i] for i in used],
+        leaves(others),
+        [weight.double() for weight in weights],
+        materialize_grads=True,
+    )
+    for operand, result in zip(leaves(operands), grads, strict=True):
+        assert operand.dtype == result.dtype
+    map_dtype = next(iter(operands.values())).dtype
+    tolerance = TOLERANCES[map_dtype] * LOOSE.get(run, 1)
+    assert_close((*results, *grads), (*expected, *expected_grads), tolerance)
+
+
+SHAPES = {
+    run: [
+        ((1, 2, 1, 1), SINGLE),
+        ((3, 70, 5, 9), SINGLE),  # two blocks of channels
+        ((2, 17, 19, 17), HALF),  # many positions
+        ((2, 16, 2, 3), BRAIN),
+    ]
+    for run in SPECS
+}
+SHAPES[layer_norm] += [((1, 1024, 1, 3), SINGLE)]
+SHAPES[residual_conv] = [
+    ((1, 67, 1, 8), SINGLE),  # two blocks of channels; a row
+    ((3, 3, 17, 9), SINGLE),  # many strips
+    ((2, 7, 5, 1), HALF),  # a column
+    ((2, 16, 6, 7), BRAIN),
+]
+SHAPES[conv_norm] = [((2, 20, 5, 8), SINGLE), ((3, 70, 2, 3), BRAIN)]
+SHAPES[feed_forward] = [
+    ((2, 4, 9, 8), SINGLE),  # several tiles of pixels
+    ((2, 6, 3, 2), HALF),
+    ((3, 5, 1, 4), BRAIN),
+]
+
+
+@pytest.mark.parametrize(
+    'run, without, shape, dtype',
+    [
+        (run, without, *form)
+        for run, without in CASES
+        # Of convolutions in all forms, and in one form without an operand
+        for form in SHAPES[run][-1 if run in CASTS and without else 0 :]
+    ],
+)
+def test_values_and_gradients(run, without, shape, dtype, poison):
+    assert_right(run, draw_operands(run, shape, dtype, without))
+
+
+@pytest.mark.parametrize('run', [conv_norm, residual_conv])
+@pytest.mark.parametrize('used', [0, 1])
+def test_one_of_two_outputs_has_a_gradient(run, used, poison):
+    operands = draw_operands(run, (2, 3, 4, 5))
+    assert_right(run, operands, used=[used])
+
+
+def test_many_images(monkeypatch, poison):
+    """More than the gradients of the weights of SE take at a time."""
+    monkeypatch.setitem(squeeze.WEIGHTS, 'BATCH', 16)
+    operands = draw_operands(squeeze_excite, (17, 3, 1, 2))
+    assert_right(squeeze_excite, operands)
+
+
+@pytest.mark.parametrize(
+    'run', [squeeze_excite, scaled_residual, update_prior, feed_forward]
+)
+def test_maps_of_two_dtypes(run, poison):
+    """Gradients have their own."""
+    shape = 2, 6, 3, 4
+    assert_right(run, draw_operands(run, shape, BRAIN, other=SINGLE))
+    operands = draw_operands(run, shape, SINGLE, other=BRAIN)
+    y = kernels_of(run)(**operands)
+    if run is not feed_forward:  # whose result has the dtype of the second
+        assert y.dtype == SINGLE
+        assert_close([y], [DEFINITIONS[run](**exact(operands))], 1e-5)
+    y.sum().backward()
+    assert all(t.grad.dtype == t.dtype for t in leaves(operands))
+
+
+@EVERY_OPERATOR
+def test_other_layouts_and_half_weights(run, poison):
+    """Maps in NCHW, weights in half precision and of other strides."""
+    others = {}
+    for name, tensor in draw_operands(run, (2, 6, 3, 4)).items():
+        others[name] = tensor
+        if is_tensor(tensor):
+            grad, tensor = tensor.requires_grad, tensor.detach()
+            if tensor.shape[2:] == (3, 4):
+                tensor = tensor.contiguous()
+            else:
+                halves = tensor.half()
+                tensor = torch.stack([halves, halves], -1)[..., 0]
+            others[name] = tensor.requires_grad_(grad)
+    results = outputs(kernels_of(run)(**others))
+    exacts = exact(others)
+    expected = outputs(DEFINITIONS[run](**exacts))
+    assert_close(results, expected, 1e-5)
+    grads, expected_grads = (
+        torch.autograd.grad(
+            sum(y.square().mean() for y in ys), leaves(tensors)
+        )
+        for ys, tensors in ((results, others), (expected, exacts))
+    )
+    for tensor, grad, value in zip(
+        leaves(others), grads, expected_grads, strict=True
+    ):
+        assert grad.dtype == tensor.dtype
+        tolerance = 1e-5 if grad.dtype == SINGLE else 1e-3
+        assert_close([grad], [value], tolerance)
+
+
+@EVERY_OPERATOR
+def test_deterministic(monkeypatch, run, poison):
+    """Equal bits twice; close ones with other numbers of programs."""
+    monkeypatch.setattr(squeeze, 'FEW', 50)
+    monkeypatch.setitem(responses.KNOBS, 'few', 50)
+    shape = (2, 3, 3, 40) if run in CASTS else (2, 20, 9, 8)
+    results = []
+    for slots in (3, 3, 1, 17)[: 3 if run in CASTS else 4]:
+        monkeypatch.setattr(partial_sums, 'programs', lambda *_, n=slots: n)
+        operands = draw_operands(run, shape)
+        out = outputs(kernels_of(run)(**operands))
+        sum(y.sin().sum() for y in out).backward()
+        results.append([*out, *(t.grad for t in leaves(operands))])
+    for first, second, *others in zip(*results, strict=True):
+        assert torch.equal(first, second)
+        for other in others:
+            torch.testing.assert_close(first, other, rtol=1e-4, atol=1e-4)
+
+
+@EVERY_OPERATOR
+def test_autocast(run):
+    """It casts the maps of convolutions, and no weights."""
+    operands = draw_operands(run, (2, 5, 3, 4))
+    with torch.autocast(DEVICE, BRAIN):
+        results = outputs(kernels_of(run)(**operands))
+    grads = torch.autograd.grad(results[-1].sum(), leaves(operands))
+    assert {grad.dtype for grad in grads} == {SINGLE}
+    if run in CASTS:
+        operands['x'] = operands['x'].to(BRAIN)
+    expected = outputs(kernels_of(run)(**operands))
+    for actual, value in zip(results, expected, strict=True):
+        assert actual.dtype == value.dtype
+        assert torch.equal(actual, value)
+
+
+@EVERY_OPERATOR
+def test_compile(run):
+    """The graph has no breaks, and sizes may change without a new one."""
+    torch.compiler.reset()
+    compiled = torch.compile(
+        kernels_of(run), fullgraph=True, backend='aot_eager', dynamic=True
+    )
+    for shape, stance in (
+        ((5, 4, 6, 7), 'default'),  # sizes that nothing else has
+        ((2, 4, 7, 5), 'fail_on_recompile'),
+    ):
+        operands = draw_operands(run, shape)
+        with torch.compiler.set_stance(stance):
+            assert_right(run, operands, compiled)
+
+
+@EVERY_CASE
+def test_registered(never_the_same, run, without):
+    operands = draw_operands(run, (1, 2, 2, 3), without=without)
+    with opchecked() as calls:
+        results = outputs(kernels_of(run)(**operands))
+        sum(y.sum() for y in results).backward()
+    # Nothing runs backward where all gradients are that of the sum.
+    assert len(calls) == 1 + (without != 'weight bias keep')
+
+
+@EVERY_OPERATOR
+@pytest.mark.parametrize('shape', [(0, 3, 4, 5), (2, 3, 0, 5)])
+def test_empty_map(run, shape):
+    operands = draw_operands(run, shape)
+    results = outputs(kernels_of(run)(**operands))
+    assert results[0].shape[2:] == shape[2:]
+    assert not any(y.any() for y in results)
+    sum(y.sum() for y in results).backward()
+    for tensor in leaves(operands):
+        assert torch.equal(tensor.grad, torch.zeros_like(tensor))
+
+
+@EVERY_CASE
+def test_reference(run, without):
+    if run in (conv_norm, feed_forward):
+        pytest.skip('Elsewhere, the layers run.')
+    operands = exact(draw_operands(run, (2, 6, 5, 4), without=without))
+    pairs = [
+        (*ys, *torch.autograd.grad(ys[0].sin().sum(), leaves(operands)))
+        for ys in map(outputs, (run(**operands), DEFINITIONS[run](**operands)))
+    ]
+    torch.testing.assert_close(*pairs)
+
+
+@pytest.mark.parametrize('dtype', [None, BRAIN])
+def test_reference_is_what_layers_run(dtype):
+    """On a CPU, bit for bit, under autocast too."""
+    torch.manual_seed(0)
+    x, y, z = (torch.randn(2, 5, 6, 7, dtype=dtype) for _ in range(3))
+    se, scale, other = SEModule(5), LayerScale(5), LayerScale(2)
+    norm, conv = LayerNorm2d(5), ResDWConv(5)
+    with torch.no_grad():
+        for layer in (scale, other):
+            layer.weight.normal_()
+            layer.bias.normal_()
+    weights = [se.proj[i] for i in (1, 3)]
+    weights = [t for layer in weights for t in (layer.weight, layer.bias)]
+    scales = other.weight, other.bias
+    with torch.autocast('cpu', BRAIN, enabled=dtype is not None):
+        pairs = [
+            (squeeze_excite(x, *weights), se(x)),
+            (squeeze_excite(x, *weights, y), y * se(x)),
+            (squeeze_excite(x, *weights, y, True), F.silu(y) * se(x)),
+            (scaled_residual(x, y, scale.weight, scale.bias), scale(x, y)),
+            (scaled_residual(x, y), x + y),
+            (
+                update_prior(z, x[:, :2], *scales, *scales),
+                torch.cat([z[:, :3], other(z[:, 3:], other(x[:, :2]))], 1),
+            ),
+            (residual_conv(x, conv.weight, conv.bias), conv(x)),
+        ]
+        if dtype is None:
+            pairs.append((layer_norm(x, norm.weight, norm.bias), norm(x)))
+            scale.bias = None
+            pairs.append((scaled_residual(x, y, scale.weight), scale(x, y)))
+    for actual, expected in pairs:
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected)
+
+
+def test_the_sum_is_in_single_precision():
+    """Addends that vanish in half precision one by one do not together."""
+    x = torch.full((1, 1, 1, 1), 256.0, device=DEVICE).bfloat16()
+    y, weight, bias = x / 256, x.float() / 256, x.new_ones(1).float()
+    y = scaled_residual(x, y, weight, bias, backend='triton')
+    assert y.item() == 258  # 256 + 1 is 256
+
+
+def test_gradients_that_are_that_of_the_sum():
+    """Nothing is written for them."""
+    operands = draw_operands(
+        scaled_residual, (2, 3, 4, 5), without='weight bias keep'
+    )
+    y = scaled_residual(**operands, backend='triton')
+    grad = draw(2, 3, 4, 5)
+    for result in torch.autograd.grad(y, leaves(operands), grad):
+        assert result.data_ptr() == grad.data_ptr()
+
+
+@EVERY_OPERATOR
+def test_what_kernels_do_not_take(run, monkeypatch):
+    if kernels_of(run) is run:  # whose kernels are called where they can run
+        return
+    operands = draw_operands(run, (1, 2, 3, 3))
+    with pytest.raises(ValueError, match="'cudnn'.*'auto'.*'triton'"):
+        run(**operands, backend='cudnn')
+    with pytest.raises(ValueError, match='float64'):
+        run(**exact(operands), backend='triton')
+    monkeypatch.setattr(triton, 'JITFunction', object)  # not interpreted
+    if DEVICE == 'cpu':
+        with pytest.raises(ValueError, match='maps on a GPU, got one on cpu'):
+            run(**operands, backend='triton')
+
+
+def test_shapes_that_disagree():
+    x, c = torch.ones(1, 2, 3, 3), torch.ones(2)
+    one = torch.ones(2, 1, 1, 1)
+    two = torch.ones(2, 2, 1, 1)
+    taps, beta = torch.ones(3, 1, 3, 3), torch.ones(1, 1, 1, 1)
+    for run, *operands, message in (
+        (squeeze_excite, x, two, c, one, c, r'weight2.*\(2, 2, 1, 1\)'),
+        (squeeze_excite, x, one, c, two, c, r'weight1.*\(2, 2, 1, 1\)'),
+        (squeeze_excite, x, two, c, two, c, x[:, :1], 'gate'),
+        (scaled_residual, x, x[:, :1], 'y has shape'),
+        (scaled_residual, x, x, two, r'weight.*\(2, 1, 1, 1\)'),
+        (scaled_residual, x, x, None, c, 'a bias needs a weight'),
+        (scaled_residual, x, x, None, None, c, r'keep.*\(1,\)'),
+        (update_prior, x, x[:, :, :2], one, c, one, c, 'initial'),
+        (update_prior, x, x, one, c, one, c[:1], 'initial_bias'),
+        (response_norm, x, one, one, r'gamma.*\(1, 2, 1, 1\)'),
+        (response_norm, x, one.view(1, 2, 1, 1), beta, 'beta'),
+        (residual_conv, x, taps, r'\(3, 1, 3, 3\).*\(2, 1, 3, 3\)'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(*operands)
