@@ -28,6 +28,9 @@ from mmoverlock import ops
 from mmoverlock.models.reparam import BRANCHES
 from mmoverlock.ops import depthwise_conv2d, partial_sums, sum_of_branches
 from mmoverlock.ops.dynamic_conv import triton as contmix
+from mmoverlock.ops.excitation import Norm, excite_norms
+from mmoverlock.ops.focus import triton as focus
+from mmoverlock.ops.pointwise.triton import weight_grads
 
 CUOBJDUMP = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
 PACKAGE = f'{ops.__name__}.'
@@ -199,6 +202,43 @@ def compile_branches(capability, dtype, sizes, channels, height=56):
     return compile_launches(run, capability)
 
 
+def compile_norms(capability, dtype, channels):
+    """Compile norms of one map and of three, squeeze-excite behind them."""
+
+    def run():
+        weights = [(40, channels, 1, 1), (40,), (channels, 40, 1, 1)]
+        weights = [draw(*shape) for shape in (*weights, (channels,))]
+        shape = 2, channels, 14, 14
+        for count in 1, 3:
+            maps = [
+                draw(*shape, dtype=dtype).requires_grad_()
+                for _ in range(count)
+            ]
+            vectors = [draw(channels) for _ in range(4)]
+            norm = Norm(*vectors, torch.ones((), dtype=torch.int64), 0.1, 1e-5)
+            operands = maps, [norm] * count, *weights, 'triton'
+            _differentiate(partial(excite_norms, *operands))
+
+    return compile_launches(run, capability)
+
+
+def compile_sums(capability, dtype):
+    """Compile what adds up gradients of a Focus block, with the most of them.
+
+    And the gradient of an average, which it adds to another one.
+    """
+
+    def run():
+        x, y = (torch.empty(25088, n, dtype=dtype) for n in (384, 256))
+        parts = weight_grads((x, y), (y, y), (y, y), (y, x), (y, x[:, :256]))
+        sums = [part for pair in parts for part in pair]
+        partial_sums.add(*((part, part[0].clone()) for part in sums))
+        maps = (draw(2, 64, n, n, dtype=dtype) for n in (7, 14))
+        focus._unpool(*maps)
+
+    return compile_launches(run, capability)
+
+
 def compile_contmix(capability, dtype, height, width, size):
     """Compile the kernels of ContMix for a map."""
 
@@ -231,6 +271,8 @@ def compile_all(capability, dtype):
     where = capability, dtype
     return dict(
         operators=compile_operators(*where, 640),
+        norms=compile_norms(*where, 64) + compile_norms(*where, 320),
+        sums=compile_sums(*where),
         branches=compile_branches(*where, ((5, 1), (3, 2)), 64),
         contmix=[
             *compile_contmix(*where, 14, 14, 13),

@@ -3,12 +3,11 @@
 Without a GPU, Triton's interpreter runs the kernels.
 """
 
-import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import DEVICE, draw, exact, python, relative_error
+from kernels import DEVICE, draw, exact, relative_error
 from torch import nn
 
 from mmoverlock.ops import Norm, excite_norms
@@ -149,41 +148,3 @@ def test_maps_that_cannot_be(shapes):
     maps = [torch.ones(shape) for shape in shapes]
     with pytest.raises(ValueError, match='one map or three of one shape'):
         excite_norms(maps, [], *[torch.ones(1)] * 4)
-
-
-@pytest.mark.parametrize('capability', [80, 90])
-def test_kernels_compile_without_spills(capability, tmp_path):
-    """All that a block takes, in either way, with wide channels."""
-    out = python(
-        f"""
-import json, torch
-from compile_launches import _empty_map, compile_launches
-from mmoverlock.ops.excitation import triton as kernels
-
-def run():
-    for channels in (64, 320):
-        vector = torch.empty(channels)
-        weights = torch.empty(40, channels), torch.empty(40)
-        weights += torch.empty(channels, 40), vector
-        for n in (1, 3):
-            x = _empty_map(2, channels, 14, 14, dtype=torch.bfloat16)
-            count = torch.empty((), dtype=torch.int64)
-            norms = [[vector] * n] * 4 + [[count] * n, [0.1] * n, [1e-5] * n]
-            measured = kernels.measure([x] * n, *norms)
-            other, gate = (None, None) if n == 1 else (x, x)
-            y, state = kernels.forward(
-                x, *weights, gate, True, other, measured
-            )
-            kernels.backward(
-                y, x, *weights, gate, state, True, other, measured[1]
-            )
-
-uses = compile_launches(run, {capability})
-print(json.dumps(uses))
-""",
-        TRITON_CACHE_DIR=str(tmp_path),
-    )
-    uses = json.loads(out.splitlines()[-1])
-    assert len({name for name, _ in uses}) == 8
-    for name, use in uses:
-        assert use['spills'] == 0, (name, use)

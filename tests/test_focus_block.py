@@ -4,13 +4,12 @@ Without a GPU, Triton's interpreter runs the kernels.
 """
 
 import copy
-import json
 from functools import partial
 from unittest import mock
 
 import pytest
 import torch
-from kernels import DEVICE, draw, exact, python, relative_error
+from kernels import DEVICE, draw, exact, relative_error
 from torch import nn
 
 from mmoverlock.models import blocks
@@ -179,36 +178,6 @@ def test_synchronized_norms_are_no_part_of_it(auto_is_triton, monkeypatch):
     monkeypatch.setattr(blocks, 'conv_and_norm', lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         draw_block(True, 'SyncBN')(*draw_maps(True), None)
-
-
-@pytest.mark.parametrize('capability', [80, 90])
-def test_kernels_compile_without_spills(capability, tmp_path):
-    """Those that take tuples, with the most that they get."""
-    out = python(
-        f"""
-import json, torch
-from compile_launches import compile_launches
-from mmoverlock.ops import partial_sums
-from mmoverlock.ops.pointwise.triton import weight_grads
-
-def run():
-    x = torch.empty(25088, 384, dtype=torch.bfloat16)
-    y = torch.empty(25088, 256, dtype=torch.bfloat16)
-    parts = weight_grads((x, y), (y, y), (y, y), (y, x), (y, x[:, :256]))
-    sums = [part for pair in parts for part in pair]
-    partial_sums.add(*((part, part[0].clone()) for part in sums))
-
-print(json.dumps(compile_launches(run, {capability})))
-""",
-        TRITON_CACHE_DIR=str(tmp_path),
-    )
-    uses = json.loads(out.splitlines()[-1])
-    assert [name for name, _ in uses] == [
-        '_weight_grads_kernel',
-        '_add_kernel',
-    ]
-    for name, use in uses:
-        assert use['spills'] == 0, (name, use)
 
 
 def test_paths_are_dropped_in_one_launch(monkeypatch):

@@ -1,5 +1,6 @@
 """What operators on maps have in common."""
 
+import typing
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NoReturn
@@ -60,6 +61,9 @@ def custom_op(
         # As torch.library.custom_op does, so that modules can be reloaded.
         from torch._library.custom_ops import get_library_allowing_overwrite
 
+        if function.__annotations__['return'] == list[Tensor]:
+            # Before 2.7, torch knows it by this name alone.
+            function.__annotations__['return'] = typing.List[Tensor]  # noqa: UP006
         schema = torch.library.infer_schema(
             function, mutates_args=mutates_args
         )
