@@ -11,7 +11,12 @@ from kernels import python
 pytest.importorskip('triton', '3.6')
 
 SHARED = 99 * 1024  # bytes of a block on the smallest, capability 8.6
-MANY = 'pointwise', 'depthwise', 'dynamic_conv.triton.filters'  # registers
+MANY = (  # registers
+    'pointwise',
+    'depthwise',
+    'dynamic_conv.triton.filters',
+    'excitation.triton._products_kernel',
+)
 OF_GROUPS = 'depthwise.triton.branches._factors_kernel'  # of processes
 CONTMIX = dict(
     filters=('prepare', 'contract', 'finish'),

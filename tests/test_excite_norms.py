@@ -3,7 +3,6 @@
 Without a GPU, Triton's interpreter runs the kernels.
 """
 
-
 import pytest
 import torch
 import torch.nn.functional as F
