@@ -44,7 +44,8 @@ def _fixed_statistics(block: nn.Module) -> Iterator[None]:
     for buffers, kept in norms:
         for name, buffer in kept.items():
             if buffer is not None:
-                buffers[name] = torch.empty_like(buffer)
+                # Zeros: one over a number of batches may be taken.
+                buffers[name] = torch.zeros_like(buffer)
     try:
         yield
     finally:
