@@ -15,7 +15,7 @@ MANY = (  # registers
     'pointwise',
     'depthwise',
     'dynamic_conv.triton.filters',
-    'excitation.triton._products_kernel',
+    'excitation.triton',
 )
 OF_GROUPS = 'depthwise.triton.branches._factors_kernel'  # of processes
 CONTMIX = dict(
