@@ -15,7 +15,7 @@ from mmoverlock.models.blocks import (
 )
 from mmoverlock.models.fuse import fuse
 
-pytest.importorskip('triton')
+pytest.importorskip('triton', '3.6')
 COMMON = dict(drop_path=0.0, norm_cfg=dict(type='BN'), deploy=False)
 BLOCKS = {  # with a batch size, which costs the interpreter most
     'rep': (RepConvBlock, dict(kernel_size=5, layer_scale=True), [16], 2),

@@ -184,6 +184,9 @@ class NoExcitation(nn.Module):
     def scale_and_shift(self, x: Tensor) -> tuple[None, None]:
         return None, None
 
+    def takes_norms(self, *args) -> bool:
+        return False
+
 
 class WithoutDilated(Variant):
     """No dilated branches: one plain large kernel and its batch norm.
