@@ -56,8 +56,8 @@ class Regions:
             or torch._C._len_torch_dispatch_stack()
         ):
             return block(*args)
-        # Sizes that happen to be equal need not be.
         from torch._dynamo import config
+        from torch._inductor import config as inductor
         from torch.fx.experimental import _config as symbols
 
         if self._compiled is None:
@@ -69,7 +69,14 @@ class Regions:
         keeps = block.draw(args[0])
         environment.any_size = True
         try:
-            with config.patch(SETTINGS), symbols.patch(use_duck_shape=False):
+            with (
+                config.patch(SETTINGS),
+                # Sizes that happen to be equal need not be.
+                symbols.patch(use_duck_shape=False),
+                # It fails at sizes that are not known, and maps are in
+                # channels_last already.
+                inductor.patch(layout_optimization=False),
+            ):
                 return self._compiled(block, *args, keeps)
         finally:
             environment.any_size = False
