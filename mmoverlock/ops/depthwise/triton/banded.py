@@ -28,7 +28,14 @@ from triton import constexpr_function
 
 from ...common import cdiv
 from .common import SIZES, SPARSE, is_read, meets
-from .weight_grads import WINDOW, by_channel, dot, num_splits
+from .weight_grads import (
+    WINDOW,
+    by_channel,
+    dot,
+    matrices,
+    num_splits,
+    own_channels,
+)
 
 # Rows of a tile, and of a kernel at a time; PAIR is how many channels a warp
 # takes from one load. Programs are those of sums, where there is enough to do.
@@ -63,27 +70,11 @@ def _place(chunk, images, height, width, across, T: tl.constexpr):
 
 
 @triton.jit
-def _own(channel_0, CHANNELS: tl.constexpr, PAIR: tl.constexpr):
-    """Channels (C, 1, 1) in the order that by_channel leaves."""
-    order = tl.arange(0, CHANNELS)
-    own = order % (CHANNELS // PAIR) * PAIR + order // (CHANNELS // PAIR)
-    return (channel_0 + own)[:, None, None]
-
-
-@triton.jit
 def _by_column(b_rows, CHANNELS: tl.constexpr, PAIR: tl.constexpr):
     """Rows (tiles, columns, C) of matrices (C, tiles, columns)."""
     b_rows = tl.reshape(b_rows, (PAIR, CHANNELS // PAIR, WINDOW, WINDOW))
     b_rows = tl.permute(b_rows, 2, 3, 1, 0)
     return tl.reshape(b_rows, (WINDOW, WINDOW, CHANNELS))
-
-
-@triton.jit
-def _zeros(T: tl.constexpr, CHANNELS: tl.constexpr):
-    acc = ()
-    for _ in tl.static_range(T):
-        acc = acc + (tl.zeros((CHANNELS, WINDOW, WINDOW), tl.float32),)
-    return acc
 
 
 @triton.jit
@@ -225,10 +216,10 @@ def _conv2d_kernel(
     row, col, o_row, m_tile, columns = _place(
         tl.program_id(0), images, height, width, across, T
     )
-    channel_0 = tl.program_id(1) * CHANNELS
-    channel = (channel_0 + tl.arange(0, CHANNELS))[None, None]
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    channel = channel[None, None]
     o_branch = tl.cast(images, tl.int64) * height * width * channels
-    acc = _zeros(T, CHANNELS)
+    acc = matrices(T, CHANNELS)
     for b in tl.static_range(len(BRANCHES)):
         acc = _convolve(
             acc,
@@ -254,7 +245,8 @@ def _conv2d_kernel(
         )
     b_bias = 0.0
     if p_bias is not None:
-        own = _own(channel_0, CHANNELS, PAIR)
+        own = own_channels(tl.program_id(1), CHANNELS, PAIR)
+        own = own[:, None, None]
         b_bias = tl.load(p_bias + own, mask=own < channels, other=0)
         b_bias = b_bias.to(tl.float32)
     o_out, m_out = _values(
@@ -307,9 +299,9 @@ def _statistics_kernel(
     C); grid (splits, blocks of channels).
     """
     split = tl.program_id(0)
-    channel_0 = tl.program_id(1) * CHANNELS
-    channel = (channel_0 + tl.arange(0, CHANNELS))[None, None]
-    own = tl.reshape(_own(channel_0, CHANNELS, PAIR), (CHANNELS,))
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    channel = channel[None, None]
+    own = own_channels(tl.program_id(1), CHANNELS, PAIR)
     chunks = tl.cdiv(images * tl.cdiv(height, T) * across, WINDOW)
     o_part = tl.cast(split, tl.int64) * len(BRANCHES) * 3 * channels
     p_part = p_parts + o_part + own
@@ -329,7 +321,7 @@ def _statistics_kernel(
                 chunk, images, height, width, across, T
             )
             acc = _convolve(
-                _zeros(T, CHANNELS),
+                matrices(T, CHANNELS),
                 p_x,
                 p_taps + BRANCHES[b][2] * channels,
                 row,
@@ -417,16 +409,16 @@ def _branch_grads_kernel(
     row, col, o_row, m_tile, columns = _place(
         tl.program_id(0), images, height, width, across, T
     )
-    channel_0 = tl.program_id(1) * CHANNELS
-    channel = (channel_0 + tl.arange(0, CHANNELS))[None, None]
-    own = _own(channel_0, CHANNELS, PAIR)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    channel = channel[None, None]
+    own = own_channels(tl.program_id(1), CHANNELS, PAIR)[:, None, None]
     o_value, m_value = _values(
         row, col, o_row, m_tile, columns, channel, channels, width
     )
     o_branch = tl.cast(images, tl.int64) * height * width * channels
     step = width * channels
     for b in tl.static_range(len(BRANCHES)):
-        acc = _zeros(T, CHANNELS)
+        acc = matrices(T, CHANNELS)
         if b > 0:
             acc = _convolve(
                 acc,

@@ -220,9 +220,7 @@ def _units_kernel(
     items = images * dilation * down * across
     step = width * channels * dilation
     n = tl.arange(0, WINDOW)
-    acc = ()
-    for _ in tl.static_range(ROWS):
-        acc = acc + (tl.zeros((CHANNELS, WINDOW, WINDOW), tl.float32),)
+    acc = matrices(ROWS, CHANNELS)
     # Tiles in registers: shared memory could not be read without conflicts.
     for chunk in tl.range(
         split * shares + lane // windows,
@@ -268,10 +266,7 @@ def _units_kernel(
                     part = dot(b_x, b_grad, acc[i - t])
                     acc = acc[: i - t] + (part,) + acc[i - t + 1 :]
     o_part = (tl.cast(split, tl.int64) * PARTS + lane) * ALL_TAPS + tap
-    # The order of channels that by_channel leaves.
-    order = tl.arange(0, CHANNELS)
-    own = order % (CHANNELS // PAIR) * PAIR + order // (CHANNELS // PAIR)
-    own = (tl.program_id(1) * CHANNELS + own)[:, None]
+    own = own_channels(tl.program_id(1), CHANNELS, PAIR)[:, None]
     for s_0 in range(0, size, WINDOW):
         s = s_0 + tl.arange(0, WINDOW)
         at = (s * dilation - reach - start)[:, None] + n[None]
@@ -308,6 +303,23 @@ def by_channel(b_rows, CHANNELS: tl.constexpr, PAIR: tl.constexpr):
     b_rows = tl.reshape(b_rows, (WINDOW, WINDOW, CHANNELS // PAIR, PAIR))
     b_rows = tl.permute(b_rows, 3, 2, 0, 1)
     return tl.reshape(b_rows, (CHANNELS, WINDOW, WINDOW))
+
+
+@triton.jit
+def own_channels(block, CHANNELS: tl.constexpr, PAIR: tl.constexpr):
+    """Channels (C, ) of a block in the order that by_channel leaves."""
+    order = tl.arange(0, CHANNELS)
+    own = order % (CHANNELS // PAIR) * PAIR + order // (CHANNELS // PAIR)
+    return block * CHANNELS + own
+
+
+@triton.jit
+def matrices(LENGTH: tl.constexpr, CHANNELS: tl.constexpr):
+    """Zeros, a tuple of matrices (C, 16, 16)."""
+    rows = ()
+    for _ in tl.static_range(LENGTH):
+        rows = rows + (tl.zeros((CHANNELS, WINDOW, WINDOW), tl.float32),)
+    return rows
 
 
 @triton.jit
