@@ -18,16 +18,7 @@ MANY = (  # registers
     'excitation.triton',
 )
 OF_GROUPS = 'depthwise.triton.branches._factors_kernel'  # of processes
-CONTMIX = dict(
-    filters=('prepare', 'contract', 'finish'),
-    windows=('forward', 'backward_positions', 'backward_pixels'),
-    classes=(
-        'forward',
-        'backward_query',
-        'backward_filters',
-        'backward_value',
-    ),
-)
+CONTMIX = dict(filters=('prepare', 'finish'), mix=('forward', 'backward'))
 
 
 @pytest.mark.parametrize(

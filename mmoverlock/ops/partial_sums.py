@@ -54,7 +54,7 @@ def _add(
     m_out = o_out < count
     o_part = tl.arange(0, PARTS)[:, None]
     p_part = p_parts + o_part * tl.cast(step, tl.int64) + o_out[None]
-    acc = tl.zeros((PARTS, COLUMNS), tl.float32)
+    acc = tl.zeros((PARTS, COLUMNS), p_parts.dtype.element_ty)
     for start in range(0, parts, PARTS):
         m_part = (start + o_part < parts) & m_out[None]
         acc += tl.load(p_part, mask=m_part, other=0)

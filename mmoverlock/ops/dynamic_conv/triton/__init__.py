@@ -1,9 +1,9 @@
 """ContMix as Triton kernels for NVIDIA GPUs, forward and backward.
 
 A kernel size runs by classes of positions where a map has few windows
-(classes.py), and by windows elsewhere (windows.py); filters.py has what comes
-before and after. Scores are logarithms to the base 2; the factor is in the
-filters and biases.
+(classes.py), and by windows elsewhere (windows.py), both sizes in one launch
+(mix.py); filters.py has what comes before and after. Scores are logarithms to
+the base 2; the factor is in the filters and biases.
 
 Formats: scores, sums and exponentials are fp32. Products of a query of 16
 bits take filters of twice as many, in two planes; weights and gradients of
@@ -12,37 +12,34 @@ follow, as in FlashAttention. Products of fp32 are made of three of TF32,
 which keeps its precision.
 
 There are no atomic operations, so results are the same in every run. Offsets
-have 64 bits; within an image of a map that runs by classes, 32.
+have 64 bits; within an image, 32.
 """
 
-from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from ...common import channels_last, custom_op
-from . import classes, filters, windows
-from .common import INTERPRET
-
-
-def _power(size: int) -> int:
-    """Sizes of blocks are powers of 2, at least 16."""
-    return max(16, triton.next_power_of_2(size))
+from ... import partial_sums
+from ...common import cdiv, channels_last, custom_op
+from . import classes, filters, mix, windows
+from .common import INTERPRET, power
 
 
 @cache
-def _forms(height: int, width: int, *sizes: int) -> tuple[dict | None, ...]:
-    """For each kernel size its tiling by classes, or None."""
-    return tuple(
-        classes.tile_classes(height, width, size)
-        if classes.count_classes(height, width, size) <= classes.MOST_CLASSES
-        else None
-        for size in sizes
-    )
+def _forms(height: int, width: int, *sizes: int) -> tuple[dict, ...]:
+    """The constants of each kernel size, see common.py."""
+    forms, first = [], 0
+    for half, size in enumerate(sizes):
+        if classes.count_classes(height, width, size) <= classes.MOST_CLASSES:
+            tiling = classes.tile_classes(height, width, size)
+        else:
+            tiling = windows.tile_windows(width, size)
+        forms.append(dict(HALF=half, FIRST=first, **tiling))
+        first += size**2
+    return tuple(forms)
 
 
 def _narrow(x: Tensor) -> Tensor:
@@ -50,6 +47,15 @@ def _narrow(x: Tensor) -> Tensor:
     sides = zip(x.shape[1:], x.stride()[1:], strict=True)
     span = sum(length * stride for length, stride in sides)
     return x if span < 2**31 else channels_last(x)
+
+
+def _lengths(form: dict, groups: int, batch: int, pixels: int) -> list[int]:
+    """Elements of lse and of dense biases of a kernel size, aligned."""
+    positions, dense = pixels, form['K'] ** 2 * form['TP']
+    if 'NC' in form:
+        positions = form['NC'] * form['MT'] * form['M']
+        dense = positions * (form['TP'] + form['PT'])
+    return [4 * cdiv(batch * groups * positions, 4), groups * dense]
 
 
 class _Problem:
@@ -65,131 +71,63 @@ class _Problem:
         scale: float,
     ):
         self.batch, _, self.height, self.width = value.shape
-        self.groups = len(small)
-        self.units = self.batch * self.groups
+        groups = len(small)
+        self.units = self.batch * groups
         self.sizes = [(len(table[0]) + 1) // 2 for table in (small, large)]
-        self.taps = sum(size**2 for size in self.sizes)
         # There is no other number of classes than those few.
         self.forms = _forms(self.height, self.width, *self.sizes)
-        self.dtype = torch.promote_types(query.dtype, torch.float32)
-        self.planes = 2 if query.element_size() == 2 else 1
-        channels = query.shape[1] // self.groups
-        values = value.shape[1] // (2 * self.groups)
-        self.mixing = dict(
-            G=self.groups,
-            CQ=channels,
-            CV=values,
-            QC=_power(channels),
-            VC=_power(values),
-            TAPS=self.taps,
-            PLANES=self.planes,
+        self.taps = sum(size**2 for size in self.sizes)
+        lengths = (
+            _lengths(form, groups, self.batch, self.height * self.width)
+            for form in self.forms
+        )
+        self.lse, self.dense = zip(*lengths, strict=True)
+        channels = query.shape[1] // groups
+        values = value.shape[1] // (2 * groups)
+        self.mix = dict(
+            MIX=(
+                groups,
+                channels,
+                values,
+                power(channels),
+                power(values),
+                self.taps,
+                2 if query.element_size() == 2 else 1,
+            ),
+            FORMS=tuple(tuple(form.values()) for form in self.forms),
+        )
+        self.sides = dict(
+            batch=self.batch, height=self.height, width=self.width
         )
         regions = key.shape[2:].numel()
         self.keys = dict(
             SCALE=scale,
             S=regions,
-            SP=_power(regions),
+            SP=power(regions),
             SX=key.shape[3],
             CHANNELS=query.shape[1],
-            CQ=channels,
         )
         self.rows = self.batch * query.shape[1]
 
-    def constants(self) -> tuple[tuple[int, ...], ...]:
-        """For each kernel size (G, H, W, K, NC, M, MT, TP, PT)."""
-        return tuple(
-            (
-                self.groups,
-                *(form[name] for name in 'H W K NC M MT TP PT'.split()),
-            )
-            if form
-            else (self.groups, self.height, self.width, size, 0, 0, 0, 0, 0)
-            for form, size in zip(self.forms, self.sizes, strict=True)
-        )
-
-    def by_classes(self) -> Iterator[tuple[int, dict, dict]]:
-        """(index, tiling, settings) of the sizes that run by classes."""
-        first = 0
-        for half, form in enumerate(self.forms):
-            if form:
-                settings = {
-                    name: form[name] for name in 'H W K NC M MT'.split()
-                }
-                settings |= dict(
-                    self.mixing,
-                    batch=self.batch,
-                    HALF=half,
-                    FIRST=first,
-                    num_stages=classes.KNOBS['STAGES'],
-                )
-                yield half, form, settings
-            first += self.sizes[half] ** 2
-
-    def by_windows(self) -> dict | None:
-        """Settings of those that do not, or None if all do."""
-        if all(self.forms):
-            return None
-        knobs = windows.KNOBS
-        settings = dict(
-            self.mixing,
-            height=self.height,
-            width=self.width,
-            units=self.units,
-            ROWS=knobs['ROWS'],
-            COLS=knobs['COLS'],
-            num_warps=knobs['ROWS'],
-            num_stages=knobs['STAGES'],
-        )
-        for half, size in enumerate(self.sizes):
-            settings |= {
-                f'K{half}': size,
-                f'RUN{half}': self.forms[half] is None,
-                f'N{half}': _power(size + 1),
-            }
-        return settings
-
-    def regions(self) -> dict[str, int]:
-        """What kernels by positions take in addition."""
-        return {
-            f'REGION{half}': _power(
-                min(size + windows.KNOBS['COLS'] - 1, self.width)
-            )
-            for half, size in enumerate(self.sizes)
-        }
-
-    @property
-    def pixels(self) -> int:
-        """Columns of a tile of pixels."""
-        return min(windows.KNOBS['PIXELS'], _power(self.width))
-
-    def across(self, columns: int) -> int:
-        return triton.cdiv(self.width, columns)
-
-    def tiles(self, columns: int) -> int:
-        rows = triton.cdiv(self.height, windows.KNOBS['ROWS'])
-        return rows * self.across(columns)
+    def tiles(self, form: dict, columns: str = 'COLS') -> int:
+        """Of an image, by windows."""
+        across = cdiv(self.width, form[columns])
+        return cdiv(self.height, form['ROWS']) * across
 
 
-def _positions(forms: Sequence[dict | None], groups: int) -> list[int]:
-    """Positions of an image in whole tiles, for each size by classes."""
-    return [
-        groups * form['NC'] * form['MT'] * form['M'] if form else 0
-        for form in forms
-    ]
-
-
-def _dense_sizes(
-    forms: Sequence[dict | None], groups: int
-) -> list[tuple[int, int]]:
-    """Elements of the dense biases of each size, by taps and by pixels."""
-    return [
-        (count * form['TP'], count * form['PT']) if form else (0, 0)
-        for count, form in zip(_positions(forms, groups), forms, strict=True)
-    ]
-
-
-def _ctype(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
+def _launch(
+    kernel: triton.JITFunction, tasks: dict[tuple, int], **arguments
+) -> None:
+    """Launch a kernel on the programs of its tasks, see common.py."""
+    tasks = {
+        (kind.value, half): programs
+        for (kind, half), programs in tasks.items()
+    }
+    kernel[(sum(tasks.values()),)](
+        odds=tuple(2 * programs + 1 for programs in tasks.values()),
+        TASKS=tuple(tasks),
+        **arguments,
+    )
 
 
 @custom_op('mmoverlock::contmix')
@@ -202,7 +140,7 @@ def _mix(
     large: Tensor,
     value: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mix with both kernel sizes.
 
     Args:
@@ -215,87 +153,77 @@ def _mix(
         scale (float): Of the query.
 
     Returns:
-        tuple[Tensor]: (B, C, H, W); logarithms to the base 2 of the sums of
-        exponentials, (N, B, G, H, W) for the N kernel sizes that run by
-        windows and in the order of classes.py for the others; and, for the
-        backward pass, filters and dense biases, see filters.py.
+        tuple[Tensor]: (B, C, H, W); and, for the backward pass, logarithms to
+        the base 2 of the sums of exponentials of both sizes, filters, and
+        dense biases of both sizes, see classes.py and windows.py.
     """
     outputs = _empty_outputs(
         query, key, weight, bias, small, large, value, scale
     )
     if not value.numel():
         return outputs
-    out, lse, norms, b_filters, dense = outputs
+    out, lse, b_filters, dense = outputs
     problem = _Problem(query, key, small, large, value, scale)
-    sizes = _dense_sizes(problem.forms, problem.groups)
-    denses = dense.split([*map(sum, sizes)])
-    knobs = filters.KNOBS
-    programs = (
-        triton.cdiv(problem.rows, knobs['ROWS'])
-        * triton.cdiv(problem.taps, knobs['TAPS']),
-        *(
-            sum(triton.cdiv(n, knobs['ELEMENTS']) for n in pair)
-            for pair in sizes
-        ),
-    )
-    positions = _positions(problem.forms, problem.groups)
-    norms = norms.split([n * problem.batch for n in positions])
-    tables = dict(p_table0=small, p_table1=large)
-    maps = dict(
-        p_q=query,
-        p_f=b_filters,
-        p_v=value,
-        p_out=out,
-        q_strides=query.stride(),
-        v_strides=value.stride(),
-        out_strides=out.stride(),
-    )
+    groups, knobs = len(small), filters.KNOBS
+    prepared = {
+        (filters.FILTERS, 0): cdiv(problem.rows, knobs['ROWS'])
+        * cdiv(problem.taps, knobs['TAPS'])
+    }
+    mixed = {}
+    for half in (1, 0):  # what takes longest goes first
+        form = problem.forms[half]
+        if 'NC' in form:
+            tiles = form['NC'] * form['MT']
+            mixed[mix.CLASSES, half] = problem.units * tiles
+            positions = groups * tiles * form['M']
+            for kind, length in (
+                (filters.DENSE_TAPS, form['TP']),
+                (filters.DENSE_PIXELS, form['PT']),
+            ):
+                prepared[kind, half] = cdiv(
+                    positions * length, knobs['ELEMENTS']
+                )
+        else:
+            mixed[mix.WINDOWS, half] = problem.units * problem.tiles(form)
+            prepared[filters.DENSE_ROWS, half] = cdiv(
+                problem.dense[half], knobs['ELEMENTS']
+            )
+    denses = dense.split(problem.dense)
     with torch.cuda.device_of(value):
-        filters.prepare[(sum(programs),)](
+        _launch(
+            filters.prepare,
+            prepared,
             p_key=key,
             p_weight=weight,
             p_bias=bias,
-            **tables,
+            p_table=(small, large),
             p_f=b_filters,
-            p_dense0=denses[0],
-            p_dense1=denses[1],
+            p_dense=denses,
             key_strides=key.stride(),
             rows=problem.rows,
-            filter_programs=programs[0],
-            dense0_programs=programs[1],
             **problem.keys,
-            TAPS=problem.taps,
-            PLANES=problem.planes,
-            ACC=_ctype(problem.dtype),
+            **problem.mix,
             R=knobs['ROWS'],
             T=knobs['TAPS'],
             E=knobs['ELEMENTS'],
-            FORMS=problem.constants(),
             num_warps=knobs['WARPS'],
         )
-        settings = problem.by_windows()
-        if settings:
-            windows.forward[
-                (problem.units * problem.tiles(windows.KNOBS['COLS']),)
-            ](
-                p_bias=bias,
-                p_lse=lse,
-                **tables,
-                **maps,
-                **settings,
-                **problem.regions(),
-            )
-        for half, form, settings in problem.by_classes():
-            grid = problem.units * form['NC'] * form['MT']
-            classes.forward[(grid,)](
-                p_dense=denses[half],
-                p_lse=norms[half],
-                **maps,
-                **settings,
-                TP=form['TP'],
-                N=min(classes.KNOBS['TAPS'], form['TP']),
-                num_warps=form['M'] // 16,
-            )
+        _launch(
+            mix.forward,
+            mixed,
+            p_q=query,
+            p_f=b_filters,
+            p_dense=denses,
+            p_v=value,
+            p_out=out,
+            p_lse=lse.split(problem.lse),
+            q_strides=query.stride(),
+            v_strides=value.stride(),
+            out_strides=out.stride(),
+            **problem.sides,
+            **problem.mix,
+            num_warps=mix.KNOBS['WARPS'],
+        )
     return outputs
 
 
@@ -309,7 +237,7 @@ def _empty_outputs(
     large: Tensor,
     value: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, _, height, width = value.shape
     groups = len(small)
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -317,21 +245,20 @@ def _empty_outputs(
     channels = query.shape[1] // groups
     b_filters = query.new_empty(batch, groups, planes, len(bias), channels)
     sizes = [(len(table[0]) + 1) // 2 for table in (small, large)]
-    forms = [None, None]
     if classes.count_classes(height, width, max(sizes)) <= (
         classes.MOST_CLASSES
     ):
         forms = _forms(int(height), int(width), *sizes)
-    lse = query.new_empty(
-        forms.count(None), batch, groups, height, width, dtype=dtype
+    else:  # for all such maps the same
+        forms = [windows.tile_windows(0, size) for size in sizes]
+    lse, dense = (
+        query.new_empty(sum(lengths), dtype=dtype)
+        for lengths in zip(
+            *(_lengths(form, groups, batch, height * width) for form in forms),
+            strict=True,
+        )
     )
-    dense = query.new_empty(
-        sum(map(sum, _dense_sizes(forms, groups))), dtype=dtype
-    )
-    norms = query.new_empty(
-        batch * sum(_positions(forms, groups)), dtype=dtype
-    )
-    return torch.empty_like(value), lse, norms, b_filters, dense
+    return torch.empty_like(value), lse, b_filters, dense
 
 
 @custom_op('mmoverlock::contmix_backward', differentiable=False)
@@ -347,7 +274,6 @@ def _mix_backward(
     scale: float,
     out: Tensor,
     lse: Tensor,
-    norms: Tensor,
     b_filters: Tensor,
     dense: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -359,214 +285,119 @@ def _mix_backward(
     dq, dkey, dw, dbias, dsmall, dlarge, dv = grads
     problem = _Problem(query, key, small, large, value, scale)
     grad = _narrow(grad)
-    batch, groups, units = problem.batch, problem.groups, problem.units
-    channels = problem.mixing['CQ']
-    sizes = _dense_sizes(problem.forms, groups)
-    denses = dense.split([*map(sum, sizes)])
+    batch, groups, units = problem.batch, len(small), problem.units
+    channels = query.shape[1] // groups
 
     def scratch(*shape) -> Tensor:
         return lse.new_empty(shape)
 
-    positions = _positions(problem.forms, problem.groups)
-    norms = norms.split([n * problem.batch for n in positions])
-    tables = dict(p_table0=small, p_table1=large)
-    maps = dict(
-        p_q=query,
-        p_f=b_filters,
-        p_do=grad,
-        q_strides=query.stride(),
-        do_strides=grad.stride(),
-    )
-    values = dict(p_v=value, v_strides=value.stride())
-    outs = dict(p_out=out, out_strides=out.stride())
-    dvs = dict(p_dv=dv, dv_strides=dv.stride())
-    # Of each size: df, db and the gradient of the table in parts, numbers of
-    # parts of the first two, and of chunks of images.
+    knobs = filters.KNOBS
+    large_enough = problem.rows >= knobs['KEYS'] * knobs['PROGRAMS']
+    rows = knobs['KEYS'] if large_enough else 16
+    blocks = cdiv(problem.rows, rows)
+    mixed = {}
+    width = problem.mix['MIX'][3]
+    finished = {
+        (filters.CONTRACT, 0): blocks,
+        (filters.QUERY, 0): units
+        * cdiv(problem.height * problem.width * width, knobs['ELEMENTS']),
+    }
+    # Of each size: df, db and the gradient of the table in parts, how many
+    # parts of the first, and of the last, and images of a chunk.
     dfs, dbs, dtables = [None, None], [None, None], [None, None]
-    parts, terms, chunks = [0, 0], [0, 0], [0, 0]
-    by_classes = list(problem.by_classes())
-    total = None  # what the kernels before have made of dq
-    with torch.cuda.device_of(value):
-        settings = problem.by_windows()
-        if settings:
-            tiles = problem.tiles(windows.KNOBS['COLS'])
-            for half, size in enumerate(problem.sizes):
-                if problem.forms[half] is None:
-                    dfs[half] = scratch(tiles, units * size**2, channels)
-                    dbs[half] = scratch(tiles * units, size**2)
-                    dtables[half] = scratch(
-                        problem.height,
-                        problem.across(windows.KNOBS['COLS']),
-                        size,
-                        units,
-                        2 * size - 1,
-                    )
-                    parts[half], terms[half] = tiles, tiles * units
-            total = (
-                torch.empty_like(query, dtype=problem.dtype)
-                if by_classes
-                else dq
-            )
-            spans = {
-                f'SPAN{half}': _power(2 * size - 1)
-                for half, size in enumerate(problem.sizes)
-            }
-            windows.backward_positions[(units * tiles,)](
-                p_bias=bias,
-                p_lse=lse,
-                **tables,
-                **maps,
-                **values,
-                **outs,
-                p_dq=total,
-                p_df0=dfs[0],
-                p_df1=dfs[1],
-                p_db0=dbs[0],
-                p_db1=dbs[1],
-                p_dtable0=dtables[0],
-                p_dtable1=dtables[1],
-                dq_strides=total.stride(),
-                **settings,
-                **problem.regions(),
-                **spans,
-                maxnreg=windows.KNOBS['REGISTERS'],
-            )
-            windows.backward_pixels[(units * problem.tiles(problem.pixels),)](
-                p_bias=bias,
-                p_lse=lse,
-                **tables,
-                **maps,
-                **dvs,
-                **settings,
-                PIXELS=problem.pixels,
-                maxnreg=windows.KNOBS['REGISTERS'],
-            )
-        for n, (half, form, settings) in enumerate(by_classes):
+    parts, chunks, images = [0, 0], [0, 0], [0, 0]
+    for half in (1, 0):  # what takes longest goes first
+        form, size = problem.forms[half], problem.sizes[half]
+        row_programs = groups * (2 * size - 1)
+        if 'NC' in form:
+            m, t, tp = form['M'], form['T'], form['TP']
             tiles = form['NC'] * form['MT']
-            m, t, tp, size = (form[name] for name in ('M', 'T', 'TP', 'K'))
-            common = dict(maps, **settings, p_lse=norms[half])
-            delta = torch.empty_like(norms[half])
-            dense = denses[half]
-            last = n == len(by_classes) - 1
-            result = (
-                dq if last else torch.empty_like(query, dtype=problem.dtype)
-            )
-            classes.backward_query[(units * tiles,)](
-                **common,
-                **values,
-                **outs,
-                p_dense=dense,
-                p_delta=delta,
-                p_dq=result,
-                p_sum=total,
-                dq_strides=result.stride(),
-                sum_strides=None if total is None else total.stride(),
-                TP=tp,
-                N=min(classes.KNOBS['TAPS'], tp),
-                num_warps=m // 16,
-            )
-            total = result
             each = groups * tiles * (tp // t)
-            images = triton.cdiv(
-                batch, triton.cdiv(classes.KNOBS['PROGRAMS'], each)
-            )
-            chunk = triton.cdiv(batch, images)
-            dfs[half] = scratch(tiles, units * size**2, channels)
-            dbs[half] = scratch(chunk * groups * tiles, tp)
+            images[half] = cdiv(batch, cdiv(classes.KNOBS['PROGRAMS'], each))
+            chunks[half] = chunk = cdiv(batch, images[half])
+            dbs[half] = scratch(chunk * groups * tiles, tp, 1)
             dtables[half] = scratch(chunk, groups, tiles, m, tp)
-            chunks[half], parts[half] = chunk, tiles
-            terms[half] = chunk * groups * tiles
-            classes.backward_filters[(each * chunk,)](
-                **common,
-                **values,
-                p_dense=dense,
-                p_delta=delta,
-                p_df=dfs[half],
-                p_ddense=dtables[half],
-                p_db=dbs[half],
-                images=images,
-                TP=tp,
-                T=t,
-                num_warps=t // 16,
-                maxnreg=classes.KNOBS['REGISTERS'],
+            mixed[mix.CLASS_FILTERS, half] = each * chunk
+            mixed[mix.CLASS_QUERY, half] = units * tiles
+            pixels = form['PT'] // form['PIXELS']
+            mixed[mix.CLASS_VALUE, half] = units * pixels
+            finished[filters.TABLE_OF_CLASSES, half] = row_programs
+        else:
+            tiles = problem.tiles(form)
+            dbs[half] = scratch(tiles * units, size**2, 1)
+            dtables[half] = scratch(
+                problem.height,
+                cdiv(problem.width, form['COLS']),
+                size,
+                units,
+                2 * size - 1,
             )
-            t, pt = form['PIXELS'], form['PT']
-            classes.backward_value[(units * (pt // t),)](
-                **common,
-                **dvs,
-                p_pixels=dense[sizes[half][0] :],
-                PT=pt,
-                T=t,
-                num_warps=t // 16,
-            )
-
-        knobs = filters.KNOBS
-        tiles = sum(triton.cdiv(k**2, knobs['TAPS']) for k in problem.sizes)
-        blocks = triton.cdiv(problem.rows, knobs['ROWS'])
-        regions = problem.keys['S']
-        dkey_parts = scratch(tiles, problem.rows, regions)
-        dw_parts = scratch(blocks, problem.taps, regions)
-        filters.contract[(blocks * tiles,)](
-            p_df0=dfs[0],
-            p_df1=dfs[1],
+            mixed[mix.POSITIONS, half] = units * tiles
+            pixels = problem.tiles(form, 'PIXELS')
+            mixed[mix.PIXELS, half] = units * pixels
+            finished[filters.TABLE_OF_WINDOWS, half] = row_programs
+        dfs[half] = scratch(tiles, units * size**2, channels)
+        parts[half] = tiles
+    dq_parts = scratch(2, *query.shape)  # the channels last
+    dw_parts = scratch(blocks, weight.numel(), 1)
+    with torch.cuda.device_of(value):
+        _launch(
+            mix.backward,
+            mixed,
+            p_q=query,
+            p_f=b_filters,
+            p_dense=dense.split(problem.dense),
+            p_v=value,
+            p_out=out,
+            p_lse=lse.split(problem.lse),
+            p_do=grad,
+            p_dq=dq_parts,
+            p_dv=dv,
+            p_df=tuple(dfs),
+            p_db=tuple(dbs),
+            p_dtable=tuple(dtables),
+            q_strides=query.stride(),
+            v_strides=value.stride(),
+            out_strides=out.stride(),
+            do_strides=grad.stride(),
+            dv_strides=dv.stride(),
+            images=tuple(images),
+            **problem.sides,
+            **problem.mix,
+            num_warps=mix.KNOBS['WARPS'],
+            maxnreg=mix.KNOBS['REGISTERS'],
+        )
+        _launch(
+            filters.finish,
+            finished,
+            p_df=tuple(dfs),
+            p_dq_parts=dq_parts,
+            p_dtable_parts=tuple(dtables),
             p_key=key,
             p_weight=weight,
-            p_dkey=dkey_parts,
+            p_dkey=dkey,
             p_dw=dw_parts,
+            p_dq=dq,
+            p_dtable=(dsmall, dlarge),
             key_strides=key.stride(),
-            parts0=parts[0],
-            parts1=parts[1],
+            dkey_strides=dkey.stride(),
+            dq_strides=dq.stride(),
             rows=problem.rows,
+            parts=tuple(parts),
+            chunks=tuple(chunks),
+            **problem.sides,
             **problem.keys,
-            COUNT0=problem.sizes[0] ** 2,
-            COUNT1=problem.sizes[1] ** 2,
-            R=knobs['ROWS'],
+            **problem.mix,
+            R=rows,
             T=knobs['TAPS'],
             PARTS=knobs['PARTS'],
-            num_warps=knobs['WARPS'],
-        )
-        key_programs = triton.cdiv(problem.rows * regions, knobs['ELEMENTS'])
-        programs = key_programs
-        programs += triton.cdiv(problem.taps * regions, knobs['SUMS'])
-        for size in problem.sizes:
-            programs += triton.cdiv(size**2, knobs['SUMS'])
-            programs += groups * (2 * size - 1)
-        filters.finish[(programs,)](
-            p_dkey=dkey,
-            p_dkey_parts=dkey_parts,
-            p_dw=dw,
-            p_dw_parts=dw_parts,
-            p_dbias=dbias,
-            p_db0=dbs[0],
-            p_db1=dbs[1],
-            p_dtable0=dsmall,
-            p_dtable1=dlarge,
-            p_parts0=dtables[0],
-            p_parts1=dtables[1],
-            dkey_strides=dkey.stride(),
-            rows=problem.rows,
-            blocks=blocks,
-            batch=batch,
-            height=problem.height,
-            across=problem.across(windows.KNOBS['COLS']),
-            chunks0=chunks[0],
-            chunks1=chunks[1],
-            terms0=terms[0],
-            terms1=terms[1],
-            key_programs=key_programs,
-            S=regions,
-            SX=problem.keys['SX'],
-            CHANNELS=query.shape[1],
-            TILES=tiles,
-            TAPS=problem.taps,
-            FORMS=problem.constants(),
-            SPAN0=_power(2 * problem.sizes[0] - 1),
-            SPAN1=_power(2 * problem.sizes[1] - 1),
             E=knobs['ELEMENTS'],
             TERMS=knobs['TERMS'],
-            SUMS=knobs['SUMS'],
             num_warps=knobs['WARPS'],
         )
+    counts = [size**2 for size in problem.sizes]
+    dbiases = zip(dbs, dbias.split(counts), strict=True)
+    partial_sums.add((dw_parts, dw), *dbiases)
     return grads
 
 

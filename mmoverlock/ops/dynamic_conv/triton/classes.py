@@ -12,29 +12,30 @@ all images (``dense``, see filters.py)::
     out[m] = sum over n of p[m, n] v[n]
 
 Classes are cut into tiles of M positions, row by row.
-Images are the fastest index of a grid, so that ``dense`` stays in the cache.
+Images are the fastest index of programs, so that ``dense`` stays in the cache.
 
 Shapes: q (B, G * CQ, H, W), v and out (B, 2 * G * CV, H, W) by strides;
-filters f (B, G, PLANES, TAPS, CQ); dense (G, classes, tiles * M, TP), TP the
+filters f (B, G, PLANES, TAPS, CQ); dense (G, classes * tiles * M, TP), TP the
 taps of this size in whole tiles, and the same by pixels, (G, classes * tiles,
-PT, M); lse and delta (B, G, classes * tiles * M), inf and 0 where no position
-is.
+PT, M); lse (B, G, classes * tiles * M), inf where no position is.
+
+FORMS go on with H, W, NC classes of MT tiles of M positions, T taps that are
+rows, PT pixels in tiles of PIXELS, N taps of a step, STAGES.
 """
 
 import triton
 import triton.language as tl
 
-from .common import LN2, dot, exp2, pixel_offsets
+from .common import dot, exp2, log2, map_offset, pixel_offsets, power
 
 # Sizes of tiles, at most; a warp has 16 rows.
 KNOBS = dict(
     POSITIONS=64,
     TAPS=64,  # a step of the forward pass and of the gradient of the query
     ROWS=64,  # taps that are rows
-    PIXELS=32,  # that are rows
+    PIXELS=64,  # that are rows
     PROGRAMS=800,  # at least, for the gradient of the filters
     STAGES=1,
-    REGISTERS=168,  # at most, for the gradient of the filters
 )
 CANDIDATES = dict(  # for benchmarks/gpu_tune.py
     POSITIONS=(16, 32, 64),
@@ -43,9 +44,8 @@ CANDIDATES = dict(  # for benchmarks/gpu_tune.py
     PIXELS=(16, 32, 64),
     PROGRAMS=(400, 800, 1600),
     STAGES=(1, 2, 3),
-    REGISTERS=(128, 168, 255),
 )
-MOST_CLASSES = 9
+MOST_CLASSES = 4  # more have too few positions each for whole tiles
 
 
 def count_classes(height: int, width: int, size: int) -> int:
@@ -62,22 +62,25 @@ def tile_classes(height: int, width: int, size: int) -> dict:
         return size if length == size else size // 2 + 1
 
     positions = most(height) * most(width)
-    m = min(max(16, triton.next_power_of_2(positions)), KNOBS['POSITIONS'])
-    rows = min(triton.next_power_of_2(size**2), KNOBS['ROWS'])
-    rows = max(rows, 16)
-    pixels = max(16, triton.next_power_of_2(height * width))
-    pixels = min(pixels, KNOBS['PIXELS'])
+    m = min(power(positions), KNOBS['POSITIONS'])
+    rows = min(power(size**2), KNOBS['ROWS'])
+    pixels = min(power(height * width), KNOBS['PIXELS'])
+    taps = triton.cdiv(size**2, rows) * rows
     return dict(
+        K=size,
+        TP=taps,
+        NT=size,
+        SPAN=power(2 * size - 1),
         H=height,
         W=width,
-        K=size,
         NC=count_classes(height, width, size),
-        M=m,
         MT=triton.cdiv(positions, m),
+        M=m,
         T=rows,
-        TP=triton.cdiv(size**2, rows) * rows,
         PT=triton.cdiv(height * width, pixels) * pixels,
         PIXELS=pixels,
+        N=min(KNOBS['TAPS'], taps),
+        STAGES=KNOBS['STAGES'],
     )
 
 
@@ -88,7 +91,8 @@ def class_positions(
     """Positions of a class, and the corner of its window.
 
     Returns:
-        tuple: y, x, which of them are real, top, left.
+        tuple: y, x, which of them are real, top, left. Those that are not
+        are at the first one.
     """
     NX: tl.constexpr = W - K + 1
     SIDE: tl.constexpr = K // 2 + 1 if NX > 1 else W
@@ -101,7 +105,7 @@ def class_positions(
     y = y0 + o_m // SIDE
     x = x0 + o_m % SIDE
     real = (y < y1) & (x < x1)
-    return tl.minimum(y, H - 1), tl.minimum(x, W - 1), real, top, left
+    return tl.where(real, y, y0), tl.where(real, x, x0), real, top, left
 
 
 @triton.jit
@@ -114,16 +118,15 @@ def _load(p, offset, m_c, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _class_program(batch, NC: tl.constexpr, MT: tl.constexpr):
+def _class_program(pid, batch, NC: tl.constexpr, MT: tl.constexpr):
     """(image, tile of the class, class, group) of a program."""
-    pid = tl.program_id(0)
-    image = (pid % batch).to(tl.int64)
     rest = pid // batch
-    return image, rest % MT, rest // MT % NC, rest // (MT * NC)
+    return pid % batch, rest % MT, rest // MT % NC, rest // (MT * NC)
 
 
 @triton.jit
 def forward(
+    pid,
     p_q,
     p_f,
     p_dense,
@@ -134,51 +137,53 @@ def forward(
     v_strides,
     out_strides,
     batch,
-    G: tl.constexpr,
-    CQ: tl.constexpr,
-    CV: tl.constexpr,
-    QC: tl.constexpr,
-    VC: tl.constexpr,
-    TAPS: tl.constexpr,
-    PLANES: tl.constexpr,
+    MIX: tl.constexpr,
     HALF: tl.constexpr,
-    FIRST: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    K: tl.constexpr,
-    NC: tl.constexpr,
-    M: tl.constexpr,
-    MT: tl.constexpr,
-    TP: tl.constexpr,
-    N: tl.constexpr,
+    FORMS: tl.constexpr,
 ):
     """out = softmax(q f + dense) v, and lse to the base 2.
 
-    Grid: (groups * classes * tiles * images, ).
+    Programs: groups * classes * tiles * images.
     """
+    G: tl.constexpr = MIX[0]
+    CQ: tl.constexpr = MIX[1]
+    CV: tl.constexpr = MIX[2]
+    QC: tl.constexpr = MIX[3]
+    VC: tl.constexpr = MIX[4]
+    TAPS: tl.constexpr = MIX[5]
+    PLANES: tl.constexpr = MIX[6]
+    K: tl.constexpr = FORMS[HALF][2]
+    TP: tl.constexpr = FORMS[HALF][3]
+    NC: tl.constexpr = FORMS[HALF][8]
+    MT: tl.constexpr = FORMS[HALF][9]
+    M: tl.constexpr = FORMS[HALF][10]
+    N: tl.constexpr = FORMS[HALF][14]
     VT: tl.constexpr = p_v.dtype.element_ty
     ACC: tl.constexpr = p_lse.dtype.element_ty
-    image, mt, cls, group = _class_program(batch, NC, MT)
+    image, mt, cls, group = _class_program(pid, batch, NC, MT)
+    unit = (image * G + group).to(tl.int64)
     o_m = mt * M + tl.arange(0, M)
-    y, x, m_m, top, left = class_positions(cls, o_m, H, W, K)
+    y, x, m_m, top, left = class_positions(
+        cls, o_m, FORMS[HALF][6], FORMS[HALF][7], K
+    )
     o_n = tl.arange(0, N)
     o_q = tl.arange(0, QC)
     o_v = tl.arange(0, VC)
     m_q = o_q < CQ
     m_v = o_v < CV
 
-    p_q += image * q_strides[0] + group * CQ * q_strides[1]
+    p_q += map_offset(image, group * CQ, q_strides)
     b_q = _load(
         p_q, pixel_offsets(y, x, o_q, q_strides), m_q[None, :], CQ < QC
     )
-    p_f += ((image * G + group) * PLANES * TAPS + FIRST) * CQ
+    p_f += (unit * PLANES * TAPS + FORMS[HALF][1]) * CQ
     p_dense += ((group * NC + cls) * MT * M + o_m)[:, None] * TP
     channel = (HALF * G + group) * CV
-    p_v += image * v_strides[0] + channel * v_strides[1]
+    p_v += map_offset(image, channel, v_strides)
     b_m = tl.full((M,), float('-inf'), ACC)
     b_l = tl.zeros((M,), ACC)
     b_acc = tl.zeros((M, VC), ACC)
-    for n0 in range(0, K * K, N):
+    for n0 in tl.range(0, K * K, N, num_stages=FORMS[HALF][15]):
         # Taps beyond the last one have the weight 0.
         n = tl.minimum(n0 + o_n, K * K - 1)
         b_s = tl.load(p_dense + (n0 + o_n)[None, :])  # (M, N)
@@ -201,18 +206,19 @@ def forward(
         b_m = m_i
         b_acc = dot(b_p.to(VT), b_v, b_acc * alpha[:, None])
 
-    p_out += image * out_strides[0] + channel * out_strides[1]
+    p_out += map_offset(image, channel, out_strides)
     tl.store(
         p_out + pixel_offsets(y, x, o_v, out_strides),
-        (b_acc / b_l[:, None]).to(VT),
+        (b_acc * (1 / b_l)[:, None]).to(VT),
         mask=m_m[:, None] & m_v[None, :],
     )
-    b_lse = tl.where(m_m, b_m + tl.log2(b_l), float('inf'))
-    tl.store(p_lse + ((image * G + group) * NC + cls) * MT * M + o_m, b_lse)
+    b_lse = tl.where(m_m, b_m + log2(b_l), float('inf'))
+    tl.store(p_lse + (unit * NC + cls) * MT * M + o_m, b_lse)
 
 
 @triton.jit
 def backward_query(
+    pid,
     p_q,
     p_f,
     p_dense,
@@ -220,42 +226,38 @@ def backward_query(
     p_out,
     p_lse,
     p_do,
-    p_delta,
     p_dq,
-    p_sum,
     q_strides,
     v_strides,
     out_strides,
     do_strides,
-    dq_strides,
-    sum_strides,
     batch,
-    G: tl.constexpr,
-    CQ: tl.constexpr,
-    CV: tl.constexpr,
-    QC: tl.constexpr,
-    VC: tl.constexpr,
-    TAPS: tl.constexpr,
-    PLANES: tl.constexpr,
+    MIX: tl.constexpr,
     HALF: tl.constexpr,
-    FIRST: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    K: tl.constexpr,
-    NC: tl.constexpr,
-    M: tl.constexpr,
-    MT: tl.constexpr,
-    TP: tl.constexpr,
-    N: tl.constexpr,
+    FORMS: tl.constexpr,
 ):
-    """delta = do . out, and dq = sum + (p (do v^T - delta)) f^T.
+    """dq / ln 2 = (p (do v^T - delta)) f^T, with delta = do . out.
 
-    ``p_sum`` is what the other kernel size makes of dq, or None. Grid:
-    (groups * classes * tiles * images, ).
+    Programs: groups * classes * tiles * images.
     """
+    G: tl.constexpr = MIX[0]
+    CQ: tl.constexpr = MIX[1]
+    CV: tl.constexpr = MIX[2]
+    QC: tl.constexpr = MIX[3]
+    VC: tl.constexpr = MIX[4]
+    TAPS: tl.constexpr = MIX[5]
+    K: tl.constexpr = FORMS[HALF][2]
+    TP: tl.constexpr = FORMS[HALF][3]
+    H: tl.constexpr = FORMS[HALF][6]
+    W: tl.constexpr = FORMS[HALF][7]
+    NC: tl.constexpr = FORMS[HALF][8]
+    MT: tl.constexpr = FORMS[HALF][9]
+    M: tl.constexpr = FORMS[HALF][10]
+    N: tl.constexpr = FORMS[HALF][14]
     FT: tl.constexpr = p_f.dtype.element_ty
     ACC: tl.constexpr = p_lse.dtype.element_ty
-    image, mt, cls, group = _class_program(batch, NC, MT)
+    image, mt, cls, group = _class_program(pid, batch, NC, MT)
+    unit = (image * G + group).to(tl.int64)
     o_m = mt * M + tl.arange(0, M)
     y, x, m_m, top, left = class_positions(cls, o_m, H, W, K)
     o_n = tl.arange(0, N)
@@ -264,36 +266,34 @@ def backward_query(
     m_q = o_q < CQ
     m_v = o_v < CV
 
-    p_q += image * q_strides[0] + group * CQ * q_strides[1]
+    p_q += map_offset(image, group * CQ, q_strides)
     b_q = _load(
         p_q, pixel_offsets(y, x, o_q, q_strides), m_q[None, :], CQ < QC
     )
     channel = (HALF * G + group) * CV
     m_do = m_m[:, None] & m_v[None, :]
-    p_do += image * do_strides[0] + channel * do_strides[1]
+    p_do += map_offset(image, channel, do_strides)
     b_do = tl.load(
         p_do + pixel_offsets(y, x, o_v, do_strides), mask=m_do, other=0.0
     )
-    p_out += image * out_strides[0] + channel * out_strides[1]
+    p_out += map_offset(image, channel, out_strides)
     b_out = tl.load(
         p_out + pixel_offsets(y, x, o_v, out_strides), mask=m_do, other=0.0
     )
     b_delta = tl.sum(b_do.to(ACC) * b_out.to(ACC), 1)
-    o_lse = ((image * G + group) * NC + cls) * MT * M + o_m
-    tl.store(p_delta + o_lse, b_delta)
-    b_lse = tl.load(p_lse + o_lse)
+    b_lse = tl.load(p_lse + (unit * NC + cls) * MT * M + o_m)
 
-    p_f += ((image * G + group) * PLANES * TAPS + FIRST) * CQ
+    p_f += (unit * MIX[6] * TAPS + FORMS[HALF][1]) * CQ
     p_dense += ((group * NC + cls) * MT * M + o_m)[:, None] * TP
-    p_v += image * v_strides[0] + channel * v_strides[1]
+    p_v += map_offset(image, channel, v_strides)
     b_dq = tl.zeros((M, QC), ACC)
-    for n0 in range(0, K * K, N):
+    for n0 in tl.range(0, K * K, N, num_stages=FORMS[HALF][15]):
         n = tl.minimum(n0 + o_n, K * K - 1)
         b_s = tl.load(p_dense + (n0 + o_n)[None, :])  # (M, N)
         o_f = o_q[:, None] + (n * CQ)[None, :]
         b_f = _load(p_f, o_f, m_q[:, None], CQ < QC)  # (QC, N)
         b_s = dot(b_q, b_f, b_s)
-        if PLANES == 2:
+        if MIX[6] == 2:
             b_s = dot(
                 b_q,
                 _load(p_f + TAPS * CQ, o_f, m_q[:, None], CQ < QC),
@@ -310,68 +310,59 @@ def backward_query(
         b_ds = b_p * (b_dp - b_delta[:, None])
         b_dq = dot(b_ds.to(FT), tl.trans(b_f), b_dq)
 
-    b_dq *= LN2  # that is in the filters
-    m_dq = m_m[:, None] & m_q[None, :]
-    if p_sum is not None:
-        p_sum += image * sum_strides[0] + group * CQ * sum_strides[1]
-        b_dq += tl.load(
-            p_sum + pixel_offsets(y, x, o_q, sum_strides),
-            mask=m_dq,
-            other=0.0,
-        )
-    p_dq += image * dq_strides[0] + group * CQ * dq_strides[1]
+    o_dq = (unit // G * H * W * G + group) * CQ
     tl.store(
-        p_dq + pixel_offsets(y, x, o_q, dq_strides),
-        b_dq.to(p_dq.dtype.element_ty),
-        mask=m_dq,
+        p_dq + o_dq + ((y * W + x) * G * CQ)[:, None] + o_q[None, :],
+        b_dq,
+        mask=m_m[:, None] & m_q[None, :],
     )
 
 
 @triton.jit
 def backward_filters(
+    pid,
     p_q,
     p_f,
     p_dense,
     p_v,
+    p_out,
     p_lse,
     p_do,
-    p_delta,
     p_df,
     p_ddense,
     p_db,
     q_strides,
     v_strides,
+    out_strides,
     do_strides,
     batch,
     images,
-    G: tl.constexpr,
-    CQ: tl.constexpr,
-    CV: tl.constexpr,
-    QC: tl.constexpr,
-    VC: tl.constexpr,
-    TAPS: tl.constexpr,
-    PLANES: tl.constexpr,
+    MIX: tl.constexpr,
     HALF: tl.constexpr,
-    FIRST: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    K: tl.constexpr,
-    NC: tl.constexpr,
-    M: tl.constexpr,
-    MT: tl.constexpr,
-    TP: tl.constexpr,
-    T: tl.constexpr,
+    FORMS: tl.constexpr,
 ):
     """df = ds^T q, and sums of ds: one over images, one over positions too.
 
     A program goes through ``images`` images. Writes df (classes * tiles, B,
     G, K^2, CQ), ddense (chunks of images, G, classes * tiles, M, TP) and
-    db (chunks, G, classes * tiles, TP). Grid: (chunks * tiles of taps *
-    classes * tiles * groups, ).
+    db (chunks, G, classes * tiles, TP). Programs: chunks * tiles of taps *
+    classes * tiles * groups.
     """
+    G: tl.constexpr = MIX[0]
+    CQ: tl.constexpr = MIX[1]
+    CV: tl.constexpr = MIX[2]
+    QC: tl.constexpr = MIX[3]
+    VC: tl.constexpr = MIX[4]
+    TAPS: tl.constexpr = MIX[5]
+    PLANES: tl.constexpr = MIX[6]
+    K: tl.constexpr = FORMS[HALF][2]
+    TP: tl.constexpr = FORMS[HALF][3]
+    NC: tl.constexpr = FORMS[HALF][8]
+    MT: tl.constexpr = FORMS[HALF][9]
+    M: tl.constexpr = FORMS[HALF][10]
+    T: tl.constexpr = FORMS[HALF][11]
     FT: tl.constexpr = p_f.dtype.element_ty
     ACC: tl.constexpr = p_lse.dtype.element_ty
-    pid = tl.program_id(0)
     chunks = tl.cdiv(batch, images)
     chunk = pid % chunks
     n0 = pid // chunks % (TP // T) * T
@@ -379,7 +370,9 @@ def backward_filters(
     tile = rest % (NC * MT)
     group = rest // (NC * MT)
     o_m = tile % MT * M + tl.arange(0, M)
-    y, x, m_m, top, left = class_positions(tile // MT, o_m, H, W, K)
+    y, x, m_m, top, left = class_positions(
+        tile // MT, o_m, FORMS[HALF][6], FORMS[HALF][7], K
+    )
     o_n = n0 + tl.arange(0, T)
     n = tl.minimum(o_n, K * K - 1)
     o_q = tl.arange(0, QC)
@@ -389,30 +382,40 @@ def backward_filters(
 
     o_lse = tile * M + tl.arange(0, M)
     channel = (HALF * G + group) * CV
+    m_do = m_m[:, None] & m_v[None, :]
     p_dense += (group * NC * MT + tile) * M * TP
     o_dense = (tl.arange(0, M) * TP)[None, :] + o_n[:, None]  # (T, M)
     b_dd = tl.zeros((T, M), ACC)
-    for b in range(chunk * images, tl.minimum((chunk + 1) * images, batch)):
-        image = tl.cast(b, tl.int64)
+    for image in tl.range(
+        chunk * images,
+        tl.minimum((chunk + 1) * images, batch),
+        num_stages=FORMS[HALF][15],
+    ):
         b_q = _load(
-            p_q + image * q_strides[0] + group * CQ * q_strides[1],
+            p_q + map_offset(image, group * CQ, q_strides),
             pixel_offsets(y, x, o_q, q_strides),
             m_q[None, :],
             CQ < QC,
         )
         b_do = tl.load(
             p_do
-            + image * do_strides[0]
-            + channel * do_strides[1]
+            + map_offset(image, channel, do_strides)
             + pixel_offsets(y, x, o_v, do_strides),
-            mask=m_m[:, None] & m_v[None, :],
+            mask=m_do,
             other=0.0,
         )
-        unit = image * G + group
+        b_out = tl.load(
+            p_out
+            + map_offset(image, channel, out_strides)
+            + pixel_offsets(y, x, o_v, out_strides),
+            mask=m_do,
+            other=0.0,
+        )
+        b_delta = tl.sum(b_do.to(ACC) * b_out.to(ACC), 1)
+        unit = (image * G + group).to(tl.int64)
         b_lse = tl.load(p_lse + unit * NC * MT * M + o_lse)
-        b_delta = tl.load(p_delta + unit * NC * MT * M + o_lse)
-        b_s = tl.load(p_dense + o_dense)  # (T, M)
-        p_unit = p_f + (unit * PLANES * TAPS + FIRST) * CQ
+        b_s = tl.load(p_dense + o_dense)
+        p_unit = p_f + (unit * PLANES * TAPS + FORMS[HALF][1]) * CQ
         o_f = (n * CQ)[:, None] + o_q[None, :]
         for plane in tl.static_range(PLANES):
             b_f = _load(
@@ -420,7 +423,7 @@ def backward_filters(
             )  # (T, QC)
             b_s = dot(b_f, tl.trans(b_q), b_s)
         b_v = _load(
-            p_v + image * v_strides[0] + channel * v_strides[1],
+            p_v + map_offset(image, channel, v_strides),
             pixel_offsets(top + n // K, left + n % K, o_v, v_strides),
             m_v[None, :],
             CV < VC,
@@ -445,9 +448,10 @@ def backward_filters(
 
 @triton.jit
 def backward_value(
+    pid,
     p_q,
     p_f,
-    p_pixels,
+    p_dense,
     p_lse,
     p_do,
     p_dv,
@@ -455,37 +459,37 @@ def backward_value(
     do_strides,
     dv_strides,
     batch,
-    G: tl.constexpr,
-    CQ: tl.constexpr,
-    CV: tl.constexpr,
-    QC: tl.constexpr,
-    VC: tl.constexpr,
-    TAPS: tl.constexpr,
-    PLANES: tl.constexpr,
+    MIX: tl.constexpr,
     HALF: tl.constexpr,
-    FIRST: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    K: tl.constexpr,
-    NC: tl.constexpr,
-    M: tl.constexpr,
-    MT: tl.constexpr,
-    PT: tl.constexpr,
-    T: tl.constexpr,
+    FORMS: tl.constexpr,
 ):
-    """dv = sum over classes of p^T do, for a tile of T pixels.
+    """dv = sum over classes of p^T do, for a tile of pixels.
 
-    Grid: (groups * tiles of pixels * images, ).
+    Programs: groups * tiles of pixels * images.
     """
+    G: tl.constexpr = MIX[0]
+    CQ: tl.constexpr = MIX[1]
+    CV: tl.constexpr = MIX[2]
+    QC: tl.constexpr = MIX[3]
+    VC: tl.constexpr = MIX[4]
+    TAPS: tl.constexpr = MIX[5]
+    PLANES: tl.constexpr = MIX[6]
+    K: tl.constexpr = FORMS[HALF][2]
+    H: tl.constexpr = FORMS[HALF][6]
+    W: tl.constexpr = FORMS[HALF][7]
+    NC: tl.constexpr = FORMS[HALF][8]
+    MT: tl.constexpr = FORMS[HALF][9]
+    M: tl.constexpr = FORMS[HALF][10]
+    PT: tl.constexpr = FORMS[HALF][12]
+    T: tl.constexpr = FORMS[HALF][13]
     VT: tl.constexpr = p_do.dtype.element_ty
     ACC: tl.constexpr = p_lse.dtype.element_ty
     TILES: tl.constexpr = PT // T
-    pid = tl.program_id(0)
-    image = (pid % batch).to(tl.int64)
+    image = pid % batch
     tile = pid // batch % TILES
     group = pid // batch // TILES
+    unit = (image * G + group).to(tl.int64)
     pixel = tile * T + tl.arange(0, T)
-    m_pixel = pixel < H * W
     row = pixel // W
     col = pixel % W
     o_q = tl.arange(0, QC)
@@ -493,15 +497,16 @@ def backward_value(
     m_q = o_q < CQ
     m_v = o_v < CV
 
-    p_q += image * q_strides[0] + group * CQ * q_strides[1]
+    p_q += map_offset(image, group * CQ, q_strides)
     channel = (HALF * G + group) * CV
-    p_do += image * do_strides[0] + channel * do_strides[1]
-    p_lse += (image * G + group) * NC * MT * M
-    p_f += ((image * G + group) * PLANES * TAPS + FIRST) * CQ
-    p_pixels += group * NC * MT * PT * M
-    o_pixels = (pixel * M)[:, None] + tl.arange(0, M)[None, :]
+    p_do += map_offset(image, channel, do_strides)
+    p_lse += unit * NC * MT * M
+    p_f += (unit * PLANES * TAPS + FORMS[HALF][1]) * CQ
+    # Those by pixels are behind the others.
+    p_dense += (G * FORMS[HALF][3] + group * PT) * NC * MT * M
+    p_dense += (pixel * M)[:, None] + tl.arange(0, M)[None, :]
     b_dv = tl.zeros((T, VC), ACC)
-    for at in range(NC * MT):
+    for at in tl.range(NC * MT, num_stages=FORMS[HALF][15]):
         o_m = at % MT * M + tl.arange(0, M)
         y, x, m_m, top, left = class_positions(at // MT, o_m, H, W, K)
         i = row - top
@@ -517,7 +522,7 @@ def backward_value(
             other=0.0,
         )
         b_lse = tl.load(p_lse + at * M + tl.arange(0, M))
-        b_s = tl.load(p_pixels + at * PT * M + o_pixels)  # (T, M)
+        b_s = tl.load(p_dense + at * PT * M)  # (T, M)
         o_f = (n * CQ)[:, None] + o_q[None, :]
         for plane in tl.static_range(PLANES):
             b_f = _load(
@@ -527,9 +532,9 @@ def backward_value(
         b_p = exp2(b_s - b_lse[None, :])
         b_dv = dot(b_p.to(VT), b_do, b_dv)
 
-    p_dv += image * dv_strides[0] + channel * dv_strides[1]
+    p_dv += map_offset(image, channel, dv_strides)
     tl.store(
         p_dv + pixel_offsets(row, col, o_v, dv_strides),
         b_dv.to(VT),
-        mask=m_pixel[:, None] & m_v[None, :],
+        mask=(pixel < H * W)[:, None] & m_v[None, :],
     )

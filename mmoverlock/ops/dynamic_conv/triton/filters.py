@@ -1,8 +1,9 @@
 """What ContMix makes of its key and weights before, and of sums after.
 
-``prepare`` runs once a forward pass, ``contract`` and ``finish`` at the end
-of the backward pass; nothing else is launched but the kernels that mix. Sums
-are made in parts and in a fixed order, without atomic operations.
+``prepare`` runs once a forward pass, ``finish`` at the end of the backward
+pass; what it leaves of the gradients of weights and biases, in parts, joins
+other sums of parts (partial_sums.py). Sums are made in a fixed order, without
+atomic operations.
 
 Filters are ``scale key^T weight^T / ln 2``, (B, G, PLANES, TAPS, CQ), TAPS
 the taps of both kernel sizes. They have the dtype of the query; where that
@@ -13,26 +14,44 @@ import triton
 import triton.language as tl
 
 from .classes import class_positions
-from .common import LOG2E, dot, window_start
+from .common import (
+    LN2,
+    LOG2E,
+    dot,
+    map_offset,
+    pixel_offsets,
+    window_start,
+)
 
 KNOBS = dict(
-    ROWS=64,  # channels of a tile
+    ROWS=128,  # channels of a tile of filters
     TAPS=32,  # of a tile
+    KEYS=32,  # channels of a tile of gradients of keys
     PARTS=4,  # loaded at a time
+    PROGRAMS=128,  # at least, for gradients of keys
     ELEMENTS=1024,  # of maps and tables, made by a program
-    SUMS=16,  # columns of a tile of what is added up
-    TERMS=128,  # rows of it
+    TERMS=128,  # rows of a table's parts, at a time
     WARPS=8,
 )
 CANDIDATES = dict(  # for benchmarks/gpu_tune.py
     ROWS=(32, 64, 128),
     TAPS=(16, 32, 64),
+    KEYS=(16, 32, 64),
     PARTS=(2, 4, 8),
+    PROGRAMS=(64, 128, 256),
     ELEMENTS=(512, 1024, 2048),
-    SUMS=(8, 16, 32),
     TERMS=(64, 128, 256),
     WARPS=(4, 8),
 )
+# Kinds of tasks, of prepare and of finish
+FILTERS = tl.constexpr(0)
+DENSE_TAPS = tl.constexpr(1)
+DENSE_PIXELS = tl.constexpr(2)
+DENSE_ROWS = tl.constexpr(3)
+CONTRACT = tl.constexpr(0)
+QUERY = tl.constexpr(1)
+TABLE_OF_CLASSES = tl.constexpr(2)
+TABLE_OF_WINDOWS = tl.constexpr(3)
 
 
 @triton.jit
@@ -46,17 +65,19 @@ def _load_key(
     SX: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Rows (R, SP) of the key as a (B * channels, S) matrix."""
+    """Rows (R, SP) of the key as a (B * channels, S) matrix.
+
+    Returns:
+        tuple: The rows, their offsets and which elements there are.
+    """
     o_s = tl.arange(0, SP)
     image = (o_row // CHANNELS).to(tl.int64)
     channel = o_row % CHANNELS
     o_row = image * key_strides[0] + channel * key_strides[1]
     o_col = o_s // SX * key_strides[2] + o_s % SX * key_strides[3]
-    return tl.load(
-        p_key + o_row[:, None] + o_col[None, :],
-        mask=(image * CHANNELS < rows)[:, None] & (o_s < S)[None, :],
-        other=0.0,
-    )
+    at = o_row[:, None] + o_col[None, :]
+    m_key = (image * CHANNELS < rows)[:, None] & (o_s < S)[None, :]
+    return tl.load(p_key + at, mask=m_key, other=0.0), at, m_key
 
 
 @triton.jit
@@ -85,7 +106,9 @@ def _make_filters(
     o_row = pid // TILES * R + tl.arange(0, R)
     o_tap = pid % TILES * T + tl.arange(0, T)
     o_s = tl.arange(0, SP)
-    b_key = _load_key(p_key, o_row, rows, key_strides, S, SP, SX, CHANNELS)
+    b_key, _, _ = _load_key(
+        p_key, o_row, rows, key_strides, S, SP, SX, CHANNELS
+    )
     b_w = tl.load(
         p_weight + o_tap[None, :] * S + o_s[:, None],
         mask=(o_tap < TAPS)[None, :] & (o_s < S)[:, None],
@@ -110,56 +133,63 @@ def _make_dense(
     p_bias,
     p_table,
     p_dense,
-    ACC: tl.constexpr,
-    FORMS: tl.constexpr,
+    G: tl.constexpr,
     HALF: tl.constexpr,
+    FORMS: tl.constexpr,
+    KIND: tl.constexpr,
     E: tl.constexpr,
 ):
-    """Biases as logarithms to the base 2, by taps and then by pixels."""
-    G: tl.constexpr = FORMS[HALF][0]
-    H: tl.constexpr = FORMS[HALF][1]
-    W: tl.constexpr = FORMS[HALF][2]
-    K: tl.constexpr = FORMS[HALF][3]
-    NC: tl.constexpr = FORMS[HALF][4]
-    M: tl.constexpr = FORMS[HALF][5]
-    MT: tl.constexpr = FORMS[HALF][6]
-    TP: tl.constexpr = FORMS[HALF][7]
-    PT: tl.constexpr = FORMS[HALF][8]
-    TILES: tl.constexpr = NC * MT
-    BLOCKS: tl.constexpr = (G * TILES * M * TP + E - 1) // E
+    """Biases as logarithms to the base 2, see classes.py and windows.py.
+
+    By classes, those by pixels are behind those by taps.
+    """
+    K: tl.constexpr = FORMS[HALF][2]
+    TP: tl.constexpr = FORMS[HALF][3]
     at = pid * E + tl.arange(0, E)
-    if pid < BLOCKS:
-        n = at % TP
-        m = at // TP % M
-        tile = at // (TP * M) % TILES
-        group = at // (TP * M * TILES)
+    if KIND == DENSE_ROWS:
+        i = at % TP // FORMS[HALF][4]
+        j = at % FORMS[HALF][4]
+        across = at // TP % K
+        down = at // (TP * K) % K
+        group = at // (TP * K * K)
     else:
-        at -= BLOCKS * E
-        n = at // M % PT
-        m = at % M
-        tile = at // (M * PT) % TILES
-        group = at // (M * PT * TILES)
-    m += tile % MT * M
-    y, x, m_m, top, left = class_positions(tile // MT, m, H, W, K)
-    if pid < BLOCKS:
-        i = n // K
-        j = n % K
-    else:
-        i = n // W - top
-        j = n % W - left
-        p_dense += G * TILES * M * TP
+        W: tl.constexpr = FORMS[HALF][7]
+        MT: tl.constexpr = FORMS[HALF][9]
+        M: tl.constexpr = FORMS[HALF][10]
+        PT: tl.constexpr = FORMS[HALF][12]
+        TILES: tl.constexpr = FORMS[HALF][8] * MT
+        if KIND == DENSE_PIXELS:
+            n = at // M % PT
+            m = at % M
+            tile = at // (M * PT)
+        else:
+            n = at % TP
+            m = at // TP % M
+            tile = at // (TP * M)
+        group = tile // TILES
+        m += tile % MT * M
+        y, x, _, top, left = class_positions(
+            tile % TILES // MT, m, FORMS[HALF][6], W, K
+        )
+        down = y - top
+        across = x - left
+        if KIND == DENSE_PIXELS:
+            i = n // W - top
+            j = n % W - left
+            p_dense += G * TILES * M * TP
+        else:
+            i = n // K
+            j = n % K
     inside = (i >= 0) & (i < K) & (j >= 0) & (j < K)
-    real = m_m & inside & (group < G)
-    row = top + i - y + K - 1
-    col = left + j - x + K - 1
-    bias = tl.load(p_bias + i * K + j, mask=real, other=0.0).to(ACC)
-    table = tl.load(
-        p_table + (group * (2 * K - 1) + row) * (2 * K - 1) + col,
-        mask=real,
-        other=0.0,
-    ).to(ACC)
-    dense = tl.where(inside, (bias + table) * LOG2E, float('-inf'))
-    tl.store(p_dense + at, dense, mask=group < G)
+    m_at = group < G
+    row = (group * (2 * K - 1) + i - down + K - 1) * (2 * K - 1)
+    o_table = row + j - across + K - 1
+    bias = tl.load(p_bias + i * K + j, mask=inside & m_at, other=0.0)
+    table = tl.load(p_table + o_table, mask=inside & m_at, other=0.0)
+    ACC: tl.constexpr = p_dense.dtype.element_ty
+    b_dense = (bias.to(ACC) + table.to(ACC)) * LOG2E
+    b_dense = tl.where(inside, b_dense, float('-inf'))
+    tl.store(p_dense + at, b_dense, mask=m_at)
 
 
 @triton.jit
@@ -167,86 +197,66 @@ def prepare(
     p_key,
     p_weight,
     p_bias,
-    p_table0,
-    p_table1,
+    p_table,
     p_f,
-    p_dense0,
-    p_dense1,
+    p_dense,
     key_strides,
     rows,
-    filter_programs,
-    dense0_programs,
+    odds,
     SCALE: tl.constexpr,
     S: tl.constexpr,
     SP: tl.constexpr,
     SX: tl.constexpr,
     CHANNELS: tl.constexpr,
-    CQ: tl.constexpr,
-    TAPS: tl.constexpr,
-    PLANES: tl.constexpr,
-    ACC: tl.constexpr,
     R: tl.constexpr,
     T: tl.constexpr,
     E: tl.constexpr,
+    TASKS: tl.constexpr,
+    MIX: tl.constexpr,
     FORMS: tl.constexpr,
 ):
-    """Filters; and dense biases for each kernel size that runs by classes.
-
-    ``FORMS`` are (G, H, W, K, NC, M, MT, TP, PT) of the two sizes, see
-    classes.py, NC = 0 for one that does not run by classes. Grid: (tiles of
-    filters + blocks of E of the first dense biases + of the second, ).
-    """
+    """Filters, and dense biases of both sizes. Grid: see mix.py."""
     pid = tl.program_id(0)
-    if pid < filter_programs:
-        _make_filters(
-            pid,
-            p_key,
-            p_weight,
-            p_f,
-            key_strides,
-            rows,
-            SCALE,
-            S,
-            SP,
-            SX,
-            CHANNELS,
-            CQ,
-            TAPS,
-            PLANES,
-            ACC,
-            R,
-            T,
-        )
-    elif pid < filter_programs + dense0_programs:
-        if FORMS[0][4] > 0:
-            _make_dense(
-                pid - filter_programs,
-                p_bias,
-                p_table0,
-                p_dense0,
-                ACC,
-                FORMS,
-                0,
-                E,
-            )
-    else:
-        if FORMS[1][4] > 0:
-            _make_dense(
-                pid - filter_programs - dense0_programs,
-                p_bias + FORMS[0][3] * FORMS[0][3],
-                p_table1,
-                p_dense1,
-                ACC,
-                FORMS,
-                1,
-                E,
-            )
+    for t in tl.static_range(len(TASKS)):
+        if (pid >= 0) & (pid < odds[t] // 2):
+            if TASKS[t][0] == FILTERS:
+                _make_filters(
+                    pid,
+                    p_key,
+                    p_weight,
+                    p_f,
+                    key_strides,
+                    rows,
+                    SCALE,
+                    S,
+                    SP,
+                    SX,
+                    CHANNELS,
+                    MIX[1],
+                    MIX[5],
+                    MIX[6],
+                    p_dense[0].dtype.element_ty,
+                    R,
+                    T,
+                )
+            else:
+                _make_dense(
+                    pid,
+                    p_bias + FORMS[TASKS[t][1]][1],
+                    p_table[TASKS[t][1]],
+                    p_dense[TASKS[t][1]],
+                    MIX[0],
+                    TASKS[t][1],
+                    FORMS,
+                    TASKS[t][0],
+                    E,
+                )
+        pid -= odds[t] // 2
 
 
 @triton.jit
-def _contract_size(
-    tile,
-    o_row,
+def _contract(
+    block,
     p_df,
     parts,
     p_key,
@@ -254,6 +264,7 @@ def _contract_size(
     p_dkey,
     p_dw,
     key_strides,
+    dkey_strides,
     rows,
     SCALE: tl.constexpr,
     S: tl.constexpr,
@@ -261,194 +272,55 @@ def _contract_size(
     SX: tl.constexpr,
     CHANNELS: tl.constexpr,
     CQ: tl.constexpr,
-    FIRST: tl.constexpr,
-    COUNT: tl.constexpr,
+    TAPS: tl.constexpr,
+    FORMS: tl.constexpr,
     R: tl.constexpr,
     T: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    ACC: tl.constexpr = p_df.dtype.element_ty
-    n = tile * T + tl.arange(0, T)
+    """dkey = scale df weight of some rows, and their dweight."""
+    ACC: tl.constexpr = p_dw.dtype.element_ty
+    o_row = block * R + tl.arange(0, R)
     o_s = tl.arange(0, SP)
-    m_n = n < COUNT
     m_row = o_row < rows
     m_s = o_s < S
-    o_df = (o_row // CQ).to(tl.int64) * COUNT * CQ + o_row % CQ
-    o_df = (n * CQ)[:, None] + o_df[None, :]
-    m_df = m_n[:, None] & m_row[None, :]
-    b_df = tl.zeros((T, R), ACC)
-    for part in range(0, parts, PARTS):
-        for i in tl.static_range(PARTS):
-            at = tl.cast(part + i, tl.int64)
-            b_df += tl.load(
-                p_df + at * rows * COUNT + o_df,
-                mask=m_df & (at < parts),
-                other=0.0,
-            )
-    b_df *= SCALE
-    b_w = tl.load(
-        p_weight + ((FIRST + n) * S)[:, None] + o_s[None, :],
-        mask=m_n[:, None] & m_s[None, :],
-        other=0.0,
-    ).to(ACC)
-    b_dkey = dot(tl.trans(b_df), b_w, tl.zeros((R, SP), ACC))
-    tl.store(
-        p_dkey + (o_row * S)[:, None] + o_s[None, :],
-        b_dkey,
-        mask=m_row[:, None] & m_s[None, :],
+    b_key, _, _ = _load_key(
+        p_key, o_row, rows, key_strides, S, SP, SX, CHANNELS
     )
-    b_key = _load_key(p_key, o_row, rows, key_strides, S, SP, SX, CHANNELS)
-    b_dw = dot(b_df, b_key.to(ACC), tl.zeros((T, SP), ACC))
-    tl.store(
-        p_dw + ((FIRST + n) * S)[:, None] + o_s[None, :],
-        b_dw,
-        mask=m_n[:, None] & m_s[None, :],
-    )
-
-
-@triton.jit
-def contract(
-    p_df0,
-    p_df1,
-    p_key,
-    p_weight,
-    p_dkey,
-    p_dw,
-    key_strides,
-    parts0,
-    parts1,
-    rows,
-    SCALE: tl.constexpr,
-    S: tl.constexpr,
-    SP: tl.constexpr,
-    SX: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    CQ: tl.constexpr,
-    COUNT0: tl.constexpr,
-    COUNT1: tl.constexpr,
-    R: tl.constexpr,
-    T: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """Parts of dkey = scale df weight and dweight = scale df^T key.
-
-    df of a kernel size is the sum of (parts, B, G, K^2, CQ). Writes dkey
-    (tiles of taps, B * G * CQ, S) and dweight (tiles of rows, TAPS, S). Grid:
-    (tiles of rows * tiles of taps, ).
-    """
-    TILES0: tl.constexpr = (COUNT0 + T - 1) // T
-    TILES: tl.constexpr = TILES0 + (COUNT1 + T - 1) // T
-    TAPS: tl.constexpr = COUNT0 + COUNT1
-    pid = tl.program_id(0)
-    block = pid // TILES
-    tile = pid % TILES
-    o_row = block * R + tl.arange(0, R)
-    p_dkey += tl.cast(tile, tl.int64) * rows * S
+    b_key = b_key.to(ACC)
+    b_dkey = tl.zeros((R, SP), ACC)
     p_dw += tl.cast(block, tl.int64) * TAPS * S
-    if tile < TILES0:
-        _contract_size(
-            tile,
-            o_row,
-            p_df0,
-            parts0,
-            p_key,
-            p_weight,
-            p_dkey,
-            p_dw,
-            key_strides,
-            rows,
-            SCALE,
-            S,
-            SP,
-            SX,
-            CHANNELS,
-            CQ,
-            0,
-            COUNT0,
-            R,
-            T,
-            PARTS,
-        )
-    else:
-        _contract_size(
-            tile - TILES0,
-            o_row,
-            p_df1,
-            parts1,
-            p_key,
-            p_weight,
-            p_dkey,
-            p_dw,
-            key_strides,
-            rows,
-            SCALE,
-            S,
-            SP,
-            SX,
-            CHANNELS,
-            CQ,
-            COUNT0,
-            COUNT1,
-            R,
-            T,
-            PARTS,
-        )
-
-
-@triton.jit
-def _sum_rows(
-    pid,
-    p_out,
-    p_parts,
-    parts,
-    cols,
-    stride,
-    TERMS: tl.constexpr,
-    SUMS: tl.constexpr,
-):
-    """Sums of the columns of (parts, cols) with rows ``stride`` apart."""
-    o_c = pid * SUMS + tl.arange(0, SUMS)
-    o_p = tl.arange(0, TERMS)
-    b_sum = tl.zeros((SUMS,), p_parts.dtype.element_ty)
-    for part in range(0, parts, TERMS):
-        at = (part + o_p).to(tl.int64)
-        b_sum += tl.sum(
-            tl.load(
-                p_parts + (at * stride)[:, None] + o_c[None, :],
-                mask=(at < parts)[:, None] & (o_c < cols)[None, :],
-                other=0.0,
-            ),
-            0,
-        )
-    b_sum = b_sum.to(p_out.dtype.element_ty)
-    tl.store(p_out + o_c, b_sum, mask=o_c < cols)
-
-
-@triton.jit
-def _sum_key(
-    pid,
-    p_dkey,
-    p_parts,
-    rows,
-    dkey_strides,
-    TILES: tl.constexpr,
-    S: tl.constexpr,
-    SX: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    E: tl.constexpr,
-):
-    at = pid.to(tl.int64) * E + tl.arange(0, E)
-    m_at = at < rows * S
-    b_sum = tl.zeros((E,), p_parts.dtype.element_ty)
-    for tile in tl.static_range(TILES):
-        o_part = at + tl.cast(tile, tl.int64) * rows * S
-        b_sum += tl.load(p_parts + o_part, mask=m_at, other=0.0)
-    s = at % S
-    row = at // S
-    o_key = row // CHANNELS * dkey_strides[0]
-    o_key += row % CHANNELS * dkey_strides[1]
-    o_key += s // SX * dkey_strides[2] + s % SX * dkey_strides[3]
-    tl.store(p_dkey + o_key, b_sum.to(p_dkey.dtype.element_ty), mask=m_at)
+    first = block * R // CQ  # unit
+    for half in tl.static_range(2):
+        count = FORMS[half][2] * FORMS[half][2]
+        p_first = p_df[half] + tl.cast(first, tl.int64) * count * CQ
+        step = tl.cast(rows, tl.int64) * count
+        o_unit = (o_row // CQ - first) * (count * CQ) + o_row % CQ
+        for n0 in range(0, count, T):
+            n = n0 + tl.arange(0, T)
+            m_n = n < count
+            o_df = (n * CQ)[:, None] + o_unit[None, :]
+            m_df = m_n[:, None] & m_row[None, :]
+            b_df = tl.zeros((T, R), ACC)
+            for part in range(0, parts[half], PARTS):
+                for i in tl.static_range(PARTS):
+                    b_df += tl.load(
+                        p_first + (part + i) * step + o_df,
+                        mask=m_df & (part + i < parts[half]),
+                        other=0.0,
+                    )
+            b_df *= SCALE
+            o_w = ((FORMS[half][1] + n) * S)[:, None] + o_s[None, :]
+            m_w = m_n[:, None] & m_s[None, :]
+            b_w = tl.load(p_weight + o_w, mask=m_w, other=0.0).to(ACC)
+            b_dkey = dot(tl.trans(b_df), b_w, b_dkey)
+            b_dw = dot(b_df, b_key, tl.zeros((T, SP), ACC))
+            tl.store(p_dw + o_w, b_dw, mask=m_w)
+    _, o_key, m_key = _load_key(
+        p_dkey, o_row, rows, dkey_strides, S, SP, SX, CHANNELS
+    )
+    b_dkey = b_dkey.to(p_dkey.dtype.element_ty)
+    tl.store(p_dkey + o_key, b_dkey, mask=m_key)
 
 
 @triton.jit
@@ -460,11 +332,13 @@ def _sum_table_of_windows(
     height,
     across,
     G: tl.constexpr,
-    K: tl.constexpr,
-    SPAN: tl.constexpr,
     TERMS: tl.constexpr,
+    HALF: tl.constexpr,
+    FORMS: tl.constexpr,
 ):
     """A row of the gradient of a table, of (H, across, K, B, G, 2K - 1)."""
+    K: tl.constexpr = FORMS[HALF][2]
+    SPAN: tl.constexpr = FORMS[HALF][5]
     o_c = tl.arange(0, SPAN)
     o_p = tl.arange(0, TERMS)
     b_sum = tl.zeros((SPAN,), p_parts.dtype.element_ty)
@@ -493,209 +367,201 @@ def _sum_table_of_classes(
     p_parts,
     chunks,
     G: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    K: tl.constexpr,
-    NC: tl.constexpr,
-    M: tl.constexpr,
-    MT: tl.constexpr,
-    TP: tl.constexpr,
-    SPAN: tl.constexpr,
     TERMS: tl.constexpr,
+    HALF: tl.constexpr,
+    FORMS: tl.constexpr,
 ):
     """The same, of (chunks, G, classes, tiles * M, TP)."""
+    K: tl.constexpr = FORMS[HALF][2]
+    TP: tl.constexpr = FORMS[HALF][3]
+    NC: tl.constexpr = FORMS[HALF][8]
+    MT: tl.constexpr = FORMS[HALF][9]
+    M: tl.constexpr = FORMS[HALF][10]
+    SPAN: tl.constexpr = FORMS[HALF][5]
     o_c = tl.arange(0, SPAN)
     o_p = tl.arange(0, TERMS)
     b_sum = tl.zeros((SPAN,), p_parts.dtype.element_ty)
-    for part in range(0, chunks * NC * MT * M, TERMS):
-        at = part + o_p
-        m = at % (MT * M)
-        cls = at // (MT * M) % NC
-        chunk = (at // (MT * M * NC)).to(tl.int64)
-        y, x, m_m, top, left = class_positions(cls, m, H, W, K)
+    step = G * TP * NC * MT * M
+    for first in range(0, NC * MT * M, TERMS):
+        at = first + o_p
+        cls = at // (MT * M)
+        y, x, m_m, top, left = class_positions(
+            cls, at % (MT * M), FORMS[HALF][6], FORMS[HALF][7], K
+        )
         i = row - (K - 1) + y - top
         j = o_c[None, :] - (K - 1) + (x - left)[:, None]
-        m_p = m_m & (chunk < chunks) & (i >= 0) & (i < K)
-        o_part = ((chunk * G + group) * NC + cls) * MT * M + m
-        b_sum += tl.sum(
-            tl.load(
-                p_parts + (o_part * TP + i * K)[:, None] + j,
-                mask=m_p[:, None] & (j >= 0) & (j < K),
-                other=0.0,
-            ),
-            0,
-        )
+        m_p = m_m & (cls < NC) & (i >= 0) & (i < K)
+        m_part = m_p[:, None] & (j >= 0) & (j < K)
+        o_part = ((group * NC * MT * M + at) * TP + i * K)[:, None] + j
+        b_part = tl.zeros((TERMS, SPAN), p_parts.dtype.element_ty)
+        for chunk in range(chunks):
+            p_chunk = p_parts + tl.cast(chunk, tl.int64) * step
+            b_part += tl.load(p_chunk + o_part, mask=m_part, other=0.0)
+        b_sum += tl.sum(b_part, 0)
     return b_sum
 
 
 @triton.jit
-def _sum_size(
+def _sum_table(
     pid,
-    p_dbias,
-    p_db,
-    p_dtable,
     p_parts,
+    p_dtable,
+    chunks,
     batch,
     height,
-    across,
-    chunks,
-    terms,
-    bias_programs: tl.constexpr,
-    FORMS: tl.constexpr,
-    HALF: tl.constexpr,
-    SPAN: tl.constexpr,
+    width,
+    G: tl.constexpr,
     TERMS: tl.constexpr,
-    SUMS: tl.constexpr,
+    OF_CLASSES: tl.constexpr,
+    HALF: tl.constexpr,
+    FORMS: tl.constexpr,
 ):
-    """Gradients of the bias and the table of a kernel size."""
-    G: tl.constexpr = FORMS[HALF][0]
-    K: tl.constexpr = FORMS[HALF][3]
-    NC: tl.constexpr = FORMS[HALF][4]
-    if pid < bias_programs:
-        if NC > 0:
-            stride = FORMS[HALF][7]
-        else:
-            stride = K * K
-        _sum_rows(pid, p_dbias, p_db, terms, K * K, stride, TERMS, SUMS)
-    else:
-        row = (pid - bias_programs) % (2 * K - 1)
-        group = (pid - bias_programs) // (2 * K - 1)
-        if NC > 0:
-            b_sum = _sum_table_of_classes(
-                group,
-                row,
-                p_parts,
-                chunks,
-                G,
-                FORMS[HALF][1],
-                FORMS[HALF][2],
-                K,
-                NC,
-                FORMS[HALF][5],
-                FORMS[HALF][6],
-                FORMS[HALF][7],
-                SPAN,
-                TERMS,
-            )
-        else:
-            b_sum = _sum_table_of_windows(
-                group, row, p_parts, batch, height, across, G, K, SPAN, TERMS
-            )
-        o_c = tl.arange(0, SPAN)
-        tl.store(
-            p_dtable + (group * (2 * K - 1) + row) * (2 * K - 1) + o_c,
-            b_sum.to(p_dtable.dtype.element_ty),
-            mask=o_c < 2 * K - 1,
+    K: tl.constexpr = FORMS[HALF][2]
+    group = pid // (2 * K - 1)
+    row = pid % (2 * K - 1)
+    if OF_CLASSES:
+        b_sum = _sum_table_of_classes(
+            group, row, p_parts, chunks, G, TERMS, HALF, FORMS
         )
+    else:
+        across = tl.cdiv(width, FORMS[HALF][7])
+        b_sum = _sum_table_of_windows(
+            group, row, p_parts, batch, height, across, G, TERMS, HALF, FORMS
+        )
+    o_c = tl.arange(0, FORMS[HALF][5])
+    tl.store(
+        p_dtable + pid * (2 * K - 1) + o_c,
+        b_sum.to(p_dtable.dtype.element_ty),
+        mask=o_c < 2 * K - 1,
+    )
+
+
+@triton.jit
+def _add_query(
+    pid,
+    p_parts,
+    p_dq,
+    dq_strides,
+    batch,
+    height,
+    width,
+    E: tl.constexpr,
+    MIX: tl.constexpr,
+):
+    """dq of the parts that both sizes make of it, (2, B, H, W, G * CQ)."""
+    G: tl.constexpr = MIX[0]
+    CQ: tl.constexpr = MIX[1]
+    QC: tl.constexpr = MIX[3]
+    P: tl.constexpr = E // QC
+    group = pid % G
+    tiles = tl.cdiv(height * width, P)
+    pixel = pid // G % tiles * P + tl.arange(0, P)
+    image = (pid // G // tiles).to(tl.int64)
+    o_q = tl.arange(0, QC)
+    m_q = (pixel < height * width)[:, None] & (o_q < CQ)[None, :]
+    p_parts += (image * height * width * G + group) * CQ
+    p_parts += (pixel * (G * CQ))[:, None] + o_q[None, :]
+    o_other = tl.cast(batch, tl.int64) * height * width * (G * CQ)
+    b_dq = tl.load(p_parts, mask=m_q, other=0.0)
+    b_dq += tl.load(p_parts + o_other, mask=m_q, other=0.0)
+    p_dq += map_offset(image, group * CQ, dq_strides)
+    p_dq += pixel_offsets(pixel // width, pixel % width, o_q, dq_strides)
+    # The factor is in the filters.
+    tl.store(p_dq, (b_dq * LN2).to(p_dq.dtype.element_ty), mask=m_q)
 
 
 @triton.jit
 def finish(
+    p_df,
+    p_dq_parts,
+    p_dtable_parts,
+    p_key,
+    p_weight,
     p_dkey,
-    p_dkey_parts,
     p_dw,
-    p_dw_parts,
-    p_dbias,
-    p_db0,
-    p_db1,
-    p_dtable0,
-    p_dtable1,
-    p_parts0,
-    p_parts1,
+    p_dq,
+    p_dtable,
+    key_strides,
     dkey_strides,
+    dq_strides,
     rows,
-    blocks,
     batch,
     height,
-    across,
-    chunks0,
-    chunks1,
-    terms0,
-    terms1,
-    key_programs,
+    width,
+    parts,
+    chunks,
+    odds,
+    SCALE: tl.constexpr,
     S: tl.constexpr,
+    SP: tl.constexpr,
     SX: tl.constexpr,
     CHANNELS: tl.constexpr,
-    TILES: tl.constexpr,
-    TAPS: tl.constexpr,
-    FORMS: tl.constexpr,
-    SPAN0: tl.constexpr,
-    SPAN1: tl.constexpr,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    PARTS: tl.constexpr,
     E: tl.constexpr,
     TERMS: tl.constexpr,
-    SUMS: tl.constexpr,
+    TASKS: tl.constexpr,
+    MIX: tl.constexpr,
+    FORMS: tl.constexpr,
 ):
-    """Add up the parts of all gradients that come in parts.
+    """Gradients of query, key and tables; that of the weight in parts.
 
-    Grid: (blocks of E of dkey + blocks of SUMS of dweight + for each size,
-    blocks of SUMS of dbias and rows of dtable, ).
+    df of a size is the sum of ``parts`` (parts, B, G, K^2, CQ). Writes dweight
+    (blocks of R rows, TAPS, S). Grid: see mix.py; rows of tables are programs.
     """
-    K0: tl.constexpr = FORMS[0][3]
-    K1: tl.constexpr = FORMS[1][3]
-    WEIGHTS: tl.constexpr = (TAPS * S + SUMS - 1) // SUMS
-    BIASES0: tl.constexpr = (K0 * K0 + SUMS - 1) // SUMS
-    BIASES1: tl.constexpr = (K1 * K1 + SUMS - 1) // SUMS
-    SIZE0: tl.constexpr = BIASES0 + FORMS[0][0] * (2 * K0 - 1)
     pid = tl.program_id(0)
-    if pid < key_programs:
-        _sum_key(
-            pid,
-            p_dkey,
-            p_dkey_parts,
-            rows,
-            dkey_strides,
-            TILES,
-            S,
-            SX,
-            CHANNELS,
-            E,
-        )
-    elif pid < key_programs + WEIGHTS:
-        _sum_rows(
-            pid - key_programs,
-            p_dw,
-            p_dw_parts,
-            blocks,
-            TAPS * S,
-            TAPS * S,
-            TERMS,
-            SUMS,
-        )
-    elif pid < key_programs + WEIGHTS + SIZE0:
-        _sum_size(
-            pid - key_programs - WEIGHTS,
-            p_dbias,
-            p_db0,
-            p_dtable0,
-            p_parts0,
-            batch,
-            height,
-            across,
-            chunks0,
-            terms0,
-            BIASES0,
-            FORMS,
-            0,
-            SPAN0,
-            TERMS,
-            SUMS,
-        )
-    else:
-        _sum_size(
-            pid - key_programs - WEIGHTS - SIZE0,
-            p_dbias + K0 * K0,
-            p_db1,
-            p_dtable1,
-            p_parts1,
-            batch,
-            height,
-            across,
-            chunks1,
-            terms1,
-            BIASES1,
-            FORMS,
-            1,
-            SPAN1,
-            TERMS,
-            SUMS,
-        )
+    for t in tl.static_range(len(TASKS)):
+        if (pid >= 0) & (pid < odds[t] // 2):
+            if TASKS[t][0] == CONTRACT:
+                _contract(
+                    pid,
+                    p_df,
+                    parts,
+                    p_key,
+                    p_weight,
+                    p_dkey,
+                    p_dw,
+                    key_strides,
+                    dkey_strides,
+                    rows,
+                    SCALE,
+                    S,
+                    SP,
+                    SX,
+                    CHANNELS,
+                    MIX[1],
+                    MIX[5],
+                    FORMS,
+                    R,
+                    T,
+                    PARTS,
+                )
+            elif TASKS[t][0] == QUERY:
+                _add_query(
+                    pid,
+                    p_dq_parts,
+                    p_dq,
+                    dq_strides,
+                    batch,
+                    height,
+                    width,
+                    E,
+                    MIX,
+                )
+            else:
+                _sum_table(
+                    pid,
+                    p_dtable_parts[TASKS[t][1]],
+                    p_dtable[TASKS[t][1]],
+                    chunks[TASKS[t][1]],
+                    batch,
+                    height,
+                    width,
+                    MIX[0],
+                    TERMS,
+                    TASKS[t][0] == TABLE_OF_CLASSES,
+                    TASKS[t][1],
+                    FORMS,
+                )
+        pid -= odds[t] // 2

@@ -1,8 +1,9 @@
 """ContMix on maps of any size: every position has a window of its own.
 
-With the filters f of a position's image (filters.py)::
+With the filters f of a position's image, and biases of all taps by where the
+position is in its window (filters.py)::
 
-    s[n] = q . f[n] + (bias[n] + table[n - position]) / ln 2     n: tap
+    s[n] = q . f[n] + dense[n]       n: tap
     p = 2^(s - lse)
     out = sum over n of p[n] v[window start + n]
 
@@ -25,30 +26,53 @@ The backward pass makes the kernels again, twice: by positions, for the
 gradients of query, filters, biases and tables, and by pixels, for the gradient
 of the values, where a tile of pixels goes through the positions that see it.
 
-A program works on one kernel size, or on both, one after the other.
+Shapes: as in classes.py, but lse (B, G, H, W) and dense (G, K^2, K, N), N > K
+taps of a row, where those beyond K have the weight 0.
 
-Shapes: as in classes.py; bias (TAPS, ), tables (G, 2K - 1, 2K - 1).
+FORMS go on with ROWS, COLS and PIXELS of a tile, REGION, STAGES.
 """
 
 import triton
 import triton.language as tl
 
-from .common import LN2, LOG2E, dot, exp2, offsets, window_start
+from .common import (
+    dot,
+    exp2,
+    log2,
+    map_offset,
+    offsets,
+    power,
+    window_start,
+)
 
 KNOBS = dict(
     ROWS=4,  # of positions or pixels of a tile, and warps
     COLS=16,  # of positions
     PIXELS=32,  # columns of pixels
     STAGES=2,
-    REGISTERS=168,  # at most, backward, for three blocks a multiprocessor
 )
 CANDIDATES = dict(  # for benchmarks/gpu_tune.py
     ROWS=(2, 4, 8),
     COLS=(16, 32),
     PIXELS=(16, 32, 64),
     STAGES=(1, 2, 3),
-    REGISTERS=(128, 168, 255),
 )
+
+
+def tile_windows(width: int, size: int) -> dict:
+    """Constants of the tiling of a map."""
+    row = power(size + 1)
+    return dict(
+        K=size,
+        TP=size * row,
+        NT=row,
+        SPAN=power(2 * size - 1),
+        ROWS=KNOBS['ROWS'],
+        COLS=KNOBS['COLS'],
+        PIXELS=min(KNOBS['PIXELS'], power(width)),
+        REGION=power(min(size + KNOBS['COLS'] - 1, width)),
+        STAGES=KNOBS['STAGES'],
+    )
 
 
 @triton.jit
@@ -64,7 +88,12 @@ def _last_viewer(pixel, length, K: tl.constexpr):
 
 @triton.jit
 def _tile(
-    height, width, G: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    pid,
+    height,
+    width,
+    G: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
     """What a program works on; a unit is a group of an image.
 
@@ -74,13 +103,13 @@ def _tile(
     """
     across = tl.cdiv(width, COLS)
     tiles = across * tl.cdiv(height, ROWS)
-    tile = tl.program_id(0) % tiles
-    unit = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = pid % tiles
+    unit = pid // tiles
     y = tile // across * ROWS + tl.arange(0, ROWS)
     x0 = tile % across * COLS
     x = x0 + tl.arange(0, COLS)
     real = (y < height)[:, None] & (x < width)[None, :]
-    return tile, unit, unit // G, unit % G, y, x0, x, real
+    return tile, unit.to(tl.int64), unit // G, unit % G, y, x0, x, real
 
 
 @triton.jit
@@ -94,21 +123,20 @@ def _pick(index, LENGTH: tl.constexpr, ROWS: tl.constexpr, LAST: tl.constexpr):
 
 
 @triton.jit
-def _logits(
-    b_q,
-    p_f,
-    p_b,
-    p_t,
-    m_f,
-    m_n,
-    PLANE: tl.constexpr,
-    PLANES: tl.constexpr,
-    ACC: tl.constexpr,
-):
+def _dense_rows(down, across, group, HALF: tl.constexpr, FORMS: tl.constexpr):
+    """Rows (ROWS, COLS, 1) of the biases, by where windows start.
+
+    ``down`` (ROWS, ) and ``across`` (COLS, ) are from there to positions.
+    """
+    K: tl.constexpr = FORMS[HALF][2]
+    row = ((group * K + down) * K)[:, None] + across[None, :]
+    return (row * FORMS[HALF][3])[:, :, None]
+
+
+@triton.jit
+def _logits(b_q, p_f, p_dense, m_f, PLANE: tl.constexpr, PLANES: tl.constexpr):
     """Filters (ROWS, QC, N) and logits (ROWS, COLS, N) of a row of taps."""
-    b_b = tl.load(p_b, mask=m_n, other=float('-inf')).to(ACC)
-    b_t = tl.load(p_t, mask=m_n, other=0.0).to(ACC)
-    b_s = b_t * LOG2E + b_b * LOG2E
+    b_s = tl.load(p_dense)
     b_f = tl.load(p_f, mask=m_f, other=0.0)
     b_f = tl.broadcast_to(b_f, (b_q.shape[0], b_f.shape[1], b_f.shape[2]))
     b_s = dot(b_q, b_f, b_s)
@@ -120,80 +148,76 @@ def _logits(
 
 
 @triton.jit
-def _forward_size(
-    b_q,
+def forward(
+    pid,
+    p_q,
     p_f,
-    p_bias,
-    p_table,
+    p_dense,
     p_v,
     p_out,
     p_lse,
-    y,
-    x0,
-    x,
-    real,
-    unit,
-    image,
-    group,
+    q_strides,
     v_strides,
     out_strides,
     height,
     width,
-    G: tl.constexpr,
-    CQ: tl.constexpr,
-    CV: tl.constexpr,
-    QC: tl.constexpr,
-    VC: tl.constexpr,
-    TAPS: tl.constexpr,
-    PLANES: tl.constexpr,
+    MIX: tl.constexpr,
     HALF: tl.constexpr,
-    FIRST: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    N: tl.constexpr,
-    REGION: tl.constexpr,
+    FORMS: tl.constexpr,
 ):
+    """out = softmax(s) v, and lse to the base 2.
+
+    Programs: B * G * tiles of ROWS x COLS positions.
+    """
+    G: tl.constexpr = MIX[0]
+    CQ: tl.constexpr = MIX[1]
+    CV: tl.constexpr = MIX[2]
+    VC: tl.constexpr = MIX[4]
+    TAPS: tl.constexpr = MIX[5]
+    PLANES: tl.constexpr = MIX[6]
+    K: tl.constexpr = FORMS[HALF][2]
+    N: tl.constexpr = FORMS[HALF][4]
+    ROWS: tl.constexpr = FORMS[HALF][6]
+    COLS: tl.constexpr = FORMS[HALF][7]
     VT: tl.constexpr = p_v.dtype.element_ty
     ACC: tl.constexpr = p_lse.dtype.element_ty
+    tile, unit, image, group, y, x0, x, real = _tile(
+        pid, height, width, G, ROWS, COLS
+    )
+    y = tl.minimum(y, height - 1)
+    x = tl.minimum(x, width - 1)
     top = window_start(y, height, K)
     left = window_start(x, width, K)
-    o_r = window_start(x0, width, K) + tl.arange(0, REGION)
+    o_r = window_start(x0, width, K) + tl.arange(0, FORMS[HALF][9])
     o_n = tl.arange(0, N)
-    o_q = tl.arange(0, QC)
+    o_q = tl.arange(0, MIX[3])
     o_v = tl.arange(0, VC)
-    m_n = (o_n < K)[None, None]
-    m_f = m_n & (o_q < CQ)[None, :, None]
+    m_f = (o_n < K)[None, None] & (o_q < CQ)[None, :, None]
     m_r = (o_r < width)[None, :, None] & (o_v < CV)[None, None]
 
-    p_f += (unit * PLANES * TAPS + FIRST) * CQ
+    p_q += map_offset(image, group * CQ, q_strides)
+    b_q = tl.load(
+        p_q + offsets(y, x, o_q, q_strides),
+        mask=(o_q < CQ)[None, None],
+        other=0.0,
+    )
+    p_f += (unit * PLANES * TAPS + FORMS[HALF][1]) * CQ
     p_f += (o_q[:, None] + (o_n * CQ)[None, :])[None]
-    p_bias += FIRST + o_n[None, None]
-    p_table += group * (2 * K - 1) * (2 * K - 1)
-    p_table += offsets(
-        top - y + K - 1, left - x + K - 1, o_n, (0, 1, 2 * K - 1, 1)
+    p_dense += (
+        _dense_rows(y - top, x - left, group, HALF, FORMS) + o_n[None, None]
     )
     channel = (HALF * G + group) * CV
-    p_v += image * v_strides[0] + channel * v_strides[1]
+    p_v += map_offset(image, channel, v_strides)
     p_v += offsets(top, o_r, o_v, v_strides)
     shift = _pick(o_r[None] - left[:, None], K, ROWS, N - 1)
     b_m = tl.full((ROWS, COLS), float('-inf'), ACC)
     b_l = tl.zeros((ROWS, COLS), ACC)
     b_acc = tl.zeros((ROWS, COLS, VC), ACC)
-    for i in range(K):
-        b_v = tl.load(
-            p_v + tl.cast(i, tl.int64) * v_strides[2], mask=m_r, other=0.0
-        )  # (ROWS, REGION, VC)
+    for i in tl.range(K, num_stages=FORMS[HALF][10]):
+        # (ROWS, REGION, VC)
+        b_v = tl.load(p_v + i * v_strides[2], mask=m_r, other=0.0)
         b_f, b_s = _logits(
-            b_q,
-            p_f + i * K * CQ,
-            p_bias + i * K,
-            p_table + i * (2 * K - 1),
-            m_f,
-            m_n,
-            TAPS * CQ,
-            PLANES,
-            ACC,
+            b_q, p_f + i * K * CQ, p_dense + i * N, m_f, TAPS * CQ, PLANES
         )
         m_i = tl.maximum(b_m, tl.max(b_s, 2))
         alpha = exp2(b_m - m_i)
@@ -203,235 +227,103 @@ def _forward_size(
         b_p = tl.gather(b_p.to(VT), shift, 2)  # (ROWS, COLS, REGION)
         b_acc = dot(b_p, b_v, b_acc * alpha[:, :, None])
 
-    p_out += image * out_strides[0] + channel * out_strides[1]
+    p_out += map_offset(image, channel, out_strides)
     tl.store(
         p_out + offsets(y, x, o_v, out_strides),
-        (b_acc / b_l[:, :, None]).to(VT),
+        (b_acc * (1 / b_l)[:, :, None]).to(VT),
         mask=real[:, :, None] & (o_v < CV)[None, None],
     )
-    p_lse += (unit * height + y)[:, None] * width
-    tl.store(p_lse + x[None], b_m + tl.log2(b_l), mask=real)
+    p_lse += unit * height * width + (y * width)[:, None] + x[None]
+    tl.store(p_lse, b_m + log2(b_l), mask=real)
 
 
 @triton.jit
-def _load_query(
-    p_q,
-    y,
-    x,
-    image,
-    group,
-    q_strides,
-    CQ: tl.constexpr,
-    QC: tl.constexpr,
-):
-    """Queries (ROWS, COLS, QC)."""
-    o_q = tl.arange(0, QC)
-    p_q += image * q_strides[0] + group * CQ * q_strides[1]
-    return tl.load(
-        p_q + offsets(y, x, o_q, q_strides),
-        mask=(o_q < CQ)[None, None],
-        other=0.0,
-    )
-
-
-@triton.jit
-def forward(
+def backward_positions(
+    pid,
     p_q,
     p_f,
-    p_bias,
-    p_table0,
-    p_table1,
-    p_v,
-    p_out,
-    p_lse,
-    q_strides,
-    v_strides,
-    out_strides,
-    height,
-    width,
-    units,
-    G: tl.constexpr,
-    CQ: tl.constexpr,
-    CV: tl.constexpr,
-    QC: tl.constexpr,
-    VC: tl.constexpr,
-    TAPS: tl.constexpr,
-    PLANES: tl.constexpr,
-    K0: tl.constexpr,
-    K1: tl.constexpr,
-    RUN0: tl.constexpr,
-    RUN1: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    N0: tl.constexpr,
-    N1: tl.constexpr,
-    REGION0: tl.constexpr,
-    REGION1: tl.constexpr,
-):
-    """out = softmax(s) v, and lse to the base 2.
-
-    Grid: (B * G * tiles of ROWS x COLS positions, ).
-    """
-    tile, unit, image, group, y, x0, x, real = _tile(
-        height, width, G, ROWS, COLS
-    )
-    y = tl.minimum(y, height - 1)
-    x = tl.minimum(x, width - 1)
-    b_q = _load_query(p_q, y, x, image, group, q_strides, CQ, QC)
-    if RUN0:
-        _forward_size(
-            b_q,
-            p_f,
-            p_bias,
-            p_table0,
-            p_v,
-            p_out,
-            p_lse,
-            y,
-            x0,
-            x,
-            real,
-            unit,
-            image,
-            group,
-            v_strides,
-            out_strides,
-            height,
-            width,
-            G,
-            CQ,
-            CV,
-            QC,
-            VC,
-            TAPS,
-            PLANES,
-            0,
-            0,
-            K0,
-            ROWS,
-            COLS,
-            N0,
-            REGION0,
-        )
-    if RUN1:
-        if RUN0:
-            p_lse += tl.cast(units, tl.int64) * height * width
-        _forward_size(
-            b_q,
-            p_f,
-            p_bias,
-            p_table1,
-            p_v,
-            p_out,
-            p_lse,
-            y,
-            x0,
-            x,
-            real,
-            unit,
-            image,
-            group,
-            v_strides,
-            out_strides,
-            height,
-            width,
-            G,
-            CQ,
-            CV,
-            QC,
-            VC,
-            TAPS,
-            PLANES,
-            1,
-            K0 * K0,
-            K1,
-            ROWS,
-            COLS,
-            N1,
-            REGION1,
-        )
-
-
-@triton.jit
-def _backward_positions_size(
-    b_dq,
-    b_q,
-    p_f,
-    p_bias,
-    p_table,
+    p_dense,
     p_v,
     p_out,
     p_lse,
     p_do,
+    p_dq,
     p_df,
     p_db,
     p_dtable,
-    tile,
-    y0,
-    y,
-    x0,
-    x,
-    real,
-    unit,
-    units,
-    image,
-    group,
+    q_strides,
     v_strides,
     out_strides,
     do_strides,
+    batch,
     height,
     width,
-    G: tl.constexpr,
-    CQ: tl.constexpr,
-    CV: tl.constexpr,
-    QC: tl.constexpr,
-    VC: tl.constexpr,
-    TAPS: tl.constexpr,
-    PLANES: tl.constexpr,
+    MIX: tl.constexpr,
     HALF: tl.constexpr,
-    FIRST: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    N: tl.constexpr,
-    REGION: tl.constexpr,
-    SPAN: tl.constexpr,
+    FORMS: tl.constexpr,
 ):
+    """ds = p (do v^T - delta), dq / ln 2 = ds f^T, df = ds^T q, sums of ds.
+
+    Writes df (tiles, B, G, K^2, CQ), db (tiles, B, G, K^2) and dtable (H,
+    tiles across, K, B, G, 2K - 1): a row of positions and a row of taps meet
+    one row of the table. Programs: as ``forward``.
+    """
+    G: tl.constexpr = MIX[0]
+    CQ: tl.constexpr = MIX[1]
+    CV: tl.constexpr = MIX[2]
+    QC: tl.constexpr = MIX[3]
+    TAPS: tl.constexpr = MIX[5]
+    PLANES: tl.constexpr = MIX[6]
+    K: tl.constexpr = FORMS[HALF][2]
+    N: tl.constexpr = FORMS[HALF][4]
+    ROWS: tl.constexpr = FORMS[HALF][6]
+    COLS: tl.constexpr = FORMS[HALF][7]
+    REGION: tl.constexpr = FORMS[HALF][9]
     FT: tl.constexpr = p_f.dtype.element_ty
     ACC: tl.constexpr = p_lse.dtype.element_ty
+    units = batch * G
+    tile, unit, image, group, y0, x0, x, real = _tile(
+        pid, height, width, G, ROWS, COLS
+    )
+    y = tl.minimum(y0, height - 1)
+    x = tl.minimum(x, width - 1)
     top = window_start(y, height, K)
     left = window_start(x, width, K)
     region0 = window_start(x0, width, K)
     o_r = region0 + tl.arange(0, REGION)
     o_n = tl.arange(0, N)
-    o_t = tl.arange(0, SPAN)
+    o_t = tl.arange(0, FORMS[HALF][5])
     o_q = tl.arange(0, QC)
-    o_v = tl.arange(0, VC)
-    m_n = (o_n < K)[None, None]
-    m_f = m_n & (o_q < CQ)[None, :, None]
+    o_v = tl.arange(0, MIX[4])
+    m_f = (o_n < K)[None, None] & (o_q < CQ)[None, :, None]
     m_r = (o_r < width)[None, :, None] & (o_v < CV)[None, None]
     m_v = real[:, :, None] & (o_v < CV)[None, None]
     m_df = (o_q < CQ)[:, None] & (o_n < K)[None, :]
     m_t = (y0 < height)[:, None] & (o_t < 2 * K - 1)[None, :]
-    col = left - x + K - 1
 
+    p_q += map_offset(image, group * CQ, q_strides)
+    b_q = tl.load(
+        p_q + offsets(y, x, o_q, q_strides),
+        mask=(o_q < CQ)[None, None],
+        other=0.0,
+    )
     channel = (HALF * G + group) * CV
-    p_do += image * do_strides[0] + channel * do_strides[1]
+    p_do += map_offset(image, channel, do_strides)
     b_do = tl.load(p_do + offsets(y, x, o_v, do_strides), mask=m_v, other=0.0)
-    p_out += image * out_strides[0] + channel * out_strides[1]
+    p_out += map_offset(image, channel, out_strides)
     b_out = tl.load(
         p_out + offsets(y, x, o_v, out_strides), mask=m_v, other=0.0
     )
     b_delta = tl.sum(b_do.to(ACC) * b_out.to(ACC), 2)[:, :, None]
-    p_lse += (unit * height + y)[:, None] * width
-    b_lse = tl.load(p_lse + x[None])[:, :, None]
+    p_lse += unit * height * width + (y * width)[:, None] + x[None]
+    b_lse = tl.load(p_lse)[:, :, None]
 
-    p_f += (unit * PLANES * TAPS + FIRST) * CQ
+    p_f += (unit * PLANES * TAPS + FORMS[HALF][1]) * CQ
     p_f += (o_q[:, None] + (o_n * CQ)[None, :])[None]
-    p_bias += FIRST + o_n[None, None]
-    p_table += group * (2 * K - 1) * (2 * K - 1)
-    p_table += offsets(top - y + K - 1, col, o_n, (0, 1, 2 * K - 1, 1))
-    p_v += image * v_strides[0] + channel * v_strides[1]
+    p_dense += (
+        _dense_rows(y - top, x - left, group, HALF, FORMS) + o_n[None, None]
+    )
+    p_v += map_offset(image, channel, v_strides)
     p_v += offsets(top, o_r, o_v, v_strides)
     part = tile * units + unit
     p_df += part * K * K * CQ + o_q[:, None] + (o_n * CQ)[None, :]
@@ -444,21 +336,14 @@ def _backward_positions_size(
     unshift = _pick(
         (left - region0)[:, None] + o_n[None], REGION, ROWS, REGION - 1
     )
+    col = left - x + K - 1
     spread = _pick(o_t[None] - col[:, None], K, ROWS, N - 1)
-    for i in range(K):
-        b_v = tl.load(
-            p_v + tl.cast(i, tl.int64) * v_strides[2], mask=m_r, other=0.0
-        )  # (ROWS, REGION, VC)
+    b_dq = tl.zeros((ROWS, COLS, QC), ACC)
+    for i in tl.range(K, num_stages=FORMS[HALF][10]):
+        # (ROWS, REGION, VC)
+        b_v = tl.load(p_v + i * v_strides[2], mask=m_r, other=0.0)
         b_f, b_s = _logits(
-            b_q,
-            p_f + i * K * CQ,
-            p_bias + i * K,
-            p_table + i * (2 * K - 1),
-            m_f,
-            m_n,
-            TAPS * CQ,
-            PLANES,
-            ACC,
+            b_q, p_f + i * K * CQ, p_dense + i * N, m_f, TAPS * CQ, PLANES
         )
         b_p = exp2(b_s - b_lse)
         b_dp = dot(
@@ -480,236 +365,85 @@ def _backward_positions_size(
             tl.sum(tl.gather(b_ds, spread, 2), 1),
             mask=m_t,
         )
-    return b_dq
-
-
-@triton.jit
-def backward_positions(
-    p_q,
-    p_f,
-    p_bias,
-    p_table0,
-    p_table1,
-    p_v,
-    p_out,
-    p_lse,
-    p_do,
-    p_dq,
-    p_df0,
-    p_df1,
-    p_db0,
-    p_db1,
-    p_dtable0,
-    p_dtable1,
-    q_strides,
-    v_strides,
-    out_strides,
-    do_strides,
-    dq_strides,
-    height,
-    width,
-    units,
-    G: tl.constexpr,
-    CQ: tl.constexpr,
-    CV: tl.constexpr,
-    QC: tl.constexpr,
-    VC: tl.constexpr,
-    TAPS: tl.constexpr,
-    PLANES: tl.constexpr,
-    K0: tl.constexpr,
-    K1: tl.constexpr,
-    RUN0: tl.constexpr,
-    RUN1: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    N0: tl.constexpr,
-    N1: tl.constexpr,
-    REGION0: tl.constexpr,
-    REGION1: tl.constexpr,
-    SPAN0: tl.constexpr,
-    SPAN1: tl.constexpr,
-):
-    """ds = p (do v^T - delta), dq = ds f^T, df = ds^T q, and sums of ds.
-
-    Of each kernel size, writes df (tiles, B, G, K^2, CQ), db (tiles, B, G,
-    K^2) and dtable (H, tiles across, K, B, G, 2K - 1): a row of positions
-    and a row of taps meet one row of the table. Grid: as ``forward``.
-    """
-    ACC: tl.constexpr = p_lse.dtype.element_ty
-    tile, unit, image, group, y0, x0, x, real = _tile(
-        height, width, G, ROWS, COLS
-    )
-    y = tl.minimum(y0, height - 1)
-    x = tl.minimum(x, width - 1)
-    b_q = _load_query(p_q, y, x, image, group, q_strides, CQ, QC)
-    b_dq = tl.zeros((ROWS, COLS, QC), ACC)
-    if RUN0:
-        b_dq = _backward_positions_size(
-            b_dq,
-            b_q,
-            p_f,
-            p_bias,
-            p_table0,
-            p_v,
-            p_out,
-            p_lse,
-            p_do,
-            p_df0,
-            p_db0,
-            p_dtable0,
-            tile,
-            y0,
-            y,
-            x0,
-            x,
-            real,
-            unit,
-            units,
-            image,
-            group,
-            v_strides,
-            out_strides,
-            do_strides,
-            height,
-            width,
-            G,
-            CQ,
-            CV,
-            QC,
-            VC,
-            TAPS,
-            PLANES,
-            0,
-            0,
-            K0,
-            ROWS,
-            COLS,
-            N0,
-            REGION0,
-            SPAN0,
-        )
-    if RUN1:
-        if RUN0:
-            p_lse += tl.cast(units, tl.int64) * height * width
-        b_dq = _backward_positions_size(
-            b_dq,
-            b_q,
-            p_f,
-            p_bias,
-            p_table1,
-            p_v,
-            p_out,
-            p_lse,
-            p_do,
-            p_df1,
-            p_db1,
-            p_dtable1,
-            tile,
-            y0,
-            y,
-            x0,
-            x,
-            real,
-            unit,
-            units,
-            image,
-            group,
-            v_strides,
-            out_strides,
-            do_strides,
-            height,
-            width,
-            G,
-            CQ,
-            CV,
-            QC,
-            VC,
-            TAPS,
-            PLANES,
-            1,
-            K0 * K0,
-            K1,
-            ROWS,
-            COLS,
-            N1,
-            REGION1,
-            SPAN1,
-        )
-    o_q = tl.arange(0, QC)
-    p_dq += image * dq_strides[0] + group * CQ * dq_strides[1]
+    p_dq += (unit // G * height * width * G + group) * CQ
+    pixel = (y * width)[:, None] + x[None]
     tl.store(
-        p_dq + offsets(y, x, o_q, dq_strides),
-        (b_dq * LN2).to(p_dq.dtype.element_ty),
+        p_dq + (pixel * G * CQ)[:, :, None] + o_q[None, None],
+        b_dq,
         mask=real[:, :, None] & (o_q < CQ)[None, None],
     )
 
 
 @triton.jit
-def _backward_pixels_size(
+def backward_pixels(
+    pid,
     p_q,
     p_f,
-    p_bias,
-    p_table,
+    p_dense,
     p_lse,
     p_do,
     p_dv,
-    row,
-    col0,
-    col,
-    real,
-    unit,
-    image,
-    group,
     q_strides,
     do_strides,
     dv_strides,
     height,
     width,
-    G: tl.constexpr,
-    CQ: tl.constexpr,
-    CV: tl.constexpr,
-    QC: tl.constexpr,
-    VC: tl.constexpr,
-    TAPS: tl.constexpr,
-    PLANES: tl.constexpr,
+    MIX: tl.constexpr,
     HALF: tl.constexpr,
-    FIRST: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    PIXELS: tl.constexpr,
-    N: tl.constexpr,
+    FORMS: tl.constexpr,
 ):
+    """dv[pixel] = sum of p do over the positions that see the pixel.
+
+    Programs: B * G * tiles of ROWS x PIXELS pixels.
+    """
+    G: tl.constexpr = MIX[0]
+    CQ: tl.constexpr = MIX[1]
+    CV: tl.constexpr = MIX[2]
+    VC: tl.constexpr = MIX[4]
+    TAPS: tl.constexpr = MIX[5]
+    PLANES: tl.constexpr = MIX[6]
+    K: tl.constexpr = FORMS[HALF][2]
+    N: tl.constexpr = FORMS[HALF][4]
+    ROWS: tl.constexpr = FORMS[HALF][6]
+    COLS: tl.constexpr = FORMS[HALF][7]
+    PIXELS: tl.constexpr = FORMS[HALF][8]
     VT: tl.constexpr = p_do.dtype.element_ty
     ACC: tl.constexpr = p_lse.dtype.element_ty
+    tile, unit, image, group, row, col0, col, real = _tile(
+        pid, height, width, G, ROWS, PIXELS
+    )
+    row = tl.minimum(row, height - 1)
     first_y = _first_viewer(row, K)
     last_y = _last_viewer(row, height, K)
     first_x = _first_viewer(col0, K)
     last_col = tl.minimum(col0 + PIXELS, width) - 1
     last_x = _last_viewer(last_col, width, K)
     o_n = tl.arange(0, N)
-    o_q = tl.arange(0, QC)
+    o_q = tl.arange(0, MIX[3])
     o_v = tl.arange(0, VC)
-    m_n = (o_n < K)[None, None]
     m_q = (o_q < CQ)[None, None]
     m_v = (o_v < CV)[None, None]
-    m_f = m_n & (o_q < CQ)[None, :, None]
+    m_f = (o_n < K)[None, None] & (o_q < CQ)[None, :, None]
 
     channel = (HALF * G + group) * CV
-    p_q += image * q_strides[0] + group * CQ * q_strides[1]
-    p_do += image * do_strides[0] + channel * do_strides[1]
-    p_f += (unit * PLANES * TAPS + FIRST) * CQ
-    p_bias += FIRST
-    p_table += group * (2 * K - 1) * (2 * K - 1)
+    p_q += map_offset(image, group * CQ, q_strides)
+    p_do += map_offset(image, channel, do_strides)
+    p_f += (unit * PLANES * TAPS + FORMS[HALF][1]) * CQ
+    p_f += (o_q[:, None] + (o_n * CQ)[None, :])[None]
+    p_dense += o_n[None, None]
     p_lse += unit * height * width
     b_dv = tl.zeros((ROWS, PIXELS, VC), ACC)
-    for step in range(0, tl.max(last_y - first_y, 0) + 1):
+    for step in tl.range(
+        0, tl.max(last_y - first_y, 0) + 1, num_stages=FORMS[HALF][10]
+    ):
         y = first_y + step
         seen = y <= last_y
         y = tl.minimum(y, height - 1)
         top = window_start(y, height, K)
-        i = tl.maximum(row - top, 0)  # the row of taps
-        for x0 in range(first_x, last_x + 1, COLS):
+        i = tl.maximum(row - top, 0)[:, None, None]  # the row of taps
+        for x0 in tl.range(
+            first_x, last_x + 1, COLS, num_stages=FORMS[HALF][10]
+        ):
             x = x0 + tl.arange(0, COLS)
             both = seen[:, None] & (x < width)[None, :]
             x = tl.minimum(x, width - 1)
@@ -722,149 +456,25 @@ def _backward_pixels_size(
                 mask=both[:, :, None] & m_v,
                 other=0.0,
             )
-            b_lse = tl.load(p_lse + y[:, None] * width + x[None, :])
+            b_lse = tl.load(p_lse + (y * width)[:, None] + x[None, :])
             b_f, b_s = _logits(
                 b_q,
-                p_f + offsets(i, o_q, o_n, (0, CQ, K * CQ, 1)),
-                p_bias + (i * K)[:, None, None] + o_n[None, None],
-                p_table
-                + offsets(
-                    i + top - y + K - 1,
-                    left - x + K - 1,
-                    o_n,
-                    (0, 1, 2 * K - 1, 1),
-                ),
+                p_f + i * K * CQ,
+                p_dense
+                + _dense_rows(y - top, x - left, group, HALF, FORMS)
+                + i * N,
                 m_f,
-                m_n,
                 TAPS * CQ,
                 PLANES,
-                ACC,
             )
             b_p = exp2(b_s - b_lse[:, :, None])
             shift = _pick(col[None] - left[:, None], K, ROWS, N - 1)
             b_p = tl.gather(b_p.to(VT), shift, 2)  # (ROWS, COLS, PIXELS)
             b_dv = dot(tl.permute(b_p, 0, 2, 1), b_do, b_dv)
 
-    p_dv += image * dv_strides[0] + channel * dv_strides[1]
+    p_dv += map_offset(image, channel, dv_strides)
     tl.store(
         p_dv + offsets(row, col, o_v, dv_strides),
         b_dv.to(VT),
         mask=real[:, :, None] & m_v,
     )
-
-
-@triton.jit
-def backward_pixels(
-    p_q,
-    p_f,
-    p_bias,
-    p_table0,
-    p_table1,
-    p_lse,
-    p_do,
-    p_dv,
-    q_strides,
-    do_strides,
-    dv_strides,
-    height,
-    width,
-    units,
-    G: tl.constexpr,
-    CQ: tl.constexpr,
-    CV: tl.constexpr,
-    QC: tl.constexpr,
-    VC: tl.constexpr,
-    TAPS: tl.constexpr,
-    PLANES: tl.constexpr,
-    K0: tl.constexpr,
-    K1: tl.constexpr,
-    RUN0: tl.constexpr,
-    RUN1: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    PIXELS: tl.constexpr,
-    N0: tl.constexpr,
-    N1: tl.constexpr,
-):
-    """dv[pixel] = sum of p do over the positions that see the pixel.
-
-    Grid: (B * G * tiles of ROWS x PIXELS pixels, ).
-    """
-    tile, unit, image, group, row, col0, col, real = _tile(
-        height, width, G, ROWS, PIXELS
-    )
-    row = tl.minimum(row, height - 1)
-    if RUN0:
-        _backward_pixels_size(
-            p_q,
-            p_f,
-            p_bias,
-            p_table0,
-            p_lse,
-            p_do,
-            p_dv,
-            row,
-            col0,
-            col,
-            real,
-            unit,
-            image,
-            group,
-            q_strides,
-            do_strides,
-            dv_strides,
-            height,
-            width,
-            G,
-            CQ,
-            CV,
-            QC,
-            VC,
-            TAPS,
-            PLANES,
-            0,
-            0,
-            K0,
-            ROWS,
-            COLS,
-            PIXELS,
-            N0,
-        )
-    if RUN1:
-        if RUN0:
-            p_lse += tl.cast(units, tl.int64) * height * width
-        _backward_pixels_size(
-            p_q,
-            p_f,
-            p_bias,
-            p_table1,
-            p_lse,
-            p_do,
-            p_dv,
-            row,
-            col0,
-            col,
-            real,
-            unit,
-            image,
-            group,
-            q_strides,
-            do_strides,
-            dv_strides,
-            height,
-            width,
-            G,
-            CQ,
-            CV,
-            QC,
-            VC,
-            TAPS,
-            PLANES,
-            1,
-            K0 * K0,
-            K1,
-            ROWS,
-            COLS,
-            PIXELS,
-            N1,
-        )
