@@ -82,6 +82,17 @@ class _Problem:
             for form in self.forms
         )
         self.lse, self.dense = zip(*lengths, strict=True)
+        # Images of a program, and groups * chunks of so many images
+        self.images = tuple(
+            min(
+                mix.KNOBS['IMAGES'],
+                max(1, self.units * self.tiles(form) // mix.KNOBS['PROGRAMS']),
+            )
+            for form in self.forms
+        )
+        self.chunks = [
+            groups * cdiv(self.batch, images) for images in self.images
+        ]
         channels = query.shape[1] // groups
         values = value.shape[1] // (2 * groups)
         self.mix = dict(
@@ -110,7 +121,9 @@ class _Problem:
         self.rows = self.batch * query.shape[1]
 
     def tiles(self, form: dict, columns: str = 'COLS') -> int:
-        """Of an image, by windows."""
+        """Of positions, or of pixels by windows."""
+        if 'NC' in form:
+            return form['NC'] * form['MT']
         across = cdiv(self.width, form[columns])
         return cdiv(self.height, form['ROWS']) * across
 
@@ -172,9 +185,9 @@ def _mix(
     mixed = {}
     for half in (1, 0):  # what takes longest goes first
         form = problem.forms[half]
+        tiles = problem.tiles(form)
         if 'NC' in form:
-            tiles = form['NC'] * form['MT']
-            mixed[mix.CLASSES, half] = problem.units * tiles
+            mixed[mix.CLASSES, half] = problem.chunks[half] * tiles
             positions = groups * tiles * form['M']
             for kind, length in (
                 (filters.DENSE_TAPS, form['TP']),
@@ -184,7 +197,7 @@ def _mix(
                     positions * length, knobs['ELEMENTS']
                 )
         else:
-            mixed[mix.WINDOWS, half] = problem.units * problem.tiles(form)
+            mixed[mix.WINDOWS, half] = problem.chunks[half] * tiles
             prepared[filters.DENSE_ROWS, half] = cdiv(
                 problem.dense[half], knobs['ELEMENTS']
             )
@@ -220,6 +233,7 @@ def _mix(
             q_strides=query.stride(),
             v_strides=value.stride(),
             out_strides=out.stride(),
+            images=problem.images,
             **problem.sides,
             **problem.mix,
             num_warps=mix.KNOBS['WARPS'],
@@ -308,22 +322,21 @@ def _mix_backward(
     parts, chunks, images = [0, 0], [0, 0], [0, 0]
     for half in (1, 0):  # what takes longest goes first
         form, size = problem.forms[half], problem.sizes[half]
+        tiles = problem.tiles(form)
         row_programs = groups * (2 * size - 1)
         if 'NC' in form:
             m, t, tp = form['M'], form['T'], form['TP']
-            tiles = form['NC'] * form['MT']
             each = groups * tiles * (tp // t)
             images[half] = cdiv(batch, cdiv(classes.KNOBS['PROGRAMS'], each))
             chunks[half] = chunk = cdiv(batch, images[half])
             dbs[half] = scratch(chunk * groups * tiles, tp, 1)
             dtables[half] = scratch(chunk, groups, tiles, m, tp)
             mixed[mix.CLASS_FILTERS, half] = each * chunk
-            mixed[mix.CLASS_QUERY, half] = units * tiles
+            mixed[mix.CLASS_QUERY, half] = problem.chunks[half] * tiles
             pixels = form['PT'] // form['PIXELS']
-            mixed[mix.CLASS_VALUE, half] = units * pixels
+            mixed[mix.CLASS_VALUE, half] = problem.chunks[half] * pixels
             finished[filters.TABLE_OF_CLASSES, half] = row_programs
         else:
-            tiles = problem.tiles(form)
             dbs[half] = scratch(tiles * units, size**2, 1)
             dtables[half] = scratch(
                 problem.height,
@@ -332,9 +345,9 @@ def _mix_backward(
                 units,
                 2 * size - 1,
             )
-            mixed[mix.POSITIONS, half] = units * tiles
+            mixed[mix.POSITIONS, half] = problem.chunks[half] * tiles
             pixels = problem.tiles(form, 'PIXELS')
-            mixed[mix.PIXELS, half] = units * pixels
+            mixed[mix.PIXELS, half] = problem.chunks[half] * pixels
             finished[filters.TABLE_OF_WINDOWS, half] = row_programs
         dfs[half] = scratch(tiles, units * size**2, channels)
         parts[half] = tiles
@@ -361,7 +374,8 @@ def _mix_backward(
             out_strides=out.stride(),
             do_strides=grad.stride(),
             dv_strides=dv.stride(),
-            images=tuple(images),
+            images=problem.images,
+            filter_images=tuple(images),
             **problem.sides,
             **problem.mix,
             num_warps=mix.KNOBS['WARPS'],

@@ -12,7 +12,9 @@ all images (``dense``, see filters.py)::
     out[m] = sum over n of p[m, n] v[n]
 
 Classes are cut into tiles of M positions, row by row.
-Images are the fastest index of programs, so that ``dense`` stays in the cache.
+A program goes through some images: where positions and taps are is the same
+in all of them. Images are the fastest index of programs, so that ``dense``
+stays in the cache.
 
 Shapes: q (B, G * CQ, H, W), v and out (B, 2 * G * CV, H, W) by strides;
 filters f (B, G, PLANES, TAPS, CQ); dense (G, classes * tiles * M, TP), TP the
@@ -118,10 +120,10 @@ def _load(p, offset, m_c, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _class_program(pid, batch, NC: tl.constexpr, MT: tl.constexpr):
-    """(image, tile of the class, class, group) of a program."""
-    rest = pid // batch
-    return pid % batch, rest % MT, rest // MT % NC, rest // (MT * NC)
+def _class_program(pid, chunks, NC: tl.constexpr, MT: tl.constexpr):
+    """(images, tile of the class, class, group) of a program."""
+    rest = pid // chunks
+    return pid % chunks, rest % MT, rest // MT % NC, rest // (MT * NC)
 
 
 @triton.jit
@@ -137,13 +139,14 @@ def forward(
     v_strides,
     out_strides,
     batch,
+    images,
     MIX: tl.constexpr,
     HALF: tl.constexpr,
     FORMS: tl.constexpr,
 ):
     """out = softmax(q f + dense) v, and lse to the base 2.
 
-    Programs: groups * classes * tiles * images.
+    Programs: groups * classes * tiles * chunks of images.
     """
     G: tl.constexpr = MIX[0]
     CQ: tl.constexpr = MIX[1]
@@ -160,8 +163,8 @@ def forward(
     N: tl.constexpr = FORMS[HALF][14]
     VT: tl.constexpr = p_v.dtype.element_ty
     ACC: tl.constexpr = p_lse.dtype.element_ty
-    image, mt, cls, group = _class_program(pid, batch, NC, MT)
-    unit = (image * G + group).to(tl.int64)
+    chunks = tl.cdiv(batch, images)
+    chunk, mt, cls, group = _class_program(pid, chunks, NC, MT)
     o_m = mt * M + tl.arange(0, M)
     y, x, m_m, top, left = class_positions(
         cls, o_m, FORMS[HALF][6], FORMS[HALF][7], K
@@ -171,49 +174,53 @@ def forward(
     o_v = tl.arange(0, VC)
     m_q = o_q < CQ
     m_v = o_v < CV
-
-    p_q += map_offset(image, group * CQ, q_strides)
-    b_q = _load(
-        p_q, pixel_offsets(y, x, o_q, q_strides), m_q[None, :], CQ < QC
-    )
-    p_f += (unit * PLANES * TAPS + FORMS[HALF][1]) * CQ
-    p_dense += ((group * NC + cls) * MT * M + o_m)[:, None] * TP
     channel = (HALF * G + group) * CV
-    p_v += map_offset(image, channel, v_strides)
-    b_m = tl.full((M,), float('-inf'), ACC)
-    b_l = tl.zeros((M,), ACC)
-    b_acc = tl.zeros((M, VC), ACC)
-    for n0 in tl.range(0, K * K, N, num_stages=FORMS[HALF][15]):
-        # Taps beyond the last one have the weight 0.
-        n = tl.minimum(n0 + o_n, K * K - 1)
-        b_s = tl.load(p_dense + (n0 + o_n)[None, :])  # (M, N)
-        o_f = o_q[:, None] + (n * CQ)[None, :]
-        for plane in tl.static_range(PLANES):
-            b_f = _load(
-                p_f + plane * TAPS * CQ, o_f, m_q[:, None], CQ < QC
-            )  # (QC, N)
-            b_s = dot(b_q, b_f, b_s)
-        b_v = _load(
-            p_v,
-            pixel_offsets(top + n // K, left + n % K, o_v, v_strides),
-            m_v[None, :],
-            CV < VC,
-        )  # (N, VC)
-        m_i = tl.maximum(b_m, tl.max(b_s, 1))
-        alpha = exp2(b_m - m_i)
-        b_p = exp2(b_s - m_i[:, None])
-        b_l = b_l * alpha + tl.sum(b_p, 1)
-        b_m = m_i
-        b_acc = dot(b_p.to(VT), b_v, b_acc * alpha[:, None])
+    p_dense += ((group * NC + cls) * MT * M + o_m)[:, None] * TP
+    o_lse = cls * MT * M + o_m
+    for image in tl.range(
+        chunk * images, tl.minimum((chunk + 1) * images, batch), num_stages=1
+    ):
+        unit = (image * G + group).to(tl.int64)
+        p_image = p_q + map_offset(image, group * CQ, q_strides)
+        b_q = _load(
+            p_image, pixel_offsets(y, x, o_q, q_strides), m_q[None, :], CQ < QC
+        )
+        p_unit = p_f + (unit * PLANES * TAPS + FORMS[HALF][1]) * CQ
+        p_image = p_v + map_offset(image, channel, v_strides)
+        b_m = tl.full((M,), float('-inf'), ACC)
+        b_l = tl.zeros((M,), ACC)
+        b_acc = tl.zeros((M, VC), ACC)
+        for n0 in tl.range(0, K * K, N, num_stages=FORMS[HALF][15]):
+            # Taps beyond the last one have the weight 0.
+            n = tl.minimum(n0 + o_n, K * K - 1)
+            b_s = tl.load(p_dense + (n0 + o_n)[None, :])  # (M, N)
+            o_f = o_q[:, None] + (n * CQ)[None, :]
+            for plane in tl.static_range(PLANES):
+                b_f = _load(
+                    p_unit + plane * TAPS * CQ, o_f, m_q[:, None], CQ < QC
+                )  # (QC, N)
+                b_s = dot(b_q, b_f, b_s)
+            b_v = _load(
+                p_image,
+                pixel_offsets(top + n // K, left + n % K, o_v, v_strides),
+                m_v[None, :],
+                CV < VC,
+            )  # (N, VC)
+            m_i = tl.maximum(b_m, tl.max(b_s, 1))
+            alpha = exp2(b_m - m_i)
+            b_p = exp2(b_s - m_i[:, None])
+            b_l = b_l * alpha + tl.sum(b_p, 1)
+            b_m = m_i
+            b_acc = dot(b_p.to(VT), b_v, b_acc * alpha[:, None])
 
-    p_out += map_offset(image, channel, out_strides)
-    tl.store(
-        p_out + pixel_offsets(y, x, o_v, out_strides),
-        (b_acc * (1 / b_l)[:, None]).to(VT),
-        mask=m_m[:, None] & m_v[None, :],
-    )
-    b_lse = tl.where(m_m, b_m + log2(b_l), float('inf'))
-    tl.store(p_lse + (unit * NC + cls) * MT * M + o_m, b_lse)
+        p_image = p_out + map_offset(image, channel, out_strides)
+        tl.store(
+            p_image + pixel_offsets(y, x, o_v, out_strides),
+            (b_acc * (1 / b_l)[:, None]).to(VT),
+            mask=m_m[:, None] & m_v[None, :],
+        )
+        b_lse = tl.where(m_m, b_m + log2(b_l), float('inf'))
+        tl.store(p_lse + unit * NC * MT * M + o_lse, b_lse)
 
 
 @triton.jit
@@ -232,13 +239,14 @@ def backward_query(
     out_strides,
     do_strides,
     batch,
+    images,
     MIX: tl.constexpr,
     HALF: tl.constexpr,
     FORMS: tl.constexpr,
 ):
     """dq / ln 2 = (p (do v^T - delta)) f^T, with delta = do . out.
 
-    Programs: groups * classes * tiles * images.
+    Programs: groups * classes * tiles * chunks of images.
     """
     G: tl.constexpr = MIX[0]
     CQ: tl.constexpr = MIX[1]
@@ -256,8 +264,8 @@ def backward_query(
     N: tl.constexpr = FORMS[HALF][14]
     FT: tl.constexpr = p_f.dtype.element_ty
     ACC: tl.constexpr = p_lse.dtype.element_ty
-    image, mt, cls, group = _class_program(pid, batch, NC, MT)
-    unit = (image * G + group).to(tl.int64)
+    chunks = tl.cdiv(batch, images)
+    chunk, mt, cls, group = _class_program(pid, chunks, NC, MT)
     o_m = mt * M + tl.arange(0, M)
     y, x, m_m, top, left = class_positions(cls, o_m, H, W, K)
     o_n = tl.arange(0, N)
@@ -265,57 +273,62 @@ def backward_query(
     o_v = tl.arange(0, VC)
     m_q = o_q < CQ
     m_v = o_v < CV
-
-    p_q += map_offset(image, group * CQ, q_strides)
-    b_q = _load(
-        p_q, pixel_offsets(y, x, o_q, q_strides), m_q[None, :], CQ < QC
-    )
-    channel = (HALF * G + group) * CV
     m_do = m_m[:, None] & m_v[None, :]
-    p_do += map_offset(image, channel, do_strides)
-    b_do = tl.load(
-        p_do + pixel_offsets(y, x, o_v, do_strides), mask=m_do, other=0.0
-    )
-    p_out += map_offset(image, channel, out_strides)
-    b_out = tl.load(
-        p_out + pixel_offsets(y, x, o_v, out_strides), mask=m_do, other=0.0
-    )
-    b_delta = tl.sum(b_do.to(ACC) * b_out.to(ACC), 1)
-    b_lse = tl.load(p_lse + (unit * NC + cls) * MT * M + o_m)
-
-    p_f += (unit * MIX[6] * TAPS + FORMS[HALF][1]) * CQ
+    m_dq = m_m[:, None] & m_q[None, :]
+    channel = (HALF * G + group) * CV
     p_dense += ((group * NC + cls) * MT * M + o_m)[:, None] * TP
-    p_v += map_offset(image, channel, v_strides)
-    b_dq = tl.zeros((M, QC), ACC)
-    for n0 in tl.range(0, K * K, N, num_stages=FORMS[HALF][15]):
-        n = tl.minimum(n0 + o_n, K * K - 1)
-        b_s = tl.load(p_dense + (n0 + o_n)[None, :])  # (M, N)
-        o_f = o_q[:, None] + (n * CQ)[None, :]
-        b_f = _load(p_f, o_f, m_q[:, None], CQ < QC)  # (QC, N)
-        b_s = dot(b_q, b_f, b_s)
-        if MIX[6] == 2:
-            b_s = dot(
-                b_q,
-                _load(p_f + TAPS * CQ, o_f, m_q[:, None], CQ < QC),
-                b_s,
-            )
-        b_v = _load(
-            p_v,
-            pixel_offsets(top + n // K, left + n % K, o_v, v_strides),
-            m_v[None, :],
-            CV < VC,
-        )  # (N, VC)
-        b_p = exp2(b_s - b_lse[:, None])
-        b_dp = dot(b_do, tl.trans(b_v), tl.zeros((M, N), ACC))
-        b_ds = b_p * (b_dp - b_delta[:, None])
-        b_dq = dot(b_ds.to(FT), tl.trans(b_f), b_dq)
+    o_lse = cls * MT * M + o_m
+    o_dq = ((y * W + x) * G * CQ)[:, None] + o_q[None, :]
+    for image in tl.range(
+        chunk * images, tl.minimum((chunk + 1) * images, batch), num_stages=1
+    ):
+        unit = (image * G + group).to(tl.int64)
+        b_q = _load(
+            p_q + map_offset(image, group * CQ, q_strides),
+            pixel_offsets(y, x, o_q, q_strides),
+            m_q[None, :],
+            CQ < QC,
+        )
+        p_image = p_do + map_offset(image, channel, do_strides)
+        b_do = tl.load(
+            p_image + pixel_offsets(y, x, o_v, do_strides),
+            mask=m_do,
+            other=0.0,
+        )
+        p_image = p_out + map_offset(image, channel, out_strides)
+        b_out = tl.load(
+            p_image + pixel_offsets(y, x, o_v, out_strides),
+            mask=m_do,
+            other=0.0,
+        )
+        b_delta = tl.sum(b_do.to(ACC) * b_out.to(ACC), 1)
+        b_lse = tl.load(p_lse + unit * NC * MT * M + o_lse)
+        p_unit = p_f + (unit * MIX[6] * TAPS + FORMS[HALF][1]) * CQ
+        p_image = p_v + map_offset(image, channel, v_strides)
+        b_dq = tl.zeros((M, QC), ACC)
+        for n0 in tl.range(0, K * K, N, num_stages=FORMS[HALF][15]):
+            n = tl.minimum(n0 + o_n, K * K - 1)
+            b_s = tl.load(p_dense + (n0 + o_n)[None, :])  # (M, N)
+            o_f = o_q[:, None] + (n * CQ)[None, :]
+            b_f = _load(p_unit, o_f, m_q[:, None], CQ < QC)  # (QC, N)
+            b_s = dot(b_q, b_f, b_s)
+            if MIX[6] == 2:
+                p_low = p_unit + TAPS * CQ
+                b_low = _load(p_low, o_f, m_q[:, None], CQ < QC)
+                b_s = dot(b_q, b_low, b_s)
+            b_v = _load(
+                p_image,
+                pixel_offsets(top + n // K, left + n % K, o_v, v_strides),
+                m_v[None, :],
+                CV < VC,
+            )  # (N, VC)
+            b_p = exp2(b_s - b_lse[:, None])
+            b_dp = dot(b_do, tl.trans(b_v), tl.zeros((M, N), ACC))
+            b_ds = b_p * (b_dp - b_delta[:, None])
+            b_dq = dot(b_ds.to(FT), tl.trans(b_f), b_dq)
 
-    o_dq = (unit // G * H * W * G + group) * CQ
-    tl.store(
-        p_dq + o_dq + ((y * W + x) * G * CQ)[:, None] + o_q[None, :],
-        b_dq,
-        mask=m_m[:, None] & m_q[None, :],
-    )
+        p_image = p_dq + (tl.cast(image, tl.int64) * H * W * G + group) * CQ
+        tl.store(p_image + o_dq, b_dq, mask=m_dq)
 
 
 @triton.jit
@@ -459,13 +472,14 @@ def backward_value(
     do_strides,
     dv_strides,
     batch,
+    images,
     MIX: tl.constexpr,
     HALF: tl.constexpr,
     FORMS: tl.constexpr,
 ):
     """dv = sum over classes of p^T do, for a tile of pixels.
 
-    Programs: groups * tiles of pixels * images.
+    Programs: groups * tiles of pixels * chunks of images.
     """
     G: tl.constexpr = MIX[0]
     CQ: tl.constexpr = MIX[1]
@@ -485,10 +499,10 @@ def backward_value(
     VT: tl.constexpr = p_do.dtype.element_ty
     ACC: tl.constexpr = p_lse.dtype.element_ty
     TILES: tl.constexpr = PT // T
-    image = pid % batch
-    tile = pid // batch % TILES
-    group = pid // batch // TILES
-    unit = (image * G + group).to(tl.int64)
+    chunks = tl.cdiv(batch, images)
+    chunk = pid % chunks
+    tile = pid // chunks % TILES
+    group = pid // chunks // TILES
     pixel = tile * T + tl.arange(0, T)
     row = pixel // W
     col = pixel % W
@@ -496,45 +510,49 @@ def backward_value(
     o_v = tl.arange(0, VC)
     m_q = o_q < CQ
     m_v = o_v < CV
-
-    p_q += map_offset(image, group * CQ, q_strides)
+    m_dv = (pixel < H * W)[:, None] & m_v[None, :]
     channel = (HALF * G + group) * CV
-    p_do += map_offset(image, channel, do_strides)
-    p_lse += unit * NC * MT * M
-    p_f += (unit * PLANES * TAPS + FORMS[HALF][1]) * CQ
     # Those by pixels are behind the others.
     p_dense += (G * FORMS[HALF][3] + group * PT) * NC * MT * M
     p_dense += (pixel * M)[:, None] + tl.arange(0, M)[None, :]
-    b_dv = tl.zeros((T, VC), ACC)
-    for at in tl.range(NC * MT, num_stages=FORMS[HALF][15]):
-        o_m = at % MT * M + tl.arange(0, M)
-        y, x, m_m, top, left = class_positions(at // MT, o_m, H, W, K)
-        i = row - top
-        j = col - left
-        # Pixels outside of the window have the weight 0.
-        n = tl.minimum(tl.maximum(i * K + j, 0), K * K - 1)
-        b_q = _load(
-            p_q, pixel_offsets(y, x, o_q, q_strides), m_q[None, :], CQ < QC
-        )
-        b_do = tl.load(
-            p_do + pixel_offsets(y, x, o_v, do_strides),
-            mask=m_m[:, None] & m_v[None, :],
-            other=0.0,
-        )
-        b_lse = tl.load(p_lse + at * M + tl.arange(0, M))
-        b_s = tl.load(p_dense + at * PT * M)  # (T, M)
-        o_f = (n * CQ)[:, None] + o_q[None, :]
-        for plane in tl.static_range(PLANES):
-            b_f = _load(
-                p_f + plane * TAPS * CQ, o_f, m_q[None, :], CQ < QC
-            )  # (T, QC)
-            b_s = dot(b_f, tl.trans(b_q), b_s)
-        b_p = exp2(b_s - b_lse[None, :])
-        b_dv = dot(b_p.to(VT), b_do, b_dv)
+    for image in tl.range(
+        chunk * images, tl.minimum((chunk + 1) * images, batch), num_stages=1
+    ):
+        unit = (image * G + group).to(tl.int64)
+        p_queries = p_q + map_offset(image, group * CQ, q_strides)
+        p_grads = p_do + map_offset(image, channel, do_strides)
+        p_unit = p_f + (unit * PLANES * TAPS + FORMS[HALF][1]) * CQ
+        b_dv = tl.zeros((T, VC), ACC)
+        for at in tl.range(NC * MT, num_stages=FORMS[HALF][15]):
+            o_m = at % MT * M + tl.arange(0, M)
+            y, x, m_m, top, left = class_positions(at // MT, o_m, H, W, K)
+            i = row - top
+            j = col - left
+            # Pixels outside of the window have the weight 0.
+            n = tl.minimum(tl.maximum(i * K + j, 0), K * K - 1)
+            b_q = _load(
+                p_queries,
+                pixel_offsets(y, x, o_q, q_strides),
+                m_q[None, :],
+                CQ < QC,
+            )
+            b_do = tl.load(
+                p_grads + pixel_offsets(y, x, o_v, do_strides),
+                mask=m_m[:, None] & m_v[None, :],
+                other=0.0,
+            )
+            o_lse = (unit * NC * MT + at) * M + tl.arange(0, M)
+            b_lse = tl.load(p_lse + o_lse)
+            b_s = tl.load(p_dense + at * PT * M)  # (T, M)
+            o_f = (n * CQ)[:, None] + o_q[None, :]
+            for plane in tl.static_range(PLANES):
+                b_f = _load(
+                    p_unit + plane * TAPS * CQ, o_f, m_q[None, :], CQ < QC
+                )  # (T, QC)
+                b_s = dot(b_f, tl.trans(b_q), b_s)
+            b_p = exp2(b_s - b_lse[None, :])
+            b_dv = dot(b_p.to(VT), b_do, b_dv)
 
-    p_dv += map_offset(image, channel, dv_strides)
-    tl.store(
-        p_dv + pixel_offsets(row, col, o_v, dv_strides),
-        b_dv.to(VT),
-        mask=(pixel < H * W)[:, None] & m_v[None, :],
-    )
+        p_image = p_dv + map_offset(image, channel, dv_strides)
+        o_dv = pixel_offsets(row, col, o_v, dv_strides)
+        tl.store(p_image + o_dv, b_dv.to(VT), mask=m_dv)

@@ -29,7 +29,7 @@ KNOBS = dict(
     KEYS=32,  # channels of a tile of gradients of keys
     PARTS=4,  # loaded at a time
     PROGRAMS=128,  # at least, for gradients of keys
-    ELEMENTS=1024,  # of maps and tables, made by a program
+    ELEMENTS=4096,  # of maps and tables, made by a program
     TERMS=128,  # rows of a table's parts, at a time
     WARPS=8,
 )
@@ -39,7 +39,7 @@ CANDIDATES = dict(  # for benchmarks/gpu_tune.py
     KEYS=(16, 32, 64),
     PARTS=(2, 4, 8),
     PROGRAMS=(64, 128, 256),
-    ELEMENTS=(512, 1024, 2048),
+    ELEMENTS=(1024, 2048, 4096),
     TERMS=(64, 128, 256),
     WARPS=(4, 8),
 )

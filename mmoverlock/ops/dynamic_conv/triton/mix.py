@@ -10,10 +10,14 @@ from . import classes, windows
 
 KNOBS = dict(
     WARPS=4,
+    IMAGES=4,  # of a program, at most
+    PROGRAMS=800,  # of a task, at least
     REGISTERS=168,  # at most, backward, for three blocks a multiprocessor
 )
 CANDIDATES = dict(  # for benchmarks/gpu_tune.py
     WARPS=(2, 4, 8),
+    IMAGES=(1, 2, 4, 8),
+    PROGRAMS=(400, 800, 1600),
     REGISTERS=(128, 168, 255),
 )
 # Kinds of tasks, those of classes first
@@ -40,6 +44,7 @@ def forward(
     batch,
     height,
     width,
+    images,
     odds,
     TASKS: tl.constexpr,
     MIX: tl.constexpr,
@@ -66,6 +71,7 @@ def forward(
                     v_strides,
                     out_strides,
                     batch,
+                    images[TASKS[t][1]],
                     MIX,
                     TASKS[t][1],
                     FORMS,
@@ -82,6 +88,8 @@ def forward(
                     q_strides,
                     v_strides,
                     out_strides,
+                    batch,
+                    images[TASKS[t][1]],
                     height,
                     width,
                     MIX,
@@ -114,6 +122,7 @@ def backward(
     height,
     width,
     images,
+    filter_images,
     odds,
     TASKS: tl.constexpr,
     MIX: tl.constexpr,
@@ -147,7 +156,7 @@ def backward(
                     out_strides,
                     do_strides,
                     batch,
-                    images[TASKS[t][1]],
+                    filter_images[TASKS[t][1]],
                     MIX,
                     TASKS[t][1],
                     FORMS,
@@ -168,6 +177,7 @@ def backward(
                     out_strides,
                     do_strides,
                     batch,
+                    images[TASKS[t][1]],
                     MIX,
                     TASKS[t][1],
                     FORMS,
@@ -185,6 +195,7 @@ def backward(
                     do_strides,
                     dv_strides,
                     batch,
+                    images[TASKS[t][1]],
                     MIX,
                     TASKS[t][1],
                     FORMS,
@@ -208,6 +219,7 @@ def backward(
                     out_strides,
                     do_strides,
                     batch,
+                    images[TASKS[t][1]],
                     height,
                     width,
                     MIX,
@@ -226,6 +238,8 @@ def backward(
                     q_strides,
                     do_strides,
                     dv_strides,
+                    batch,
+                    images[TASKS[t][1]],
                     height,
                     width,
                     MIX,

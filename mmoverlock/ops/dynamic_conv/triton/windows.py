@@ -95,21 +95,21 @@ def _tile(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """What a program works on; a unit is a group of an image.
+    """What a program works on.
 
     Returns:
-        tuple: Tile, unit, image, group, rows, first column, columns, and
-        which of them are real (ROWS, COLS).
+        tuple: Tile, images, group, rows, first column, columns, and which of
+        them are real (ROWS, COLS).
     """
     across = tl.cdiv(width, COLS)
     tiles = across * tl.cdiv(height, ROWS)
     tile = pid % tiles
-    unit = pid // tiles
+    rest = pid // tiles
     y = tile // across * ROWS + tl.arange(0, ROWS)
     x0 = tile % across * COLS
     x = x0 + tl.arange(0, COLS)
     real = (y < height)[:, None] & (x < width)[None, :]
-    return tile, unit.to(tl.int64), unit // G, unit % G, y, x0, x, real
+    return tile, rest // G, rest % G, y, x0, x, real
 
 
 @triton.jit
@@ -159,6 +159,8 @@ def forward(
     q_strides,
     v_strides,
     out_strides,
+    batch,
+    images,
     height,
     width,
     MIX: tl.constexpr,
@@ -167,7 +169,7 @@ def forward(
 ):
     """out = softmax(s) v, and lse to the base 2.
 
-    Programs: B * G * tiles of ROWS x COLS positions.
+    Programs: chunks of images * G * tiles of ROWS x COLS positions.
     """
     G: tl.constexpr = MIX[0]
     CQ: tl.constexpr = MIX[1]
@@ -181,9 +183,7 @@ def forward(
     COLS: tl.constexpr = FORMS[HALF][7]
     VT: tl.constexpr = p_v.dtype.element_ty
     ACC: tl.constexpr = p_lse.dtype.element_ty
-    tile, unit, image, group, y, x0, x, real = _tile(
-        pid, height, width, G, ROWS, COLS
-    )
+    _, chunk, group, y, x0, x, real = _tile(pid, height, width, G, ROWS, COLS)
     y = tl.minimum(y, height - 1)
     x = tl.minimum(x, width - 1)
     top = window_start(y, height, K)
@@ -194,47 +194,56 @@ def forward(
     o_v = tl.arange(0, VC)
     m_f = (o_n < K)[None, None] & (o_q < CQ)[None, :, None]
     m_r = (o_r < width)[None, :, None] & (o_v < CV)[None, None]
-
-    p_q += map_offset(image, group * CQ, q_strides)
-    b_q = tl.load(
-        p_q + offsets(y, x, o_q, q_strides),
-        mask=(o_q < CQ)[None, None],
-        other=0.0,
-    )
-    p_f += (unit * PLANES * TAPS + FORMS[HALF][1]) * CQ
-    p_f += (o_q[:, None] + (o_n * CQ)[None, :])[None]
-    p_dense += (
-        _dense_rows(y - top, x - left, group, HALF, FORMS) + o_n[None, None]
-    )
+    o_f = (o_q[:, None] + (o_n * CQ)[None, :])[None]
+    o_in = offsets(top, o_r, o_v, v_strides)
+    p_dense += _dense_rows(y - top, x - left, group, HALF, FORMS)
+    p_dense += o_n[None, None]
     channel = (HALF * G + group) * CV
-    p_v += map_offset(image, channel, v_strides)
-    p_v += offsets(top, o_r, o_v, v_strides)
     shift = _pick(o_r[None] - left[:, None], K, ROWS, N - 1)
-    b_m = tl.full((ROWS, COLS), float('-inf'), ACC)
-    b_l = tl.zeros((ROWS, COLS), ACC)
-    b_acc = tl.zeros((ROWS, COLS, VC), ACC)
-    for i in tl.range(K, num_stages=FORMS[HALF][10]):
-        # (ROWS, REGION, VC)
-        b_v = tl.load(p_v + i * v_strides[2], mask=m_r, other=0.0)
-        b_f, b_s = _logits(
-            b_q, p_f + i * K * CQ, p_dense + i * N, m_f, TAPS * CQ, PLANES
+    for image in tl.range(
+        chunk * images, tl.minimum((chunk + 1) * images, batch), num_stages=1
+    ):
+        unit = (image * G + group).to(tl.int64)
+        p_image = p_q + map_offset(image, group * CQ, q_strides)
+        b_q = tl.load(
+            p_image + offsets(y, x, o_q, q_strides),
+            mask=(o_q < CQ)[None, None],
+            other=0.0,
         )
-        m_i = tl.maximum(b_m, tl.max(b_s, 2))
-        alpha = exp2(b_m - m_i)
-        b_p = exp2(b_s - m_i[:, :, None])
-        b_l = b_l * alpha + tl.sum(b_p, 2)
-        b_m = m_i
-        b_p = tl.gather(b_p.to(VT), shift, 2)  # (ROWS, COLS, REGION)
-        b_acc = dot(b_p, b_v, b_acc * alpha[:, :, None])
+        p_unit = p_f + (unit * PLANES * TAPS + FORMS[HALF][1]) * CQ
+        p_image = p_v + map_offset(image, channel, v_strides)
+        b_m = tl.full((ROWS, COLS), float('-inf'), ACC)
+        b_l = tl.zeros((ROWS, COLS), ACC)
+        b_acc = tl.zeros((ROWS, COLS, VC), ACC)
+        for i in tl.range(K, num_stages=FORMS[HALF][10]):
+            b_v = tl.load(
+                p_image + i * v_strides[2] + o_in, mask=m_r, other=0.0
+            )  # (ROWS, REGION, VC)
+            b_f, b_s = _logits(
+                b_q,
+                p_unit + i * K * CQ + o_f,
+                p_dense + i * N,
+                m_f,
+                TAPS * CQ,
+                PLANES,
+            )
+            m_i = tl.maximum(b_m, tl.max(b_s, 2))
+            alpha = exp2(b_m - m_i)
+            b_p = exp2(b_s - m_i[:, :, None])
+            b_l = b_l * alpha + tl.sum(b_p, 2)
+            b_m = m_i
+            b_p = tl.gather(b_p.to(VT), shift, 2)  # (ROWS, COLS, REGION)
+            b_acc = dot(b_p, b_v, b_acc * alpha[:, :, None])
 
-    p_out += map_offset(image, channel, out_strides)
-    tl.store(
-        p_out + offsets(y, x, o_v, out_strides),
-        (b_acc * (1 / b_l)[:, :, None]).to(VT),
-        mask=real[:, :, None] & (o_v < CV)[None, None],
-    )
-    p_lse += unit * height * width + (y * width)[:, None] + x[None]
-    tl.store(p_lse, b_m + log2(b_l), mask=real)
+        p_image = p_out + map_offset(image, channel, out_strides)
+        tl.store(
+            p_image + offsets(y, x, o_v, out_strides),
+            (b_acc * (1 / b_l)[:, :, None]).to(VT),
+            mask=real[:, :, None] & (o_v < CV)[None, None],
+        )
+        p_image = p_lse + unit * height * width
+        o_lse = (y * width)[:, None] + x[None]
+        tl.store(p_image + o_lse, b_m + log2(b_l), mask=real)
 
 
 @triton.jit
@@ -256,6 +265,7 @@ def backward_positions(
     out_strides,
     do_strides,
     batch,
+    images,
     height,
     width,
     MIX: tl.constexpr,
@@ -282,7 +292,7 @@ def backward_positions(
     FT: tl.constexpr = p_f.dtype.element_ty
     ACC: tl.constexpr = p_lse.dtype.element_ty
     units = batch * G
-    tile, unit, image, group, y0, x0, x, real = _tile(
+    tile, chunk, group, y0, x0, x, real = _tile(
         pid, height, width, G, ROWS, COLS
     )
     y = tl.minimum(y0, height - 1)
@@ -300,78 +310,92 @@ def backward_positions(
     m_v = real[:, :, None] & (o_v < CV)[None, None]
     m_df = (o_q < CQ)[:, None] & (o_n < K)[None, :]
     m_t = (y0 < height)[:, None] & (o_t < 2 * K - 1)[None, :]
-
-    p_q += map_offset(image, group * CQ, q_strides)
-    b_q = tl.load(
-        p_q + offsets(y, x, o_q, q_strides),
-        mask=(o_q < CQ)[None, None],
-        other=0.0,
-    )
-    channel = (HALF * G + group) * CV
-    p_do += map_offset(image, channel, do_strides)
-    b_do = tl.load(p_do + offsets(y, x, o_v, do_strides), mask=m_v, other=0.0)
-    p_out += map_offset(image, channel, out_strides)
-    b_out = tl.load(
-        p_out + offsets(y, x, o_v, out_strides), mask=m_v, other=0.0
-    )
-    b_delta = tl.sum(b_do.to(ACC) * b_out.to(ACC), 2)[:, :, None]
-    p_lse += unit * height * width + (y * width)[:, None] + x[None]
-    b_lse = tl.load(p_lse)[:, :, None]
-
-    p_f += (unit * PLANES * TAPS + FORMS[HALF][1]) * CQ
-    p_f += (o_q[:, None] + (o_n * CQ)[None, :])[None]
-    p_dense += (
-        _dense_rows(y - top, x - left, group, HALF, FORMS) + o_n[None, None]
-    )
-    p_v += map_offset(image, channel, v_strides)
-    p_v += offsets(top, o_r, o_v, v_strides)
-    part = tile * units + unit
-    p_df += part * K * K * CQ + o_q[:, None] + (o_n * CQ)[None, :]
-    p_db += part * K * K + o_n
+    o_f = (o_q[:, None] + (o_n * CQ)[None, :])[None]
+    o_in = offsets(top, o_r, o_v, v_strides)
+    p_dense += _dense_rows(y - top, x - left, group, HALF, FORMS)
+    p_dense += o_n[None, None]
+    o_df = o_q[:, None] + (o_n * CQ)[None, :]
     across = tl.cdiv(width, COLS)
     p_dtable += ((y0.to(tl.int64) * across + tile % across) * K * units)[
         :, None
     ] * (2 * K - 1)
-    p_dtable += unit * (2 * K - 1) + o_t[None, :]
+    p_dtable += o_t[None, :]
+    o_pixel = (y * width)[:, None] + x[None]
     unshift = _pick(
         (left - region0)[:, None] + o_n[None], REGION, ROWS, REGION - 1
     )
     col = left - x + K - 1
     spread = _pick(o_t[None] - col[:, None], K, ROWS, N - 1)
-    b_dq = tl.zeros((ROWS, COLS, QC), ACC)
-    for i in tl.range(K, num_stages=FORMS[HALF][10]):
-        # (ROWS, REGION, VC)
-        b_v = tl.load(p_v + i * v_strides[2], mask=m_r, other=0.0)
-        b_f, b_s = _logits(
-            b_q, p_f + i * K * CQ, p_dense + i * N, m_f, TAPS * CQ, PLANES
+    channel = (HALF * G + group) * CV
+    for image in tl.range(
+        chunk * images, tl.minimum((chunk + 1) * images, batch), num_stages=1
+    ):
+        unit = (image * G + group).to(tl.int64)
+        p_image = p_q + map_offset(image, group * CQ, q_strides)
+        b_q = tl.load(
+            p_image + offsets(y, x, o_q, q_strides),
+            mask=(o_q < CQ)[None, None],
+            other=0.0,
         )
-        b_p = exp2(b_s - b_lse)
-        b_dp = dot(
-            b_do,
-            tl.permute(b_v, 0, 2, 1),
-            tl.zeros((ROWS, COLS, REGION), ACC),
+        p_image = p_do + map_offset(image, channel, do_strides)
+        b_do = tl.load(
+            p_image + offsets(y, x, o_v, do_strides), mask=m_v, other=0.0
         )
-        b_dp = tl.gather(b_dp, unshift, 2)  # (ROWS, COLS, N)
-        b_ds = b_p * (b_dp - b_delta)
-        b_16 = b_ds.to(FT)
-        b_dq = dot(b_16, tl.permute(b_f, 0, 2, 1), b_dq)
-        b_df = dot(
-            tl.permute(b_q, 0, 2, 1), b_16, tl.zeros((ROWS, QC, N), ACC)
+        p_image = p_out + map_offset(image, channel, out_strides)
+        b_out = tl.load(
+            p_image + offsets(y, x, o_v, out_strides), mask=m_v, other=0.0
         )
-        tl.store(p_df + i * K * CQ, tl.sum(b_df, 0), mask=m_df)
-        tl.store(p_db + i * K, tl.sum(tl.sum(b_ds, 1), 0), mask=o_n < K)
+        b_delta = tl.sum(b_do.to(ACC) * b_out.to(ACC), 2)[:, :, None]
+        b_lse = tl.load(p_lse + unit * height * width + o_pixel)[:, :, None]
+        p_unit = p_f + (unit * PLANES * TAPS + FORMS[HALF][1]) * CQ
+        p_image = p_v + map_offset(image, channel, v_strides)
+        part = (tile * units + unit) * K * K
+        b_dq = tl.zeros((ROWS, COLS, QC), ACC)
+        for i in tl.range(K, num_stages=FORMS[HALF][10]):
+            b_v = tl.load(
+                p_image + i * v_strides[2] + o_in, mask=m_r, other=0.0
+            )  # (ROWS, REGION, VC)
+            b_f, b_s = _logits(
+                b_q,
+                p_unit + i * K * CQ + o_f,
+                p_dense + i * N,
+                m_f,
+                TAPS * CQ,
+                PLANES,
+            )
+            b_p = exp2(b_s - b_lse)
+            b_dp = dot(
+                b_do,
+                tl.permute(b_v, 0, 2, 1),
+                tl.zeros((ROWS, COLS, REGION), ACC),
+            )
+            b_dp = tl.gather(b_dp, unshift, 2)  # (ROWS, COLS, N)
+            b_ds = b_p * (b_dp - b_delta)
+            b_16 = b_ds.to(FT)
+            b_dq = dot(b_16, tl.permute(b_f, 0, 2, 1), b_dq)
+            b_df = dot(
+                tl.permute(b_q, 0, 2, 1), b_16, tl.zeros((ROWS, QC, N), ACC)
+            )
+            p_part = p_df + (part + i * K) * CQ
+            tl.store(p_part + o_df, tl.sum(b_df, 0), mask=m_df)
+            tl.store(
+                p_db + part + i * K + o_n,
+                tl.sum(tl.sum(b_ds, 1), 0),
+                mask=o_n < K,
+            )
+            tl.store(
+                p_dtable + (i * units + unit) * (2 * K - 1),
+                tl.sum(tl.gather(b_ds, spread, 2), 1),
+                mask=m_t,
+            )
+        p_image = p_dq + (
+            (tl.cast(image, tl.int64) * height * width * G + group) * CQ
+        )
         tl.store(
-            p_dtable + tl.cast(i, tl.int64) * units * (2 * K - 1),
-            tl.sum(tl.gather(b_ds, spread, 2), 1),
-            mask=m_t,
+            p_image + (o_pixel * G * CQ)[:, :, None] + o_q[None, None],
+            b_dq,
+            mask=real[:, :, None] & (o_q < CQ)[None, None],
         )
-    p_dq += (unit // G * height * width * G + group) * CQ
-    pixel = (y * width)[:, None] + x[None]
-    tl.store(
-        p_dq + (pixel * G * CQ)[:, :, None] + o_q[None, None],
-        b_dq,
-        mask=real[:, :, None] & (o_q < CQ)[None, None],
-    )
 
 
 @triton.jit
@@ -386,6 +410,8 @@ def backward_pixels(
     q_strides,
     do_strides,
     dv_strides,
+    batch,
+    images,
     height,
     width,
     MIX: tl.constexpr,
@@ -394,7 +420,7 @@ def backward_pixels(
 ):
     """dv[pixel] = sum of p do over the positions that see the pixel.
 
-    Programs: B * G * tiles of ROWS x PIXELS pixels.
+    Programs: chunks of images * G * tiles of ROWS x PIXELS pixels.
     """
     G: tl.constexpr = MIX[0]
     CQ: tl.constexpr = MIX[1]
@@ -409,7 +435,7 @@ def backward_pixels(
     PIXELS: tl.constexpr = FORMS[HALF][8]
     VT: tl.constexpr = p_do.dtype.element_ty
     ACC: tl.constexpr = p_lse.dtype.element_ty
-    tile, unit, image, group, row, col0, col, real = _tile(
+    _, chunk, group, row, col0, col, real = _tile(
         pid, height, width, G, ROWS, PIXELS
     )
     row = tl.minimum(row, height - 1)
@@ -424,57 +450,58 @@ def backward_pixels(
     m_q = (o_q < CQ)[None, None]
     m_v = (o_v < CV)[None, None]
     m_f = (o_n < K)[None, None] & (o_q < CQ)[None, :, None]
-
-    channel = (HALF * G + group) * CV
-    p_q += map_offset(image, group * CQ, q_strides)
-    p_do += map_offset(image, channel, do_strides)
-    p_f += (unit * PLANES * TAPS + FORMS[HALF][1]) * CQ
-    p_f += (o_q[:, None] + (o_n * CQ)[None, :])[None]
+    o_f = (o_q[:, None] + (o_n * CQ)[None, :])[None]
     p_dense += o_n[None, None]
-    p_lse += unit * height * width
-    b_dv = tl.zeros((ROWS, PIXELS, VC), ACC)
-    for step in tl.range(
-        0, tl.max(last_y - first_y, 0) + 1, num_stages=FORMS[HALF][10]
+    channel = (HALF * G + group) * CV
+    for image in tl.range(
+        chunk * images, tl.minimum((chunk + 1) * images, batch), num_stages=1
     ):
-        y = first_y + step
-        seen = y <= last_y
-        y = tl.minimum(y, height - 1)
-        top = window_start(y, height, K)
-        i = tl.maximum(row - top, 0)[:, None, None]  # the row of taps
-        for x0 in tl.range(
-            first_x, last_x + 1, COLS, num_stages=FORMS[HALF][10]
+        unit = (image * G + group).to(tl.int64)
+        p_queries = p_q + map_offset(image, group * CQ, q_strides)
+        p_grads = p_do + map_offset(image, channel, do_strides)
+        p_unit = p_f + (unit * PLANES * TAPS + FORMS[HALF][1]) * CQ
+        b_dv = tl.zeros((ROWS, PIXELS, VC), ACC)
+        for step in tl.range(
+            tl.max(last_y - first_y, 0) + 1, num_stages=FORMS[HALF][10]
         ):
-            x = x0 + tl.arange(0, COLS)
-            both = seen[:, None] & (x < width)[None, :]
-            x = tl.minimum(x, width - 1)
-            left = window_start(x, width, K)
-            b_q = tl.load(
-                p_q + offsets(y, x, o_q, q_strides), mask=m_q, other=0.0
-            )
-            b_do = tl.load(
-                p_do + offsets(y, x, o_v, do_strides),
-                mask=both[:, :, None] & m_v,
-                other=0.0,
-            )
-            b_lse = tl.load(p_lse + (y * width)[:, None] + x[None, :])
-            b_f, b_s = _logits(
-                b_q,
-                p_f + i * K * CQ,
-                p_dense
-                + _dense_rows(y - top, x - left, group, HALF, FORMS)
-                + i * N,
-                m_f,
-                TAPS * CQ,
-                PLANES,
-            )
-            b_p = exp2(b_s - b_lse[:, :, None])
-            shift = _pick(col[None] - left[:, None], K, ROWS, N - 1)
-            b_p = tl.gather(b_p.to(VT), shift, 2)  # (ROWS, COLS, PIXELS)
-            b_dv = dot(tl.permute(b_p, 0, 2, 1), b_do, b_dv)
+            y = first_y + step
+            seen = y <= last_y
+            y = tl.minimum(y, height - 1)
+            top = window_start(y, height, K)
+            i = tl.maximum(row - top, 0)[:, None, None]  # the row of taps
+            for x0 in tl.range(
+                first_x, last_x + 1, COLS, num_stages=FORMS[HALF][10]
+            ):
+                x = x0 + tl.arange(0, COLS)
+                both = seen[:, None] & (x < width)[None, :]
+                x = tl.minimum(x, width - 1)
+                left = window_start(x, width, K)
+                o_x = offsets(y, x, o_q, q_strides)
+                b_q = tl.load(p_queries + o_x, mask=m_q, other=0.0)
+                b_do = tl.load(
+                    p_grads + offsets(y, x, o_v, do_strides),
+                    mask=both[:, :, None] & m_v,
+                    other=0.0,
+                )
+                o_lse = (y * width)[:, None] + x[None, :]
+                b_lse = tl.load(p_lse + unit * height * width + o_lse)
+                o_dense = _dense_rows(y - top, x - left, group, HALF, FORMS)
+                b_f, b_s = _logits(
+                    b_q,
+                    p_unit + i * K * CQ + o_f,
+                    p_dense + o_dense + i * N,
+                    m_f,
+                    TAPS * CQ,
+                    PLANES,
+                )
+                b_p = exp2(b_s - b_lse[:, :, None])
+                shift = _pick(col[None] - left[:, None], K, ROWS, N - 1)
+                b_p = tl.gather(b_p.to(VT), shift, 2)  # (ROWS, COLS, PIXELS)
+                b_dv = dot(tl.permute(b_p, 0, 2, 1), b_do, b_dv)
 
-    p_dv += map_offset(image, channel, dv_strides)
-    tl.store(
-        p_dv + offsets(row, col, o_v, dv_strides),
-        b_dv.to(VT),
-        mask=real[:, :, None] & m_v,
-    )
+        p_image = p_dv + map_offset(image, channel, dv_strides)
+        tl.store(
+            p_image + offsets(row, col, o_v, dv_strides),
+            b_dv.to(VT),
+            mask=real[:, :, None] & m_v,
+        )
