@@ -26,6 +26,12 @@ FAMILIES = 'depthwise.', 'dynamic_conv.'
 INSTRUCTION = re.compile(
     r'\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)'
 )
+KINDS = dict(  # of tasks of ContMix
+    prepare=('filters', 'taps', 'pixels', 'rows'),
+    forward=('classes', 'windows'),
+    backward=('filters', 'query', 'value', 'positions', 'pixels'),
+    finish=('keys', 'query', 'table of classes', 'table of windows'),
+)
 LABEL = re.compile(r'\s*(\.L_x_\d+):')
 TARGET = re.compile(r'`\((\.L_x_\d+)\)')
 
@@ -184,9 +190,92 @@ def _trips(name, grid, a):
             blocks = sum(cdiv(size, 16) for size in sizes) / len(sizes)
             trips.append((blocks, []))
         return trips
-    if name in ('forward', 'backward_positions') and 'N' not in a:
-        return [(a['K'], [])]
     raise KeyError(name)
+
+
+def _tasks(name, grid, a):
+    """Launches of ContMix as one of each of its tasks, others as they are.
+
+    Yields:
+        tuple: Name, grid and arguments.
+    """
+    if 'TASKS' not in a:
+        yield name, grid, a
+        return
+    for task, odd in zip(a['TASKS'], a['odds'], strict=True):
+        kind, half = task
+        what = KINDS[name.split('.')[-1]][kind]
+        size = a['FORMS'][half][2]
+        yield (
+            f'{name} {what} {size}',
+            (odd // 2,),
+            dict(a, TASKS=(task,), odds=(odd,)),
+        )
+
+
+def _viewers(first, last, length, size):
+    """Positions along an axis whose windows have some of the pixels."""
+    start = 0 if first < size else first - size // 2
+    return (length if last >= length - size else last + size // 2 + 1) - start
+
+
+def _contmix_trips(name, a):
+    """How often the nested loops of a task run, from the outermost on."""
+    kind, half = a['TASKS'][0]
+    what = KINDS[name][kind]
+    form, batch = a['FORMS'][half], a.get('batch')
+    size = form[2]
+    if name == 'finish' and what == 'table of classes':
+        return [cdiv(math.prod(form[8:11]), a['TERMS']), a['chunks'][half]]
+    if name == 'finish' and what == 'table of windows':
+        rows = a['height'] * cdiv(a['width'], form[7]) * batch
+        return [cdiv(rows, a['TERMS'])]
+    if name == 'prepare' or name == 'finish':
+        return []
+    images = a['filter_images' if what == 'filters' else 'images'][half]
+    images = batch / cdiv(batch, images)
+    if what == 'filters':
+        return [images]
+    if what in ('classes', 'query'):
+        return [images, cdiv(size**2, form[14])]
+    if what == 'value':
+        return [images, form[8] * form[9]]
+    if what in ('windows', 'positions'):
+        return [images, size]
+    height, width = a['height'], a['width']
+    rows = [
+        max(
+            _viewers(y, y, height, size)
+            for y in range(first, min(first + form[6], height))
+        )
+        for first in range(0, height, form[6])
+    ]
+    columns = [
+        cdiv(
+            _viewers(x, min(x + form[8], width) - 1, width, size),
+            form[7],
+        )
+        for x in range(0, width, form[8])
+    ]
+    return [images, sum(rows) / len(rows), sum(columns) / len(columns)]
+
+
+def _nest(loop, trips):
+    """Nested loops for :meth:`Loop.run`; inner ones may be unrolled."""
+    while trips and trips[0] == 1:
+        trips = trips[1:]
+    return [(trips[0], _nest(inner, trips[1:])) for inner in loop.inner]
+
+
+def _key_trips(a):
+    """Loops over tiles of taps of each size, and over their parts."""
+    trips = []
+    for form, parts in zip(a['FORMS'], a['parts'], strict=True):
+        tiles = cdiv(form[2] ** 2, a['T'])
+        # A single part is a constant, without a loop.
+        inner = [(cdiv(parts, a['PARTS']), [])] * (parts > 1)
+        trips += [(tiles, inner)] if tiles > 1 else inner
+    return trips
 
 
 @dataclass
@@ -215,9 +304,16 @@ class Kernel:
     @classmethod
     def of(cls, name, grid, arguments, binary):
         registers, spills, loops = disassemble(binary.asm['cubin'])
+        kernel, *task = name.split('.')[-1].split()
         try:
-            issued = loops.run(_trips(name.split('.')[-1], grid, arguments))
-        except KeyError:
+            if task[:1] == ['keys']:
+                trips = _key_trips(arguments)
+            elif task:
+                trips = _nest(loops, _contmix_trips(kernel, arguments))
+            else:
+                trips = _trips(kernel, grid, arguments)
+            issued = loops.run(trips)
+        except (KeyError, IndexError):
             issued = None if loops.inner else loops.own
         warps = binary.metadata.num_warps * math.prod(grid)
         sizes = [arguments.get(k) for k in ('channels', 'height', 'width')]
@@ -259,17 +355,17 @@ def compile_step(model, images, dtype=torch.bfloat16) -> list[Kernel]:
         name = name.removeprefix('mmoverlock.ops.')
         if not name.startswith(FAMILIES):
             return
-        binary = compile_kernel(
-            kernel, *args, grid=grid, warmup=True, **kwargs
-        )
-        arguments = {
-            **dict(zip(kernel.arg_names, args, strict=False)),
-            **kwargs,
-        }
-        key = name, binary.hash, tuple(grid)
-        if key not in kernels:
-            kernels[key] = Kernel.of(name, tuple(grid), arguments, binary)
-        kernels[key].launches += 1
+        named = dict(zip(kernel.arg_names, args, strict=False))
+        for task, programs, arguments in _tasks(
+            name, tuple(grid), {**named, **kwargs}
+        ):
+            binary = compile_kernel(
+                kernel, grid=programs, warmup=True, **arguments
+            )
+            key = task, binary.hash, programs
+            if key not in kernels:
+                kernels[key] = Kernel.of(task, programs, arguments, binary)
+            kernels[key].launches += 1
 
     patches = [
         mock.patch.object(JITFunction, 'run', launch),

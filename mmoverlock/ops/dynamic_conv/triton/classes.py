@@ -279,6 +279,8 @@ def backward_query(
     p_dense += ((group * NC + cls) * MT * M + o_m)[:, None] * TP
     o_lse = cls * MT * M + o_m
     o_dq = ((y * W + x) * G * CQ)[:, None] + o_q[None, :]
+    # No constant, so that the loop stays one: registers are few.
+    stop = tl.minimum(K * K, batch * K * K)
     for image in tl.range(
         chunk * images, tl.minimum((chunk + 1) * images, batch), num_stages=1
     ):
@@ -306,7 +308,7 @@ def backward_query(
         p_unit = p_f + (unit * MIX[6] * TAPS + FORMS[HALF][1]) * CQ
         p_image = p_v + map_offset(image, channel, v_strides)
         b_dq = tl.zeros((M, QC), ACC)
-        for n0 in tl.range(0, K * K, N, num_stages=FORMS[HALF][15]):
+        for n0 in tl.range(0, stop, N, num_stages=FORMS[HALF][15]):
             n = tl.minimum(n0 + o_n, K * K - 1)
             b_s = tl.load(p_dense + (n0 + o_n)[None, :])  # (M, N)
             o_f = o_q[:, None] + (n * CQ)[None, :]
@@ -515,6 +517,7 @@ def backward_value(
     # Those by pixels are behind the others.
     p_dense += (G * FORMS[HALF][3] + group * PT) * NC * MT * M
     p_dense += (pixel * M)[:, None] + tl.arange(0, M)[None, :]
+    stop = tl.minimum(NC * MT, batch * NC * MT)  # no constant, as above
     for image in tl.range(
         chunk * images, tl.minimum((chunk + 1) * images, batch), num_stages=1
     ):
@@ -523,7 +526,7 @@ def backward_value(
         p_grads = p_do + map_offset(image, channel, do_strides)
         p_unit = p_f + (unit * PLANES * TAPS + FORMS[HALF][1]) * CQ
         b_dv = tl.zeros((T, VC), ACC)
-        for at in tl.range(NC * MT, num_stages=FORMS[HALF][15]):
+        for at in tl.range(stop, num_stages=FORMS[HALF][15]):
             o_m = at % MT * M + tl.arange(0, M)
             y, x, m_m, top, left = class_positions(at // MT, o_m, H, W, K)
             i = row - top

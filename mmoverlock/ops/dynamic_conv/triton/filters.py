@@ -13,6 +13,7 @@ has 16 bits, a second plane has what rounding to the first one lost.
 import triton
 import triton.language as tl
 
+from ...launching import jit
 from .classes import class_positions
 from .common import (
     LN2,
@@ -192,7 +193,7 @@ def _make_dense(
     tl.store(p_dense + at, b_dense, mask=m_at)
 
 
-@triton.jit
+@jit
 def prepare(
     p_key,
     p_weight,
@@ -470,7 +471,7 @@ def _add_query(
     tl.store(p_dq, (b_dq * LN2).to(p_dq.dtype.element_ty), mask=m_q)
 
 
-@triton.jit
+@jit
 def finish(
     p_df,
     p_dq_parts,

@@ -3,9 +3,9 @@
 What classes.py and windows.py have to do is independent: it is one launch.
 """
 
-import triton
 import triton.language as tl
 
+from ...launching import jit
 from . import classes, windows
 
 KNOBS = dict(
@@ -30,7 +30,7 @@ POSITIONS = tl.constexpr(3)
 PIXELS = tl.constexpr(4)
 
 
-@triton.jit
+@jit
 def forward(
     p_q,
     p_f,
@@ -99,7 +99,7 @@ def forward(
         pid -= odds[t] // 2
 
 
-@triton.jit
+@jit
 def backward(
     p_q,
     p_f,
