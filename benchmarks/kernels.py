@@ -220,28 +220,32 @@ def _viewers(first, last, length, size):
 
 
 def _contmix_trips(name, a):
-    """How often the nested loops of a task run, from the outermost on."""
+    """How often the nested loops of a task run, from the outermost on.
+
+    Those that run once for all are none.
+    """
     kind, half = a['TASKS'][0]
     what = KINDS[name][kind]
     form, batch = a['FORMS'][half], a.get('batch')
     size = form[2]
     if name == 'finish' and what == 'table of classes':
-        return [cdiv(math.prod(form[8:11]), a['TERMS']), a['chunks'][half]]
+        blocks = cdiv(math.prod(form[8:11]), a['TERMS'])
+        return [blocks] * (blocks > 1) + [a['chunks'][half]]
     if name == 'finish' and what == 'table of windows':
         rows = a['height'] * cdiv(a['width'], form[7]) * batch
         return [cdiv(rows, a['TERMS'])]
     if name == 'prepare' or name == 'finish':
         return []
     images = a['filter_images' if what == 'filters' else 'images'][half]
-    images = batch / cdiv(batch, images)
+    trips = [batch / cdiv(batch, images)] * (images > 1)
     if what == 'filters':
-        return [images]
+        return trips
     if what in ('classes', 'query'):
-        return [images, cdiv(size**2, form[14])]
+        return [*trips, cdiv(size**2, form[14])]
     if what == 'value':
-        return [images, form[8] * form[9]]
+        return [*trips, form[8] * form[9]]
     if what in ('windows', 'positions'):
-        return [images, size]
+        return [*trips, size]
     height, width = a['height'], a['width']
     rows = [
         max(
@@ -257,13 +261,11 @@ def _contmix_trips(name, a):
         )
         for x in range(0, width, form[8])
     ]
-    return [images, sum(rows) / len(rows), sum(columns) / len(columns)]
+    return [*trips, sum(rows) / len(rows), sum(columns) / len(columns)]
 
 
 def _nest(loop, trips):
     """Nested loops for :meth:`Loop.run`; inner ones may be unrolled."""
-    while trips and trips[0] == 1:
-        trips = trips[1:]
     return [(trips[0], _nest(inner, trips[1:])) for inner in loop.inner]
 
 

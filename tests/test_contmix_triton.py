@@ -4,11 +4,12 @@ Without a GPU they run in Triton's interpreter (see conftest.py), where they
 take double precision too.
 """
 
+import json
 from unittest import mock
 
 import pytest
 import torch
-from kernels import DEVICE, opchecked
+from kernels import DEVICE, opchecked, python
 from test_contmix import call, differentiate, draw
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -81,8 +82,10 @@ def test_agrees_with_reference(
     """Outputs and all gradients; taller tiles take the interpreter less."""
     if DEVICE == 'cpu':
         monkeypatch.setitem(windows.KNOBS, 'ROWS', rows)
-    if batch == 2:  # programs go through several images
+    if batch > 1:  # programs go through several images
         monkeypatch.setitem(contmix_triton.classes.KNOBS, 'PROGRAMS', 1)
+        monkeypatch.setitem(contmix_triton.mix.KNOBS, 'PROGRAMS', 1)
+        monkeypatch.setitem(contmix_triton.mix.KNOBS, 'IMAGES', 2)
     operands = draw(batch, height, width, kernel_size, groups, channels)
     actual = differentiate(here(operands), 'triton', layout)
     check(actual, operands, TOLERANCES[EXACT])
@@ -242,3 +245,42 @@ def test_cpu(monkeypatch):
     monkeypatch.setattr(contmix_triton, 'INTERPRET', False)
     with pytest.raises(ValueError, match="'triton' needs a GPU"):
         call(draw(1, 3, 4, 3), 'triton')
+
+
+@pytest.mark.slow
+def test_products_are_those_of_the_definition(tmp_path):
+    """Of 16 positions, in all images that a program goes through."""
+    out = python(
+        """
+import json, sys
+import torch
+sys.path.insert(0, '..')
+from benchmarks import kernels
+from mmoverlock.ops import contmix
+kernels.FAMILIES = 'dynamic_conv.triton.mix.',
+class Mix(torch.nn.Module):
+    @torch.no_grad
+    def mix(self, x):
+        key = torch.empty(128, 128, 7, 7, dtype=x.dtype, device='meta')
+        weights = [torch.empty(*shape, device='meta') for shape in (
+            (194, 49), (194,), (8, 9, 9), (8, 25, 25))]
+        contmix(x[:, :128], key, x, *weights[:2], weights[2:], 'triton')
+    def forward(self, x):
+        self.mix(x)
+        return x + 1
+x = torch.empty(128, 256, 14, 14, dtype=torch.bfloat16, device='meta')
+x = x.contiguous(memory_format=torch.channels_last)
+for kernel in kernels.compile_step(Mix(), x.requires_grad_()):
+    print(json.dumps([kernel.name.split('.')[-1], kernel.warps, kernel.spills,
+        kernel.issued['HGMMA'] + kernel.issued['HMMA'],
+        sum(kernel.issued.values())]))
+""",
+        TRITON_CACHE_DIR=str(tmp_path),
+    )
+    large, small = map(json.loads, out.splitlines())
+    images = contmix_triton.mix.KNOBS['IMAGES']
+    # Logits of two planes of filters, of 64 taps; 4 times 16 taps to mix
+    assert large[:4] == ['forward classes 13', 4096, 0, images * 3 * (2 + 4)]
+    # Of 8 taps a product, 16 of a row; of 8 channels, 16 of a group
+    assert small[:4] == ['forward windows 5', 4096, 0, images * 5 * (4 + 2)]
+    assert large[4] <= 1100 * images  # the target is 1200
