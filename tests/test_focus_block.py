@@ -81,8 +81,8 @@ def test_value_gradients_and_statistics(first, calls, monkeypatch):
     maps = [*map(exact, maps)]
     expected = step(other, maps, grad.double(), False)
     for name, value in expected.items():
-        if value.abs().max() < 1e-9:  # of a bias before a norm
-            assert results[name].abs().max() < 1e-4, name
+        if value.abs().max() < 1e-9:  # of a bias before a norm; others: 100
+            assert results[name].abs().max() < 1e-3, name
         else:
             assert relative_error(results[name], value) < 1e-4, name
     torch.testing.assert_close(
