@@ -154,11 +154,8 @@ def test_bytes(run, inputs, size, mixed):
 
 
 def test_gradients_of_convolutions_keep_the_layout():
-    def run(module, x):
-        return convolve(module, x * 2)
-
     x = draw(True).requires_grad_()
-    result = count_function(run, x, train=True)
+    result = count_function(lambda m, x: convolve(m, x * 2), x, train=True)
     # The gradient of the output comes in the layout of the output.
     assert result.mixed == 0
     assert result.rows['aten.convolution_backward.default'][0] == 1
@@ -227,29 +224,14 @@ def test_inside_of_operators():
     }
 
 
-def test_looks_like_a_gpu():
-    """To Python code, and only while it counts."""
-
-    def run(module, x):
-        assert module.weight.device.type == 'cuda' and x.is_cuda
-        assert torch.cuda.is_available()
-        assert torch.cuda.get_device_capability(x.device) == (9, 0)
-        assert torch.is_autocast_enabled('cuda')
-        return x + torch.ones(1, device=x.device)
-
+def test_only_while_it_counts():
+    """Tensors and models are as before, after an error too."""
     before = torch.cuda.is_available()
-    module = Function(run)
     x = torch.ones(2, requires_grad=True)
-    assert (
-        count_operators(module, x, True).operators == 3
-    )  # of the sum's gradient too
-    for tensor in (x, module.weight):
-        assert tensor.device == torch.device('cpu')
-        assert tensor.grad is None
-    assert torch.cuda.is_available() is before
     with pytest.raises(ZeroDivisionError):
         count_operators(Function(lambda *_: 1 / 0), x, True)
-    assert x.device == torch.device('cpu')
+    assert x.device == torch.device('cpu') and x.grad is None
+    assert torch.cuda.is_available() is before
     assert not torch.is_autocast_enabled('cuda')
 
 
