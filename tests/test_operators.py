@@ -104,10 +104,7 @@ LOOSE = {
     excited: 5,
 }
 NORMS = branches, excited
-CASTS = (  # as autocast does
-    *(residual_conv, conv_norm, feed_forward),
-    *(depthwise_conv2d, branches),
-)
+CASTS = residual_conv, conv_norm, feed_forward, depthwise_conv2d, branches
 
 
 def defines(run, spec):
@@ -263,9 +260,8 @@ CASES = [  # an operator, and which of its operands it gets none of
     (excited, ''),
     (excited, 'y z'),
 ]
-ENDS = {(run, ''): None for run in SPECS} | dict.fromkeys(dict(CASES).items())
 EVERY_OPERATOR = pytest.mark.parametrize('run', SPECS)
-WITH_ALL_OR_LEAST = pytest.mark.parametrize('run, without', ENDS)
+LEAST = dict(CASES)  # the last ones
 
 
 def kernels_of(run):
@@ -538,7 +534,13 @@ def test_compile(run):
             assert_right(run, operands, compiled)
 
 
-@WITH_ALL_OR_LEAST
+@pytest.mark.parametrize(
+    'run, without',
+    [
+        *((run, '') for run in SPECS),
+        *((run, without) for run, without in LEAST.items() if without),
+    ],
+)
 def test_registered(never_the_same, run, without):
     operands = draw_operands(run, (1, 2, 2, 3), without=without)
     with opchecked() as calls:
