@@ -19,10 +19,15 @@ ARCH = dict(
 
 
 @pytest.mark.parametrize(
-    'training, backend', [(False, 'eager'), (True, 'aot_eager')]
+    'training, backend',
+    [
+        (False, 'eager'),
+        (True, 'eager'),
+        # The graph of both ways; of blocks, test_compile_regions.py has them.
+        pytest.param(True, 'aot_eager', marks=pytest.mark.slow),
+    ],
 )
 def test_fullgraph(training, backend):
-    """Both ways for training, whose graphs have more in them."""
     torch.manual_seed(0)
     plain = OverLoCK(ARCH).double().train(training)
     compiled = copy.deepcopy(plain)
