@@ -12,27 +12,13 @@ from pathlib import Path
 
 import pytest
 import stub_rows as stub
+import tiny
 import torch
 
 from benchmarks import gpu
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device('cpu')
 SIZE = 2, 64, 64
-ARCH = dict(
-    depths=[1, 1, 1, 1],
-    channels=[8, 16, 24, 32],
-    focus_depths=[1, 1],
-    focus_heads=[2, 2],
-)
-
-
-def rows(**runs):
-    return {name: (run, 60) for name, run in runs.items()}
-
-
-def measure(seconds=60, **runs):
-    return [*gpu.measure(rows(**runs), seconds)]
 
 
 def is_running(pid):
@@ -50,54 +36,47 @@ def wait_until(condition, seconds=30):
         time.sleep(0.05)
 
 
-def test_rows_share_a_process():
-    one, two = measure(one=partial(stub.value, 1), two=partial(stub.value, 2))
-    assert (one['row'], one['ms']) == ('one', 1)
-    assert (two['row'], two['ms']) == ('two', 2)
-    assert one['process'] == two['process'] != os.getpid()
-    assert one['took'] < 60
-    assert not is_running(one['process'])
+def test_rows(tmp_path):
+    """A row that fails or hangs ends with its process, and the rest goes on.
 
-
-@pytest.mark.parametrize(
-    'run, figures',
-    [
-        (stub.fail, dict(failed='ValueError: it fails')),
-        (stub.crash, dict(failed='ended with exit code 3')),
-        (stub.need, dict(missing='a_package_that_is_not_there')),
-    ],
-)
-def test_failing_row(run, figures):
-    """The rest goes on, in a process of its own unless a package misses."""
-    one, bad, two = measure(
-        one=partial(stub.value, 1), bad=run, two=partial(stub.value, 2)
-    )
-    assert bad['row'] == 'bad' and bad.items() >= figures.items()
-    assert two['ms'] == 2
-    assert (two['process'] == one['process']) is ('missing' in bad)
-
-
-def test_hanging_row(tmp_path):
-    """It costs its limit; what it has started ends with it."""
+    What it has started ends with it.
+    """
     file = tmp_path / 'pid'
-    table = rows(bad=None, one=partial(stub.value, 1))
-    table['bad'] = partial(stub.hang, file), 4
-    bad, one = gpu.measure(table, 60)
-    assert bad['failed'] == 'cut off after 4 s'
-    assert 4 <= bad['took'] < 30
-    assert one['ms'] == 1
+    table = {
+        name: (run, 60)
+        for name, run in dict(
+            one=partial(stub.value, 1),
+            fail=stub.fail,
+            two=partial(stub.value, 2),
+            need=stub.need,
+            three=partial(stub.value, 3),
+            crash=stub.crash,
+        ).items()
+    }
+    table['hang'] = partial(stub.hang, file), 4
+    lines = {line['row']: line for line in gpu.measure(table, 120)}
+    assert [*lines] == [*table]
+    for number, name in enumerate(('one', 'two', 'three'), 1):
+        assert lines[name]['ms'] == number
+    assert lines['fail']['failed'] == 'ValueError: it fails'
+    assert lines['need']['missing'] == 'a_package_that_is_not_there'
+    assert lines['crash']['failed'] == 'ended with exit code 3'
+    assert lines['hang']['failed'] == 'cut off after 4 s'
+    assert lines['one']['took'] < 60 and 4 <= lines['hang']['took'] < 30
+    one, two, three = (lines[n]['process'] for n in ('one', 'two', 'three'))
+    assert two == three != one != os.getpid()
     wait_until(lambda: not is_running(file.read_text()))
+    assert not any(map(is_running, (one, two)))
 
 
 @pytest.mark.parametrize('seconds', [0, 4])
 def test_out_of_time(seconds):
-    *lines, last = measure(
-        seconds, hang=stub.hang, one=stub.fail, two=stub.fail
+    table = {name: (stub.hang, 60) for name in ('one', 'two')}
+    *lines, last = gpu.measure(table, seconds)
+    assert [line['failed'] for line in lines] == (
+        ['cut off after 4 s'] if seconds else []
     )
-    if seconds:
-        assert lines[0]['failed'] == 'cut off after 4 s'
-    assert last == dict(left=['hang', 'one', 'two'][len(lines) :])
-    assert len(lines) == bool(seconds)
+    assert last == dict(left=['one', 'two'][len(lines) :])
 
 
 def test_ended_by_a_signal(tmp_path):
@@ -119,7 +98,8 @@ with (
 ):
     sys.exit(gpu.main([]))
 """
-    path = [str(ROOT), str(ROOT / 'tests'), os.environ.get('PYTHONPATH', '')]
+    path = [*map(str, (tiny.ROOT, tiny.ROOT / 'tests'))]
+    path.append(os.environ.get('PYTHONPATH', ''))
     process = subprocess.Popen(
         [sys.executable, '-c', code],
         stdout=subprocess.PIPE,
@@ -139,7 +119,7 @@ with (
 def test_functions_beside_each_other(monkeypatch):
     monkeypatch.setattr(os, 'cpu_count', lambda: 2)
     jobs = dict(one=partial(stub.value, 1), bad=stub.fail, crash=stub.crash)
-    (line,) = measure(jobs=jobs)
+    (line,) = gpu.measure(dict(jobs=(jobs, 60)), 60)
     assert line['jobs'] == 3
     # The first process has the first and the third.
     assert line['errors'] == {
@@ -148,16 +128,14 @@ def test_functions_beside_each_other(monkeypatch):
     }
 
 
-def test_without_a_gpu(capsys, monkeypatch):
+def test_command(capsys, monkeypatch):
+    """Rows that are chosen; there is none without a GPU."""
+    gpu_rows = pytest.importorskip('benchmarks.gpu_rows')
+    table = dict(small=(partial(stub.value, 1), 60), large=(stub.fail, 60))
+    monkeypatch.setattr(gpu_rows, 'rows', lambda device: table)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     assert gpu.main([]) == 2
     assert 'needs a GPU' in capsys.readouterr().err
-
-
-def test_chosen_rows(capsys, monkeypatch):
-    gpu_rows = pytest.importorskip('benchmarks.gpu_rows')
-    table = rows(small=partial(stub.value, 1), large=stub.fail)
-    monkeypatch.setattr(gpu_rows, 'rows', lambda device: table)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(signal, 'signal', lambda *args: None)
     assert gpu.main(['--rows', 'mall', 'other']) == 0
@@ -199,25 +177,22 @@ def test_rates(measured):
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
-@pytest.mark.parametrize('train', [False, True])
-def test_networks(measured, train):
-    figures = measured.network(ARCH, SIZE, 'bf16', train, CPU)
-    assert 0 < figures['least'] <= figures['ms'] <= figures['most']
-    assert figures['images_per_second'] == pytest.approx(
-        2e3 / figures['ms'], abs=0.1
-    )
-    figures = measured.kernels(ARCH, SIZE, 'bf16', train, CPU, most=3)
-    assert figures['busy_ms'] > 0
+def test_networks(measured):
+    for train in (False, True):
+        figures = measured.network(tiny.ARCH, SIZE, 'bf16', train, CPU)
+        assert 0 < figures['least'] <= figures['ms'] <= figures['most']
+        rate = pytest.approx(2e3 / figures['ms'], abs=0.1)
+        assert figures['images_per_second'] == rate
+    figures = measured.kernels(tiny.ARCH, SIZE, 'bf16', True, CPU, most=3)
     longest = [ms for _, ms, _ in figures['kernels']]
     assert len(longest) == 3 and longest == sorted(longest, reverse=True)
-    assert figures['launches'] > 100
+    assert figures['busy_ms'] > 0 and figures['launches'] > 100
     json.dumps(figures)
-
-
-def test_compiled(measured):
-    """It would be, with the first call."""
-    for compiled in (False, True):
-        model = measured.build(ARCH, SIZE, True, CPU, compiled)
+    figures = measured.halves(tiny.ARCH, 2, CPU, side=64)
+    for what in ('forward', 'backward'):
+        assert figures[f'{what}_ms'] >= figures[f'{what}_host_ms'] > 0
+    for compiled in (False, True):  # it would be, with the first call
+        model = measured.build(tiny.ARCH, SIZE, True, CPU, compiled)
         assert model.regions.compile is compiled
 
 
@@ -228,53 +203,48 @@ def test_peers(measured):
     assert figures['ms'] > 0
 
 
-def test_halves(measured):
-    figures = measured.halves(ARCH, 2, CPU, side=64)
-    for what in ('forward', 'backward'):
-        assert figures[f'{what}_ms'] >= figures[f'{what}_host_ms'] > 0
-
-
 def test_operators(measured, dtype='bf16'):
     """With the kernels interpreted, where there is no GPU."""
-    shape = 1, 1, 3, 4
-    for size, backend in ((3, None), (3, 'auto'), (5, 'triton')):
+    shape, mix = (1, 1, 3, 4), (1, 5, 5, 1, 5)
+    for size, backend in ((3, None), (3, 'auto'), (3, 'triton')):
         figures = measured.depthwise(
             shape, size, 'channels_last', dtype, CPU, backend
         )
         assert {'forward', 'input_gradient', 'weight_gradient'} <= {*figures}
-    for backend in measured.DEPTHWISE_BACKENDS:
-        figures = measured.branches(shape, 5, dtype, CPU, backend)
+    for figures in (
+        measured.branches(shape, 5, dtype, CPU, 'reference'),
+        measured.contmix_row(mix, dtype, 'tiled', CPU),
+    ):
         assert figures['forward'] > 0 and figures['backward'] > 0
-    for backend in measured.CONTMIX_BACKENDS:
-        figures = measured.contmix_row((1, 5, 5, 1, 5), dtype, backend, CPU)
-        assert figures['forward'] > 0 and figures['backward'] > 0
-
-
-@pytest.mark.parametrize(
-    'dtype, least, most', [('fp32', 0, 1e-5), ('bf16', 1e-4, 2e-2)]
-)
-def test_errors(measured, dtype, least, most):
     for figures in (
         measured.branches_error((1, 2, 3, 4), 5, dtype, CPU),
-        measured.contmix_error((1, 5, 5, 1, 5), dtype, CPU),
+        measured.contmix_error(mix, dtype, CPU),
     ):
-        assert least < figures['output'] < most
-        assert figures['output'] <= figures['largest'] < most
+        assert 1e-4 < figures['output'] < 2e-2
+        assert figures['output'] <= figures['largest'] < 2e-2
 
 
 def test_compiles_every_stage(measured):
     stages = {name.split(',')[0] for name in measured.compile_jobs(CPU)}
     assert stages == {*measured.STRIDES} == {*measured.OverLoCK.block_groups}
     for stage in stages:
-        measured.compile_block(stage, SIZE, 'bf16', CPU, ARCH)
+        measured.compile_block(stage, SIZE, 'bf16', CPU, tiny.ARCH)
 
 
 def test_whole_model(measured, monkeypatch, tmp_path, backbone='Swin-T'):
     """Its losses, of the real tool; a missing package is an ImportError."""
     pytest.importorskip('mmseg')
+    with pytest.raises(RuntimeError, match='invalid choice'):
+        measured._run_tool(tmp_path, 'make_sample_data', 'other', 'data')
+
+    def run_tool(folder, name, *arguments):  # which saves imports
+        monkeypatch.chdir(folder)
+        tiny.run_tool(name, *arguments)
+
+    monkeypatch.setattr(measured, '_run_tool', run_tool)
     package, config, (layout, folder, _), heads = measured.MODELS['UperNet']
-    small = package, config, (layout, folder, 96), heads
-    monkeypatch.setitem(measured.MODELS, 'UperNet', small)
+    small = config, (layout, folder, 96), heads
+    monkeypatch.setitem(measured.MODELS, 'UperNet', (package, *small))
     options = [
         'train_dataloader.dataset.pipeline.2.scale=(128,64)',
         'train_dataloader.dataset.pipeline.3.crop_size=(64,64)',
@@ -287,8 +257,6 @@ def test_whole_model(measured, monkeypatch, tmp_path, backbone='Swin-T'):
     figures = measured.trained('UperNet', backbone, CPU, 3, options)
     assert figures['ms'] > 0 and figures['finite'] is True
     assert 0 < min(figures['loss']) < max(figures['loss']) < 50
-    with pytest.raises(RuntimeError, match='invalid choice'):
-        measured._run_tool(tmp_path, 'make_sample_data', 'other', 'data')
-    monkeypatch.setitem(measured.MODELS, 'UperNet', ('no_package', *small[1:]))
+    monkeypatch.setitem(measured.MODELS, 'UperNet', ('no_package', *small))
     with pytest.raises(ModuleNotFoundError):
         measured.trained('UperNet', backbone, CPU)

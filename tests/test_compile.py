@@ -18,12 +18,20 @@ ARCH = dict(
 )
 
 
-@pytest.mark.parametrize('training', [False, True])
-def test_fullgraph(training):
+@pytest.mark.parametrize(
+    'training, backend',
+    [
+        (False, 'eager'),
+        (True, 'eager'),
+        # The graph of both ways; of blocks, test_compile_regions.py has them.
+        pytest.param(True, 'aot_eager', marks=pytest.mark.slow),
+    ],
+)
+def test_fullgraph(training, backend):
     torch.manual_seed(0)
     plain = OverLoCK(ARCH).double().train(training)
     compiled = copy.deepcopy(plain)
-    run = torch.compile(compiled, fullgraph=True, backend='aot_eager')
+    run = torch.compile(compiled, fullgraph=True, backend=backend)
     image = torch.rand(2, 3, 64, 64, dtype=torch.float64)
     for _ in range(2):  # running statistics, and what is cached
         expected, actual = plain(image), run(image)

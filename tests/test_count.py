@@ -1,17 +1,15 @@
 """What a step runs on a GPU, counted without one; see benchmarks/count.py."""
 
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from contextlib import nullcontext
-from pathlib import Path
 from unittest import mock
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
+from kernels import python
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,7 +20,6 @@ from mmoverlock.models import OverLoCK
 triton = pytest.importorskip('triton', '3.6')
 import triton.language as tl  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
 BACKEND = 'triton'
 # Of t in bf16 on 128 images of 224 x 224: operators of PyTorch and launches
 # of Triton, GB, and GB of mixed layouts, at most.
@@ -34,12 +31,6 @@ BOUNDS = {
     ('Focus block', True): (27, 53, 3.5, 0.1),
     ('Focus block', False): (12, 17, 1.0, 0.1),
 }
-TINY = dict(
-    depths=[1, 1, 1, 1],
-    channels=[8, 16, 24, 32],
-    focus_depths=[2, 1],
-    focus_heads=[2, 2],
-)
 
 
 @pytest.mark.parametrize('train', [True, False])
@@ -79,7 +70,7 @@ class Operators(TorchDispatchMode):
 def test_what_a_cpu_runs():
     """With data on a CPU, the code for GPUs runs the same operators."""
     model = OverLoCK(
-        TINY,
+        tiny.DEEPER,
         drop_path_rate=0.1,
         contmix_backend=BACKEND,
         depthwise_backend=BACKEND,
@@ -141,42 +132,30 @@ def convolve(module, x):
 @pytest.mark.parametrize(
     'run, inputs, size, mixed',
     [
-        (lambda _, x: x + 1, [draw()], 2 * SIZE, 0),
-        (lambda _, x: x.mul_(2), [draw()], 2 * SIZE, 0),
-        (lambda _, x: x.half(), [draw()], 1.5 * SIZE, 0),
+        (lambda _, x: x.mul_(2), [draw()], 2, 0),
+        (lambda _, x: x.half(), [draw()], 1.5, 0),
         # An expanded operand is small, a view costs nothing.
-        (
-            lambda _, x: x * x[:1, :1, :1, :1].expand_as(x),
-            [draw()],
-            2 * SIZE + 4,
-            0,
-        ),
+        (lambda _, x: x * x[:1, :1, :1, :1].expand_as(x), [draw()], 2, 0),
         (lambda _, x: torch.empty_like(x).view(-1), [draw()], 0, 0),
-        (lambda _, x, y: x + y, [draw(True), draw()], 3 * SIZE, 3 * SIZE),
-        (
-            lambda _, x: x[:, :8].sum(),
-            [draw(True)],
-            SIZE // 2 + 4,
-            SIZE // 2 + 4,
-        ),
-        (lambda _, x: x + x.sum(), [draw(True)], 3 * SIZE + 8, 0),
+        (lambda _, x, y: x + y, [draw(True), draw()], 3, 3),
+        (lambda _, x: x[:, :8].sum(), [draw(True)], 0.5, 0.5),
+        (lambda _, x: x + x.sum(), [draw(True)], 3, 0),
         # As in cuDNN, results are in the layout of the map.
-        (lambda m, x: convolve(m, x) + x, [draw(True)], 5 * SIZE + 1024, 0),
+        (lambda m, x: convolve(m, x) + x, [draw(True)], 5, 0),
     ],
 )
 def test_bytes(run, inputs, size, mixed):
+    """In maps; scalars and weights are less than 2 KB."""
     result = count_function(run, *inputs)
-    assert (result.bytes, result.mixed) == (size, mixed)
+    assert 0 <= result.bytes - size * SIZE < 2048
+    assert 0 <= result.mixed - mixed * SIZE < 2048
     assert result.launches == 0
     assert result.operators == sum(row[0] for row in result.rows.values())
 
 
 def test_gradients_of_convolutions_keep_the_layout():
-    def run(module, x):
-        return convolve(module, x * 2)
-
     x = draw(True).requires_grad_()
-    result = count_function(run, x, train=True)
+    result = count_function(lambda m, x: convolve(m, x * 2), x, train=True)
     # The gradient of the output comes in the layout of the output.
     assert result.mixed == 0
     assert result.rows['aten.convolution_backward.default'][0] == 1
@@ -245,35 +224,22 @@ def test_inside_of_operators():
     }
 
 
-def test_looks_like_a_gpu():
-    """To Python code, and only while it counts."""
-
-    def run(module, x):
-        assert module.weight.device.type == 'cuda' and x.is_cuda
-        assert torch.cuda.is_available()
-        assert torch.cuda.get_device_capability(x.device) == (9, 0)
-        assert torch.is_autocast_enabled('cuda')
-        return x + torch.ones(1, device=x.device)
-
+def test_only_while_it_counts():
+    """Tensors and models are as before, after an error too."""
     before = torch.cuda.is_available()
-    module = Function(run)
     x = torch.ones(2, requires_grad=True)
-    assert (
-        count_operators(module, x, True).operators == 3
-    )  # of the sum's gradient too
-    for tensor in (x, module.weight):
-        assert tensor.device == torch.device('cpu')
-        assert tensor.grad is None
-    assert torch.cuda.is_available() is before
     with pytest.raises(ZeroDivisionError):
         count_operators(Function(lambda *_: 1 / 0), x, True)
-    assert x.device == torch.device('cpu')
+    assert x.device == torch.device('cpu') and x.grad is None
+    assert torch.cuda.is_available() is before
     assert not torch.is_autocast_enabled('cuda')
 
 
 def test_host_time(tmp_path):
     """Kernels are launched, by Triton's own code, and nothing is compiled."""
     code = """
+import sys
+sys.path.insert(0, '..')
 import torch
 from torch import nn
 from unittest import mock
@@ -296,18 +262,7 @@ with mock.patch.object(count, '_do_not_compile', compile):
 assert calls == ['_double'], calls
 print('fine')
 """
-    path = [str(ROOT), str(ROOT / 'tests'), os.environ.get('PYTHONPATH', '')]
-    output = subprocess.run(
-        [sys.executable, '-c', code],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={
-            **os.environ,
-            'PYTHONPATH': os.pathsep.join(path),
-            'TRITON_CACHE_DIR': str(tmp_path),
-            'TRITON_INTERPRET': '0',
-        },
-    ).stdout
+    output = python(code, TRITON_CACHE_DIR=str(tmp_path))
     assert output == 'fine\n'
     assert not [*tmp_path.iterdir()]
 
@@ -320,7 +275,7 @@ def test_table(monkeypatch, capsys):
 
     def build(*args, channels=None):
         with torch.device('meta'):
-            return OverLoCK(TINY)
+            return OverLoCK(tiny.ARCH)
 
     monkeypatch.setattr(counting, 'build', build)
     monkeypatch.setattr(counting, 'build_peer', missing)

@@ -12,18 +12,13 @@ from benchmarks import gpu
 
 pytest.importorskip('triton', '3.6')
 from benchmarks import gpu_rows, gpu_tune  # noqa: E402
-from mmoverlock.ops.dynamic_conv import triton as contmix  # noqa: E402
 
 CPU = torch.device('cpu')
 
 
 def test_tables():
     """Every table of knobs has candidates for every knob, its own first."""
-    tables = gpu_tune.tables()
-    assert {'dynamic_conv.triton.classes', 'dynamic_conv.triton.windows'} <= {
-        *tables
-    }
-    for module in tables.values():
+    for module in gpu_tune.tables().values():
         names = set()
         for name, candidates in module.CANDIDATES.items():
             knobs, key = gpu_tune._find(module.KNOBS, name)
@@ -37,10 +32,12 @@ def test_every_value_is_a_row():
     rows, table_of = gpu_tune.rows(CPU)
     first, *names = rows
     assert {*names} == {*table_of} == {*rows[first][0]}
-    table = 'dynamic_conv.triton.windows'
+    table = 'depthwise.triton.weight_grads'
     mine = [table_of[name][1:] for name in names if table_of[name][0] == table]
     assert mine[0] == (None, None)
-    assert ('COLS', 32) in mine and ('COLS', 16) not in mine  # it is 16
+    knobs = gpu_tune.tables()[table].KNOBS
+    assert {name for name, _ in mine[1:]} == {*knobs}
+    assert not {*mine} & {*knobs.items()}  # those are as they are
     json.dumps([*rows[first][0]])
 
 
@@ -127,35 +124,32 @@ def test_command(module, capsys, monkeypatch):
     assert 'failed' in lines[4]
 
 
-def test_times(monkeypatch):
-    """An operator with other settings, interpreted where there is no GPU."""
+def test_times(module, monkeypatch):
+    """Of an operator with other settings, and how far its results are off."""
     monkeypatch.setattr(gpu_rows, 'WARM_UPS', 0)
     monkeypatch.setattr(gpu_rows, 'LEAST', 1)
-    table, seen = 'dynamic_conv.triton.classes', []
-    contmix._forms.cache_clear()
-    tile = contmix.classes.tile_classes
-    monkeypatch.setattr(
-        contmix.classes,
-        'tile_classes',
-        lambda *size: seen.append(tile(*size)['M']) or tile(*size),
-    )
-    run = partial(gpu_tune.time_settings, table, device=CPU)
-    shapes = [(1, 5, 5, 1, 5)]
-    figures = run({'POSITIONS': 16}, gpu_tune._contmix, shapes)
-    assert set(seen) == {16, 32} and contmix.classes.KNOBS['POSITIONS'] == 64
-    assert figures['ms'] == sum(figures['each']) > 0
-    assert 0 < figures['error'] < gpu_tune.ERROR
+
+    def problem(shape, device):
+        x = torch.ones(shape, device=device, requires_grad=True)
+        return lambda: module.KNOBS['A'] * x, [x]
+
+    shapes = [(2, 3), (1,)]
+    figures = gpu_tune.time_settings('one', {'A': 3}, problem, shapes, CPU)
+    assert module.KNOBS['A'] == 1
+    assert len(figures['each']) == 2 and figures['error'] == pytest.approx(2)
+    assert figures['ms'] == pytest.approx(sum(figures['each']))
 
 
 @pytest.mark.parametrize(
-    'make, shape',
+    'package, shape',
     [
-        (gpu_tune._branches, (5, (1, 1, 3, 4))),
-        (gpu_tune._feed_forward, (1, 4, 3, 3)),
+        ('dynamic_conv', (1, 5, 5, 1, 5)),
+        ('depthwise', (5, (1, 1, 3, 4))),
+        ('pointwise', (1, 4, 3, 3)),
     ],
 )
-def test_problems(make, shape):
-    run, operands = make(shape, CPU)
+def test_problems(package, shape):
+    run, operands = gpu_tune.PROBLEMS[package][0](shape, CPU)
     out = run()
     grads = torch.autograd.grad(out, operands, torch.ones_like(out))
     assert all(grad.isfinite().all() for grad in grads)

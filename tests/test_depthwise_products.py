@@ -1,0 +1,173 @@
+"""Depthwise convolutions by products of matrices, against float64."""
+
+import pytest
+import torch
+from kernels import DEVICE, draw, relative_error
+from test_depthwise import plain_conv2d
+
+banded = pytest.importorskip(
+    'mmoverlock.ops.depthwise.triton.banded', exc_type=ImportError
+)
+branches_module = pytest.importorskip(
+    'mmoverlock.ops.depthwise.triton.branches'
+)
+weight_grads = pytest.importorskip(
+    'mmoverlock.ops.depthwise.triton.weight_grads'
+)
+
+HALF, BRAIN = torch.float16, torch.bfloat16
+TOLERANCES = {HALF: 4e-4, BRAIN: 8e-3}  # the interpreter cuts bf16 off
+MANY = (17, 2, 5, 3), [(3, 4), (5, 1)], BRAIN  # images, for several chunks
+CASES = [
+    # The map ends within the kernel; taps that no value meets
+    ((1, 1, 1, 1), [(3, 1)], BRAIN),
+    ((1, 2, 3, 5), [(33, 1)], HALF),
+    # One window for all columns
+    ((3, 17, 13, 14), [(13, 1), (5, 2), (3, 5)], BRAIN),
+    MANY,
+    ((1, 2, 11, 16), [(5, 1)], BRAIN),
+    # Windows move: 1, 2 and 3 of them.
+    ((1, 2, 4, 17), [(3, 1), (9, 1)], HALF),
+    ((1, 16, 9, 33), [(17, 1), (5, 1), (3, 7)], BRAIN),
+    ((1, 2, 3, 37), [(19, 1), (3, 1), (9, 2)], BRAIN),
+]
+EVERY_CASE = pytest.mark.parametrize('case', CASES)
+
+
+def maps(count, shape, dtype):
+    """(count, B, C, H, W), each in channels_last."""
+    batch, channels, height, width = shape
+    x = draw(count, batch, height, width, channels, dtype=dtype)
+    return x.permute(0, 1, 4, 2, 3)
+
+
+def prepare(shape, sizes, dtype):
+    """The shape, its dtype, branches and their taps."""
+    torch.manual_seed(0)
+    firsts = [sum(k**2 for k, _ in sizes[:b]) for b in range(len(sizes))]
+    branches = zip(sizes, firsts, strict=True)
+    branches = tuple((*size, first) for size, first in branches)
+    taps = draw(sum(k**2 for k, _ in sizes), shape[1], dtype=dtype)
+    return shape, dtype, branches, taps
+
+
+def convolve(x, taps, branch, flip=False):
+    """In float64."""
+    size, dilation, first = branch
+    weight = taps[first : first + size**2].double().mT
+    weight = (weight.flip(1) if flip else weight).unflatten(1, (1, size, size))
+    return plain_conv2d(x.double(), weight, None, dilation)
+
+
+@pytest.mark.parametrize(
+    'case, flip', [(case, i % 2 == 1) for i, case in enumerate(CASES)]
+)
+def test_sum_of_convolutions(case, flip, poison):
+    shape, dtype, branches, taps = prepare(*case)
+    x = maps(len(branches), shape, dtype)
+    bias = None if flip else draw(shape[1])
+    out, other = maps(2, shape, dtype)
+    other = other if flip else None
+    banded.convolve_maps(x, out, taps, branches, bias, flip, other)
+    expected = sum(
+        convolve(one, taps, branch, flip)
+        for one, branch in zip(x, branches, strict=True)
+    )
+    expected += other.double() if flip else bias.double()[:, None, None]
+    assert relative_error(out, expected) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize(
+    'case, programs', [(MANY, 1), *((case, 528) for case in CASES)]
+)
+def test_statistics(case, programs, monkeypatch, poison):
+    """Of all branches, with means that are large beside the deviations."""
+    monkeypatch.setitem(banded.KNOBS, 'programs', programs)
+    shape, dtype, branches, taps = prepare(*case)
+    x, first = maps(2, shape, dtype)
+    x += 2
+    parts = banded.statistics(x, taps, first, branches)
+    ys = [convolve(x, taps, branch) for branch in branches]
+    assert relative_error(first, ys[0]) < TOLERANCES[dtype]
+    for (count, mean, squares), y in zip(
+        branches_module._combine(parts), ys, strict=True
+    ):
+        variance, average = torch.var_mean(y, (0, 2, 3), correction=0)
+        assert (count == y[:, 0].numel()).all()
+        scale = average.abs() + variance.sqrt() + 1e-3
+        assert ((mean - average).abs() < 1e-5 * scale).all()
+        assert ((squares / count - variance).abs() < 1e-5 * scale**2).all()
+
+
+@EVERY_CASE
+def test_gradients_of_branches(case, poison):
+    shape, dtype, branches, taps = prepare(*case)
+    x, first, grad = maps(3, shape, dtype)
+    factors = draw(3, len(branches), shape[1])
+    out = maps(len(branches), shape, dtype)
+    banded.branch_grads(x, first, grad, taps, factors, out, branches)
+    for b, branch in enumerate(branches):
+        y = convolve(x, taps, branch) if b else first.double()
+        p, q, o = factors[:, b, :, None, None].double()
+        expected = p * grad.double() - q * y - o
+        assert relative_error(out[b], expected) < TOLERANCES[dtype]
+
+
+@EVERY_CASE
+def test_weight_gradients(case, poison):
+    """Sums in single precision of products that are exact."""
+    shape, dtype, branches, taps = prepare(*case)
+    x, grads = maps(1 + len(branches), shape, dtype).tensor_split([1])
+    parts = weight_grads.weight_grads(x[0], grads, branches, with_sum=True)
+    assert parts.dtype == torch.float32
+    taps = taps.double().requires_grad_()
+    expected = sum(
+        torch.autograd.grad(convolve(x[0], taps, branch), taps, grad.double())[
+            0
+        ]
+        for grad, branch in zip(grads, branches, strict=True)
+    )
+    total = grads[0].double().sum((0, 2, 3))
+    expected = torch.cat([expected, total[None]])
+    assert relative_error(parts.double().sum(0), expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    'shape, dtype', [((2, 2, 9, 7), torch.float32), ((2, 2, 9, 57), BRAIN)]
+)
+def test_weight_gradient_in_parts(monkeypatch, shape, dtype):
+    torch.manual_seed(0)
+    x, grad = (draw(*shape, dtype=dtype) for _ in range(2))
+    parts = []
+    for programs in (2048, 2048, 1):
+        for name in ('column_programs', 'unit_programs'):
+            monkeypatch.setitem(weight_grads.KNOBS, name, programs)
+        run = weight_grads.weight_grads
+        parts.append(run(x, grad[None], ((3, 1, 0),)))
+    assert torch.equal(*parts[:2])
+    assert len(parts[0]) > len(parts[2])
+    sums = [part.double().sum(0) for part in parts[1:]]
+    torch.testing.assert_close(*sums, rtol=0, atol=1e-4)
+
+
+def test_no_images():
+    x = torch.empty(0, 3, 4, 5, dtype=BRAIN, device=DEVICE)
+    parts = weight_grads.weight_grads(x, x[None], ((3, 1, 0),), True)
+    assert parts.shape[1:] == (10, 3)
+    assert not parts.any()
+
+
+def test_every_tap_is_in_every_part():
+    """Memory that is not written would be added up."""
+    *_, branches, _ = prepare((1, 1), [(17, 1), (5, 1), (9, 2), (3, 7)], BRAIN)
+    units, lanes, taps = weight_grads._units(branches, False, True)
+    assert lanes == 2
+    assert taps == 17**2 + 5**2 + 9**2 + 3**2 + 1
+    for lane in range(lanes):
+        written = [
+            unit[3] + (unit[4] + row) * unit[1] + s
+            for unit in units[lane::lanes]
+            for row in range(unit[5])
+            for s in range(unit[1])
+        ]
+        assert sorted(written) == list(range(taps))
