@@ -10,7 +10,6 @@ from mmcv.cnn import ConvModule  # noqa: E402
 
 BN = dict(type='BN')
 CONV_MODULES = {  # settings, and how many convolutions are fused
-    'plain': (dict(), 1),
     'padding': (dict(padding=1, padding_mode='reflect'), 1),
     'circular': (dict(padding=1, padding_mode='circular'), 1),
     'groups': (dict(groups=2), 1),
@@ -37,30 +36,9 @@ def test_conv_module(name):
     assert assert_fuses(model, images(4, 9, 8), call=call) == count
 
 
-ANCHORS = dict(
-    type='AnchorGenerator',
-    ratios=[1.0],
-    octave_base_scale=8,
-    scales_per_octave=1,
-    strides=[8, 16, 32],
-)
-HEAD = dict(
-    **dict(num_classes=3, in_channels=8, feat_channels=8, stacked_convs=2),
-    **dict(anchor_generator=ANCHORS, norm_cfg=BN),
-)
-SEG = dict(num_classes=3, channels=8, norm_cfg=BN)
-THREE, FOUR = (8, 4, 2), (16, 8, 4, 2)
 # Package, settings of a neck or head, and the sides of the maps. Those of the
 # configs are in test_configs.py.
 PARTS = {
-    'YOLOXPAFPN': (
-        'mmdet',
-        dict(
-            **dict(in_channels=[8] * 3, out_channels=8, num_csp_blocks=1),
-            **dict(use_depthwise=True, norm_cfg=BN),
-        ),
-        THREE,
-    ),
     'CTResNetNeck': (  # transposed convolutions
         'mmdet',
         dict(
@@ -71,23 +49,18 @@ PARTS = {
         ),
         (4,),
     ),
-    # Of one convolution with a norm for each level.
-    'RetinaSepBNHead': ('mmdet', dict(**HEAD, num_ins=3), THREE),
-    'TOODHead': ('mmdet', dict(**HEAD, num_dcn=0), THREE),
-    'DepthwiseSeparableASPPHead': (
-        'mmseg',
-        dict(**SEG, in_channels=8, c1_in_channels=8, c1_channels=4),
-        FOUR,
+    'RetinaSepBNHead': (  # one convolution with a norm for each level
+        'mmdet',
+        dict(num_classes=3, num_ins=2, in_channels=8, norm_cfg=BN),
+        (8, 4),
     ),
     'EncHead': (
         'mmseg',
-        dict(**SEG, in_channels=[8] * 2, in_index=[2, 3], num_codes=4),
-        FOUR,
-    ),
-    'HRFuseScales': (
-        'mmpretrain',
-        dict(in_channels=(8, 8, 8, 8), out_channels=8, norm_cfg=BN),
-        FOUR,
+        dict(
+            **dict(num_classes=3, channels=8, norm_cfg=BN, num_codes=4),
+            **dict(in_channels=[8] * 2, in_index=[0, 1]),
+        ),
+        (4, 2),
     ),
 }
 
