@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.fuse import fuse
-from mmoverlock.models.layers import ResDWConv
+from mmoverlock.models.layers import DWConv
 
 
 def randomized(model):
@@ -146,7 +146,7 @@ SEQUENCES = {
         0,
     ),
     'training': (lambda: sequence(norm=AlwaysTraining(4, momentum=0.0)), 0),
-    'residual': (lambda: sequence(ResDWConv(4)), 0),
+    'residual': (lambda: sequence(DWConv(4, residual=True)), 0),
 }
 
 
@@ -181,15 +181,45 @@ def test_changed(change, place, count):
 
 def test_fused_again():
     """What is fused can be copied, moved, and fused again."""
-    model = far(nn.Sequential(sequence(), sequence()))
+    norm = batch_norm()
+    model = far(nn.Sequential(sequence(norm=norm), sequence(norm=norm)))
     x = images(4, 9, 8)
     expected = fuse(model)(x)
     copied = fuse(copy.deepcopy(model))
-    nn.init.zeros_(model[0][1].fused.weight)
+    nn.init.zeros_(norm.fused.weight)
     torch.testing.assert_close(copied(x), expected)
     torch.testing.assert_close(
         copied.float()(x.float()).double(), expected, rtol=1e-4, atol=1e-4
     )
+
+
+CONV_MODULES = {  # settings, and how many convolutions are fused
+    'padding': (dict(padding=1, padding_mode='reflect'), 1),
+    'circular': (dict(padding=1, padding_mode='circular'), 1),
+    'groups': (dict(groups=2), 1),
+    "mmcv's convolution": (dict(conv_cfg=dict(type='Conv')), 1),
+    'activation first': (dict(order=('act', 'conv', 'norm')), 1),
+    'norm last': (dict(order=('conv', 'act', 'norm')), 0),
+    'norm first': (dict(order=('norm', 'conv', 'act')), 0),
+    'no norm': (dict(norm_cfg=None), 0),
+    'group norm': (dict(norm_cfg=dict(type='GN', num_groups=2)), 0),
+    'spectral norm': (dict(with_spectral_norm=True), 0),
+    'standardized': (dict(conv_cfg=dict(type='ConvWS')), 0),
+    'transposed': (dict(conv_cfg=dict(type='deconv')), 0),
+}
+
+
+@pytest.mark.parametrize('name', CONV_MODULES)
+def test_conv_module(name):
+    """mmcv's, whose parts others may call or leave out."""
+    ConvModule = pytest.importorskip('mmcv.cnn').ConvModule
+    kwargs, count = CONV_MODULES[name]
+    model = far(ConvModule(4, 4, 3, **dict(norm_cfg=dict(type='BN')) | kwargs))
+
+    def call(x):
+        return model(x), model(x, norm=False), model(x, activate=False)
+
+    assert assert_fuses(model, images(4, 9, 8), call=call) == count
 
 
 # --------------------------------------------------------------- own blocks
