@@ -34,6 +34,7 @@ VARIANTS = {
     ),
 }
 SAME = dict(type='contmix', num_regions=7)
+KERNEL_9 = dict(type='static', kernel_size=9)
 # All but the network, and parts that leave nothing unread ('plain' has none).
 TRAINED = [
     options
@@ -161,7 +162,7 @@ def test_removed_part(name):
     full, x = far(OverLoCK(ARCH)), image().double()
     model = build(remove=[name]).double().eval()
     before = full(x)
-    weights, neutral = PARTS[name]
+    removed, neutral = PARTS[name]
     for key, parameter in full.named_parameters():
         for pattern, value in neutral.items():
             if re.search(pattern, key):
@@ -169,7 +170,7 @@ def test_removed_part(name):
     state = full.state_dict()
     assert not model.load_state_dict(state, strict=False).missing_keys
     left = state.keys() - model.state_dict().keys()
-    assert left == {key for key in state if re.search(weights, key)}
+    assert left == {key for key in state if re.search(removed, key)}
     expected = full(x)
     torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
     # It had done something.
@@ -210,6 +211,8 @@ def test_without_overview():
     assert rates == pytest.approx([i / 10 for i in range(7)])
     for i, name in enumerate(('blocks3', 'sub_blocks3')):
         assert model.get_layer_depth(f'{name}.0.dwconv.weight')[0] == 3 + i
+    with pytest.raises(ValueError, match='no overview to add'):
+        build(remove=['overview'], fuse_overview=True)
 
 
 def test_without_small_kernel():
@@ -299,10 +302,9 @@ def static(mixer, x):
 
 def involution(mixer, x):
     """With kernels that are the same everywhere."""
-    last = mixer.kernel[-1]
-    nn.init.zeros_(last.weight)
-    nn.init.normal_(last.bias)
-    kernels = last.bias.view(4, 1, 7, 7).repeat_interleave(6, 0)
+    nn.init.zeros_(mixer.kernel[-1].weight)
+    kernels = nn.init.normal_(mixer.kernel[-1].bias).view(4, 1, 7, 7)
+    kernels = kernels.repeat_interleave(6, 0)
     return F.conv2d(x, kernels, padding=3, groups=24)
 
 
@@ -312,19 +314,10 @@ def deformable(mixer, x):
     return mixed + mixer.bias[:, None, None]
 
 
-@pytest.mark.parametrize(
-    'convolve, options',
-    [
-        (static, dict()),
-        (static, dict(kernel_size=9)),
-        (involution, dict()),
-        (deformable, dict()),
-    ],
-)
-def test_convolutions(convolve, options):
+@pytest.mark.parametrize('convolve', [static, involution, deformable])
+def test_convolutions(convolve):
     """In all layouts."""
-    mixer = dict(type=convolve.__name__, **options)
-    block = build(mixer=mixer).sub_blocks3[0]
+    block = build(mixer=convolve.__name__).sub_blocks3[0]
     x = torch.randn(2, 24, 8, 9)
     expected = convolve(block.mixer, x)
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -333,9 +326,12 @@ def test_convolutions(convolve, options):
 
 
 def test_sizes_of_convolutions():
-    model = build(mixer='static')
-    for block, size in ((model.sub_blocks3[0], 7), (model.sub_blocks4[0], 5)):
-        assert block.mixer.lk_origin.kernel_size == (size, size)
+    """That of the stage, or as it is given; branches are those of lepe."""
+    for mixer, sizes in (('static', (7, 5)), (KERNEL_9, (9, 9))):
+        model = build(mixer=mixer)
+        blocks = model.sub_blocks3[0], model.sub_blocks4[0]
+        convs = [block.mixer.lk_origin for block in blocks]
+        assert tuple(conv.kernel_size[0] for conv in convs) == sizes
     block = build(mixer='dilated_reparam').sub_blocks3[0]
     assert block.mixer.branches == block.lepe[0].branches
 
@@ -388,11 +384,6 @@ def test_missing_packages(monkeypatch):
 def test_mistakes(remove, mixer, words):
     with pytest.raises(ValueError, match=words):
         OverLoCKVariant(ARCH, remove, mixer)
-
-
-def test_fused_without_overview():
-    with pytest.raises(ValueError, match='no overview to add'):
-        build(remove=['overview'], fuse_overview=True)
 
 
 def test_no_kernels_to_show():
