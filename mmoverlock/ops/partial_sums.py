@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cdiv
+from .launching import jit
 
 KNOBS = dict(  # of the program that adds partial sums
     values=4096,  # at a time
@@ -64,7 +65,7 @@ def _add(
     tl.store(p_out, b_out, mask=m_out)
 
 
-@triton.jit
+@jit
 def _add_kernel(
     p_parts,
     p_outs,
