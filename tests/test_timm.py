@@ -85,7 +85,8 @@ def test_groups_and_recomputation(create):
     'given, expected', [(2, (2, 3)), ([-1], (3,)), ((0, 1), (0, 1))]
 )
 def test_features_only(create, given, expected):
-    model = create(features_only=True, out_indices=given, in_chans=4)
+    unused = dict(num_classes=0, global_pool='')
+    model = create(features_only=True, out_indices=given, in_chans=4, **unused)
     assert model.out_indices == expected
     widths = [(8, 16, 32, 40)[i] for i in expected]
     strides = [4 * 2**i for i in expected]
