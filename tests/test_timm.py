@@ -20,7 +20,7 @@ import mmoverlock.timm  # noqa: E402
 from mmoverlock import OverLoCK, overlock_xt  # noqa: E402
 from mmoverlock.models.weights import add_prefixes  # noqa: E402
 
-NAMES = ['overlock_b', 'overlock_s', 'overlock_t', 'overlock_xt']
+BLOCKS = dict(overlock_b=54, overlock_s=42, overlock_t=30, overlock_xt=17)
 
 
 @pytest.fixture
@@ -37,14 +37,16 @@ def state(create):
 
 
 def test_names_are_registered():
-    assert timm.list_models('overlock*') == NAMES
-    tagged = [f'{name}.in1k' for name in NAMES]
+    assert timm.list_models('overlock*') == [*BLOCKS]
+    tagged = [f'{name}.in1k' for name in BLOCKS]
     assert timm.list_models('overlock*', pretrained=True) == tagged
-    assert {*mmoverlock.timm.__all__} == {*NAMES} < {*mmoverlock.__all__}
-    for name in NAMES:
-        cfg = timm.get_pretrained_cfg(name)
-        assert cfg.url.endswith(f'/{name}_in1k_224.pth')
-        assert cfg.interpolation == 'bicubic' and cfg.crop_pct > 0.9
+    assert {*mmoverlock.timm.__all__} == {*BLOCKS} < {*mmoverlock.__all__}
+    for name, blocks in BLOCKS.items():
+        model = timm.create_model(name, device='meta')
+        assert sum(model.depths) == blocks
+        cfg = model.pretrained_cfg
+        assert cfg['url'].endswith(f'/{name}_in1k_224.pth')
+        assert cfg['interpolation'] == 'bicubic' and cfg['crop_pct'] > 0.9
 
 
 def test_classifier(create):
