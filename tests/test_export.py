@@ -1,6 +1,7 @@
 """tools/export.py: files that agree with the models, of standard operators."""
 
 import re
+from unittest import mock
 
 import pytest
 import tiny
@@ -86,13 +87,17 @@ def test_backbone_onnx(build, tmp_path, monkeypatch):
     assert maps.shape == (1, 8, 16, 24) and maps.std() > 0
 
 
-def test_backbone_of_any_size(build, tmp_path):
+def test_backbone_of_any_size(build, tmp_path, monkeypatch):
     """It agrees at other sizes than that which it is traced with."""
+    pool = mock.Mock(wraps=tool.MatrixPool)
+    monkeypatch.setattr(tool, 'MatrixPool', pool)
     files, _ = build('seg', **{'model.backbone.out_indices': [2]})
     options = '--format', 'torch-export', '--dynamic', '--backbone-only'
     out = run(files, tmp_path / 'model.pt2', *options)
     for size in ('256 x 320', '224 x 256', '288 x 224'):
         assert f'{size}: differs by ' in out
+    # ContMix's and, of the head, the pyramid's: ONNX has no others.
+    assert pool.call_args_list == [mock.call(size) for size in (7, 2, 3, 6)]
 
 
 @pytest.mark.slow
