@@ -12,7 +12,7 @@ SIZE = 2**24  # bytes of each of the COUNT blocks that exist at a time
 COUNT = 5
 CODE = f"""
 import ctypes, resource
-SETTING
+from mmoverlock.allocator import keep_freed_memory
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 def step():
@@ -22,37 +22,30 @@ def step():
     for block in blocks:
         libc.free(block)
 def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    step()
+    for _ in range(5):
+        step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 before = faults()
-for _ in range(10):
-    step()
-print(faults() - before)
+keep_freed_memory()
+print(before, faults())
 """
-CALL = 'from mmoverlock.allocator import keep_freed_memory as f; f()'
 PAGES = 10 * COUNT * SIZE // os.sysconf('SC_PAGE_SIZE')
 
 
-@pytest.mark.parametrize(
-    ('setting', 'variable', 'kept'),
-    [
-        (CALL, None, True),
-        ('import mmoverlock.allocator', None, False),
-        (CALL, 'MALLOC_ARENA_MAX', False),
-    ],
-)
-def test_page_faults(setting, variable, kept):
-    environ = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(('MALLOC_', 'GLIBC_TUNABLES'))
-    }
-    if variable:
-        environ[variable] = '4'
-    code = CODE.replace('SETTING', setting)
-    output = subprocess.check_output([sys.executable, '-c', code], env=environ)
-    assert (int(output) < PAGES / 10) == kept
+@pytest.mark.parametrize('settings', [{}, {'MALLOC_ARENA_MAX': '4'}])
+def test_page_faults(settings):
+    """Fewer once it is called, unless the environment has settings."""
+    own = 'MALLOC_', 'GLIBC_TUNABLES'
+    environ = {k: os.environ[k] for k in os.environ if not k.startswith(own)}
+    output = subprocess.check_output(
+        [sys.executable, '-c', CODE], env=environ | settings
+    )
+    before, after = map(int, output.split())
+    assert before > PAGES / 10
+    assert (after < PAGES / 10) == (not settings)
 
 
 def test_set_up(monkeypatch):

@@ -6,27 +6,25 @@ import golden
 import pytest
 import torch
 from fusion import assert_fuses, far, images
+from tiny import DEEPER
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import register_parametrization
 
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.fuse import fuse
-from mmoverlock.models.layers import ResDWConv
-
-SMALL = dict(
-    depths=(1, 1, 2, 1),
-    channels=(16, 16, 16, 32),
-    focus_depths=(2, 1),
-    focus_heads=(2, 2),
-)
+from mmoverlock.models.layers import DWConv
 
 
 def randomized(model):
-    """With drawn weights and statistics, in float64 and eval mode."""
+    """In float64 and eval mode."""
     shapes = {k: v.shape for k, v in model.state_dict().items()}
     model.load_state_dict(golden.state_dict(shapes))
     return model.double().eval()
+
+
+def image(*size):
+    return golden.image((1, 3, *size)).double()
 
 
 @pytest.mark.parametrize(
@@ -34,29 +32,24 @@ def randomized(model):
     [(False, False, (224, 192)), (True, True, (96, 64))],
 )
 def test_backbone(fuse_overview, deploy, size):
-    model = randomized(
-        OverLoCK(SMALL, fuse_overview=fuse_overview, deploy=deploy)
-    )
-    assert_fuses(model, golden.image((2, 3, *size)).double())
-    left = [type(m) for m in model.modules() if isinstance(m, _BatchNorm)]
-    assert not left
+    model = OverLoCK(DEEPER, fuse_overview=fuse_overview, deploy=deploy)
+    assert_fuses(randomized(model), image(*size))
+    for module in model.modules():
+        assert not isinstance(module, _BatchNorm)
+        assert not getattr(module, 'residual', False)
     assert not any(p.requires_grad for p in model.parameters())
-    assert all(
-        m.residual is False
-        for m in model.modules()
-        if isinstance(m, ResDWConv)
-    )
 
 
 def test_released_weights():
     """What the release computes, after fusion."""
-    figures = golden.load('det_xt_2x96x160')
+    figures = golden.load('det_xt_64x64')
     model = OverLoCK('xt', fuse_overview=True).double()
     model.load_state_dict(golden.state_dict(golden.load('keys_det_xt')))
-    fuse(model)
-    with torch.no_grad():
-        outputs = model(golden.image(figures['input']))
+    outputs = fuse(model)(golden.image(figures['input']))
     golden.assert_outputs_agree(outputs, figures)
+
+
+# --------------------------------------------------------- necks and heads
 
 
 class Doubled(nn.Module):
@@ -137,36 +130,23 @@ def batch_norm(**kwargs):
 # What is built, and how many convolutions are fused.
 SEQUENCES = {
     'plain': (sequence, 1),
-    'groups': (lambda: sequence(nn.Conv2d(4, 4, 3, groups=2)), 1),
-    'circular': (
-        lambda: sequence(nn.Conv2d(4, 4, 3, padding_mode='circular')),
-        1,
-    ),
     'no affine': (lambda: sequence(norm=batch_norm(affine=False)), 1),
     'SyncBN': (lambda: sequence(norm=nn.SyncBatchNorm(4)), 1),
     'nested': (lambda: nn.Sequential(sequence(), batch_norm(), sequence()), 2),
     'taps': (lambda: Taps(nn.Conv2d(4, 4, 3), batch_norm()), 1),
     'levels': (lambda: Levels(*(batch_norm() for _ in range(3))), 3),
     'shared norm': (lambda: Levels(*[batch_norm()] * 2), 1),
-    'no convolution': (lambda: sequence(nn.GELU()), 0),
     'activation between': (lambda: sequence(norm=sequence(nn.ReLU())), 0),
     'reversed': (lambda: Reversed(batch_norm(), nn.Conv2d(4, 4, 3)), 0),
     'norm before': (lambda: sequence(batch_norm(), nn.Conv2d(4, 4, 3)), 0),
-    'transposed': (lambda: sequence(nn.ConvTranspose2d(4, 4, 3)), 0),
     'other convolution': (lambda: sequence(DoublingConv(4, 4, 3)), 0),
     'other norm': (lambda: sequence(norm=DoublingNorm(4)), 0),
-    'instance norm': (
-        lambda: sequence(
-            norm=nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
-        ),
-        0,
-    ),
     'no statistics': (
         lambda: sequence(norm=batch_norm(track_running_stats=False)),
         0,
     ),
     'training': (lambda: sequence(norm=AlwaysTraining(4, momentum=0.0)), 0),
-    'residual': (lambda: sequence(ResDWConv(4)), 0),
+    'residual': (lambda: sequence(DWConv(4, residual=True)), 0),
 }
 
 
@@ -185,33 +165,61 @@ def test_other_dimensions():
         assert assert_fuses(model, images(4, *size)) == 1
 
 
-@pytest.mark.parametrize('place', [0, 1])
-@pytest.mark.parametrize('change', CHANGES)
-def test_changed_module(change, place):
+@pytest.mark.parametrize(
+    'change, place, count',
+    [
+        *((change, place, 0) for change in CHANGES for place in (0, 1)),
+        ('hook', None, 1),  # on the sequence, where it still runs
+        ('forward', None, 0),
+    ],
+)
+def test_changed(change, place, count):
     model = far(sequence())
-    CHANGES[change](model[place])
-    assert assert_fuses(model, images(4, 9, 8)) == 0
-
-
-@pytest.mark.parametrize('change', ['hook', 'forward'])
-def test_changed_sequence(change):
-    """A hook still runs, and another forward is left to itself."""
-    model = far(sequence())
-    CHANGES[change](model)
-    assert assert_fuses(model, images(4, 9, 8)) == (change == 'hook')
+    CHANGES[change](model if place is None else model[place])
+    assert assert_fuses(model, images(4, 9, 8)) == count
 
 
 def test_fused_again():
     """What is fused can be copied, moved, and fused again."""
-    model = far(nn.Sequential(sequence(), sequence()))
+    norm = batch_norm()
+    model = far(nn.Sequential(sequence(norm=norm), sequence(norm=norm)))
     x = images(4, 9, 8)
     expected = fuse(model)(x)
     copied = fuse(copy.deepcopy(model))
-    nn.init.zeros_(model[0][1].fused.weight)
+    nn.init.zeros_(norm.fused.weight)
     torch.testing.assert_close(copied(x), expected)
     torch.testing.assert_close(
         copied.float()(x.float()).double(), expected, rtol=1e-4, atol=1e-4
     )
+
+
+CONV_MODULES = {  # settings, and how many convolutions are fused
+    'padding': (dict(padding=1, padding_mode='reflect'), 1),
+    'circular': (dict(padding=1, padding_mode='circular'), 1),
+    'groups': (dict(groups=2), 1),
+    "mmcv's convolution": (dict(conv_cfg=dict(type='Conv')), 1),
+    'activation first': (dict(order=('act', 'conv', 'norm')), 1),
+    'norm last': (dict(order=('conv', 'act', 'norm')), 0),
+    'norm first': (dict(order=('norm', 'conv', 'act')), 0),
+    'no norm': (dict(norm_cfg=None), 0),
+    'group norm': (dict(norm_cfg=dict(type='GN', num_groups=2)), 0),
+    'spectral norm': (dict(with_spectral_norm=True), 0),
+    'standardized': (dict(conv_cfg=dict(type='ConvWS')), 0),
+    'transposed': (dict(conv_cfg=dict(type='deconv')), 0),
+}
+
+
+@pytest.mark.parametrize('name', CONV_MODULES)
+def test_conv_module(name):
+    """mmcv's, whose parts others may call or leave out."""
+    ConvModule = pytest.importorskip('mmcv.cnn').ConvModule
+    kwargs, count = CONV_MODULES[name]
+    model = far(ConvModule(4, 4, 3, **dict(norm_cfg=dict(type='BN')) | kwargs))
+
+    def call(x):
+        return model(x), model(x, norm=False), model(x, activate=False)
+
+    assert assert_fuses(model, images(4, 9, 8), call=call) == count
 
 
 # --------------------------------------------------------------- own blocks
@@ -231,29 +239,6 @@ PARTS = (
 )
 
 
-def assert_own_parts_stay(backbone, parts, model=None):
-    with torch.no_grad():
-        weights = [
-            (part.weight.clone(), None if part.bias is None else part.bias + 0)
-            for part in parts
-        ]
-    assert_fuses(model or backbone, golden.image((1, 3, 64, 64)).double())
-    for name, part, expected in zip(PARTS, parts, weights, strict=True):
-        assert backbone.get_submodule(name) is part, name
-        actual = part.weight, part.bias
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize('change', CHANGES)
-def test_changed_parts(change):
-    """A part of a block that has a hook, say, is left as it is."""
-    model = randomized(OverLoCK(SMALL))
-    parts = [model.get_submodule(name) for name in PARTS]
-    for part in parts:
-        CHANGES[change](part)
-    assert_own_parts_stay(model, parts)
-
-
 class Reader(nn.Module):
     """Has another use for parts of a backbone, or for their weights."""
 
@@ -267,18 +252,29 @@ class Reader(nn.Module):
         return self.backbone(x), weights
 
 
-def test_shared_parts():
-    backbone = randomized(OverLoCK(SMALL))
+@pytest.mark.parametrize('change', [*CHANGES, 'shared'])
+def test_parts_that_stay(change):
+    """Those of a block that have a hook, say, or another reader."""
+    model = backbone = randomized(OverLoCK(DEEPER))
     parts = [backbone.get_submodule(name) for name in PARTS]
-    assert_own_parts_stay(backbone, parts, Reader(backbone, parts))
+    if change == 'shared':
+        model = Reader(backbone, parts)
+    else:
+        for part in parts:
+            CHANGES[change](part)
+    before = [[*map(torch.clone, part.parameters())] for part in parts]
+    assert_fuses(model, image(64, 64))
+    for name, part, weights in zip(PARTS, parts, before, strict=True):
+        assert backbone.get_submodule(name) is part, name
+        assert all(map(torch.equal, part.parameters(), weights)), name
 
 
 def test_tied_weights():
-    backbone = randomized(OverLoCK(SMALL))
+    backbone = randomized(OverLoCK(DEEPER))
     ties = [nn.Module() for _ in PARTS]
     for tie, name in zip(ties, PARTS, strict=True):
         tie.weight = backbone.get_submodule(name).weight
-    assert_fuses(Reader(backbone, ties), golden.image((1, 3, 64, 64)).double())
+    assert_fuses(Reader(backbone, ties), image(64, 64))
 
 
 class Subclass(OverLoCK):
@@ -289,6 +285,6 @@ class Subclass(OverLoCK):
 
 
 def test_subclass():
-    model = randomized(Subclass(SMALL))
+    model = randomized(Subclass(DEEPER))
     # The four pairs of the stem, and those of the five other downsamplings.
-    assert assert_fuses(model, golden.image((1, 3, 64, 64)).double()) == 9
+    assert assert_fuses(model, image(64, 64)) == 9

@@ -1,7 +1,5 @@
 """The classifiers by name in MMPretrain's functions."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -16,35 +14,24 @@ from mmoverlock import hub  # noqa: E402
 RELEASE = 'https://github.com/LMMMEng/OverLoCK/releases/download/v1/'
 
 
-@pytest.fixture(scope='module', autouse=True)
-def registered():
-    hub.register()
-    hub.register()
-
-
-def test_names():
-    names = [f'overlock_{arch}_300e' for arch in ('b', 's', 't', 'xt')]
-    assert list_models('overlock*') == names
-
-
 def test_pretrained(monkeypatch, tmp_path):
     """Every weight of the released file arrives, and images are classified."""
+    for _ in range(2):
+        hub.register()
+    names = [f'overlock_{arch}_300e' for arch in ('b', 's', 't', 'xt')]
+    assert list_models('overlock*') == names
     state = {
         name: value.float() if value.is_floating_point() else value
         for name, value in state_dict(load('keys_cls_xt')).items()
     }
     file = tmp_path / 'overlock_xt_in1k_224.pth'
     torch.save(state, file)
-    asked = []
-    read = hub.read
-
-    def read_file(source):
-        asked.append(source)
-        return read(str(file))
-
-    monkeypatch.setattr(hub, 'read', read_file)
+    asked, read = [], hub.read
+    monkeypatch.setattr(
+        hub, 'read', lambda url: asked.append(url) or read(str(file))
+    )
     model = get_model('overlock_xt_300e', pretrained=True)
-    assert asked == [f'{RELEASE}{Path(file).name}']
+    assert asked == [f'{RELEASE}{file.name}']
     own = model.state_dict()
     assert len(own) == len(state)
     for name, value in hub.add_prefixes(state).items():
@@ -52,7 +39,5 @@ def test_pretrained(monkeypatch, tmp_path):
     image = np.random.default_rng(0).integers(0, 255, (64, 80, 3), np.uint8)
     result = inference_model(model, image)
     assert result['pred_scores'].shape == (1000,)
-    assert (
-        result['pred_class']
-        == model._dataset_meta['classes'][result['pred_label']]
-    )
+    classes = model._dataset_meta['classes']
+    assert result['pred_class'] == classes[result['pred_label']]

@@ -7,12 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmoverlock.models.layers import (
-    GRN,
-    PointwiseConv,
-    ResDWConv,
-    SEModule,
-)
+from mmoverlock.models.layers import GRN, PointwiseConv, SEModule
 
 reference = import_module('mmoverlock.ops.grn.reference')
 
@@ -31,18 +26,18 @@ def maps(*shape):
 
 
 def assert_equal_with_gradients(actual, expected, inputs):
-    results = [
-        [out, *torch.autograd.grad(out.sin().sum(), inputs)]
-        for out in (actual, expected)
-    ]
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(
+        *(
+            [out, *torch.autograd.grad(out.sin().sum(), inputs)]
+            for out in (actual, expected)
+        )
+    )
 
 
-# A batch or one image; more positions than output channels, or fewer.
-@pytest.mark.parametrize('batch', [1, 3])
-@pytest.mark.parametrize('out_channels', [4, 40])
-@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize(
+    'batch, out_channels, bias',  # more positions than output channels or not
+    [(1, 4, True), (1, 40, False), (3, 40, True), (3, 4, False)],
+)
 @pytest.mark.parametrize('operands', [(), ('scale',), ('scale', 'shift')])
 def test_pointwise_conv(batch, out_channels, bias, operands):
     conv = randomized(PointwiseConv(6, out_channels, bias))
@@ -89,10 +84,3 @@ def test_grn_of_nothing():
     grn(x).sum().backward()
     for tensor in (x, *grn.parameters()):
         assert tensor.grad.isfinite().all()
-
-
-def test_res_dw_conv():
-    conv = randomized(ResDWConv(4))
-    x = maps(2, 4, 5, 3)
-    expected = x + F.conv2d(x, conv.weight, conv.bias, padding=1, groups=4)
-    assert_equal_with_gradients(conv(x), expected, [x, *conv.parameters()])

@@ -24,6 +24,7 @@ from mmdet.models.losses.smooth_l1_loss import L1Loss
 from mmdet.models.roi_heads import StandardRoIHead
 from mmoverlock.models import OverLoCK
 """
+train = tiny.load_tool('train')
 
 
 @pytest.fixture(scope='module')
@@ -33,8 +34,7 @@ def folder(tmp_path_factory):
     Of the module that L1Loss is in, there is a function of the same name.
     """
     folder = tmp_path_factory.mktemp('lazy')
-    config, _ = tiny.write_model('det', folder)
-    cfg = Config.fromfile(config)
+    cfg = Config.fromfile(tiny.write_model('det', folder)[0])
     cfg.default_scope = None
     cfg.pop('custom_imports')
     text = cfg.pretty_text
@@ -44,46 +44,40 @@ def folder(tmp_path_factory):
     (folder / 'new.py').write_text(IMPORTS + text)
     Config.fromfile(folder / 'new.py').dump(folder / 'dumped.py')
     assert 'smooth_l1_loss.L1Loss' in (folder / 'dumped.py').read_text()
-    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3))
-    Image.fromarray(pixels.astype(np.uint8)).save(folder / 'a.png')
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / 'a.png')
     return folder
 
 
 def test_tools(folder, tmp_path):
-    new, dumped, weights, image = (
-        str(folder / name)
-        for name in ('new.py', 'dumped.py', 'det.pth', 'a.png')
-    )
-    rest = weights, image, '--out', tmp_path, '--device', 'cpu'
-    tiny.run_tool('predict', new, *rest)
+    new, dumped = folder / 'new.py', folder / 'dumped.py'
+    rest = folder / 'det.pth', folder / 'a.png', '--out', tmp_path
+    tiny.run_tool('predict', new, *rest, '--device', 'cpu')
     assert '"name": "person"' in (tmp_path / 'predictions.json').read_text()
-    tiny.run_tool('visualize', 'prior', dumped, *rest)
+    tiny.run_tool('visualize', 'prior', dumped, *rest, '--device', 'cpu')
     assert (tmp_path / 'a_prior.png').exists()
     out = tiny.run_tool('get_flops', new, '--shape', '64', '64')
     assert 'roi_head' in out
     export = tiny.load_tool('export')
-    argv = [dumped, weights, '--out', str(tmp_path / 'model.onnx')]
-    args = export.build_parser().parse_args(argv)
+    args = export.build_parser().parse_args([str(dumped), '--out=model.onnx'])
     assert export.check(args, export.cli.load_config(args)) == (800, 1344)
 
 
-@pytest.mark.parametrize('name', ['new', 'dumped'])
+@pytest.mark.parametrize('name', ['new.py', 'dumped.py'])
 def test_options(folder, monkeypatch, name):
     """What train.py and test.py make of the config."""
-    train, test = tiny.load_tool('train'), tiny.load_tool('test')
     monkeypatch.setattr(train, 'get_device', lambda: 'cpu')
-    parser = train.build_parser()
-    args = parser.parse_args([str(folder / f'{name}.py'), '--amp'])
+    args = train.build_parser().parse_args([str(folder / name), '--amp'])
     cfg = train.cli.load_config(args)
     assert cfg.default_scope == 'mmdet'
     train.apply_options(cfg, args)
     assert cfg.optim_wrapper.type == 'CPUAmpOptimWrapper'
-    test.draw_predictions(cfg, 'drawn')
+    tiny.load_tool('test').draw_predictions(cfg, 'drawn')
     assert cfg.default_hooks.visualization.type == 'DetVisualizationHook'
 
 
 def test_names_of_types():
-    cli = tiny.load_tool('train').cli
+    cli = train.cli
     for kind in ('SGD', 'torch.optim.SGD', cli.torch.optim.SGD):
         assert cli.name_of(kind) == 'SGD'
     assert cli.name_of(None) == 'None' and cli.name_of(3) == '3'
@@ -91,12 +85,9 @@ def test_names_of_types():
 
 def test_runs(monkeypatch):
     """The runner, and norms that need GPUs, of whatever kind their type is."""
-    cli = tiny.load_tool('train').cli
-    runners, runner = [], {'from_cfg.return_value.hooks': []}
+    cli, runners, runner = train.cli, [], {'from_cfg.return_value.hooks': []}
     monkeypatch.setattr(
-        cli,
-        'checked',
-        lambda kind: runners.append(kind) or mock.Mock(**runner),
+        cli, 'checked', lambda k: runners.append(k) or mock.Mock(**runner)
     )
     for kind in (Runner, 'Runner'):
         cli.build_runner(Config(dict(launcher='none', runner_type=kind)), True)

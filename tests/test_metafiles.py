@@ -1,28 +1,18 @@
 """FLOPs and parameters in the metafiles are those of the configs."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import yaml
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from tiny import load_tool
+from tiny import ROOT, load_tool, need_openmmlab
 
-pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
-for package in ('mmdet', 'mmseg', 'mmpretrain'):
-    pytest.importorskip(package)
-
-ROOT = Path(__file__).parents[1]
-FAMILIES = {
-    path.parent.name: yaml.safe_load(path.read_text())
-    for path in sorted(ROOT.glob('configs/*/metafile.yml'))
-    if path.parent.name != 'ablation'
-}
+need_openmmlab()
 METADATA = {
     model['Config']: model.get('Metadata', {})
-    for family in FAMILIES.values()
-    for model in family['Models']
+    for path in sorted(ROOT.glob('configs/*/metafile.yml'))
+    if path.parent.name != 'ablation'
+    for model in yaml.safe_load(path.read_text())['Models']
 }
 QUICK = [
     'configs/imagenet/overlock_t_300e.py',
@@ -65,17 +55,3 @@ def test_what_has_none():
         counted = 'mini' not in path and 'drop_in' not in path
         assert ('FLOPs' in metadata) == counted, path
         assert 'Parameters' in metadata, path
-
-
-def test_collections_have_the_names_of_the_field():
-    names = {
-        folder: [collection['Name'] for collection in family['Collections']]
-        for folder, family in FAMILIES.items()
-    }
-    assert names['mask_rcnn'] == ['Mask R-CNN']
-    assert names['cascade_mask_rcnn'] == ['Cascade Mask R-CNN']
-    assert names['upernet'] == ['UPerNet']
-    assert names['imagenet'] == ['OverLoCK']
-    for folder, family in FAMILIES.items():
-        for model in family['Models']:
-            assert model['In Collection'] in names[folder]

@@ -10,9 +10,10 @@ from mmoverlock.models import OverLoCK
 def build(name, **kwargs):
     figures = golden.load(name)
     task, arch = figures['task'], figures['arch']
-    model = OverLoCK(arch, fuse_overview=task == 'det', **kwargs).double()
-    keys = golden.load(f'keys_{task}_{arch}')
-    model.load_state_dict(golden.state_dict(keys))
+    with torch.device('meta'):
+        model = OverLoCK(arch, fuse_overview=task == 'det', **kwargs)
+    state = golden.state_dict(golden.load(f'keys_{task}_{arch}'))
+    model.load_state_dict(state, assign=True)
     return figures, golden.image(figures['input']), model
 
 
@@ -31,7 +32,6 @@ def test_names_and_shapes(task, arch):
     'name, backend, merged',
     [
         ('det_xt_64x64', 'reference', False),
-        ('det_xt_64x64', 'tiled', True),
         ('det_xt_2x96x160', 'tiled', True),
         ('det_xt_224x224', 'reference', False),
         ('det_t_224x288', 'tiled', False),
@@ -44,8 +44,8 @@ def test_inference(name, backend, merged):
     figures, image, model = build(name, contmix_backend=backend)
     golden.assert_outputs_agree(model.eval()(image), figures)
     if merged:
-        model.switch_to_deploy()
-        golden.assert_outputs_agree(model(image), figures)
+        outputs = model.switch_to_deploy()(image)
+        golden.assert_outputs_agree(outputs, figures)
 
 
 def test_training():

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import golden
 import pytest
@@ -18,11 +19,11 @@ from mmoverlock.models.fuse import fuse
 from mmoverlock.models.weights import add_prefixes, merge
 
 XT = 'xt', 'extreme-tiny'
-PARAMETERS = {  # the release's, without and with the auxiliary head
-    'xt': (16969600, 17307272),
-    't': (34476448, 34990472),
-    's': (57795748, 58309772),
-    'b': (97434816, 98012968),
+PARAMETERS = {  # the release's, with the auxiliary head
+    'overlock_xt': 17307272,
+    'overlock_t': 34990472,
+    'overlock_s': 58309772,
+    'overlock_b': 98012968,
 }
 IMAGES = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
@@ -49,14 +50,20 @@ def logits(state):
         return model.eval()(IMAGES)
 
 
-@pytest.mark.parametrize('arch', PARAMETERS)
-def test_parameters(arch):
+def test_names():
+    for name in mmoverlock.__all__:
+        assert getattr(mmoverlock, name).__name__ == name
+        assert name in dir(mmoverlock)
+    with pytest.raises(AttributeError, match='overlock_l'):
+        mmoverlock.overlock_l  # noqa: B018
+
+
+@pytest.mark.parametrize('name', PARAMETERS)
+def test_parameters(name):
     with torch.device('meta'):
-        model = getattr(mmoverlock, f'overlock_{arch}')(aux_head=True)
-    counts = [sum(weight.numel() for weight in model.parameters())]
-    model.aux_head = None
-    counts.insert(0, sum(weight.numel() for weight in model.parameters()))
-    assert tuple(counts) == PARAMETERS[arch]
+        model = getattr(mmoverlock, name)(aux_head=True)
+    total = sum(weight.numel() for weight in model.parameters())
+    assert total == PARAMETERS[name]
 
 
 @torch.no_grad()
@@ -104,38 +111,34 @@ print(len(maps), *logits.shape)
     assert 'head.4.weight (1000, 1024, 1, 1) instead of (5, ' in done.stdout
 
 
-def test_names():
-    for name in mmoverlock.__all__:
-        assert getattr(mmoverlock, name).__name__ == name
-        assert name in dir(mmoverlock)
-    with pytest.raises(AttributeError, match='overlock_l'):
-        mmoverlock.overlock_l  # noqa: B018
+# ----------------------------------------------------------------- weights
 
 
 @pytest.mark.parametrize('change', [dict, add_prefixes, merge])
+@torch.no_grad()
 def test_pretrained_files(change, state, tmp_path, logits):
-    """Of the release and of MMPretrain, plain and merged."""
+    """Of the release and of MMPretrain, plain and merged; then fused."""
     path = str(tmp_path / 'file.pth')
     torch.save({'state_dict': change(state), 'meta': {}}, path)
     model = overlock_xt(path, deploy=change is merge).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(model(IMAGES), logits)
+    torch.testing.assert_close(model(IMAGES), logits)
+    torch.testing.assert_close(fuse(model)(IMAGES), logits)
 
 
 @pytest.mark.parametrize(
     'change, aux_head', [(dict, True), (add_prefixes, False)]
 )
+@torch.no_grad()
 def test_load_state_dict(change, aux_head, state, logits):
+    """As a part of another model too; nothing may be missing."""
     model = overlock_xt(aux_head=aux_head).eval()
-    model.load_state_dict(change(state))
-    with torch.no_grad():
-        assert torch.equal(model(IMAGES), logits)
-    # As a part of another model too.
-    outer = torch.nn.ModuleDict(dict(inner=overlock_xt(aux_head=aux_head)))
+    outer = torch.nn.ModuleDict(dict(inner=model))
     part = {f'inner.{name}': value for name, value in change(state).items()}
     outer.load_state_dict(part)
-    assert torch.equal(outer.inner.head[4].bias, state['head.4.bias'])
-    part.pop(next(reversed(part)))
+    assert torch.equal(model(IMAGES), logits)
+    model.load_state_dict(change(state))
+    assert torch.equal(model(IMAGES), logits)
+    part.popitem()
     if aux_head:
         with pytest.raises(RuntimeError, match='Missing key'):
             outer.load_state_dict(part)
@@ -168,43 +171,38 @@ def test_other_classes_and_channels(file, state):
 
 
 def test_pretrained_true_names_the_release(monkeypatch, state):
-    asked = []
-
-    def read(source):
-        asked.append(source)
-        return {'state_dict': state}
-
+    read = mock.Mock(return_value={'state_dict': state})
     monkeypatch.setattr(plain, 'read', read)
     overlock_xt(pretrained=True)
-    assert asked == [
+    read.assert_called_once_with(
         'https://github.com/LMMMEng/OverLoCK/releases/download/v1/'
         'overlock_xt_in1k_224.pth'
-    ]
+    )
 
 
-def test_what_does_not_fit_is_an_error(state, file, tmp_path):
+def test_what_does_not_fit_is_an_error(state, file):
     with torch.device('meta'):
         with pytest.raises(CheckpointError, match='OverLoCK xt, and the mod'):
             mmoverlock.overlock_t(file)
-    headless = {k: v for k, v in state.items() if not k.startswith('head.0')}
-    torch.save(headless, tmp_path / 'no_head.pth')
+    torch.save({k: state[k] for k in state if 'head.0' not in k}, file)
     with pytest.raises(CheckpointError, match='missing: head.0.weight'):
-        overlock_xt(str(tmp_path / 'no_head.pth'))
+        overlock_xt(file)
     with pytest.raises(TypeError, match='drop_pth'):
         overlock_xt(drop_pth=0.1)
 
 
-def test_auxiliary_head_in_training():
-    model = OverLoCKClassifier(TINY, 7, aux_head=True)
-    logits, auxiliary = model(IMAGES)
-    assert logits.shape == auxiliary.shape == (2, 7)
-    (logits.sum() + auxiliary.sum()).backward()
+# ------------------------------------------------------------------- heads
+
+
+@pytest.mark.parametrize('aux_head', [True, False])
+def test_training(aux_head):
+    """Two logits with an auxiliary head; every weight gets a gradient."""
+    model = OverLoCKClassifier(TINY, 7, aux_head=aux_head)
+    outputs = model(IMAGES) if aux_head else [model(IMAGES)]
+    assert [x.shape for x in outputs] == [(2, 7)] * (1 + aux_head)
+    sum(x.sum() for x in outputs).backward()
     assert all(weight.grad is not None for weight in model.parameters())
     assert model.eval()(IMAGES).shape == (2, 7)
-    # Without, it leaves nothing that has no gradient.
-    model = OverLoCKClassifier(TINY, 7)
-    model(IMAGES).sum().backward()
-    assert all(weight.grad is not None for weight in model.parameters())
 
 
 @torch.no_grad()
@@ -214,31 +212,26 @@ def test_parts_make_the_whole():
     assert features.shape == (2, model.num_features, 2, 3)
     assert torch.equal(model.forward_head(features), model(IMAGES))
     hidden = model.forward_head(features, pre_logits=True)
-    assert hidden.shape == (2, 1024)
-    last = model.get_classifier()
-    expected = last(hidden[..., None, None]).flatten(1)
+    assert hidden.shape == (2, model.head_hidden_size)
+    expected = model.get_classifier()(hidden[..., None, None]).flatten(1)
     torch.testing.assert_close(model(IMAGES), expected)
     model.reset_classifier(0)
     assert torch.equal(model(IMAGES), hidden)
-    model.reset_classifier(0, '')
-    assert model(IMAGES).shape == (2, 1024, 2, 3)
-    model.reset_classifier(3, 'avg')
-    assert model(IMAGES).shape == (2, 3)
+    for settings, shape in [((0, ''), (2, 1024, 2, 3)), ((3, 'avg'), (2, 3))]:
+        model.reset_classifier(*settings)
+        assert model.num_classes == settings[0]
+        assert not any(module.training for module in model.modules())
+        assert model(IMAGES).shape == shape
     with pytest.raises(ValueError, match="'avg' or '', not max"):
         model.reset_classifier(3, 'max')
     model = OverLoCKClassifier(TINY, 0, aux_head=True).train()
     assert model(IMAGES).shape == (2, 1024)
-    assert model.num_classes == 0
 
 
 def test_dropout_is_before_the_last_layer():
     model = OverLoCKClassifier(TINY, 7, drop_rate=0.5)
     features = torch.rand(2, model.num_features, 2, 2)
-    zeros = model.forward_head(features, pre_logits=True).eq(0).float()
-    assert 0.4 < zeros.mean() < 0.6
-    model.eval()
-    assert not model.forward_head(features, pre_logits=True).eq(0).any()
-
-
-def test_fuse(file, logits):
-    torch.testing.assert_close(fuse(overlock_xt(file))(IMAGES), logits)
+    for training, least, most in (True, 0.4, 0.6), (False, 0, 0):
+        model.train(training)
+        hidden = model.forward_head(features, pre_logits=True)
+        assert least <= hidden.eq(0).float().mean() <= most

@@ -2,7 +2,9 @@
 
 import importlib
 import pkgutil
+import sys
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,7 @@ for package in ('mmdet', 'mmpretrain'):
 def reload_all():
     from mmengine.registry import MODELS
 
+    sys.path.append(str(Path(sys.prefix, 'timm')))  # where `make env` has it
     modules = {
         name: importlib.import_module(name)
         for _, name, _ in pkgutil.walk_packages(

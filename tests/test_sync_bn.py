@@ -5,7 +5,6 @@ one process with plain batch norms over all the values, in float64.
 """
 
 from contextlib import nullcontext
-from functools import partial
 
 import pytest
 import torch
@@ -21,8 +20,7 @@ DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 NO_MODES = nullcontext(), nullcontext()
 SHAPES = {
     'other sizes': ((1, 2, 6, 5), (1, 2, 4, 7)),
-    'compiled': ((1, 2, 4, 5), (1, 2, 4, 5)),
-    'no maps': ((1, 2, 5, 4), (0, 2, 5, 4)),
+    'no maps, compiled': ((1, 2, 5, 4), (0, 2, 5, 4)),
 }
 
 
@@ -37,9 +35,10 @@ def module(norm='BN', backend='auto', group=None):
     return conv.to(DEVICE)
 
 
-def draw(shapes):
+def draw(name):
     """Maps whose means are large beside the deviations, and gradients."""
     torch.manual_seed(1)
+    shapes = SHAPES[name]
     maps = [torch.randn(shape) + 3 + i for i, shape in enumerate(shapes)]
     return maps, [torch.randn(shape) for shape in shapes]
 
@@ -59,37 +58,28 @@ def train(conv, x, grad, modes=NO_MODES):
     )
 
 
-def train_counted(conv, x, grad):
-    """A step; return that, and the exchanges of each way."""
-    modes = debug.CommDebugMode(), debug.CommDebugMode()
-    result = train(conv, x, grad, modes)
-    return result, [mode.get_total_counts() for mode in modes]
-
-
 def run(rank, folder):
     """What each of the processes does."""
     torch.set_num_threads(1)
     distributed.init_process_group(
         'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2
     )
-    new = partial(module, 'SyncBN', 'triton')
-    results = {}
-    for name, shapes in SHAPES.items():
-        maps, grads = draw(shapes)
-        if name == 'other sizes':
-            results[name], results['exchanges'] = train_counted(
-                new(), maps[rank], grads[rank]
-            )
-            continue
-        conv = new()
-        if name == 'compiled':
-            conv.compile(backend='aot_eager')
-        results[name] = train(conv, maps[rank], grads[rank])
     alone = [distributed.new_group([i]) for i in (0, 1)][rank]
-    if rank == 0:
-        results['alone'], results['exchanges alone'] = train_counted(
-            new(group=alone), maps[0], grads[0]
-        )
+    results = {'exchanges': {}}
+    for name in (*SHAPES, 'alone'):
+        maps, grads = draw('other sizes' if name == 'alone' else name)
+        conv = module('SyncBN', 'triton')
+        if name == 'alone':
+            conv = module('SyncBN', group=alone)
+        elif 'compiled' in name:
+            conv.compile(backend='aot_eager')
+            results[name] = train(conv, maps[rank], grads[rank])
+            continue
+        modes = debug.CommDebugMode(), debug.CommDebugMode()
+        results[name] = train(conv, maps[rank], grads[rank], modes)
+        results['exchanges'][name] = [
+            mode.get_total_counts() for mode in modes
+        ]
     torch.save(results, f'{folder}/{rank}.pth')
     distributed.destroy_process_group()
 
@@ -127,7 +117,7 @@ def check(actual, expected):
 @pytest.mark.parametrize('name', SHAPES)
 def test_statistics_are_those_of_all_maps(results, name):
     conv = module().double().cpu()
-    maps, grads = draw(SHAPES[name])
+    maps, grads = draw(name)
     maps = [x.double().requires_grad_() for x in maps]
     outs = over_all(conv, maps)
     torch.autograd.backward(outs, [grad.double() for grad in grads])
@@ -143,24 +133,18 @@ def test_statistics_are_those_of_all_maps(results, name):
         check(share + other, parameter.grad)
 
 
-def test_one_exchange_each_way(results):
-    for result in results:
-        assert result['exchanges'] == [1, 1]
-    assert results[0]['exchanges alone'] == [0, 0]
+def test_exchanges(results):
+    """One each way; a group of one has none, and is a batch norm."""
+    maps, grads = draw('other sizes')
+    for result, x, grad in zip(results, maps, grads, strict=True):
+        assert result['exchanges'] == {'other sizes': [1, 1], 'alone': [0, 0]}
+        check(result['alone'], train(module(), x, grad))
 
 
-def test_group_of_one(results):
-    """Its statistics are those of a batch norm."""
-    maps, grads = draw(SHAPES['no maps'])
-    check(results[0]['alone'], train(module(), maps[0], grads[0]))
-
-
-@pytest.mark.parametrize('backend', ['auto', 'triton'])
-def test_one_process(backend):
+def test_one_process():
     """Where nothing is distributed, SyncBN is a batch norm."""
-    maps, grads = draw(SHAPES['other sizes'])
-    ours = train(module('SyncBN', backend), maps[0], grads[0])
-    check(ours, train(module(), maps[0], grads[0]))
+    [x, _], [grad, _] = draw('other sizes')
+    check(train(module('SyncBN'), x, grad), train(module(), x, grad))
 
 
 def test_backend_without_exchange():

@@ -1,7 +1,7 @@
 """OverLoCK in timm: what timm's own tests ask of every model.
 
 Not among it are TorchScript and symbolic tracing, which the network does not
-take.
+take. What the classifier does alone is in test_plain.py.
 """
 
 import sys
@@ -20,13 +20,7 @@ import mmoverlock.timm  # noqa: E402
 from mmoverlock import OverLoCK, overlock_xt  # noqa: E402
 from mmoverlock.models.weights import add_prefixes  # noqa: E402
 
-CHANNELS = {
-    'overlock_b': [80, 160, 528, 720],
-    'overlock_s': [64, 128, 448, 640],
-    'overlock_t': [64, 128, 384, 640],
-    'overlock_xt': [56, 112, 340, 420],
-}
-WIDTHS = [8, 16, 32, 40]  # of the tiny one
+BLOCKS = dict(overlock_b=54, overlock_s=42, overlock_t=30, overlock_xt=17)
 
 
 @pytest.fixture
@@ -43,83 +37,40 @@ def state(create):
 
 
 def test_names_are_registered():
-    names = [*CHANNELS]
-    assert timm.list_models('overlock*') == names
-    tagged = [f'{name}.in1k' for name in names]
+    assert timm.list_models('overlock*') == [*BLOCKS]
+    tagged = [f'{name}.in1k' for name in BLOCKS]
     assert timm.list_models('overlock*', pretrained=True) == tagged
-    assert {*mmoverlock.timm.__all__} == {*names} < {*mmoverlock.__all__}
+    assert {*mmoverlock.timm.__all__} == {*BLOCKS} < {*mmoverlock.__all__}
+    for name, blocks in BLOCKS.items():
+        model = timm.create_model(name, device='meta')
+        assert sum(model.depths) == blocks
+        cfg = model.pretrained_cfg
+        assert cfg['url'].endswith(f'/{name}_in1k_224.pth')
+        assert cfg['interpolation'] == 'bicubic' and cfg['crop_pct'] > 0.9
 
 
-@pytest.mark.parametrize('name', CHANNELS)
-def test_default_cfg(name):
-    model = timm.create_model(f'{name}.in1k', device='meta')
+def test_classifier(create):
+    model = create(device='meta').eval()
     cfg = model.default_cfg
-    assert model.in_chans == cfg['input_size'][0]
+    images = torch.empty(1, *cfg['input_size'], device='meta')
+    assert model.in_chans == images.shape[1]
     for layer in cfg['first_conv'], cfg['classifier']:
         assert f'{layer}.weight' in model.state_dict()
-    arch = name.removeprefix('overlock_')
-    crops = dict(xt=0.925, t=0.95, s=0.95, b=0.975)
-    assert cfg['crop_pct'] == crops[arch]
-    assert cfg['interpolation'] == 'bicubic'
-    assert cfg['url'].endswith(f'/overlock_{arch}_in1k_224.pth')
-    infos = [info['num_chs'] for info in model.feature_info]
-    assert infos == CHANNELS[name]
-
-
-def test_heads(create):
-    model = create(device='meta').eval()
-    images = torch.empty(1, 3, 224, 224, device='meta')
+    assert [info['num_chs'] for info in model.feature_info] == [8, 16, 32, 40]
     features = model.forward_features(images)
-    pool_size = model.default_cfg['pool_size']
-    assert features.shape == (1, model.num_features, *pool_size)
-    hidden = model.forward_head(features, pre_logits=True)
-    assert hidden.shape == (1, model.head_hidden_size)
+    assert features.shape == (1, model.num_features, *cfg['pool_size'])
     assert model(images).shape == (1, 1000)
-    assert model.get_classifier().out_channels == 1000
     for num_classes, pool, shape in [
-        (0, None, (1, 1024)),
         (0, '', (1, 1024, 7, 7)),
         (5, 'avg', (1, 5)),
     ]:
-        model.reset_classifier(num_classes, pool)
-        assert model(images).shape == shape
-        assert model.num_classes == num_classes
-        assert not any(module.training for module in model.modules())
-        if pool is not None:
-            again = create(num_classes=num_classes, global_pool=pool)
-            assert again.eval().to('meta')(images).shape == shape
-
-
-@pytest.mark.parametrize(
-    'given, expected', [(2, (2, 3)), ([-1], (3,)), ((0, 1), (0, 1))]
-)
-def test_features_only(create, given, expected):
-    model = create(features_only=True, out_indices=given, in_chans=4)
-    assert model.out_indices == expected
-    widths = [WIDTHS[i] for i in expected]
-    strides = [4 * 2**i for i in expected]
-    assert model.feature_info.channels() == widths
-    assert model.feature_info.reduction() == strides
-    maps = model(torch.randn(2, 4, 64, 96))
-    assert isinstance(maps, list)
-    for item, width, stride in zip(maps, widths, strides, strict=True):
-        assert item.shape == (2, width, 64 // stride, 96 // stride)
-
-
-def test_training(create):
+        model = create(num_classes=num_classes, global_pool=pool)
+        assert model.eval().to('meta')(images).shape == shape
     with pytest.raises(TypeError, match='not_an_argument'):
         create(not_an_argument=1)
-    model = create(num_classes=42, drop_rate=0.0, drop_path_rate=0.0)
-    model(torch.rand(2, 3, 64, 64)).mean().backward()
-    for name, weight in model.named_parameters():
-        assert weight.grad is not None, name
-    model.set_grad_checkpointing()
-    assert all(model.checkpointed.values())
-    model.set_grad_checkpointing(False)
-    assert not any(model.checkpointed.values())
 
 
-def test_groups_of_parameters(create):
+def test_groups_and_recomputation(create):
     from timm.models import group_parameters
 
     model = create()
@@ -127,6 +78,26 @@ def test_groups_of_parameters(create):
     assert groups['patch_embed1.0.weight'] == 0
     assert len(set(groups.values())) == sum(model.depths) + 2
     assert groups['head.4.weight'] == max(groups.values())
+    for enable in True, False:
+        model.set_grad_checkpointing(enable)
+        assert {*model.checkpointed.values()} == {int(enable)}
+
+
+@pytest.mark.parametrize(
+    'given, expected', [(2, (2, 3)), ([-1], (3,)), ((0, 1), (0, 1))]
+)
+def test_features_only(create, given, expected):
+    unused = dict(num_classes=0, global_pool='')
+    model = create(features_only=True, out_indices=given, in_chans=4, **unused)
+    assert model.out_indices == expected
+    widths = [(8, 16, 32, 40)[i] for i in expected]
+    strides = [4 * 2**i for i in expected]
+    assert model.feature_info.channels() == widths
+    assert model.feature_info.reduction() == strides
+    maps = model(torch.randn(2, 4, 64, 96))
+    assert isinstance(maps, list)
+    for item, width, stride in zip(maps, widths, strides, strict=True):
+        assert item.shape == (2, width, 64 // stride, 96 // stride)
 
 
 @pytest.mark.parametrize('change', [dict, add_prefixes])
@@ -153,11 +124,9 @@ def test_pretrained(change, create, state, tmp_path):
     torch.testing.assert_close(own['patch_embed1.0.weight'], stem)
 
     own = load(features_only=True, out_indices=(0, 1))
-    for name in own:
-        assert name.startswith('extra_norm') or torch.equal(
-            own[name], state[name]
-        )
-    assert 'blocks2.0.dwconv.weight' in own
+    backbone = {name for name in own if not name.startswith('extra_norm')}
+    assert 'blocks2.0.dwconv.weight' in backbone
+    assert all(torch.equal(own[name], state[name]) for name in backbone)
 
     for features_only in False, True:
         own = create(checkpoint_path=path, features_only=features_only)
