@@ -101,6 +101,26 @@ def randomize(model):
     return model
 
 
+def shrunk(node, factor):
+    """A pipeline's config, with all sizes of images divided by a factor."""
+    if isinstance(node, dict):
+        return {
+            key: _divided(value, factor)
+            if key in ('scale', 'scales', 'crop_size')
+            else shrunk(value, factor)
+            for key, value in node.items()
+        }
+    if type(node) is list:
+        return [shrunk(child, factor) for child in node]
+    return node
+
+
+def _divided(size, factor):
+    if isinstance(size, int):
+        return size // factor
+    return type(size)(_divided(side, factor) for side in size)
+
+
 def forget_instances():
     """Forget MMEngine's loggers and their kind.
 
