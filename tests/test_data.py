@@ -312,7 +312,8 @@ def test_no_fault(tmp_path, kind, file, content):
 
 def test_format_that_opencv_does_not_read(tmp_path):
     dataset = write_dataset(tmp_path, 'cls')
-    put(tmp_path / LISTED, b'0.tga 0')
+    del dataset['metainfo']  # so that any label is one
+    put(tmp_path / LISTED, b'0.tga 5')
     path = put(tmp_path / 'images/0.tga', drawing(kind='TGA'))
     assert error_of(dataset).startswith(
         f'{path} is of a format that OpenCV does not read; Pillow does: '
@@ -588,6 +589,8 @@ def test_evaluation(tmp_path, kind, contents, expected, result):
     """What is told of an evaluator's file, and how the evaluation ends."""
     dataset = write_dataset(tmp_path, 'det')
     path = put(tmp_path / 'other.json', contents)
+    if kind == 'segm':  # which is no fault of the dataset
+        put(tmp_path / ANNOTATED, contents)
     found = check(dataset, metric(path, metric=kind))
     assert [
         (f.what, f.entry.replace(str(tmp_path), ''), f.fault) for f in found
