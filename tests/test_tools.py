@@ -244,7 +244,10 @@ def files(tmp_path_factory):
 
 
 STOCK = f'train {MASK_RCNN}'
-OPTION = f'{STOCK} --cfg-options '
+OPTION = f'{STOCK} --cfg-options'
+TRAIN = 'train FILES/detector.py --cfg-options'
+TEST = 'test FILES/detector.py FILES/empty.pth'
+INIT = 'model.backbone.init_cfg'
 DATA_ROOT = (
     'data_root is a variable of the config file, which is used while it is '
     'read; set what is made from it: test_dataloader.dataset.data_root, '
@@ -266,10 +269,7 @@ DATA_ROOT = (
         (f'test {MASK_RCNN} no.pth', 'checkpoint no.pth does not exist'),
         (f'{STOCK} --resume no.pth', 'checkpoint no.pth does not exist'),
         (f'{OPTION} load_from=no.pth', 'checkpoint no.pth does not exist'),
-        (
-            f'{OPTION} model.backbone.init_cfg.checkpoint=no.pth',
-            'checkpoint no.pth does not exist',
-        ),
+        (f'{OPTION} {INIT}.checkpoint=no.pth', 'checkpoint no.pth does not'),
         # Data that are missing, and how to get them
         (
             STOCK,
@@ -291,18 +291,12 @@ DATA_ROOT = (
             '.0)',
         ),
         (
-            'train FILES/detector.py --cfg-options '
-            'train_dataloader.dataset.ann_file=annotations/no.json',
-            'FILES/coco/annotations/no.json does not exist',
+            f'{TRAIN} train_dataloader.dataset.ann_file=no.json',
+            'FILES/coco/no.json does not exist',
         ),
+        (f'{TRAIN} val_evaluator.ann_file=no.json', 'file no.json does not'),
         (
-            'train FILES/detector.py --cfg-options '
-            'val_evaluator.ann_file=no.json',
-            'val_evaluator.ann_file no.json does not exist',
-        ),
-        (
-            'test FILES/detector.py FILES/empty.pth --cfg-options '
-            'train_dataloader.dataset.data_root=nowhere '
+            f'{TEST} --cfg-options train_dataloader.dataset.data_root=nowhere '
             'test_dataloader.dataset.data_prefix.img=elsewhere',
             'FILES/coco/elsewhere does not exist (test_dataloader.dataset)',
         ),
@@ -312,43 +306,27 @@ DATA_ROOT = (
         (f'{OPTION} foo', "KEY=VALUE, not 'foo'"),
         (f'{OPTION} a=[1,(2]', 'brackets'),
         (f'{OPTION} modle.type=A', 'there is no modle; did you mean model'),
-        (
-            f'{OPTION} model.bakbone.arch=t',
-            'there is no bakbone in model; did you mean backbone?',
-        ),
+        (f'{OPTION} model.bakbone.arch=t', 'model; did you mean backbone?'),
         (f'{OPTION} model.bakbone.arch._delete_=True', 'no bakbone in model'),
-        (
-            f'{OPTION} model.backbone.arch.depths=1',
-            'add model.backbone.arch._delete_=',
-        ),
+        (f'{OPTION} model.backbone.arch.depths=1', 'backbone.arch._delete_='),
         (
             f'{OPTION} param_scheduler.2.end=5',
-            'param_scheduler is a list of 2',
+            'scheduler is a list of 2',
         ),
         (
             f'{OPTION} param_scheduler.x.end=5',
-            'param_scheduler is a list of 2',
+            'scheduler is a list of 2',
         ),
-        (f'{OPTION} param_scheduler.0=5', 'param_scheduler is a list of 2'),
+        (f'{OPTION} param_scheduler.0=5', 'scheduler is a list of 2'),
         (f'{OPTION} data_root=/data/coco/', DATA_ROOT),
         (f'{OPTION} train_pipeline.0.type=A', 'train_pipeline is a variable'),
-        (
-            f'{OPTION} model.backbone.init_cfg=None '
-            'model.backbone.init_cfg.type=Pretrained',
-            'both model.backbone.init_cfg and',
-        ),
+        (f'{OPTION} {INIT}=None {INIT}.type=Constant', f'both {INIT} and'),
         (
             f'{OPTION} test_dataloader.dataset.metainfo.classes=[a_light,car]',
             'classes=[a light,car]: blanks in the elements of a list',
         ),
-        (
-            f'{STOCK} --auto-scale-lr --cfg-options auto_scale_lr=None',
-            'auto_scale_lr.base_batch_size',
-        ),
-        (
-            'test FILES/detector.py FILES/empty.pth --out out.json',
-            'out.json does not end in .pkl',
-        ),
+        (f'{OPTION} auto_scale_lr=None --auto-scale-lr', '.base_batch_size'),
+        (f'{TEST} --out out.json', 'out.json does not end in .pkl'),
         (
             'test FILES/cifar.py FILES/empty.pth --show-dir drawn',
             'mmdet, mmseg, mmpretrain',
@@ -432,7 +410,6 @@ def test_local_rank_under_mpi(monkeypatch):
 
 
 URL = 'http://127.0.0.1:9/overlock.pth'  # nothing listens there
-INIT = 'model.backbone.init_cfg'
 
 
 @pytest.mark.parametrize(
