@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pickle
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -416,23 +417,14 @@ URL = 'http://127.0.0.1:9/overlock.pth'  # nothing listens there
     ('options', 'words'),
     [
         (
-            ['model.backbone.drop_pathrate=0.1'],
-            [
-                '--cfg-options model.backbone.drop_pathrate: ',
-                "unexpected keyword argument 'drop_pathrate'",
-            ],
+            'model.backbone.drop_pathrate=0.1',
+            '--cfg-options model.backbone.drop_pathrate: .*unexpected keyword '
+            "argument 'drop_pathrate'",
         ),
         (
-            [
-                f'{INIT}._delete_=True',
-                f'{INIT}.type=Pretrained',
-                f'{INIT}.checkpoint={URL}',
-            ],
-            [
-                f'cannot download {URL}',
-                f'{INIT}.checkpoint=FILE',
-                f'{INIT}=None',
-            ],
+            f'{INIT}._delete_=True {INIT}.type=Pretrained '
+            f'{INIT}.checkpoint={URL}',
+            f'cannot download {URL}.*{INIT}.checkpoint=FILE.*{INIT}=None',
         ),
     ],
 )
@@ -440,12 +432,11 @@ def test_mistake_that_building_finds(files, tmp_path, options, words):
     """A new key that the class does not know, and what is not to be had."""
     message = tiny.run_tool(
         *('train', files / 'detector.py', '--work-dir', tmp_path),
-        *('--cfg-options', *options),
+        *('--cfg-options', *options.split()),
         status=2,
     )
     assert 'Traceback' not in message
-    for word in words:
-        assert word in message
+    assert re.search(words, message)
 
 
 def test_other_type_errors_keep_their_traceback():

@@ -278,13 +278,8 @@ def classifier(folder, **settings):
 def _drawn(task, layout, folder, config, images, resize):
     """The config of a tiny model, of drawn data and small images.
 
-    Args:
-        task (str): 'det', 'seg' or 'cls'.
-        layout (str): Of the data, which are in ``folder / layout``.
-        folder (Path): Where to.
-        config (str): The config it is made of, relative to configs/.
-        images (int): How many to evaluate on.
-        resize (int): The step of the training's pipeline that resizes.
+    It resizes in that step of the training's pipeline, and evaluates on so
+    many images.
     """
     root = folder / layout
     run_tool('make_sample_data', layout, root, '--images=4', '--size=96')
