@@ -346,6 +346,9 @@ def test_faulty_loader(tmp_path):
         f'the loader of {tmp_path}/images and {tmp_path}/list.txt cannot be '
         'built: persistent_workers option needs num_workers > 0'
     )
+    dataset['pipeline'].append(dict(type='Nothing'))
+    with pytest.raises(KeyError, match='Nothing'):
+        load(dataset)
 
 
 def test_types_that_are_classes(tmp_path):
@@ -576,6 +579,11 @@ TWICE = [*SOUND['categories'], dict(id=9, name='cat')]
             (ORDER, "label 0 is 'cat' in it and 'other' in the config", True),
         ),
         (['Cat', 'other'], SOUND, (LACKS, "'Cat'; is it 'cat' there?", True)),
+        (
+            ['cat', 'Other'],
+            SOUND,
+            (LACKS, "'Other'; is it 'other' there?", True),
+        ),
         (['cat', 'zebra'], SOUND, (LACKS, "'zebra'", False)),
         (
             *(['cat', 'other'], coco(categories=TWICE)),
