@@ -68,19 +68,8 @@ def assert_fits(model):
         assert reader.in_channels == channels_for(reader, channels)
 
 
-def test_there_are_configs():
-    """Of every arch; a name is a work dir's, and what mim finds it by."""
-    for arch, (folder, schedule) in itertools.product(
-        ('xt', 't', 's', 'b'),
-        [
-            ('mask_rcnn', '1x'),
-            ('mask_rcnn', '3x'),
-            ('cascade_mask_rcnn', 'cascade_3x'),
-            ('upernet', '160k'),
-            ('imagenet', '300e'),
-        ],
-    ):
-        assert f'{folder}/overlock_{arch}_{schedule}.py' in PATHS
+def test_names():
+    """A name is a work dir's, and what mim finds a config by."""
     names = [Path(path).name for path in PATHS]
     assert sorted(names) == sorted({*names})
 

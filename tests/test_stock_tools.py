@@ -9,7 +9,6 @@ import re
 import runpy
 import sys
 from importlib.util import find_spec
-from inspect import signature
 from pathlib import Path
 from unittest import mock
 
@@ -156,22 +155,11 @@ def test_browse_dataset(task, drawn, stock):
         assert_picture(picture)
 
 
-@pytest.mark.parametrize(
-    'part',
-    [
-        'dataloader',
-        pytest.param(
-            'inference',
-            marks=pytest.mark.skipif(
-                not torch.cuda.is_available(), reason='needs a GPU'
-            ),
-        ),
-    ],
-)
-def test_benchmark_of_mmdet(part, drawn, stock):
+def test_benchmark_of_mmdet(drawn, stock):
+    """Of the data loader."""
     _, config, checkpoint = drawn('det')
     stock(
-        *('det', 'analysis_tools/benchmark', config, '--task', part),
+        *('det', 'analysis_tools/benchmark', config, '--task', 'dataloader'),
         *('--checkpoint', checkpoint, '--work-dir', 'work'),
         *('--max-iter', '3', '--num-warmup', '1', '--log-interval', '1'),
     )
@@ -192,30 +180,3 @@ def test_benchmark_of_mmseg(drawn, stock):
     )
     (file,) = Path('work').glob('fps_*.json')
     assert json.loads(file.read_text())['average_fps'] > 0
-
-
-def test_cam_of_mmpretrain(drawn, stock):
-    pytest.importorskip('pytorch_grad_cam')
-    folder, config, checkpoint = drawn('cls')
-    image = next(folder.rglob('*.JPEG'))
-    stock(
-        *('cls', 'visualization/vis_cam', image, config, checkpoint),
-        *('--save-path', 'cam.jpg'),
-    )
-    assert_picture('cam.jpg')
-
-
-def test_cam_of_mmseg(drawn, stock):
-    cam = pytest.importorskip('pytorch_grad_cam')
-    if 'use_cuda' not in signature(cam.GradCAM).parameters:
-        pytest.skip('needs grad-cam before 1.5')
-    folder, config, checkpoint = drawn('seg')
-    image = next(folder.rglob('*.jpg'))
-    state = torch.load(checkpoint)
-    torch.save({**state, 'meta': {}}, 'trained.pth')
-    stock(
-        *('seg', 'analysis_tools/visualization_cam', image, config),
-        *('trained.pth', '--device', 'cpu', '--category-index', '2'),
-        *('--target-layers', 'backbone.extra_norm["3"]'),
-    )
-    assert_picture('vis_cam.png')
