@@ -61,8 +61,13 @@ def channels_for(reader, channels):
 
 def assert_fits(model):
     """What reads the maps of the backbone takes their channels."""
+    arch = model.backbone.arch
+    for names, settings in OverLoCK.arch_zoo.items():
+        arch = settings if arch in names else arch
+    shallow = dict(arch, depths=(1, 1, 1, 1), focus_depths=(1, 1))
     with torch.device('meta'):
-        channels = MODELS.build(model.backbone).out_channels
+        backbone = MODELS.build(dict(model.backbone, arch=shallow))
+    channels = backbone.out_channels
     assert readers(model)
     for reader in readers(model):
         assert reader.in_channels == channels_for(reader, channels)
