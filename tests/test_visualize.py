@@ -290,6 +290,12 @@ def test_mistakes(files, tmp_path, command, options, words):
     assert message.startswith('visualize.py: ') and words in message
 
 
+def test_missing_input(files, tmp_path):
+    inputs = [*files['cls'][:2], 'none']
+    message = run('prior', inputs, tmp_path, status=2)
+    assert 'visualize.py: none: there is no such file' in message
+
+
 def test_missing_stage():
     backbone = OverLoCK(tiny.ARCH, out_indices=(0, 1))
     with pytest.raises(tool.cli.UserError, match='no sub_blocks3.*(0, 1)'):
