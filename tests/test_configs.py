@@ -17,10 +17,11 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.fileio import load
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.structures import PixelData
 from torch import nn
 
+from mmoverlock.data.checks import Split, head_classes
 from mmoverlock.models import OverLoCK
 
 tiny.need_openmmlab()
@@ -58,72 +59,64 @@ def channels_for(reader, channels):
     return list(channels)
 
 
-# ----------------------------------------------------------------- as built
+def assert_fits(model):
+    """What reads the maps of the backbone takes their channels."""
+    arch = model.backbone.arch
+    for names, settings in OverLoCK.arch_zoo.items():
+        arch = settings if arch in names else arch
+    shallow = dict(arch, depths=(1, 1, 1, 1), focus_depths=(1, 1))
+    with torch.device('meta'):
+        backbone = MODELS.build(dict(model.backbone, arch=shallow))
+    channels = backbone.out_channels
+    assert readers(model)
+    for reader in readers(model):
+        assert reader.in_channels == channels_for(reader, channels)
 
 
-def test_there_are_configs():
-    """Of every arch; a name is a work dir's, and what mim finds it by."""
-    for arch, (folder, schedule) in itertools.product(
-        ('xt', 't', 's', 'b'),
-        [
-            ('mask_rcnn', '1x'),
-            ('mask_rcnn', '3x'),
-            ('cascade_mask_rcnn', 'cascade_3x'),
-            ('upernet', '160k'),
-            ('imagenet', '300e'),
-        ],
-    ):
-        assert f'{folder}/overlock_{arch}_{schedule}.py' in PATHS
+def test_names():
+    """A name is a work dir's, and what mim finds a config by."""
     names = [Path(path).name for path in PATHS]
     assert sorted(names) == sorted({*names})
 
 
 @pytest.mark.parametrize('path', PATHS)
-def test_backbone(path):
-    """Of the arch that the name says, with heads that fit it."""
+def test_config(path):
+    """Its arch is in its name; heads fit; norms and biases do not decay."""
     cfg = read(path)
-    with torch.device('meta'):
-        channels = MODELS.build(cfg.model.backbone).out_channels
-    assert readers(cfg.model)
-    for reader in readers(cfg.model):
-        assert reader.in_channels == channels_for(reader, channels)
+    assert_fits(cfg.model)
     folder, arch = re.fullmatch(r'(.*)/overlock_(\w+?)_\w+\.py', path).groups()
     backbone = cfg.model.backbone
-    if arch == 'mini':  # no arch of the paper: there are no weights for it
-        assert isinstance(backbone.arch, dict)
-        assert 'init_cfg' not in backbone
-        return
-    assert backbone.arch == arch
-    if cfg.default_scope == 'mmpretrain':
-        assert 'init_cfg' not in backbone
-        return
-    assert cfg.sync_bn == 'torch'
-    assert backbone.init_cfg == {
-        'type': 'Pretrained',
-        'checkpoint': f'{RELEASE}overlock_{arch}_in1k_224.pth',
-    }
-    if folder != 'drop_in':
-        fused = folder in ('mask_rcnn', 'cascade_mask_rcnn')
-        assert backbone.get('fuse_overview', False) == fused
+    assert (
+        isinstance(backbone.arch, dict)
+        if arch == 'mini'
+        else (backbone.arch == arch)
+    )
+    init_cfg = None
+    if arch != 'mini' and cfg.default_scope != 'mmpretrain':
+        assert cfg.sync_bn == 'torch'
+        weights = f'{RELEASE}overlock_{arch}_in1k_224.pth'
+        init_cfg = {'type': 'Pretrained', 'checkpoint': weights}
+        if folder != 'drop_in':
+            fused = folder in ('mask_rcnn', 'cascade_mask_rcnn')
+            assert backbone.get('fuse_overview', False) == fused
+    assert backbone.get('init_cfg') == init_cfg
+    if cfg.default_scope == 'mmseg':  # tools of mmseg read it at the top
+        assert cfg.data_preprocessor == cfg.model.data_preprocessor
 
-
-@pytest.mark.parametrize('path', PATHS)
-def test_optimizer(path):
-    """No norm and no table of position biases decays, and all others do."""
-    cfg = read(path)
-    cfg.model.backbone.arch = tiny.ARCH  # the rule is one for all
+    backbone.arch = tiny.ARCH  # what follows is the same for all
     with torch.device('meta'):
         model = MODELS.build(cfg.model)
+    check_classes(cfg, model)
     wrapper = cfg.optim_wrapper.to_dict()  # a ConfigDict takes long
     optimizer = build_optim_wrapper(model, wrapper).optimizer
+    keys = cfg.optim_wrapper.get('paramwise_cfg', {}).get('custom_keys', {})
+    if path in DROP_IN and ('norm' not in keys or 'backbone' in keys):
+        return  # the rule is that of another recipe
     decays = {
         id(parameter): group['weight_decay']
         for group in optimizer.param_groups
         for parameter in group['params']
     }
-    keys = cfg.optim_wrapper.get('paramwise_cfg', {}).get('custom_keys', {})
-    if path in DROP_IN and ('norm' not in keys or 'backbone' in keys):
-        return  # the rule is that of another recipe
     decay = cfg.optim_wrapper.optimizer.weight_decay
     for name, parameter in model.named_parameters():
         spared = 'norm' in name or 'relative_position_bias_table' in name
@@ -132,78 +125,45 @@ def test_optimizer(path):
     assert not decays
 
 
-# ------------------------------------------------------------------ recipes
-
-# By config, what the paper and the release say.
-EPOCHS = 'train_cfg.max_epochs'
-LR = 'optim_wrapper.optimizer.lr'
-DECAY = 'optim_wrapper.optimizer.weight_decay'
-WARM_UP, STEPS = 'param_scheduler.0.end', 'param_scheduler.1.milestones'
-DROP_PATH = 'model.backbone.drop_path_rate'
-THREE_TIMES = {EPOCHS: 36, LR: 1e-4, DECAY: 0.05, STEPS: [27, 33]}
-RECIPES = {
-    'mask_rcnn/overlock_t_1x': {
-        **{EPOCHS: 12, LR: 2e-4, DECAY: 0.05, WARM_UP: 500, STEPS: [8, 11]},
-        DROP_PATH: 0.2,
-    },
-    'mask_rcnn/overlock_xt_3x': THREE_TIMES | {DROP_PATH: 0.1},
-    'cascade_mask_rcnn/overlock_b_cascade_3x': THREE_TIMES | {DROP_PATH: 0.6},
-    'upernet/overlock_s_160k': {
-        'train_cfg.max_iters': 160_000,
-        **{LR: 6e-5, DECAY: 0.01, WARM_UP: 1500, DROP_PATH: 0.3},
-    },
-    'imagenet/overlock_b_300e': {
-        **{EPOCHS: 300, LR: 2e-3, DECAY: 0.05, DROP_PATH: 0.5},
-        'auto_scale_lr.base_batch_size': 2048,
-        'optim_wrapper.clip_grad.max_norm': 5.0,
-        'test_dataloader.dataset.pipeline.1.scale': 229,
-    },
-}
+def check_classes(cfg, model):
+    """Heads have as many as the dataset, and one less would be told."""
+    dataset = cfg.test_dataloader.dataset
+    classes = dataset.get('metainfo', {}).get('classes')
+    with DATASETS.switch_scope_and_registry(cfg.default_scope) as registry:
+        classes = classes or registry.get(dataset.type).METAINFO['classes']
+    for some in (classes, classes[1:]):
+        dataset = nn.Module()
+        dataset.metainfo = dict(classes=some)
+        found = [*head_classes(Split({'key': dataset}, model=model))]
+        assert bool(found) == (some is not classes)
 
 
-@pytest.mark.parametrize('path', RECIPES)
-def test_recipe(path):
-    cfg = read(f'{path}.py')
-    for key, expected in RECIPES[path].items():
-        value = cfg
-        for part in key.split('.'):
-            value = value[int(part) if part.isdigit() else part]
-        assert value == expected, key
-
-
-def test_upernet_test_sizes():
-    """The short side is 512; both are rounded up to a multiple of 32."""
+def test_upernet_sizes():
+    """Sides are multiples of 32, in a test and in its twelve views."""
     cfg = read('upernet/overlock_t_160k.py')
     _, resize, round_up, *_ = cfg.test_dataloader.dataset.pipeline
     assert round_up.interpolation == 'bicubic'
-    transform = Compose([resize, round_up])
 
-    def size(height, width):
+    def view(steps, height, width):
         image = np.zeros((height, width, 3), np.uint8)
-        results = transform({'img': image, 'img_shape': image.shape[:2]})
+        results = {'img': image, 'img_shape': image.shape[:2], 'scale': None}
+        results = Compose(steps)(results)
         assert results['img_shape'] == results['img'].shape[:2]
-        return results['img_shape']
+        return *results['img_shape'], results.get('flip')
 
-    assert size(333, 500) == (512, 800)  # 769
-    assert size(256, 256) == (512, 512)
-    assert size(500, 333) == (800, 512)
-    assert size(100, 1000) == (224, 2048)  # the long side is 2048 at most
-
-
-def test_upernet_views():
-    """Six scales, mirrored and not, of the sizes of single-scale testing."""
-    cfg = read('upernet/overlock_t_160k.py')
+    for size, expected in {
+        (333, 500): (512, 800),  # 769
+        (500, 333): (800, 512),
+        (256, 256): (512, 512),
+        (100, 1000): (224, 2048),  # the long side is 2048 at most
+    }.items():
+        assert view([resize, round_up], *size)[:2] == expected
     steps = cfg.tta_pipeline[1].transforms[:-2]  # without labels and packing
-    views = set()
-    image = np.arange(333 * 500 * 3, dtype=np.uint8).reshape(333, 500, 3)
-    for choice in itertools.product(*steps):
-        results = Compose(choice)(
-            {'img': image, 'img_shape': image.shape[:2], 'scale': None}
-        )
-        views.add((*results['img_shape'], results['flip']))
     sizes = [(256, 384), (384, 608), (512, 800)]
     sizes += [(640, 992), (768, 1184), (896, 1376)]
-    assert views == {(*s, flip) for s in sizes for flip in (True, False)}
+    assert {view(some, 333, 500) for some in itertools.product(*steps)} == {
+        (*size, flip) for size in sizes for flip in (True, False)
+    }
 
 
 def test_metafiles():
@@ -227,7 +187,7 @@ def test_metafiles():
     assert len(set(listed.values())) == len(listed)
 
 
-# ------------------------------------------------------------------ drop-in
+# --------------------------------------------------------------------- runs
 
 # Smaller heads, and as many queries as 64 px images have positions for.
 CHEAPER = {
@@ -360,33 +320,9 @@ def test_recipe_of_readme(scope, tmp_path):
     cfg = Config.fromfile(config)
     assert cfg.default_scope == scope
     init_default_scope(scope)
-    with torch.device('meta'):
-        channels = MODELS.build(cfg.model).backbone.out_channels
-    for reader in readers(cfg.model):
-        assert reader.in_channels == channels_for(reader, channels)
+    assert_fits(cfg.model)
     assert cfg.optim_wrapper.optimizer.type == 'AdamW'
     check_training(cfg)
-
-
-# --------------------------------------------------------------------- runs
-
-
-def shrunk(node):
-    """The config of a pipeline with all sizes divided by 8."""
-    if isinstance(node, dict):
-        return {
-            key: eighth(value)
-            if key in ('scale', 'scales', 'crop_size')
-            else shrunk(value)
-            for key, value in node.items()
-        }
-    return [shrunk(child) for child in node] if type(node) is list else node
-
-
-def eighth(size):
-    if isinstance(size, int):
-        return size // 8
-    return type(size)(eighth(side) for side in size)
 
 
 def test_run_cascade(tmp_path):
@@ -407,7 +343,7 @@ def test_run_cascade(tmp_path):
         loader = cfg[f'{split}_dataloader']
         loader.update(num_workers=0, persistent_workers=False)
         loader.dataset.update(data_root=str(data), indices=2)
-        loader.dataset.pipeline = shrunk(loader.dataset.pipeline)
+        loader.dataset.pipeline = tiny.shrunk(loader.dataset.pipeline, 8)
         if split != 'train':
             ann_file = str(data / loader.dataset.ann_file)
             cfg[f'{split}_evaluator'].ann_file = ann_file
@@ -426,15 +362,16 @@ def test_run_cascade(tmp_path):
     assert (work_dir / 'epoch_1.pth').exists()
 
 
-def test_tta(trained, tmp_path, monkeypatch):
-    """--tta averages twelve views of an image."""
+def test_tta(trained, tmp_path, monkeypatch, mistake):
+    """--tta averages twelve views of an image, and tells what they cost."""
     from mmseg.models import EncoderDecoder
 
     path, work_dir, _ = trained('segmentor')
     assert [*work_dir.glob('best_mIoU_iter_2.pth')]
     cfg = Config.fromfile(path)
-    cfg.tta_pipeline = shrunk(cfg.tta_pipeline)
+    cfg.tta_pipeline = tiny.shrunk(cfg.tta_pipeline, 16)
     cfg.dump(tmp_path / 'config.py')
+    argv = 'test', tmp_path / 'config.py', work_dir / 'iter_2.pth', '--tta'
     sizes = []
     predict = EncoderDecoder.predict
 
@@ -443,26 +380,18 @@ def test_tta(trained, tmp_path, monkeypatch):
         return predict(self, inputs, data_samples)
 
     monkeypatch.setattr(EncoderDecoder, 'predict', spy)
-    tiny.run_tool(
-        *('test', tmp_path / 'config.py', work_dir / 'iter_2.pth', '--tta'),
-        *('--work-dir', tmp_path, '--out', tmp_path / 'out.pkl'),
+    output = tiny.run_tool(
+        *(*argv, '--work-dir', tmp_path, '--out', tmp_path / 'out.pkl'),
         *('--cfg-options', 'test_dataloader.dataset.indices=1'),
     )
+    assert re.search('--tta: 12 views of each image, with .* times', output)
     assert len(sizes) == 12
     assert len(set(sizes)) > 2
     assert all(side % 32 == 0 for size in sizes for side in size)
     [result] = pickle.loads((tmp_path / 'out.pkl').read_bytes())
     labels = result['pred_sem_seg']['data']
     assert labels.shape[-2:] == result['ori_shape']
-
-
-@pytest.mark.parametrize('key', ['tta_model', 'tta_pipeline'])
-def test_tta_without_config(trained, tmp_path, mistake, key):
-    path, work_dir, _ = trained('segmentor')
-    cfg = Config.fromfile(path)
-    cfg.pop(key)
-    cfg.dump(tmp_path / 'config.py')
-    message = mistake(
-        *('test', tmp_path / 'config.py', work_dir / 'iter_2.pth', '--tta')
-    )
-    assert f'there is no {key}' in message
+    for key in ('tta_model', 'tta_pipeline'):
+        lacking = Config({k: v for k, v in cfg.items() if k != key})
+        lacking.dump(tmp_path / 'config.py')
+        assert f'there is no {key}' in mistake(*argv)

@@ -2,12 +2,18 @@
 
 import ast
 import re
-from pathlib import Path
+from contextlib import suppress
+from importlib import import_module
+from importlib.util import find_spec
+from inspect import signature
 
 import pytest
 import yaml
+from tiny import ROOT
 
-ROOT = Path(__file__).parents[1]
+from mmoverlock.models import OverLoCK
+
+ARGUMENTS = signature(OverLoCK).parameters
 PAGES = [
     path.relative_to(ROOT).as_posix()
     for pattern in ('*.md', 'docs/*.md', 'configs/*/README.md')
@@ -49,42 +55,13 @@ def commands(page):
     return lines
 
 
-def definitions(module):
-    """The names that a file of Python code binds at its top."""
-    names = set()
-    body = ast.parse(read(module)).body
-    for node in body:
-        if isinstance(node, ast.If):  # such as TYPE_CHECKING
-            body += node.body
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
-            names.add(node.name)
-        elif isinstance(node, ast.ImportFrom):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.Assign):
-            names |= {n.id for n in node.targets if isinstance(n, ast.Name)}
-    return names
-
-
 def is_defined(name):
-    """Whether a dotted name is a module of the package, or bound in one."""
-    path = ROOT.joinpath(*name.split('.'))
-    if path.is_dir() or path.with_suffix('.py').is_file():
-        return True
-    module = path.parent.with_suffix('.py')
-    if path.parent.is_dir():
-        module = path.parent / '__init__.py'
-    return module.is_file() and path.name in definitions(module)
-
-
-def arguments():
-    """The names of the arguments of OverLoCK."""
-    tree = ast.parse(read(ROOT / 'mmoverlock/models/overlock.py'))
-    [init] = [
-        node
-        for node in ast.walk(tree)
-        if getattr(node, 'name', '') == '__init__'
-    ]
-    return {argument.arg for argument in init.args.args}
+    """Whether a dotted name is a module, or bound in one."""
+    module, _, attribute = name.rpartition('.')
+    with suppress(ModuleNotFoundError):  # what is no package has no modules
+        if find_spec(name):
+            return True
+    return hasattr(import_module(module), attribute)
 
 
 def test_pages():
@@ -154,7 +131,7 @@ def test_arguments(page):
             given = {keyword.arg: keyword.value for keyword in node.keywords}
             kind = getattr(given.pop('type', node.func), 'value', None)
             if 'OverLoCK' in (kind, getattr(node.func, 'id', None)):
-                assert given.keys() - {'_delete_'} <= arguments()
+                assert given.keys() - {'_delete_'} <= ARGUMENTS.keys()
 
 
 def test_pins():

@@ -11,34 +11,52 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import tiny
 from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from PIL import Image
-from tiny import ROOT, load_tool
 
 from mmoverlock import cli
 from mmoverlock.data import DataError
 from mmoverlock.inference import input_channels
 
-pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
-for package in ('mmdet', 'mmseg', 'mmpretrain'):
-    pytest.importorskip(package)
+tiny.need_openmmlab()
+tool = tiny.load_tool('make_config')
+TASKS = {'coco': 'det', 'masks': 'seg', 'folders': 'cls'}
+LAYOUTS = {'coco': 'coco', 'masks': 'ade20k', 'folders': 'imagenet'}
 
-tool = load_tool('make_config')
-LAYOUT = {'coco': 'coco', 'masks': 'ade20k', 'folders': 'imagenet'}
-SCENE = ('--zero-is-unlabeled',)
+
+def gray(pixels):
+    return pixels[..., 0]
+
+
+def four(pixels):
+    """With a fourth channel that is far from the others."""
+    return np.dstack([pixels, pixels[..., 0] // 8])
+
+
+CHANGES = {None: (3, None), gray: (1, 'grayscale'), four: (4, 'unchanged')}
+
+
+def repaint(data, change):
+    """Replace the images of a folder, which are PNGs then."""
+    for path in sorted(data.rglob('*.[jJ]*[gG]')):
+        pixels = np.asarray(Image.open(path))
+        path.unlink()
+        Image.fromarray(change(pixels)).save(path.with_suffix('.png'))
+    for path in data.glob('annotations/*.json'):
+        path.write_text(path.read_text().replace('.jpg', '.png'))
 
 
 @pytest.fixture(scope='module')
 def drawn(tmp_path_factory):
     """A folder of drawn data of every kind."""
     folder = tmp_path_factory.mktemp('drawn')
-    for kind, layout in LAYOUT.items():
-        load_tool('make_sample_data').main(
-            [layout, str(folder / kind), '--images=8', '--size=64']
-        )
+    for kind, layout in LAYOUTS.items():
+        argv = layout, folder / kind, '--images=8', '--size=64'
+        tiny.run_tool('make_sample_data', *argv)
     shutil.rmtree(folder / 'folders' / 'meta')
     return folder
 
@@ -49,14 +67,12 @@ def copied(drawn, tmp_path):
     return lambda kind: shutil.copytree(drawn / kind, tmp_path / kind)
 
 
-def write(folder, kind, *options):
-    """Write a config in a folder beside the data, as a shell would."""
-    config = folder / f'{kind}.py'
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        with config.open('w') as file:
-            patch.setattr('sys.stdout', file)
-            tool.main([kind, str(folder / kind), '--arch', 'xt', *options])
+def write(data, *options):
+    """Write a config beside the data, as a shell would; return its path."""
+    config = data.with_suffix('.py')
+    argv = [data.name, str(data), '--arch', 'xt', *options]
+    with config.open('w') as file, redirect_stdout(file):
+        tool.main(argv)
     for line in config.read_text().splitlines():
         assert len(line) < 80 or line.startswith('data_root')
     return config
@@ -67,139 +83,36 @@ def read(config):
     return Config.fromfile(config)
 
 
-def shrink(node):
-    """Divide the sizes of images in the steps of a pipeline by 16."""
-    if isinstance(node, list):
-        return [shrink(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    return {
-        key: sixteenth(value)
-        if key in ('scale', 'scales', 'crop_size')
-        else shrink(value)
-        for key, value in node.items()
-    }
-
-
-def sixteenth(size):
-    if isinstance(size, int):
-        return size // 16
-    return type(size)(map(sixteenth, size))
-
-
 def make_tiny(config):
     """Write a config of the same for a tiny model and few iterations."""
-    cfg = read(config)
-    backbone = cfg.model.backbone
-    backbone.update(
-        init_cfg=None,
-        arch=dict(
-            depths=(1, 1, 1, 1),
-            channels=(8, 16, 24, 32),
-            focus_depths=(1, 1),
-            focus_heads=(2, 2),
-        ),
-    )
+    kind, cfg = config.stem, read(config)
+    cfg.model.backbone.update(arch=tiny.ARCH, init_cfg=None)
+    masks = cfg.model.type != 'FasterRCNN'
     options = {
-        'coco': {'model.neck.in_channels': [8, 16, 32, 40]},
-        'masks': {
-            'model.decode_head.in_channels': [8, 16, 32, 40],
-            'model.decode_head.channels': 16,
-            'model.auxiliary_head.in_channels': 32,
-            'model.data_preprocessor.size': (32, 32),
-        },
-        'folders': {'model.head.in_channels': [32, 40]},
-    }[config.stem]
-    if config.stem == 'coco':
-        rcnn = cfg.model.train_cfg.rcnn
-        for stage in rcnn if isinstance(rcnn, list) else [rcnn]:
-            stage.sampler.num = 16
-        cfg.model.train_cfg.rpn.allowed_border = -1
-        cfg.model.train_cfg.rpn_proposal.max_per_img = 50
-        cfg.model.test_cfg.rpn.max_per_img = 20
-        cfg.model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=5)
-    if config.stem == 'masks':
+        key: value
+        for key, value in tiny.CONFIGS[TASKS[kind]][1].items()
+        if key.startswith('model.') and (masks or 'mask' not in key)
+    }
+    if kind == 'masks':
+        options['model.data_preprocessor.size'] = (32, 32)
         options['train_cfg'] = dict(max_iters=2, val_interval=2)
         options['default_hooks.checkpoint.interval'] = 2
-        cfg.tta_pipeline = shrink(cfg.tta_pipeline)
+        cfg.tta_pipeline = tiny.shrunk(cfg.tta_pipeline, 16)
     else:
         options['train_cfg.max_epochs'] = 1
     cfg.merge_from_dict(options | dict(load_from=None))
-    cfg.train_dataloader.batch_size = 2
     for split in ('train', 'val', 'test'):
         loader = cfg[f'{split}_dataloader']
-        loader.update(num_workers=0, persistent_workers=False)
-        loader.dataset.pipeline = shrink(loader.dataset.pipeline)
-        if split != 'train':
-            loader.dataset.indices = 2
-    tiny = config.with_name(f'tiny_{config.name}')
-    cfg.dump(tiny)
-    return tiny
-
-
-def use(config, images, capsys):
-    """Train, test and predict; returns what was predicted."""
-    config = make_tiny(config)
-    work_dir = config.parent / 'work'
-    argv = [str(config), '--work-dir', str(work_dir)]
-    load_tool('train').main(argv)
-    [checkpoint] = [
-        path
-        for path in work_dir.glob('*.pth')
-        if path.name in ('epoch_1.pth', 'iter_2.pth')
-    ]
-    capsys.readouterr()
-    load_tool('test').main([argv[0], str(checkpoint), *argv[1:]])
-    metric = {'coco': 'bbox_mAP', 'masks': 'mIoU', 'folders': 'top1'}
-    kind = config.stem.removeprefix('tiny_')
-    assert metric[kind] in capsys.readouterr().out
-    load_tool('predict').main(
-        [
-            *(str(config), str(checkpoint), str(images)),
-            *('--out', str(config.parent / 'out'), '--score-thr', '0'),
-        ]
-    )
-    path = config.parent / 'out' / 'predictions.json'
-    return json.loads(path.read_text())
-
-
-def repaint(folder, change):
-    """Replace all images by others; their names may change too."""
-    for path in sorted(folder.rglob('*')):
-        if path.suffix in ('.jpg', '.JPEG'):
-            pixels = np.asarray(Image.open(path))
-            path.unlink()
-            Image.fromarray(change(pixels)).save(path.with_suffix('.png'))
-
-
-def gray(pixels):
-    return pixels[..., 0]
-
-
-def four(pixels):
-    """With a fourth channel that is far from the others."""
-    extra = (pixels[..., :1] // 8).astype(np.uint8)
-    return np.concatenate([pixels, extra], axis=2)
-
-
-@pytest.fixture
-def made(copied, tmp_path):
-    """Write the config of drawn data whose images are changed."""
-
-    def make(kind, change, *options):
-        data = copied(kind)
-        if change:
-            repaint(data, change)
-            for path in data.glob('annotations/*.json'):
-                path.write_text(path.read_text().replace('.jpg', '.png'))
-        options += SCENE if kind == 'masks' else ()
-        return write(tmp_path, kind, *options), data
-
-    return make
+        loader.update(num_workers=0, persistent_workers=False, batch_size=2)
+        loader.dataset.pipeline = tiny.shrunk(loader.dataset.pipeline, 16)
+        loader.dataset.indices = 4 if split == 'train' else 2
+    path = config.with_name(f'tiny_{config.name}')
+    cfg.dump(path)
+    return path
 
 
 def step_loss(config):
-    """The sum of losses of two images of the training set."""
+    """The model after a forward pass of two images, and the sum of losses."""
     cfg = read(make_tiny(config))
     init_default_scope(cfg.default_scope)
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
@@ -208,37 +121,6 @@ def step_loss(config):
     batch = model.data_preprocessor(batch, True)
     losses = model(**batch, mode='loss')
     return model, float(model.parse_losses(losses)[0])
-
-
-CHANGES = {
-    None: (3, None),
-    gray: (1, 'grayscale'),
-    four: (4, 'unchanged'),
-}
-
-
-@pytest.mark.parametrize('change', CHANGES)
-@pytest.mark.parametrize('kind', LAYOUT)
-def test_channels(made, kind, change):
-    config, data = made(kind, change)
-    cfg = read(config)
-    channels, color = CHANGES[change]
-    for split in ('train', 'val', 'test'):
-        dataset = cfg[f'{split}_dataloader'].dataset
-        assert dataset.pipeline[0].get('color_type') == color
-        assert dataset.metainfo == cfg.metainfo
-        if change is None:
-            mean, std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
-        else:
-            mean, std = measure(data)
-        step = dataset.pipeline[1]
-        if step.type != 'Normalize':
-            step = cfg.model.data_preprocessor
-        np.testing.assert_allclose(step.mean, mean, rtol=1e-3)
-        np.testing.assert_allclose(step.std, std, rtol=1e-3)
-    model, loss = step_loss(config)
-    assert np.isfinite(loss)
-    assert input_channels(model) == channels
 
 
 def measure(data):
@@ -253,54 +135,112 @@ def measure(data):
     return mean, np.sqrt(square - mean**2)
 
 
-USED = [('coco', four), ('masks', gray), ('folders', four)]
+def assert_loads(config, data, change):
+    """The config loads and normalizes images as they are."""
+    cfg = read(config)
+    if change is None:
+        mean, std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+    else:
+        mean, std = measure(data)
+    for split in ('train', 'val', 'test'):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        assert dataset.pipeline[0].get('color_type') == CHANGES[change][1]
+        assert dataset.metainfo == cfg.metainfo
+        step = dataset.pipeline[1]
+        if step.type != 'Normalize':
+            step = cfg.model.data_preprocessor
+        np.testing.assert_allclose(step.mean, mean, rtol=1e-3)
+        np.testing.assert_allclose(step.std, std, rtol=1e-3)
 
 
-@pytest.mark.parametrize('kind, change', USED)
-def test_use(made, capsys, kind, change):
-    """It trains, tests and predicts."""
-    config, data = made(kind, change)
-    folder = {
-        'coco': 'val2017',
-        'masks': 'images/validation',
-        'folders': 'val',
-    }[kind]
-    found = use(config, data / folder, capsys)
-    assert len(found['images']) == 8
-    names = found.get('classes') or [c['name'] for c in found['categories']]
-    assert names == [*read(config).metainfo.classes]
+@pytest.mark.parametrize(
+    ('kind', 'change'),
+    [('coco', None), ('masks', None), ('masks', four), ('folders', gray)],
+)
+def test_channels(copied, kind, change):
+    """`test_page` has others."""
+    data = copied(kind)
+    if change:
+        repaint(data, change)
+    zero = ['--zero-is-unlabeled'] if kind == 'masks' else []
+    config = write(data, *zero)
+    assert_loads(config, data, change)
+    model, loss = step_loss(config)
+    assert np.isfinite(loss)
+    assert input_channels(model) == CHANGES[change][0]
 
 
-def test_one_class(made, capsys):
+def test_page(tmp_path, monkeypatch):
+    """The commands of docs/own_data.md, with configs that are made tiny."""
+    text = (tiny.ROOT / 'docs' / 'own_data.md').read_text()
+    blocks = re.findall('^```shell\n(.*?)^```', text, re.DOTALL | re.M)
+    monkeypatch.chdir(tmp_path)
+    lengths = {}
+    changes = {'coco': four, 'masks': gray, 'folders': None}
+    for line in ''.join(blocks).replace('\\\n', ' ').splitlines():
+        python, m, package, name, *argv = shlex.split(line)
+        assert (python, m, package) == ('python', '-m', 'mmoverlock')
+        if name == 'make_config':
+            *argv, sign, written = argv
+            assert sign == '>'
+            kind, data = argv[0], Path(argv[1])
+            if changes[kind]:
+                repaint(data, changes[kind])
+            config = Path(f'{kind}.py')
+            with config.open('w') as file, redirect_stdout(file):
+                tool.main(argv)
+            assert_loads(config, data, changes[kind])
+            train = read(config).train_cfg
+            lengths[written] = train.get('max_epochs') or train.max_iters
+            make_tiny(config).rename(written)
+            continue
+        # Trainings are shorter, and so are the names of what they end with.
+        for i, item in enumerate(argv):
+            found = re.fullmatch(
+                r'(work_dirs/.*/(?:epoch|iter)_)(\d+).pth', item
+            )
+            if found:
+                assert int(found[2]) == lengths[argv[0]]
+                [argv[i]] = Path().glob(f'{found[1]}?.pth')
+        output = tiny.run_tool(name, *argv)
+        if name == 'test':
+            metric = {'coco': 'bbox_mAP', 'masks': 'mIoU', 'folders': 'top1'}
+            assert metric[kind] in output
+        elif name == 'predict':
+            found = json.loads(Path(argv[-1], 'predictions.json').read_text())
+            assert len(found['images']) == 8
+            names = found.get('classes') or [
+                category['name'] for category in found['categories']
+            ]
+            assert names == [*read(written).metainfo.classes]
+    assert len(lengths) == 3
+
+
+def test_one_class(copied, capsys):
     """A tuple of one, as many outputs, and boxes without masks."""
-    config, data = made('coco', None)
+    data = copied('coco')
     for path in data.glob('annotations/*.json'):
         contents = json.loads(path.read_text())
-        [contents['categories'][0]] = [dict(id=1, name='shape')]
+        contents['categories'] = [dict(id=1, name='shape')]
         for annotation in contents['annotations']:
             annotation.update(category_id=1, segmentation=[])
         path.write_text(json.dumps(contents))
-    config = write(config.parent, 'coco')
+    config = write(data)
     assert "metainfo = dict(classes=('shape',))" in config.read_text()
     cfg = read(config)
     assert cfg.model.type == 'FasterRCNN'
     assert cfg.model.roi_head.bbox_head.num_classes == 1
     assert cfg.val_evaluator.metric == cfg.test_evaluator.metric == 'bbox'
     model, loss = step_loss(config)
-    assert np.isfinite(loss)
-    assert not model.with_mask
-    with pytest.raises(SystemExit):
-        write(config.parent, 'coco', '--head', 'mask_rcnn')
-    assert 'annotation ' in capsys.readouterr().err
+    assert np.isfinite(loss) and not model.with_mask
+    assert 'annotation ' in fails(data, capsys, '--head', 'mask_rcnn')
 
 
-def test_cascade(made):
-    config, _ = made('coco', None, '--head', 'cascade_mask_rcnn')
+def test_cascade(copied):
+    config = write(copied('coco'), '--head', 'cascade_mask_rcnn')
     heads = read(config).model.roi_head
     assert [head.num_classes for head in heads.bbox_head] == [5, 5, 5]
     assert heads.mask_head.num_classes == 5
-    _, loss = step_loss(config)
-    assert np.isfinite(loss)
 
 
 def number(labels, names=(), ignored=0, zero=False):
@@ -314,7 +254,6 @@ def number(labels, names=(), ignored=0, zero=False):
 @pytest.mark.parametrize(
     'given, expected',
     [
-        (dict(labels=[0, 1, 2]), (3, False, 255)),
         (dict(labels=[0, 1, 2], ignored=5), (3, False, 255)),
         # Nothing is 0.
         (dict(labels=[1, 2, 3]), (3, True, 255)),
@@ -328,15 +267,6 @@ def number(labels, names=(), ignored=0, zero=False):
         (dict(labels=[0, 1], names='a'), (['background', 'a'], False, 255)),
         # Some do not occur.
         (dict(labels=[0, 3, 5]), (6, False, 255)),
-    ],
-)
-def test_labels(given, expected):
-    assert number(**given) == expected
-
-
-@pytest.mark.parametrize(
-    'given, words',
-    [
         (dict(labels=[0], ignored=5), 'nothing is left to learn'),
         (dict(labels=[0]), 'that is one class'),
         (dict(labels=[0, 1], zero=True), 'that is one class'),
@@ -345,77 +275,76 @@ def test_labels(given, expected):
         (dict(labels=[0, 1, 2, 250], zero=True), 'save 255 for 250'),
     ],
 )
-def test_labels_that_are_none(given, words):
-    with pytest.raises(DataError, match=words):
+def test_labels(given, expected):
+    """The classes, whether 0 is none, and the label that is ignored."""
+    if isinstance(expected, tuple):
+        assert number(**given) == expected
+        return
+    with pytest.raises(DataError, match=expected):
         number(**given)
 
 
-def test_ignored_label(made):
+def test_ignored_label(copied):
     """It is ignored by heads, crops, padding and scores."""
-    config, data = made('masks', None)
+    data = copied('masks')
     for path in data.glob('annotations/*/*.png'):
         labels = np.asarray(Image.open(path)) % 3
         labels[:4] = 250
-        Image.fromarray(labels.astype(np.uint8)).save(path)
+        Image.fromarray(labels).save(path)
     (data / 'classes.txt').write_text('sky\nsea\nsand\n')
-    config = write(config.parent, 'masks')
-    cfg = read(config)
+    cfg = read(write(data))
     assert cfg.metainfo.classes == ('sky', 'sea', 'sand')
-    assert cfg.val_evaluator.ignore_index == 250
-    assert cfg.train_dataloader.dataset.ignore_index == 250
-    model, loss = step_loss(config)
-    assert np.isfinite(loss)
-    assert model.decode_head.ignore_index == 250
-    assert model.auxiliary_head.ignore_index == 250
-    assert model.data_preprocessor.seg_pad_val == 250
-    crop = cfg.train_dataloader.dataset.pipeline[3]
-    assert (crop.type, crop.ignore_index) == ('RandomCrop', 250)
+    for part in (
+        cfg.val_evaluator,
+        cfg.train_dataloader.dataset,
+        cfg.train_dataloader.dataset.pipeline[3],
+        cfg.model.decode_head,
+        cfg.model.auxiliary_head,
+    ):
+        assert part.ignore_index == 250
+    assert cfg.model.data_preprocessor.seg_pad_val == 250
 
 
-def fails(folder, kind, capsys, *options):
+def fails(data, capsys, *options):
     with pytest.raises(SystemExit) as stop:
-        write(folder, kind, *options)
+        write(data, *options)
     assert stop.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def test_faults(drawn, copied, tmp_path, capsys):
+def test_faults(copied, capsys):
     """One line each, with the file."""
-    for kind in LAYOUT:
-        copied(kind)
-    json_file = tmp_path / 'coco/annotations/instances_train2017.json'
-    image = tmp_path / 'coco/train2017/000000000002.jpg'
+    data = copied('coco')
+    listed = data / 'annotations/instances_train2017.json'
+    image = data / 'train2017/000000000002.jpg'
     image.unlink()
-    said = fails(tmp_path, 'coco', capsys)
-    assert f'{image} does not exist (listed in {json_file})' in said
-    json_file.write_text('{"images": [')
-    assert f'{json_file} is cut off' in fails(tmp_path, 'coco', capsys)
-    json_file.unlink()
-    assert 'name it after --train' in fails(tmp_path, 'coco', capsys)
+    said = fails(data, capsys)
+    assert f'{image} does not exist (listed in {listed})' in said
+    listed.write_text('{"images": [')
+    assert f'{listed} is cut off' in fails(data, capsys)
+    listed.unlink()
+    assert 'name it after --train' in fails(data, capsys)
 
-    maps = tmp_path / 'masks/annotations/training'
-    path = maps / 'ADE_train_00000003.png'
-    labels = np.asarray(Image.open(path))
-    Image.fromarray(np.stack([labels] * 3, -1)).save(path)
-    said = fails(tmp_path, 'masks', capsys)
+    data = copied('masks')
+    path = data / 'annotations/training/ADE_train_00000003.png'
+    Image.new('RGB', Image.open(path).size).save(path)
+    said = fails(data, capsys)
     assert f'{path} is a label map of several channels' in said
     path.unlink()
-    assert f'{path} does not exist' in fails(tmp_path, 'masks', capsys)
-    odd = tmp_path / 'masks/images/training/odd.bmp'
+    assert f'{path} does not exist' in fails(data, capsys)
+    odd = data / 'images/training/odd.bmp'
     Image.new('RGB', (8, 8)).save(odd)
-    assert f'{odd} does not end in .jpg' in fails(tmp_path, 'masks', capsys)
+    assert f'{odd} does not end in .jpg' in fails(data, capsys)
 
-    shutil.rmtree(tmp_path / 'folders/val/n11939491')
-    said = fails(tmp_path, 'folders', capsys)
-    assert 'folders/val has other classes than' in said
-    assert 'n11939491' in said
-    image = next((tmp_path / 'folders/train/n11939491').iterdir())
-    shutil.copytree(
-        tmp_path / 'folders/train/n11939491',
-        tmp_path / 'folders/val/n11939491',
-    )
+    data = copied('folders')
+    folder = data / 'val/n11939491'
+    shutil.move(folder, data / 'elsewhere')
+    said = fails(data, capsys)
+    assert re.search('folders/val has other classes than .*n11939491', said)
+    shutil.move(data / 'elsewhere', folder)
+    image = next((data / 'train/n11939491').iterdir())
     image.write_bytes(b'no image')
-    assert f'{image} is damaged' in fails(tmp_path, 'folders', capsys)
+    assert f'{image} is damaged' in fails(data, capsys)
 
 
 @pytest.mark.parametrize(
@@ -432,36 +361,36 @@ def test_faults(drawn, copied, tmp_path, capsys):
             ['1_mask.png', '2_mask.png'],
             ('.jpg', '_mask.png'),
         ),
+        (['img_1.jpg'], ['mask_1.png'], None),
     ],
 )
 def test_suffixes(tmp_path, names, maps, expected):
-    for folder, files in (('images', names), ('masks', maps)):
+    folders = tmp_path / 'images', tmp_path / 'masks'
+    for folder, files in zip(folders, (names, maps), strict=True):
         for name in files:
-            (tmp_path / folder / name).parent.mkdir(
-                parents=True, exist_ok=True
-            )
-            (tmp_path / folder / name).touch()
-    found = tool.find_suffixes(tmp_path / 'images', tmp_path / 'masks')
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+    if expected is None:
+        words = 'img_1.jpg and .*mask_1.png: the n'
+        with pytest.raises(DataError, match=words):
+            tool.find_suffixes(*folders)
+        return
+    found = tool.find_suffixes(*folders)
     assert (found['img_suffix'], found['seg_map_suffix']) == expected
 
 
-def test_suffixes_that_are_none(tmp_path):
-    for name in ('images/img_1.jpg', 'masks/mask_1.png'):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).touch()
-    with pytest.raises(DataError, match='img_1.jpg and .*mask_1.png: the n'):
-        tool.find_suffixes(tmp_path / 'images', tmp_path / 'masks')
-
-
-def test_splits():
-    for path, split in {
-        'annotations_trainval2017/instances_val2017.json': 'val',
-        'train/_annotations.coco.json': 'train',
-        'images/validation': 'val',
-        'leftImg8bit/train/aachen': 'train',
-        'constrained/x': None,
-    }.items():
-        assert tool.split_of(Path(path)) == split
+@pytest.mark.parametrize(
+    'path, split',
+    [
+        ('annotations_trainval2017/instances_val2017.json', 'val'),
+        ('train/_annotations.coco.json', 'train'),
+        ('images/validation', 'val'),
+        ('leftImg8bit/train/aachen', 'train'),
+        ('constrained/x', None),
+    ],
+)
+def test_splits(path, split):
+    assert tool.split_of(Path(path)) == split
 
 
 def test_images_that_differ(tmp_path):
@@ -472,12 +401,12 @@ def test_images_that_differ(tmp_path):
     found = tool.read_pixels([color, plain])
     assert (found.channels, found.load) == (3, {})
     assert found.mean == [3.0, 5.0, 7.0]
-    opaque = tmp_path / 'c.png'
-    Image.new('RGBA', (4, 4), (9, 5, 1, 255)).save(opaque)
-    assert tool.read_pixels([color, opaque]).channels == 3
-    Image.new('RGBA', (4, 4), (9, 5, 1, 40)).save(opaque)
-    with pytest.raises(DataError, match=f'{color} has 3 .* {opaque} 4 '):
-        tool.read_pixels([color, opaque])
+    other = tmp_path / 'c.png'
+    Image.new('RGBA', (4, 4), (9, 5, 1, 255)).save(other)
+    assert tool.read_pixels([color, other]).channels == 3  # it is opaque
+    Image.new('RGBA', (4, 4), (9, 5, 1, 40)).save(other)
+    with pytest.raises(DataError, match=f'{color} has 3 .* {other} 4 '):
+        tool.read_pixels([color, other])
 
 
 def test_deep_images(tmp_path):
@@ -488,52 +417,14 @@ def test_deep_images(tmp_path):
     assert found.load == {'color_type': 'unchanged', 'to_float32': True}
     assert (found.channels, found.mean) == (1, [3000.0])
     tifffile = pytest.importorskip('tifffile')
+    path = tmp_path / 'a.tif'
     bands = np.zeros((8, 8, 7), np.float32) + np.arange(7, dtype=np.float32)
-    tifffile.imwrite(tmp_path / 'a.tif', bands, photometric='minisblack')
-    found = tool.read_pixels([tmp_path / 'a.tif'])
+    tifffile.imwrite(path, bands, photometric='minisblack')
+    found = tool.read_pixels([path])
     assert (found.channels, found.mean) == (7, [0, 1, 2, 3, 4, 5, 6])
-    loaded = LoadImageFromFile(**found.load)(
-        dict(img_path=str(tmp_path / 'a.tif'))
-    )
+    loaded = LoadImageFromFile(**found.load)(dict(img_path=str(path)))
     np.testing.assert_array_equal(loaded['img'], bands)
     bands = bands.transpose(2, 0, 1)
-    tifffile.imwrite(tmp_path / 'a.tif', bands, photometric='minisblack')
+    tifffile.imwrite(path, bands, photometric='minisblack')
     with pytest.raises(DataError, match='a.tif has its channels first'):
-        tool.read_pixels([tmp_path / 'a.tif'])
-
-
-def test_page(tmp_path, monkeypatch):
-    """The commands of docs/own_data.md, with configs that are made tiny."""
-    text = (ROOT / 'docs' / 'own_data.md').read_text()
-    blocks = re.findall('^```shell\n(.*?)^```', text, re.DOTALL | re.M)
-    monkeypatch.chdir(tmp_path)
-    lengths = {}
-    for line in ''.join(blocks).replace('\\\n', ' ').splitlines():
-        words = shlex.split(line)
-        assert words[:3] == ['python', '-m', 'mmoverlock']
-        tool, argv = load_tool(words[3]), words[4:]
-        if words[3] == 'make_config':
-            *argv, sign, name = argv
-            assert sign == '>'
-            kind = argv[0]
-            config = tmp_path / f'{kind}.py'
-            with config.open('w') as file, redirect_stdout(file):
-                tool.main(argv)
-            train = read(config).train_cfg
-            lengths[name] = train.get('max_epochs') or train.max_iters
-            make_tiny(config).rename(name)
-            continue
-        # Trainings are shorter, and so are the names of what they end with.
-        for i, item in enumerate(argv):
-            found = re.fullmatch(
-                r'(work_dirs/.*/(?:epoch|iter)_)(\d+)\.pth', item
-            )
-            if found:
-                assert int(found[2]) == lengths[argv[0]]
-                [argv[i]] = map(str, Path().glob(f'{found[1]}?.pth'))
-        tool.main(argv)
-    for name in ('shapes', 'scenes', 'objects'):
-        found = tmp_path / 'predicted' / name / 'predictions.json'
-        assert len(json.loads(found.read_text())['images']) == 8
-        # Few iterations too are logged and drawn.
-        assert (tmp_path / 'work_dirs' / name / 'curves.png').exists()
+        tool.read_pixels([path])

@@ -1,20 +1,28 @@
 """tools/make_sample_data.py: real layouts, masks as drawn, no harm to data."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 from pycocotools import mask as coco_masks
-from tiny import load_tool
 
-tool = load_tool('make_sample_data')
+tiny.need_openmmlab()
+from mmdet.datasets import CocoDataset  # noqa: E402
+from mmpretrain.datasets.categories import IMAGENET_CATEGORIES  # noqa: E402
+from mmseg.datasets import ADE20KDataset  # noqa: E402
 
-IMAGES, SIZE, SEED = 20, 64, 3
-OPTIONS = [f'--images={IMAGES}', f'--size={SIZE}', f'--seed={SEED}']
+tool = tiny.load_tool('make_sample_data')
+
+IMAGES, SIZE = 20, 64
 COUNTS = {'train': IMAGES, 'val': 8}
-FIRST_ID = {'train': 1, 'val': 500_001}
-ADE_FOLDERS = {'train': 'training', 'val': 'validation'}
+
+
+def draw(dataset, out, images=IMAGES, seed=3):
+    options = f'--images={images}', f'--size={SIZE}', f'--seed={seed}'
+    tool.main([dataset, str(out), *options])
 
 
 def tree(folder):
@@ -31,7 +39,7 @@ def drawn(tmp_path_factory):
     """The folders of the datasets, by name."""
     root = tmp_path_factory.mktemp('data')
     for name in tool.DATASETS:
-        tool.main([name, str(root / name), *OPTIONS])
+        draw(name, root / name)
     return {name: root / name for name in tool.DATASETS}
 
 
@@ -40,92 +48,73 @@ def instances(folder, split):
     return json.loads(path.read_text())
 
 
-def decoded(annotation, height, width):
-    """A segmentation's mask, as pycocotools decodes it."""
-    found = annotation['segmentation']
-    if not annotation['iscrowd']:
-        found = coco_masks.merge(coco_masks.frPyObjects(found, height, width))
-    return coco_masks.decode(found).astype(bool)
-
-
-@pytest.mark.parametrize('split', COUNTS)
-def test_coco(drawn, split):
-    """Files and fields as in COCO; masks that objects are seen in."""
-    data, first = instances(drawn['coco'], split), FIRST_ID[split]
-    assert set(data) == {
-        *('info', 'licenses', 'images', 'annotations', 'categories')
-    }
-    image_ids = [image['id'] for image in data['images']]
-    assert image_ids == list(range(first, first + COUNTS[split]))
-    sizes = {}
-    for image in data['images']:
-        size = image['width'], image['height']
-        sizes[image['id']] = size[::-1]
-        path = drawn['coco'] / f'{split}2017' / f'{image["id"]:012d}.jpg'
-        assert path.name == image['file_name']
-        with Image.open(path) as file:
-            assert file.format == 'JPEG' and file.mode == 'RGB'
-            assert file.size == size
-        assert max(size) == SIZE and min(size) >= 0.75 * SIZE
-    ids = [annotation['id'] for annotation in data['annotations']]
-    assert len(set(ids)) == len(ids) and min(ids) > 0
-    holes = []
+def test_coco(drawn):
+    """Names as in COCO; masks that objects are seen in, crowds, no objects."""
+    data = instances(drawn['coco'], 'val')
+    assert [image['id'] for image in data['images']] == [
+        *range(500_001, 500_009)
+    ]
+    categories = data['categories']
+    data = instances(drawn['coco'], 'train')
+    assert data['categories'] == categories
+    names = {item['id']: item['name'] for item in categories}
+    assert tuple(names.values()) == CocoDataset.METAINFO['classes']
+    some = 'person', 'stop sign', 'sports ball', 'toilet', 'toothbrush'
+    assert tuple(names[i] for i in (1, 13, 37, 70, 90)) == some
+    for number, image in enumerate(data['images'], 1):
+        assert image['id'] == number
+        assert image['file_name'] == f'{number:012d}.jpg'
+        sides = image['width'], image['height']
+        assert max(sides) == SIZE and min(sides) >= 0.75 * SIZE
+        with Image.open(
+            drawn['coco'] / 'train2017' / image['file_name']
+        ) as file:
+            assert (file.format, file.mode, file.size) == (
+                'JPEG',
+                'RGB',
+                sides,
+            )
+    holes, crowds, objects = [], [], Counter()
     for annotation in data['annotations']:
-        assert set(annotation) == {
-            *('id', 'image_id', 'category_id', 'bbox', 'area'),
-            *('iscrowd', 'segmentation'),
-        }
-        mask = decoded(annotation, *sizes[annotation['image_id']])
+        image = data['images'][annotation['image_id'] - 1]
+        found = annotation['segmentation']
+        if annotation['iscrowd']:
+            crowds.append(image['id'])
+        else:
+            objects[image['id']] += 1
+            size = image['height'], image['width']
+            found = coco_masks.merge(coco_masks.frPyObjects(found, *size))
+        mask = coco_masks.decode(found)
         # Only what another object covers in its middle is no outline.
         holes.append(mask.sum() - annotation['area'])
         rows, columns = np.nonzero(mask)
         size = [np.ptp(columns) + 1, np.ptp(rows) + 1]
         assert annotation['bbox'] == [columns.min(), rows.min(), *size]
     assert min(holes) == 0 and np.mean(np.equal(holes, 0)) > 0.9
-
-
-def test_coco_shows_one_to_four_objects_crowds_and_empty_images(drawn):
-    data = instances(drawn['coco'], 'train')
-    objects = {image['id']: 0 for image in data['images']}
-    crowds = []
-    for annotation in data['annotations']:
-        if annotation['iscrowd']:
-            crowds.append(annotation['image_id'])
-        else:
-            objects[annotation['image_id']] += 1
     assert crowds == [5, 15]
-    assert [k for k, count in objects.items() if count == 0] == [20]
+    assert {*range(1, IMAGES + 1)} - {*objects} == {20}
     assert max(objects.values()) == 4
-    used = {item['category_id'] for item in data['annotations']}
+    ids = [annotation['id'] for annotation in data['annotations']]
+    assert len(set(ids)) == len(ids) and min(ids) > 0
+    used = {annotation['category_id'] for annotation in data['annotations']}
     assert used == {5, 37, 52, 59, 75}
-
-
-def test_coco_categories(drawn):
-    datasets = pytest.importorskip('mmdet.datasets')
-    categories = instances(drawn['coco'], 'val')['categories']
-    assert categories == instances(drawn['coco'], 'train')['categories']
-    names = {item['id']: item['name'] for item in categories}
-    assert tuple(names.values()) == datasets.CocoDataset.METAINFO['classes']
-    some = 'person', 'stop sign', 'sports ball', 'toilet', 'toothbrush'
-    assert tuple(names[i] for i in (1, 13, 37, 70, 90)) == some
 
 
 def test_ade20k(drawn):
     """Its files; indices of the classes; lines between them are not one."""
-    datasets = pytest.importorskip('mmseg.datasets')
-    classes = datasets.ADE20KDataset.METAINFO['classes']
+    classes = ADE20KDataset.METAINFO['classes']
     for name, index in tool.ADE_INDICES.items():
         assert classes[index - 1] == name
     names, seen = {'DRAWN.txt'}, set()
-    for split, count in COUNTS.items():
-        for i in range(1, count + 1):
-            name = f'{ADE_FOLDERS[split]}/ADE_{split}_{i:08d}'
+    for split, folder in {'train': 'training', 'val': 'validation'}.items():
+        for i in range(1, COUNTS[split] + 1):
+            name = f'{folder}/ADE_{split}_{i:08d}'
             names |= {f'images/{name}.jpg', f'annotations/{name}.png'}
             with Image.open(drawn['ade20k'] / f'images/{name}.jpg') as file:
-                assert file.format == 'JPEG' and file.mode == 'RGB'
+                assert (file.format, file.mode) == ('JPEG', 'RGB')
                 size = file.size
             labels = Image.open(drawn['ade20k'] / f'annotations/{name}.png')
-            assert labels.mode == 'L' and labels.size == size
+            assert (labels.mode, labels.size) == ('L', size)
             labels = np.asarray(labels)
             assert 0 < (labels == 0).mean() < 0.1
             seen |= {*np.unique(labels).tolist()}
@@ -149,9 +138,6 @@ def test_imagenet(drawn):
             assert int(label) == labels[folder]
             names.add(f'{split}/{name}')
     assert set(files) == names
-    pytest.importorskip('mmpretrain')
-    from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
-
     assert sorted(labels.items()) == [*labels.items()]  # as the real ones
     assert [
         IMAGENET_CATEGORIES[label].split(',')[0] for label in labels.values()
@@ -162,37 +148,30 @@ def test_imagenet(drawn):
 
 
 @pytest.mark.parametrize('dataset', tool.DATASETS)
-def test_seeds(dataset, tmp_path):
-    """The same seed draws the same, and an image depends on no other."""
+def test_seeds(dataset, tmp_path, capsys):
+    """The same seed draws the same, and an image depends on no other.
+
+    What is drawn says so.
+    """
     for name, images, seed in (('a', 4, 1), ('b', 9, 1), ('c', 4, 2)):
-        out = str(tmp_path / name)
-        options = [f'--images={images}', '--size=64', f'--seed={seed}']
-        tool.main([dataset, out, *options])
+        draw(dataset, tmp_path / name, images, seed)
+    assert 'not downloaded' in capsys.readouterr().out.splitlines()[-1]
     first, more, other = (tree(tmp_path / name) for name in 'abc')
     files = [name for name in first if name.endswith(('jpg', 'png', 'JPEG'))]
     assert len(files) == (24 if dataset == 'ade20k' else 12)
     assert all(first[name] == more[name] for name in files)
     assert all(first[name] != other[name] for name in files)
     assert len({first[name] for name in files}) == len(files)
+    assert b'not downloaded' in first['DRAWN.txt']
 
 
-def test_says_that_it_is_drawn(tmp_path, capsys):
-    """Into an empty folder too."""
-    tool.main(['coco', str(tmp_path), '--images=1', '--size=64'])
-    assert len(tree(tmp_path)) == 1 + 2 + 1 + 8
-    assert 'not downloaded' in (tmp_path / 'DRAWN.txt').read_text()
-    last_line = capsys.readouterr().out.splitlines()[-1]
-    assert str(tmp_path) in last_line and 'not downloaded' in last_line
-
-
-@pytest.mark.parametrize('kind', ['folder', 'file'])
-def test_data_of_the_user(kind, tmp_path, capsys):
-    """Exit status 2, the folder named, nothing changed."""
+@pytest.mark.parametrize('out', ['', 'mine'])
+def test_data_of_the_user(out, tmp_path, capsys):
+    """Exit status 2, the folder or file named, nothing changed."""
     (tmp_path / 'mine').write_text('mine')
-    out = tmp_path if kind == 'folder' else tmp_path / 'mine'
     with pytest.raises(SystemExit) as stop:
-        tool.main(['coco', str(out)])
+        draw('coco', tmp_path / out)
     assert stop.value.code == 2
     message = capsys.readouterr().err
-    assert str(out) in message and 'choose another OUT' in message
+    assert str(tmp_path / out) in message and 'another OUT' in message
     assert tree(tmp_path) == {'mine': b'mine'}

@@ -11,11 +11,11 @@ from PIL import Image
 from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 
-pytest.importorskip('mmcv._ext', reason='needs mmcv with its compiled ops')
-mmdet, mmseg, mmpretrain = (
-    pytest.importorskip(f'{package}.apis')
-    for package in ('mmdet', 'mmseg', 'mmpretrain')
-)
+tiny.need_openmmlab()
+from mmdet import apis as mmdet  # noqa: E402
+from mmpretrain import apis as mmpretrain  # noqa: E402
+from mmseg import apis as mmseg  # noqa: E402
+
 tool = tiny.load_tool('predict')
 
 
@@ -103,15 +103,6 @@ def test_detector(models, photos, tmp_path):
     assert found['annotations'] == annotations[:kept]
 
 
-def test_fuse(models, photos, tmp_path, monkeypatch):
-    fused = []
-    monkeypatch.setattr(tool, 'fuse', fused.append)
-    run(models, 'cls', tmp_path, photos / 'a.png')
-    assert not fused
-    run(models, 'cls', tmp_path, photos / 'a.png', options=['--fuse'])
-    assert type(fused[0]).__name__ == 'ImageClassifier'
-
-
 def test_segmentor_and_inputs(models, photos, tmp_path, capsys):
     """Folders, patterns, files given twice, and what cannot be read."""
     bad = tmp_path / 'bad.png'
@@ -119,13 +110,7 @@ def test_segmentor_and_inputs(models, photos, tmp_path, capsys):
     (tmp_path / 'empty').mkdir()
     thin = tmp_path / 'thin.png'
     Image.new('RGB', (2000, 2)).save(thin)
-    inputs = [
-        thin,
-        photos,
-        bad,
-        photos / 's*' / 'b.png',
-        tmp_path / 'none.png',
-    ]
+    inputs = thin, photos, bad, photos / 's*' / 'b.png', tmp_path / 'none.png'
     with pytest.raises(SystemExit) as stop:
         run(models, 'seg', tmp_path, *inputs, tmp_path / 'empty')
     assert stop.value.code == 1
@@ -158,41 +143,52 @@ def test_segmentor_and_inputs(models, photos, tmp_path, capsys):
     assert drawn(picture, photos / 'sub' / 'b.png')
 
 
-def test_classifier_and_video(models, photos, tmp_path):
+def test_classifier_and_video(models, photos, tmp_path, monkeypatch):
+    """Frames are counted, as many as videos say they have; --fuse fuses."""
+    bars, fused = [], []
+
+    class Progress(tool.Progress):
+        def advance(self, task, *args):
+            super().advance(task, *args)
+            bars.append((self.tasks[0].completed, self.tasks[0].total))
+
+    monkeypatch.setattr(tool, 'Progress', Progress)
+    monkeypatch.setattr(tool, 'fuse', fused.append)
     video = tmp_path / 'clip.avi'
     frame = cv2.imread(str(photos / 'a.png'))
     codec = cv2.VideoWriter_fourcc(*'MJPG')
     writer = cv2.VideoWriter(str(video), codec, 5, (80, 60))
-    for image in (frame, 255 - frame):
-        writer.write(image)
+    for picture in (frame, 255 - frame):
+        writer.write(picture)
     writer.release()
     image = photos / 'a.png'
     found = run(models, 'cls', tmp_path / 'out', image, video)
-    assert [
-        (image['file_name'], image.get('frame')) for image in found['images']
-    ] == [(str(image), None), (str(video), 0), (str(video), 1)]
-    predictions = [image['predictions'] for image in found['images']]
+    assert bars == [(1, 3), (2, 3), (3, 3)] and not fused
+    assert [(i['file_name'], i.get('frame')) for i in found['images']] == [
+        (str(image), None),
+        (str(video), 0),
+        (str(video), 1),
+    ]
+    first, second, third = (i['predictions'] for i in found['images'])
     model = mmpretrain.get_model(*models['cls'], device='cpu')
-    expected = mmpretrain.ImageClassificationInferencer(model)
-    expected = expected(str(image))[0]
-    assert predictions[0][0]['label'] == expected['pred_label']
-    assert (
-        predictions[0][0]['class'] == found['classes'][expected['pred_label']]
-    )
+    inferencer = mmpretrain.ImageClassificationInferencer(model)
+    expected = inferencer(str(image))[0]
+    assert first[0]['label'] == expected['pred_label']
+    assert first[0]['class'] == found['classes'][expected['pred_label']]
     top = np.sort(expected['pred_scores'])[::-1][:5]
-    scores = [prediction['score'] for prediction in predictions[0]]
+    scores = [prediction['score'] for prediction in first]
     np.testing.assert_allclose(scores, top, atol=1e-5)
-    assert predictions[1] != predictions[2]
+    assert second != third
     pictures = tmp_path / 'out' / 'pictures'
     assert drawn(pictures / 'a.png', image)
     below = [
         np.asarray(Image.open(p))[-9:] for p in (pictures / 'a.png', image)
     ]
     assert (below[0] == below[1]).all()  # text is above
-    assert sorted(path.name for path in (pictures / 'clip').iterdir()) == [
-        '000000.png',
-        '000001.png',
-    ]
+    names = sorted(path.name for path in (pictures / 'clip').iterdir())
+    assert names == ['000000.png', '000001.png']
+    run(models, 'cls', tmp_path / 'out', image, options=['--fuse'])
+    assert type(fused[0]).__name__ == 'ImageClassifier'
 
 
 def test_failures_lose_nothing(models, photos, tmp_path, monkeypatch, capsys):
@@ -239,53 +235,27 @@ def test_inputs_among_results(models, photos, tmp_path):
     assert image.read_bytes() == (photos / 'a.png').read_bytes()
 
 
-@pytest.mark.parametrize('task', ['det', 'seg'])
-def test_colors(models, photos, tmp_path, monkeypatch, task):
+def test_colors(models, photos, tmp_path, monkeypatch):
     """The dataset's, or distinct ones for other classes."""
-    metas = []
+    palettes = []
     monkeypatch.setattr(
         tool,
         'draw',
-        lambda visualizer, *_: metas.append(visualizer.dataset_meta),
+        lambda visualizer, *_: palettes.append(
+            visualizer.dataset_meta['palette']
+        ),
     )
-    image = photos / 'a.png'
-    run(models, task, tmp_path, image)
-    classes = 80 if task == 'det' else 150
-    config = tmp_path / 'own.py'
-    config.write_text(
-        f'_base_ = {models[task][0]!r}\n'
-        f'classes = [str(i) for i in range({classes - 1})]\n'
-        'metainfo = dict(classes=classes)\n'
+    config, checkpoint = models['det']
+    own = tmp_path / 'own.py'
+    own.write_text(
+        f'_base_ = {config!r}\n'
+        'metainfo = dict(classes=[str(i) for i in range(79)])\n'
         'test_dataloader = dict(dataset=dict(metainfo=metainfo))\n'
     )
-    models = {task: (str(config), models[task][1])}
-    run(models, task, tmp_path, image)
-    given, own = (meta['palette'] for meta in metas)
-    assert len(given) == classes and tuple(given[0]) in {
-        (220, 20, 60),
-        (120, 120, 120),
-    }
-    assert len(set(own)) == classes - 1
-
-
-def test_progress(models, photos, tmp_path, monkeypatch):
-    """It counts frames, as many as videos say they have."""
-    video = tmp_path / 'clip.avi'
-    codec = cv2.VideoWriter_fourcc(*'MJPG')
-    writer = cv2.VideoWriter(str(video), codec, 5, (80, 60))
-    for _ in range(3):
-        writer.write(cv2.imread(str(photos / 'a.png')))
-    writer.release()
-    bars = []
-
-    class Progress(tool.Progress):
-        def advance(self, task, *args):
-            super().advance(task, *args)
-            bars.append((self.tasks[0].completed, self.tasks[0].total))
-
-    monkeypatch.setattr(tool, 'Progress', Progress)
-    run(models, 'cls', tmp_path / 'out', photos / 'a.png', video)
-    assert bars == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    for file in (config, str(own)):
+        run({'det': (file, checkpoint)}, 'det', tmp_path, photos / 'a.png')
+    assert len(palettes[0]) == 80 and tuple(palettes[0][0]) == (220, 20, 60)
+    assert len({*palettes[1]}) == 79
 
 
 def fail(argv):
@@ -296,15 +266,13 @@ def fail(argv):
 
 def test_mistakes(models, tmp_path):
     config, checkpoint = models['cls']
-    rest = ['x.png', '--out', str(tmp_path / 'out')]
-    message = fail([config, 'no.pth', *rest])
-    assert 'checkpoint no.pth does not exist' in message
-    message = fail([config, models['seg'][1], *rest])
-    assert 'does not fit the model' in message
-    options = ['--cfg-options', 'test_dataloader.dataset.type=CustomDataset']
-    message = fail([config, checkpoint, *rest, *options])
-    assert 'names the classes' in message
-    options = ['--cfg-options', 'default_scope=mmpose']
-    message = fail([config, checkpoint, *rest, *options])
-    assert 'default_scope mmpose' in message
+    for weights, option, words in (
+        ('no.pth', [], 'checkpoint no.pth does not exist'),
+        (models['seg'][1], [], 'does not fit the model'),
+        (checkpoint, [f'{tiny.TEST_SET}.type=CustomDataset'], 'the classes'),
+        (checkpoint, ['default_scope=mmpose'], 'default_scope mmpose'),
+    ):
+        argv = [config, weights, 'x.png', '--out', str(tmp_path / 'out')]
+        options = ['--cfg-options', *option] if option else []
+        assert words in fail([*argv, *options])
     assert not (tmp_path / 'out').exists()

@@ -111,9 +111,7 @@ def test_inference(shape, kwargs, layout):
                 torch.testing.assert_close(actual, wanted)
 
 
-@pytest.mark.parametrize(
-    'size', [(1, 1), (31, 33), (32, 1024), (1024, 32), (127, 131)]
-)
+@pytest.mark.parametrize('size', [(1, 1), (32, 1024), (127, 131)])
 def test_extreme_sizes(size):
     model = build(fuse_overview=True).train()
     outputs = model(image((2, 3, *size)))
@@ -122,8 +120,9 @@ def test_extreme_sizes(size):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize('size', [(64, 64), (1, 33)])
-@pytest.mark.parametrize('deploy', [False, True])
+@pytest.mark.parametrize(
+    ('deploy', 'size'), [(False, (64, 64)), (True, (1, 33))]
+)
 def test_no_images(deploy, size):
     """A batch of nothing, as from a filter that leaves nothing."""
     model = build(deploy=deploy).eval()
@@ -149,8 +148,6 @@ def test_one_small_image():
         (torch.zeros(1, 4, 64, 64), r'got \(1, 4, 64, 64\)'),
         (torch.zeros(1, 3, 0, 64), r'at least 1, got \(1, 3, 0, 64\)'),
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 'floating.*uint8'),
-        (torch.zeros(1, 3, 64, 64, dtype=torch.int64), 'floating.*int64'),
-        (torch.zeros(1, 3, 64, 64, dtype=torch.bool), 'floating.*bool'),
     ],
 )
 def test_bad_input(x, message):
@@ -192,9 +189,5 @@ def test_bad_arguments(name, value):
     message = str(caught.value)
     if isinstance(value, dict):  # test_overlock.py has their messages
         return
-    words = {
-        'contmix_backend': 'backend',
-        'depthwise_backend': 'backend',
-    }
-    assert words.get(name, name) in message
+    assert ('backend' if name.endswith('backend') else name) in message
     assert repr(value) in message

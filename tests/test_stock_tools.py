@@ -9,48 +9,25 @@ import re
 import runpy
 import sys
 from importlib.util import find_spec
-from inspect import signature
 from pathlib import Path
 from unittest import mock
 
 import mmengine
 import pytest
+import tiny
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from PIL import Image
-from tiny import need_openmmlab, run_tool, write_model
 
-need_openmmlab()
+tiny.need_openmmlab()
 from matplotlib import pyplot  # noqa: E402
 
 PACKAGES = {'det': 'mmdet', 'seg': 'mmseg', 'cls': 'mmpretrain'}
 LAST = {'det': 'epoch_1', 'seg': 'iter_2', 'cls': 'epoch_1'}
-LAYOUTS = {'det': 'coco', 'seg': 'ade20k', 'cls': 'imagenet'}
+CONFIGS = {'det': tiny.detector, 'seg': tiny.segmentor, 'cls': tiny.imagenet}
 # What make_sample_data draws.
 CLASSES = 'airplane', 'banana', 'pizza', 'remote', 'sports ball'
-TRAIN = 'train_dataloader.dataset'
-SETTINGS = {
-    'det': {
-        f'{TRAIN}.pipeline.2.scale': (96, 96),
-        'model.roi_head.bbox_head.num_classes': 5,
-        'model.roi_head.mask_head.num_classes': 5,
-        'train_cfg.max_epochs': 1,
-    },
-    'seg': {
-        f'{TRAIN}.pipeline.2.scale': (96, 64),
-        f'{TRAIN}.pipeline.3.crop_size': (64, 64),
-        'data_preprocessor.size': (64, 64),
-        'model.data_preprocessor.size': (64, 64),
-        'train_cfg.max_iters': 2,
-        'default_hooks.checkpoint.interval': 2,
-    },
-    'cls': {
-        f'{TRAIN}.pipeline.1.scale': 64,
-        'train_dataloader.batch_size': 4,
-        'train_cfg.max_epochs': 1,
-    },
-}
 
 
 @pytest.fixture(scope='module')
@@ -60,22 +37,17 @@ def drawn(tmp_path_factory):
     @functools.cache
     def draw(task):
         folder = tmp_path_factory.mktemp(task)
-        data = folder / 'data'
-        run_tool(
-            'make_sample_data', LAYOUTS[task], data, '--images=4', '--size=96'
-        )
-        settings = {'default_hooks.logger.interval': 1, **SETTINGS[task]}
-        for split in 'train', 'val', 'test':
-            loader = f'{split}_dataloader'
-            settings[f'{loader}.dataset.data_root'] = str(data)
-            settings[f'{loader}.num_workers'] = 0
-            settings[f'{loader}.persistent_workers'] = False
-            if task == 'det':
-                settings[f'{loader}.dataset.metainfo.classes'] = CLASSES
-            if task == 'det' and split != 'train':
-                file = data / 'annotations' / 'instances_val2017.json'
-                settings[f'{split}_evaluator.ann_file'] = str(file)
-        return folder, *write_model(task, folder, settings)
+        options = {'test_dataloader.dataset.indices': None}
+        if task == 'det':
+            for split in 'train', 'val', 'test':
+                classes = f'{split}_dataloader.dataset.metainfo.classes'
+                options[classes] = CLASSES
+            for part in 'bbox', 'mask':
+                options[f'model.roi_head.{part}_head.num_classes'] = 5
+        config = CONFIGS[task](folder, **options)
+        checkpoint = folder / 'model.pth'
+        tiny.save_model(Config.fromfile(config), checkpoint)
+        return folder, config, checkpoint
 
     return draw
 
@@ -139,7 +111,7 @@ def test_test_and_confusion_matrix(task, metric, drawn, stock):
     (log,) = Path('work').glob('*/*.json')
     assert metric in json.loads(log.read_text())
     if task == 'seg':  # draws 146 megapixels, too many for some memories
-        images = (folder / 'data').rglob('validation/*.jpg')
+        images = folder.rglob('validation/*.jpg')
         names = sorted(file.stem for file in images)
         assert sorted(file.stem for file in Path('out').iterdir()) == names
         return
@@ -150,7 +122,7 @@ def test_test_and_confusion_matrix(task, metric, drawn, stock):
     else:
         stock(task, *argv, '--out', 'matrix.pkl')
         matrix = mmengine.load('matrix.pkl')
-        images = [*(folder / 'data' / 'val').rglob('*.JPEG')]
+        images = [*(folder / 'imagenet' / 'val').rglob('*.JPEG')]
         assert matrix.shape == (1000, 1000)
         assert matrix.sum() == len(images) > 0
 
@@ -176,29 +148,18 @@ def test_browse_dataset(task, drawn, stock):
         *(task, 'analysis_tools/browse_dataset', config),
         *('--not-show', '--output-dir', 'browsed'),
     )
-    images = [*(folder / 'data').rglob('train*/*.jpg')]
+    images = [*folder.rglob('train*/*.jpg')]
     pictures = [*Path('browsed').rglob('*.*g')]
     assert len(pictures) == len(images) > 0
     for picture in pictures:
         assert_picture(picture)
 
 
-@pytest.mark.parametrize(
-    'part',
-    [
-        'dataloader',
-        pytest.param(
-            'inference',
-            marks=pytest.mark.skipif(
-                not torch.cuda.is_available(), reason='needs a GPU'
-            ),
-        ),
-    ],
-)
-def test_benchmark_of_mmdet(part, drawn, stock):
+def test_benchmark_of_mmdet(drawn, stock):
+    """Of the data loader."""
     _, config, checkpoint = drawn('det')
     stock(
-        *('det', 'analysis_tools/benchmark', config, '--task', part),
+        *('det', 'analysis_tools/benchmark', config, '--task', 'dataloader'),
         *('--checkpoint', checkpoint, '--work-dir', 'work'),
         *('--max-iter', '3', '--num-warmup', '1', '--log-interval', '1'),
     )
@@ -206,6 +167,7 @@ def test_benchmark_of_mmdet(part, drawn, stock):
     assert float(re.search(r'Overall fps: ([\d.]+)', log)[1]) > 0
 
 
+@pytest.mark.slow  # of 200 images
 def test_benchmark_of_mmseg(drawn, stock):
     """It takes the mean over the 6th to the 200th image, or over none."""
     _, config, checkpoint = drawn('seg')
@@ -218,30 +180,3 @@ def test_benchmark_of_mmseg(drawn, stock):
     )
     (file,) = Path('work').glob('fps_*.json')
     assert json.loads(file.read_text())['average_fps'] > 0
-
-
-def test_cam_of_mmpretrain(drawn, stock):
-    pytest.importorskip('pytorch_grad_cam')
-    folder, config, checkpoint = drawn('cls')
-    image = next((folder / 'data').rglob('*.JPEG'))
-    stock(
-        *('cls', 'visualization/vis_cam', image, config, checkpoint),
-        *('--save-path', 'cam.jpg'),
-    )
-    assert_picture('cam.jpg')
-
-
-def test_cam_of_mmseg(drawn, stock):
-    cam = pytest.importorskip('pytorch_grad_cam')
-    if 'use_cuda' not in signature(cam.GradCAM).parameters:
-        pytest.skip('needs grad-cam before 1.5')
-    folder, config, checkpoint = drawn('seg')
-    image = next((folder / 'data').rglob('*.jpg'))
-    state = torch.load(checkpoint)
-    torch.save({**state, 'meta': {}}, 'trained.pth')
-    stock(
-        *('seg', 'analysis_tools/visualization_cam', image, config),
-        *('trained.pth', '--device', 'cpu', '--category-index', '2'),
-        *('--target-layers', 'backbone.extra_norm["3"]'),
-    )
-    assert_picture('vis_cam.png')

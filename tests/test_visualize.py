@@ -22,18 +22,20 @@ tool = tiny.load_tool('visualize')
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-    """Config, checkpoint and an image."""
+    """The config, checkpoint and image of a classifier, and of a detector."""
     folder = tmp_path_factory.mktemp('files')
+    photo = folder / 'photo.png'
     rng = np.random.default_rng(0)
     small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    Image.fromarray(small).resize((120, 90)).save(folder / 'photo.png')
-    return [*tiny.write_model('cls', folder), str(folder / 'photo.png')]
+    Image.fromarray(small).resize((120, 90)).save(photo)
+    models = {task: tiny.write_model(task, folder) for task in ('cls', 'det')}
+    return {task: [*model, str(photo)] for task, model in models.items()}
 
 
-@pytest.fixture
-def det_files(files, tmp_path):
-    """Those of a detector, which has outputs at four strides."""
-    return [*tiny.write_model('det', tmp_path), files[2]]
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    """Pictures of fewer pixels."""
+    monkeypatch.setitem(tool.STYLE, 'savefig.dpi', 90)
 
 
 def run(command, files, out, *options, status=0):
@@ -52,17 +54,12 @@ def shown(monkeypatch):
     """What `show_maps` gets, and the figures that are saved."""
     calls, figures = [], []
     show, save = tool.show_maps, tool.save
-
-    def show_maps(*args):
-        calls.append(args)
-        show(*args)
-
-    def save_figure(figure, path):
-        figures.append(figure)
-        save(figure, path)
-
-    monkeypatch.setattr(tool, 'show_maps', show_maps)
-    monkeypatch.setattr(tool, 'save', save_figure)
+    monkeypatch.setattr(
+        tool, 'show_maps', lambda *args: calls.append(args) or show(*args)
+    )
+    monkeypatch.setattr(
+        tool, 'save', lambda *args: figures.append(args[0]) or save(*args)
+    )
     return calls, figures
 
 
@@ -77,10 +74,10 @@ def load_files(files):
 @torch.no_grad()
 def test_prior(files, tmp_path, shown):
     """What the Overview-Net says, and what stage 3 makes of it."""
-    run('prior', files, tmp_path)
+    run('prior', files['cls'], tmp_path)
     check_picture(tmp_path / 'photo_prior.png')
     ((maps, picture, padded, _),), (figure,) = shown
-    backbone, inputs, expected_picture = load_files(files)
+    backbone, inputs, expected_picture = load_files(files['cls'])
     assert padded == inputs.shape[2:]
     assert (picture == expected_picture).all()
     base = backbone.base_net(inputs)[-1]
@@ -96,12 +93,12 @@ def test_prior(files, tmp_path, shown):
     assert titles[4].endswith('%')
 
 
-def test_features(det_files, tmp_path, shown):
-    run('features', det_files, tmp_path)
+def test_features(files, tmp_path, shown):
+    run('features', files['det'], tmp_path)
     check_picture(tmp_path / 'photo_features.png')
     ((maps, _, _, _),), (figure,) = shown
     assert [*maps] == [f'map {i}, stride {4 * 2**i}' for i in range(4)]
-    backbone, inputs, picture = load_files(det_files)
+    backbone, inputs, picture = load_files(files['det'])
     for map_, expected in zip(maps.values(), backbone(inputs), strict=True):
         torch.testing.assert_close(map_, expected[0])
     # The maps are those of the padded input, laid over the picture in it.
@@ -114,32 +111,29 @@ def test_features(det_files, tmp_path, shown):
         assert axes.get_xlim() == (-0.5, picture.shape[1] - 0.5)
 
 
-def test_features_of_a_classifier(files, tmp_path, shown):
-    run('features', files, tmp_path)
-    assert [*shown[0][0][0]] == ['Overview-Net', 'Focus-Net']
+def test_features_of_a_classifier(files, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(
+        tool, 'show_maps', lambda maps, *_: titles.extend(maps)
+    )
+    run('features', files['cls'], tmp_path)
+    assert titles == ['Overview-Net', 'Focus-Net']
 
 
 def test_kernels(files, tmp_path, shown):
     options = ['--at', '10,20', '60,5', '--stage', '4', '--block', '0']
-    run('kernels', files, tmp_path, *options)
+    run('kernels', files['cls'], tmp_path, *options)
     check_picture(tmp_path / 'photo_kernels.png')
     (figure,) = shown[1]
     pictures = figure.axes[0], figure.axes[9]
     titles = [axes.get_title() for axes in pictures]
     assert titles == ['x = 10, y = 20', 'x = 60, y = 5']
-    cells = [axes for axes in figure.axes[:18] if axes not in pictures]
-    assert len(cells) == 2 * 2 * 4
-    scales = set()
+    images = [axes.images[0] for axes in figure.axes[:18]]
+    cells = [images[i] for i in range(18) if i not in (0, 9)]
     for cell in cells:
-        (image,) = cell.images
-        ratios = np.asarray(image.get_array())
-        assert ratios.mean() == pytest.approx(1, abs=1e-4)
-        scales.add((image.norm.vmin, image.norm.vmax))
-        # The ring is in the middle, unless the window is at a border.
-        (ring,) = cell.lines
-        column, row = ring.get_xdata()[0], ring.get_ydata()[0]
-        assert 0 <= column < len(ratios) and 0 <= row < len(ratios)
-    ((low, high),) = scales  # one for all
+        assert cell.get_array().mean() == pytest.approx(1, abs=1e-4)
+    # One scale for all
+    ((low, high),) = {(cell.norm.vmin, cell.norm.vmax) for cell in cells}
     assert low == pytest.approx(1 / high)
     assert figure.axes[18].get_xlabel().startswith('weight / weight of')
 
@@ -207,7 +201,7 @@ def test_dynamic_kernels():
 
 
 def test_erf(files, tmp_path, shown):
-    lines = run('erf', files, tmp_path, '--size', '64').splitlines()
+    lines = run('erf', files['cls'], tmp_path, '--size', '64').splitlines()
     check_picture(tmp_path / 'erf.png')
     start = lines.index('area ratios, 1 images of 64 x 64')
     rows = lines[start + 2 : start + 4]
@@ -223,16 +217,6 @@ def test_erf(files, tmp_path, shown):
 
 
 def test_area_ratios():
-    """Uniform contributions fill their share; a point fills one pixel."""
-    uniform = tool.area_ratios(torch.ones(100, 100), 49.5)
-    for ratio, share in zip(uniform, tool.SHARES, strict=True):
-        assert ratio == pytest.approx(share, abs=0.03)
-    point = torch.zeros(11, 11)
-    point[5, 5] = 1
-    assert tool.area_ratios(point, 5.0) == pytest.approx([1 / 121] * 4)
-
-
-def test_area_ratios_by_search():
     """Squares that grow around an odd centre until they hold the share."""
     found = torch.rand(32, 32, generator=torch.Generator().manual_seed(0))
     found[12:22, 14:24] += 5
@@ -298,15 +282,18 @@ def test_principal_components():
         ('kernels', ['--at', '64,0'], '64,0 is outside of photo, which is 64'),
         ('kernels', ['--block', '1'], '--block 1: stage 3 has blocks 0 to 0'),
         ('prior', ['--cfg-options', 'modle.type=A'], 'did you mean model'),
-        ('prior', ['none'], 'none: there is no such file'),
     ],
 )
 def test_mistakes(files, tmp_path, command, options, words):
-    inputs = [*files, *(o for o in options if o == 'none')]
-    options = [o for o in options if o != 'none']
-    message = run(command, inputs, tmp_path, *options, status=2)
+    message = run(command, files['cls'], tmp_path, *options, status=2)
     message = message.splitlines()[-1]
     assert message.startswith('visualize.py: ') and words in message
+
+
+def test_missing_input(files, tmp_path):
+    inputs = [*files['cls'][:2], 'none']
+    message = run('prior', inputs, tmp_path, status=2)
+    assert 'visualize.py: none: there is no such file' in message
 
 
 def test_missing_stage():

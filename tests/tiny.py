@@ -101,6 +101,26 @@ def randomize(model):
     return model
 
 
+def shrunk(node, factor):
+    """A pipeline's config, with all sizes of images divided by a factor."""
+    if isinstance(node, dict):
+        return {
+            key: _divided(value, factor)
+            if key in ('scale', 'scales', 'crop_size')
+            else shrunk(value, factor)
+            for key, value in node.items()
+        }
+    if type(node) is list:
+        return [shrunk(child, factor) for child in node]
+    return node
+
+
+def _divided(size, factor):
+    if isinstance(size, int):
+        return size // factor
+    return type(size)(_divided(side, factor) for side in size)
+
+
 def forget_instances():
     """Forget MMEngine's loggers and their kind.
 
@@ -155,16 +175,21 @@ def write_model(task, folder, settings=None):
     cfg = Config.fromfile(ROOT / 'configs' / name)
     cfg.model.backbone.update(arch=ARCH, init_cfg=None)
     cfg.merge_from_dict(options | (settings or {}))
+    config, checkpoint = folder / f'{task}.py', folder / f'{task}.pth'
+    cfg.dump(config)
+    save_model(cfg, checkpoint)
+    return str(config), str(checkpoint)
+
+
+def save_model(cfg, checkpoint):
+    """Save the weights of a config's model, large enough to differ."""
     init_default_scope(cfg.default_scope)
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
     for parameter in model.parameters():
-        if parameter.dim() > 1:  # larger, so that outputs differ
+        if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.1)
-    config, checkpoint = folder / f'{task}.py', folder / f'{task}.pth'
-    cfg.dump(config)
     torch.save({'state_dict': model.state_dict()}, checkpoint)
-    return str(config), str(checkpoint)
 
 
 def classifier(folder, **settings):
@@ -250,20 +275,34 @@ def classifier(folder, **settings):
     return path
 
 
-def _shrunk(config, options, data_root, scale, images):
-    """A config with a tiny backbone, small images and few to evaluate on."""
+def _drawn(task, layout, folder, config, images, resize):
+    """The config of a tiny model, of drawn data and small images.
+
+    It resizes in that step of the training's pipeline, and evaluates on so
+    many images.
+    """
+    root = folder / layout
+    run_tool('make_sample_data', layout, root, '--images=4', '--size=96')
     cfg = Config.fromfile(ROOT / 'configs' / config)
     cfg.model.backbone.update(arch=ARCH, init_cfg=None)
-    cfg.merge_from_dict(options)
+    cfg.merge_from_dict(CONFIGS[task][1])
     cfg.default_hooks.logger.interval = 1
-    for split, resize in (('train', 2), ('val', 1), ('test', 1)):
+    pipeline = cfg.test_dataloader.dataset.pipeline
+    cfg.train_dataloader.dataset.pipeline[resize].scale = pipeline[1].scale
+    for split in ('train', 'val', 'test'):
         loader = cfg[f'{split}_dataloader']
         loader.update(num_workers=0, persistent_workers=False)
-        loader.dataset.data_root = str(data_root)
-        loader.dataset.pipeline[resize].scale = scale
+        loader.dataset.data_root = str(root)
         if split != 'train':
-            loader.dataset.indices = images
+            loader.dataset.update(pipeline=pipeline, indices=images)
     return cfg
+
+
+def _write(cfg, folder, name, options):
+    cfg.merge_from_dict(options)
+    path = Path(folder) / f'{name}.py'
+    cfg.dump(path)
+    return path
 
 
 def detector(folder, config=CONFIGS['det'][0], **options):
@@ -277,43 +316,33 @@ def detector(folder, config=CONFIGS['det'][0], **options):
     Returns:
         Path: The config.
     """
-    data_root = folder / 'coco'
-    run_tool('make_sample_data', 'coco', data_root, '--images=4', '--size=96')
-    cfg = _shrunk(config, CONFIGS['det'][1], data_root, (96, 96), 2)
-    ann_file = str(data_root / 'annotations' / 'instances_val2017.json')
+    cfg = _drawn('det', 'coco', folder, config, 2, 2)
+    ann_file = folder / 'coco' / 'annotations' / 'instances_val2017.json'
     for split in ('val', 'test'):
-        cfg[f'{split}_evaluator'].ann_file = ann_file
-    cfg.merge_from_dict({'train_cfg.max_epochs': 1, **options})
-    path = Path(folder) / 'detector.py'
-    cfg.dump(path)
-    return path
+        cfg[f'{split}_evaluator'].ann_file = str(ann_file)
+    cfg.train_cfg.max_epochs = 1
+    return _write(cfg, folder, 'detector', options)
 
 
 def segmentor(folder, **options):
-    """Write the config of a tiny UperNet, and draw data in ADE20K's layout.
+    """Write the config of a tiny UperNet, with data in ADE20K's layout.
 
-    Args:
-        folder (Path): Where to; the data are in ``folder / 'ade20k'``.
-        options: What else is in the config, by dotted keys.
-
-    Returns:
-        Path: The config.
+    The arguments are those of `detector`; data are in ``folder / 'ade20k'``.
     """
-    data_root = folder / 'ade20k'
-    run_tool(
-        'make_sample_data', 'ade20k', data_root, '--images=4', '--size=96'
-    )
-    cfg = _shrunk(*CONFIGS['seg'], data_root, (96, 64), 3)
+    cfg = _drawn('seg', 'ade20k', folder, CONFIGS['seg'][0], 3, 2)
     cfg.model.data_preprocessor.size = (64, 64)
     cfg.train_dataloader.dataset.pipeline[3].crop_size = (64, 64)
-    cfg.merge_from_dict(
-        {
-            'train_cfg.max_iters': 2,
-            'train_cfg.val_interval': 2,
-            'default_hooks.checkpoint.interval': 2,
-            **options,
-        }
-    )
-    path = Path(folder) / 'segmentor.py'
-    cfg.dump(path)
-    return path
+    cfg.train_cfg.update(max_iters=2, val_interval=2)
+    cfg.default_hooks.checkpoint.interval = 2
+    return _write(cfg, folder, 'segmentor', options)
+
+
+def imagenet(folder, **options):
+    """Write the config of a tiny classifier, with data in ImageNet's layout.
+
+    The arguments are those of `detector`; data are in ``folder / 'imagenet'``.
+    """
+    cfg = _drawn('cls', 'imagenet', folder, CONFIGS['cls'][0], 3, 1)
+    cfg.train_dataloader.batch_size = 4
+    cfg.train_cfg.max_epochs = 1
+    return _write(cfg, folder, 'imagenet', options)
