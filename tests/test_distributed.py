@@ -210,16 +210,21 @@ def test_fsdp(config, ddp, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['detector', 'segmentor'])
-def test_two_machines(kind, tmp_path):
+@pytest.mark.parametrize(
+    ('write', 'options', 'last'),
+    [
+        (tiny.detector, {'train_dataloader.batch_size': 1}, 'epoch_1.pth'),
+        (tiny.segmentor, {}, 'iter_2.pth'),
+    ],
+)
+def test_two_machines(write, options, last, tmp_path):
     """Two torchruns with a process each, on one machine in fact."""
-    config, work_dir = getattr(tiny, kind)(tmp_path, **HOOKS), tmp_path / 'w'
+    config, work_dir = write(tmp_path, **HOOKS, **options), tmp_path / 'work'
     nodes = dict(NNODES='2', MASTER_ADDR='localhost', PORT=free_port())
     argv = tmp_path, 'dist_train.sh', config, 1, '--work-dir', work_dir
     started = [launch(*argv, NODE_RANK=rank, **nodes) for rank in '01']
     log = ''.join(map(finish, started))
     assert log.count(LEFT_OUT) == 1
-    last = 'epoch_1.pth' if kind == 'detector' else 'iter_2.pth'
     assert_in_step(work_dir, last)
 
 
