@@ -176,10 +176,12 @@ def test_resumed(killed, tmp_path):
     reason='this mmengine draws random numbers for the data it skips',
 )
 def test_resumed_by_iterations(tmp_path):
-    """A training whose data have no epochs."""
+    """A training whose data have no epochs; its validation draws numbers."""
     cfg = Config.fromfile(tiny.classifier(tmp_path))
     cfg.train_dataloader.sampler = dict(type='InfiniteSampler')
-    cfg.train_cfg = dict(by_epoch=False, max_iters=4, val_interval=4)
+    flip = dict(type='RandomFlip', prob=0.5, direction='horizontal')
+    cfg.val_dataloader.dataset.pipeline.insert(1, flip)
+    cfg.train_cfg = dict(by_epoch=False, max_iters=4, val_interval=2)
     cfg.default_hooks.checkpoint = dict(
         type='CheckpointHook', by_epoch=False, interval=2
     )
