@@ -5,7 +5,6 @@ import struct
 import zipfile
 from argparse import Namespace
 from collections import Counter, OrderedDict
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -76,33 +75,9 @@ def test_training_state(path):
         assert result.flags.f_contiguous == array.flags.f_contiguous
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.int64])
-def test_tensors(path, dtype):
-    base = torch.arange(24).reshape(4, 6).to(dtype)
-    state = {
-        'plain': base,
-        'transposed': base.T,
-        'slice': base[1:3, ::2],
-        'alias': base,
-        'scalar': base[0, 1],
-        'empty': base[:0],
-        'parameter': nn.Parameter(base, requires_grad=False),
-    }
-    result = reread(path, state)['state_dict']
-    for name, value in state.items():
-        assert torch.equal(result[name], value), name
-        assert result[name].dtype == dtype
-    assert result['alias'].data_ptr() == result['plain'].data_ptr()
-
-
 def test_safetensors(tmp_path):
     package = pytest.importorskip('safetensors.torch')
-    state = {
-        'odd': torch.tensor([1], dtype=torch.int8),  # misaligns the next
-        'weight': torch.randn(2, 3),
-        'half': torch.randn(5).bfloat16(),
-        'empty': torch.zeros(0, 2),
-    }
+    state = {'weight': torch.randn(2, 3), 'half': torch.randn(5).bfloat16()}
     path = tmp_path / 'a.safetensors'
     package.save_file(state, path)
     contents = read(str(path))
@@ -113,12 +88,6 @@ def test_safetensors(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match='truncated or damaged'):
         read(str(path))
-
-
-def test_in_the_home_folder(path, monkeypatch):
-    monkeypatch.setenv('HOME', str(path.parent))
-    reread(path, {'weight': torch.ones(1)})
-    assert read('~/a.pth')['state_dict']['weight'] == 1
 
 
 # ------------------------------------------------------------ broken files
@@ -132,12 +101,13 @@ def test_in_the_home_folder(path, monkeypatch):
         (b'PK\3\4' + bytes(30), 'a.pth is truncated or damaged'),
     ],
 )
-def test_no_checkpoint(path, data, words):
+def test_no_checkpoint(path, data, words, monkeypatch):
+    monkeypatch.setenv('HOME', str(path.parent))
     with pytest.raises(CheckpointError, match='No such file'):
-        read(str(path))
+        read('~/a.pth')
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=words):
-        read(str(path))
+        read('~/a.pth')
 
 
 @pytest.mark.parametrize(
@@ -190,14 +160,8 @@ URL = 'https://example.com/releases/v1/a.pth?raw=true'
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    """Where downloads are kept."""
+    """Where downloads are kept, with their URLs; all are of one file."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    return tmp_path / 'hub' / 'checkpoints' / 'a.pth'
-
-
-@pytest.fixture
-def downloads(kept, monkeypatch):
-    """The URLs of downloads, all of one file."""
     urls = []
 
     def download(url, path, progress):
@@ -205,13 +169,14 @@ def downloads(kept, monkeypatch):
         torch.save({'weight': torch.ones(1)}, path)
 
     monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
-    return urls
+    return tmp_path / 'hub' / 'checkpoints' / 'a.pth', urls
 
 
-def test_download_is_kept(kept, downloads):
+def test_download_is_kept(kept):
+    kept, urls = kept
     for _ in range(2):
         assert read(URL)['state_dict']['weight'] == 1
-    assert downloads == [URL] and kept.exists()
+    assert urls == [URL] and kept.exists()
     kept.write_bytes(b'<html>')
     with pytest.raises(CheckpointError) as error:
         read(URL)
@@ -219,20 +184,10 @@ def test_download_is_kept(kept, downloads):
     assert str(error.value).endswith(f'. Delete {kept} to download it again')
 
 
-def test_failing_download(kept, monkeypatch):
-    def fail(*args, **kwargs):
-        raise URLError('no route')
-
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', fail)
-    with pytest.raises(URLError, match='no route'):
-        read(URL)
-
-
 @pytest.mark.parametrize('first', [True, False])
-def test_one_process_of_a_machine_downloads(
-    kept, downloads, monkeypatch, first
-):
+def test_one_process_of_a_machine_downloads(kept, monkeypatch, first):
     """The others come to the barrier first; then the file is there."""
+    kept, urls = kept
     there = []
 
     def barrier():
@@ -244,7 +199,7 @@ def test_one_process_of_a_machine_downloads(
     monkeypatch.setenv('LOCAL_RANK', '0' if first else '3')
     read(URL)
     assert there == [first]
-    assert len(downloads) == first
+    assert len(urls) == first
 
 
 # ----------------------------------------------------------- hostile files
