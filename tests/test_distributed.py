@@ -317,7 +317,7 @@ def test_a_process_dies(tmp_path):
     )
     argv = tmp_path / 'dist_train.sh', 'config.py', 2, '--amp'
     log = finish(launch(tmp_path, *argv, PYTHONUNBUFFERED='1'), failure=True)
-    assert '0 config.py --launcher pytorch --amp\n' in log
+    assert '1 config.py --launcher pytorch --amp\n' in log
     assert 'rank      : 1 (local_rank: 1)' in log and 'SIGKILL' in log
 
 
@@ -347,7 +347,9 @@ def run_script(tmp_path):
     return run
 
 
-@pytest.mark.parametrize('script', [path.name for path in TOOLS.glob('*.sh')])
+@pytest.mark.parametrize(
+    'script', ['dist_test.sh', 'dist_train.sh', 'slurm_train.sh']
+)
 def test_usage(script, run_script):
     status, lines, [usage] = run_script(script, 'one')
     assert status == 2 and not lines
@@ -382,12 +384,17 @@ def test_torchrun_words(tool, argv, variables, place, run_script):
 
 
 @pytest.mark.parametrize(
-    ('variables', 'gpus', 'per_node'),
-    [({}, '8', '8'), ({'GPUS': '4'}, '4', '4'), ({'GPUS': '32'}, '32', '8')],
+    ('variables', 'gpus', 'per_node', 'work_dir'),
+    [
+        ({}, '8', '8', []),
+        ({'GPUS': '4'}, '4', '4', ['my work']),
+        ({'GPUS': '32'}, '32', '8', []),
+    ],
 )
-def test_slurm_words(variables, gpus, per_node, run_script):
+def test_slurm_words(variables, gpus, per_node, work_dir, run_script):
+    """MMDetection's fourth word is a work dir."""
     variables |= dict(SRUN_ARGS='--time 1:00  --exclusive', PORT='1234')
-    argv = 'part', 'a job', 'a b.py', *OPTIONS
+    argv = 'part', 'a job', 'a b.py', *work_dir, *OPTIONS
     _, lines, _ = run_script('slurm_train.sh', *argv, **variables)
     assert lines == [
         *('srun 1234', '--partition', 'part', '--job-name', 'a job'),
@@ -395,12 +402,7 @@ def test_slurm_words(variables, gpus, per_node, run_script):
         *('--ntasks-per-node', per_node, '--cpus-per-task', '5'),
         *('--kill-on-bad-exit=1', '--time', '1:00', '--exclusive'),
         *('python', '-u', f'{TOOLS}/train.py', 'a b.py'),
-        *('--launcher', 'slurm', *OPTIONS),
+        *('--launcher', 'slurm'),
+        *(['--work-dir'] * len(work_dir) + work_dir),
+        *OPTIONS,
     ]
-
-
-def test_slurm_work_dir(run_script):
-    """MMDetection's fourth word."""
-    argv = 'part', 'job', 'config.py', 'my work', '--amp'
-    _, lines, _ = run_script('slurm_train.sh', *argv)
-    assert lines[-3:] == ['--work-dir', 'my work', '--amp']
