@@ -154,9 +154,10 @@ def test_model_index_lists_every_metafile():
 
 def run(folder, *argv):
     """Run python where a package in a folder is installed."""
+    path = os.pathsep.join([str(folder), os.environ.get('PYTHONPATH', '')])
     return subprocess.run(
         [sys.executable, *argv],
-        env=os.environ | {'PYTHONPATH': str(folder)},
+        env=os.environ | {'PYTHONPATH': path},
         cwd=folder,
         capture_output=True,
         text=True,
