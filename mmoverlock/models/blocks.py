@@ -29,7 +29,7 @@ from .layers import (
     build_bn,
     conv_and_norm,
     counts_batches,
-    has_no_hooks,
+    is_watched_within,
     prepare,
     run_layers,
 )
@@ -380,7 +380,7 @@ class FocusBlock(nn.Module):
             and z.numel() > z.shape[1]
             and all(map(counts_batches, norms))
             and type(self.se_layer) is SEModule
-            and all(has_no_hooks(m) for m in self.modules() if m is not self)
+            and not is_watched_within(self)
         )
 
     def _operands(self) -> FocusParameters:

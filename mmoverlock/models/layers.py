@@ -482,6 +482,15 @@ def has_no_hooks(module: nn.Module) -> bool:
     )
 
 
+def is_watched_within(module: nn.Module) -> bool:
+    """Whether anybody watches what a module consists of."""
+    return any(
+        not has_no_hooks(child) or is_watched_within(child)
+        for child in module._modules.values()
+        if child is not None
+    )
+
+
 def counts_batches(layer: nn.Module) -> bool:
     """Whether a layer is a batch norm of which no more than that is asked."""
     return (

@@ -103,10 +103,11 @@ class DilatedReparamConv(nn.Module):
             return self._convolve(
                 x, self.lk_origin.weight, self.lk_origin.bias
             )
-        if not any(norm.training for _, norm in self._branches()):
+        norms = [norm for _, norm in self._branches()]
+        if not any(norm.training for norm in norms):
             return self._convolve(x, *self.merge())
-        groups = {_group(norm) for _, norm in self._branches()}
-        branches, backend = self._summable_branches(x, groups)
+        groups = {*map(_group, norms)}
+        branches, backend = self._summable_branches(x, norms, groups)
         if backend:
             return sum_of_branches(x, branches, backend, *groups)
         return sum(
@@ -123,13 +124,13 @@ class DilatedReparamConv(nn.Module):
 
     def _branches(self) -> Iterator[tuple[nn.Conv2d, nn.Module]]:
         for conv, norm in self.branches:
-            yield getattr(self, conv), getattr(self, norm)
+            # Twice as fast as attributes, for every step
+            yield self._modules[conv], self._modules[norm]
 
     def _summable_branches(
-        self, x: Tensor, groups: set
+        self, x: Tensor, norms: list[nn.Module], groups: set
     ) -> tuple[list[Branch] | None, str | None]:
         """What one operator sums up, and of which backend, None if none."""
-        norms = [norm for _, norm in self._branches()]
         if not all(
             type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and norm.training
             for norm in norms

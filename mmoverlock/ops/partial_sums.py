@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cdiv
+from .launching import jit
 
 KNOBS = dict(  # of the program that adds partial sums
     values=4096,  # at a time
@@ -64,11 +65,12 @@ def _add(
     tl.store(p_out, b_out, mask=m_out)
 
 
-@triton.jit
+@jit
 def _add_kernel(
     p_parts,
     p_outs,
     odds,
+    firsts,
     steps,
     counts,
     channels,
@@ -77,16 +79,16 @@ def _add_kernel(
 ):
     """``out[c, k] = sum over i of parts[i, k, c]`` for some outputs.
 
-    Of each, a pointer to (parts, step) in a tuple, of which k and c are the
-    first count = K C; grid (blocks of all counts, ). Odd numbers 2 parts + 1
-    keep Triton from compiling for kinds of them.
+    Of each, a pointer to (parts, step) in a tuple, of which k and c are
+    count = K C, after ``firsts`` others; grid (blocks of all counts, ). Odd
+    numbers 2 parts + 1 keep Triton from compiling for kinds of them.
     """
     block = tl.program_id(0)
     for i in tl.static_range(len(p_outs)):
         blocks = tl.cdiv(counts[i], VALUES // PARTS[i])
         if (block >= 0) & (block < blocks):
             _add(
-                p_parts[i],
+                p_parts[i] + firsts[i],
                 p_outs[i],
                 odds[i] // 2,
                 steps[i],
@@ -142,15 +144,15 @@ def add(*jobs: tuple[Tensor | None, ...]) -> None:
     outs, parts, sizes = [], [], []
     for partial, *targets in jobs:
         count, sums, channels = partial.shape
-        flat, first = partial.view(count, -1), 0
+        first = 0
         for out in targets:
             size = channels if out is None else out.numel()
             if out is not None:
                 outs.append(out)
-                parts.append(flat[:, first : first + size])
-                sizes.append((count, sums * channels, size, channels))
+                parts.append(partial)
+                sizes.append((count, first, sums * channels, size, channels))
             first += size
-    counts, steps, lengths, channels = zip(*sizes, strict=True)
+    counts, firsts, steps, lengths, channels = zip(*sizes, strict=True)
     many, few = KNOBS['parts']
     forms = tuple(few if count <= few else many for count in counts)
     grid = sum(
@@ -162,6 +164,7 @@ def add(*jobs: tuple[Tensor | None, ...]) -> None:
             tuple(parts),
             tuple(outs),
             tuple(2 * count + 1 for count in counts),
+            firsts,
             steps,
             lengths,
             channels,

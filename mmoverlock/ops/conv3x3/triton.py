@@ -37,6 +37,7 @@ from ..common import (
     custom_op,
     next_power_of_2,
 )
+from ..launching import jit
 
 # Arguments that come in too many values to compile for kinds of them.
 SIZES = ('height', 'width', 'rows', 'strips')
@@ -141,7 +142,7 @@ def _add_row(acc, row, left, middle, right):
     return sums
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _forward_kernel(
     p_x,
     p_weight,
@@ -249,7 +250,7 @@ def _grads(grad, y, b_scale, b_coef):
     return row
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _backward_kernel(
     p_grad,
     p_x,

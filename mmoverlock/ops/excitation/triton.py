@@ -38,6 +38,7 @@ from .. import partial_sums, tiles
 from ..common import cdiv, channels_last, custom_op, next_power_of_2
 from ..conv3x3.triton import _gelu, _gelu_slope
 from ..depthwise.triton.common import move
+from ..launching import jit
 from ..pointwise.triton import PRECISION
 
 SIZES = ('positions', 'parts', 'splits', 'length', 'count', 'batch')
@@ -73,7 +74,7 @@ def _load_normal(
     return b_x, tl.fma(b_x, b_scale[None], b_shift[None])
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _pool_kernel(
     p_x,
     p_factor,
@@ -114,7 +115,7 @@ def _pool_kernel(
     tl.store(p_parts + o_part, b_sum, mask=m_channel)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _statistics_kernel(
     maps,
     p_parts,
@@ -157,7 +158,7 @@ def _statistics_kernel(
             tl.store(p_part + channels, b_squares, mask=m_channel)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _norms_kernel(
     p_parts,
     scales,
@@ -225,7 +226,7 @@ def _norms_kernel(
             move(p_variance, b_squares / (count - 1), MOMENTA[n], m_channel)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _scale_kernel(
     p_x,
     p_norms,
@@ -330,7 +331,7 @@ def _load_maps(
     return b_x, b_gate, n_x, n_other, n_gate
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _apply_kernel(
     p_x,
     p_other,
@@ -365,7 +366,7 @@ def _apply_kernel(
     tiles.store(p_out, o_x, b_x, m_x)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _products_kernel(
     p_grad,
     p_x,
@@ -450,7 +451,7 @@ def _sum_parts(
     )
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _scale_grad_kernel(
     p_grad,
     p_x,
@@ -587,7 +588,7 @@ def _scale_grad_kernel(
                     tl.store(p_sum + n * channels, sum_v, mask=m_channel)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _weights_grad_kernel(
     p_state,
     p_grads,
@@ -692,7 +693,7 @@ def _store_norm_grad(
     tiles.store(p_grad, o_x, d * (b_scale * b_rstd)[None], m_x)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _apply_grad_kernel(
     p_grad,
     p_x,

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -25,6 +24,7 @@ from ..dynamic_conv import triton as contmix
 from ..excitation import triton as excitation
 from ..ffn import triton as ffn
 from ..grn import triton as response_norm
+from ..launching import jit
 from ..layernorm import triton as layer_norm
 from ..pointwise import round_parameters, rows, to_map
 from ..pointwise.triton import product, weight_grads
@@ -36,7 +36,7 @@ aten = torch.ops.aten
 SIZES = 'count', 'height', 'width'
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _unpool_kernel(
     p_grad,
     p_out,

@@ -18,12 +18,12 @@ behind, has this part in common.
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import partial_sums, tiles
 from ..common import cdiv, channels_last, custom_op, next_power_of_2
+from ..launching import jit
 
 EPS = tl.constexpr(1e-6)
 SIZES = ('positions', 'count', 'splits')
@@ -34,7 +34,7 @@ KNOBS = dict(
 )
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _sum_kernel(
     p_x,
     p_grad,
@@ -74,7 +74,7 @@ def _sum_kernel(
     tl.store(p_sums + o_sum, b_sum, mask=m_channel)
 
 
-@triton.jit(do_not_specialize=('parts',))
+@jit(do_not_specialize=('parts',))
 def _scale_kernel(
     p_squares,
     p_gamma,
@@ -115,7 +115,7 @@ def _scale_kernel(
     tl.store(p_scale + o_out, b_scale, mask=m_channel)
 
 
-@triton.jit(do_not_specialize=('parts',))
+@jit(do_not_specialize=('parts',))
 def _scale_grad_kernel(
     p_sums,
     p_x,
@@ -168,7 +168,7 @@ def _scale_grad_kernel(
     tl.store(p_part + channels, dt, mask=m_channel)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _apply_kernel(
     p_x,
     p_scale,

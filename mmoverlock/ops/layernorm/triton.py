@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import partial_sums, tiles
 from ..common import cdiv, channels_last, custom_op, next_power_of_2
+from ..launching import jit
 
 KNOBS = dict(
     values=16,  # of a thread, at least
@@ -34,7 +35,7 @@ def _normalize(b_x, m_x, channels, eps):
     return b_x * rstd, rstd
 
 
-@triton.jit(do_not_specialize=('count',))
+@jit(do_not_specialize=('count',))
 def _forward_kernel(
     p_x,
     p_weight,
@@ -62,7 +63,7 @@ def _forward_kernel(
     tiles.store(p_y, o_x, tl.fma(b_x, b_weight, b_bias), m_x)
 
 
-@triton.jit(do_not_specialize=('count',))
+@jit(do_not_specialize=('count',))
 def _backward_kernel(
     p_grad,
     p_x,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import tiles
 from ..common import cdiv
+from ..launching import jit
 
 # Tiles: pixels, outputs, inputs; warps and stages of loads.
 KNOBS = dict(
@@ -81,7 +82,7 @@ def _load_map(
     return b_map.to(FACTOR)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _product_kernel(
     p_x,
     p_scale,
@@ -250,7 +251,7 @@ def _weight_grad(
         tl.store(p_bias_parts + o_part, total, mask=m_out)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _weight_grad_kernel(
     p_grad,
     p_x,
@@ -303,7 +304,7 @@ def _weight_grad_kernel(
     )
 
 
-@triton.jit
+@jit
 def _weight_grads_kernel(
     grads,
     maps,

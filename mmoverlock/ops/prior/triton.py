@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import partial_sums, tiles
 from ..common import cdiv, channels_last, custom_op
+from ..launching import jit
 
 SIZES = ('count', 'splits')
 
@@ -23,7 +24,7 @@ def _load_weight(p_weight, o_prior, m_prior):
     return tl.where(m_prior, b_weight, 1)[None]
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _forward_kernel(
     p_z,
     p_initial,
@@ -63,7 +64,7 @@ def _forward_kernel(
     tiles.store(p_out, o_z, b_out + b_initial, m_z)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _backward_kernel(
     p_grad,
     p_z,

@@ -8,17 +8,17 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import partial_sums, tiles
 from ..common import cdiv, channels_last, contiguous, custom_op
+from ..launching import jit
 
 SIZES = ('count', 'positions', 'splits')
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _forward_kernel(
     p_x,
     p_y,
@@ -53,7 +53,7 @@ def _forward_kernel(
     tiles.store(p_out, o_x, b_x + b_y, m_x)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _backward_kernel(
     p_grad,
     p_x,

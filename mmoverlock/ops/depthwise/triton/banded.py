@@ -27,6 +27,7 @@ from torch import Tensor
 from triton import constexpr_function
 
 from ...common import cdiv
+from ...launching import jit
 from .common import SIZES, SPARSE, is_read, meets
 from .weight_grads import (
     WINDOW,
@@ -188,7 +189,7 @@ def _after(row, size, dilation, tile):
     return row
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _conv2d_kernel(
     p_x,
     p_taps,
@@ -274,7 +275,7 @@ def _values(row, col, o_row, m_tile, columns, channel, channels, width):
     return o_value, m_value[:, :, None] & (channel < channels)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _statistics_kernel(
     p_x,
     p_taps,
@@ -380,7 +381,7 @@ def _statistics_kernel(
         p_part += 3 * channels
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _branch_grads_kernel(
     p_x,
     p_y,

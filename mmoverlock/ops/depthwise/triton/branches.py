@@ -42,6 +42,7 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from ...common import cdiv, custom_op
+from ...launching import jit
 from . import banded
 from .common import (
     SIZES,
@@ -70,7 +71,7 @@ def _channels(channels):
     return channel, channel < channels
 
 
-@triton.jit
+@jit
 def _pack_kernel(weights, batches, p_taps, channels, BRANCHES: tl.constexpr):
     """Taps of all branches, (C, k * k) each, to (all taps, C).
 
@@ -93,7 +94,7 @@ def _pack_kernel(weights, batches, p_taps, channels, BRANCHES: tl.constexpr):
                 tl.store(batches[b], tl.load(batches[b]) + 1)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _statistics_kernel(
     p_x,
     p_taps,
@@ -173,7 +174,7 @@ def _statistics_kernel(
         p_part += 3 * channels
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _combine_kernel(
     p_parts,
     p_out,
@@ -257,7 +258,7 @@ def _rstd(p_statistics, b: tl.constexpr, channel, channels, m_channel, EPS):
     return count, mean, 1 / tl.sqrt(squares / count + EPS)
 
 
-@triton.jit
+@jit
 def _merge_kernel(
     p_taps,
     scales,
@@ -312,7 +313,7 @@ def _merge_kernel(
         tl.store(p_out + s * channels, b_tap, mask=m_channel)
 
 
-@triton.jit
+@jit
 def _sums_kernel(
     p_taps,
     p_frame,
@@ -414,7 +415,7 @@ def _store_factors(
     tl.store(p_out + 2 * step, o.to(tl.float32), mask=m_channel)
 
 
-@triton.jit
+@jit
 def _factors_kernel(
     scales,
     p_statistics,
@@ -448,7 +449,7 @@ def _factors_kernel(
             )
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _branch_grads_kernel(
     p_x,
     p_y,
@@ -510,7 +511,7 @@ def _branch_grads_kernel(
         p_out += o_branch
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _unpack_kernel(
     p_parts,
     grads,

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton import constexpr_function
 
 from ...common import cast_as_convolutions, cdiv, channels_last
+from ...launching import jit
 from ...partial_sums import check_device
 
 # Candidates for tiles of maps; the first one of the least cost is taken.
@@ -205,7 +206,7 @@ def move(p_running, b_new, momentum, m_channel):
     tl.store(p_running, b_moved.to(b_old.dtype), mask=m_channel)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _sum_parts_kernel(
     p_parts, p_out, splits, count, BLOCK: tl.constexpr, SPLITS: tl.constexpr
 ):

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...common import custom_op
+from ...launching import jit
 from . import banded
 from .common import (
     SIZES,
@@ -21,7 +21,7 @@ from .common import (
 from .weight_grads import weight_grads
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _conv2d_kernel(
     p_x,
     p_taps,

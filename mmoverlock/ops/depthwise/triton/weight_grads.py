@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common import cdiv
+from ...launching import jit
 from .common import SIZES, Layout, load_rows, tap_sums, tile_of, zeros
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -55,7 +56,7 @@ CANDIDATES = dict(  # for benchmarks/gpu_tune.py
 )
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _columns_kernel(
     p_x,
     p_grads,
@@ -168,7 +169,7 @@ def _column(
         tl.store(p_total, b_sum, mask=m_channel & (s == 0))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@jit(do_not_specialize=SIZES)
 def _units_kernel(
     p_x,
     p_grads,

@@ -1,0 +1,100 @@
+"""What is kept of launches, with kernels that do nothing."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip('triton')
+launching = pytest.importorskip('mmoverlock.ops.launching')
+
+
+class Compiled(list):
+    """A compiled kernel, and what it is launched with."""
+
+    def __getitem__(self, grid):
+        return lambda *args: self.append((grid, args))
+
+
+def kernel(p_x, p_parts, count, eps, SIZE, FLAG):
+    pass
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The kernel; what Triton was asked for, and what came of it."""
+    asked = []
+
+    def run(self, *args, grid, warmup, **kwargs):
+        asked.append((grid, args, kwargs, Compiled()))
+        return asked[-1][-1]
+
+    monkeypatch.setattr('triton.runtime.jit.JITFunction.run', run)
+    return launching.Kernel(kernel), asked
+
+
+def test_second_launch_does_without_triton(compiled):
+    kernel, asked = compiled
+    x, y = torch.ones(4), torch.zeros(4)
+    constants = dict(FLAG=True, SIZE=4, num_warps=8)
+    kernel[(2,)](x, (x, y), 3, 1e-5, **constants)
+    ((grid, args, kwargs, later),) = asked
+    assert (grid, kwargs) == ((2, 1, 1), constants)
+    assert args[2:] == (3, 1e-5)
+    kernel[5, 6](y, (y, x), 3, 0.5, **constants)
+    assert len(asked) == 1
+    ((grid, args),) = later
+    assert grid == (5, 6, 1)
+    assert args[0] is y
+    assert args[1][1] is x
+    assert args[2:] == (3, 0.5, 4, True)  # as the kernel lists them
+
+
+@pytest.mark.parametrize(
+    'changed',
+    [
+        dict(p_x=torch.ones(4).half()),
+        dict(p_x=torch.ones(5)[1:]),  # not aligned
+        dict(p_parts=(torch.ones(4), torch.ones(4).half())),
+        dict(p_parts=(torch.ones(4), torch.ones(5)[1:])),
+        dict(p_parts=(torch.ones(4),)),
+        dict(p_parts=(torch.ones(4), None)),
+        dict(count=16),
+        dict(SIZE=8),
+        dict(num_warps=8),
+    ],
+)
+def test_what_is_compiled_again(compiled, changed):
+    kernel, asked = compiled
+    x = torch.ones(4)
+    usual = dict(p_x=x, p_parts=(x, x), count=3, eps=0.1)
+    constants = dict(SIZE=4, FLAG=False, num_warps=4)
+    for arguments in ({}, changed, {}, changed):
+        args = [arguments.get(name, usual[name]) for name in usual]
+        kwargs = {
+            name: arguments.get(name, constants[name]) for name in constants
+        }
+        kernel[(1,)](*args, **kwargs)
+    assert len(asked) == 2
+
+
+def test_devices_and_limit(compiled, monkeypatch):
+    kernel, asked = compiled
+    x = torch.ones(4)
+    constants = dict(SIZE=4, FLAG=False)
+    for device in (0, 1, 0):
+        monkeypatch.setattr(torch.Tensor, 'get_device', lambda _, d=device: d)
+        kernel[(1,)](x, (), 1, 0.1, **constants)
+    assert len(asked) == 2
+    monkeypatch.setattr(launching, 'MAX_KEPT', 3)
+    for count in range(2, 9):
+        kernel[(1,)](x, (), count, 0.1, **constants)
+        assert len(kernel.kept) <= 3
+    assert len(asked) == 9
+
+
+def test_decorator():
+    kept = launching.jit(do_not_specialize=('count',))(kernel)
+    if type(triton.jit(kernel)) is triton.JITFunction:
+        assert type(kept) is launching.Kernel
+        assert kept.params[2].do_not_specialize
+    else:
+        assert type(kept) is type(triton.jit(kernel))
