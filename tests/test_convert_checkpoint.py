@@ -3,35 +3,38 @@
 import os
 
 import pytest
+import tiny
 import torch
-from tiny import ARCH as TINY
-from tiny import run_tool
 from torch import nn
 
 from mmoverlock.models import OverLoCK
-from mmoverlock.models.weights import add_prefixes, merge, take
+from mmoverlock.models.weights import HEADS, add_prefixes, merge, take
 
 
 @pytest.fixture(scope='module')
 def classifier():
     """Weights of a small classifier, with the names of the release."""
     torch.manual_seed(0)
-    state = OverLoCK(TINY, classifier=True).state_dict()
+    state = OverLoCK(tiny.ARCH, classifier=True).state_dict()
     for name in ('head.0.weight', 'head.4.bias', 'aux_head.2.weight'):
         state[name] = torch.randn(3)
     return state
 
 
 @pytest.fixture
+def detector(classifier):
+    return {**add_prefixes(classifier), 'neck.fc.weight': torch.zeros(1)}
+
+
+@pytest.fixture
 def convert(tmp_path):
-    """Save weights, convert them, load the result."""
+    """Save weights, convert them; return the result and what is said."""
 
     def run(contents, *options):
         torch.save(contents, tmp_path / 'src.pth')
-        argv = tmp_path / 'src.pth', tmp_path / 'dst.pth', *options
-        said = run_tool('convert_checkpoint', *argv)
-        result = torch.load(tmp_path / 'dst.pth', weights_only=True)
-        return result, said
+        argv = tmp_path / 'src.pth', tmp_path / 'dst.pth', '--overwrite'
+        said = tiny.run_tool('convert_checkpoint', *argv, *options)
+        return torch.load(tmp_path / 'dst.pth', weights_only=True), said
 
     return run
 
@@ -45,12 +48,11 @@ def assert_same(actual, expected):
 def test_release_to_openmmlab(classifier, convert, tmp_path):
     result, said = convert(classifier)
     assert result.keys() == {'state_dict'}
-    names = {
-        name: ('head.' if 'head.' in name else 'backbone.') + name
-        for name in classifier
+    expected = {
+        ('head.' if 'head.' in name else 'backbone.') + name: weight
+        for name, weight in classifier.items()
     }
-    assert names['aux_head.2.weight'] == 'head.aux_head.2.weight'
-    expected = {names[name]: weight for name, weight in classifier.items()}
+    assert 'head.aux_head.2.weight' in expected
     assert_same(result['state_dict'], expected)
     assert said == (
         f'{tmp_path}/dst.pth: OverLoCK of depths [1, 1, 1, 1, 1, 1] and '
@@ -61,107 +63,77 @@ def test_release_to_openmmlab(classifier, convert, tmp_path):
 
 def test_openmmlab_to_release(classifier, convert):
     """Of a training checkpoint, the weights."""
-    contents = {
-        'state_dict': add_prefixes(classifier),
-        'optimizer': {'state': {}},
-        'meta': {'epoch': 3},
-    }
-    result, said = convert(contents)
+    rest = {'optimizer': {'state': {}}, 'meta': {'epoch': 3}}
+    result, said = convert({'state_dict': add_prefixes(classifier), **rest})
     assert_same(result, classifier)
     assert 'names of the release' in said
     assert said.endswith('; left out: optimizer, meta\n')
 
 
-def test_backbone(classifier, convert):
-    backbone = OverLoCK(TINY, fuse_overview=True).state_dict()
+def test_backbone(convert):
+    backbone = OverLoCK(tiny.ARCH, fuse_overview=True).state_dict()
     result, said = convert(backbone)
     assert ', backbone, ' in said
     expected = {f'backbone.{name}': w for name, w in backbone.items()}
     assert_same(result['state_dict'], expected)
-    result, _ = convert(expected, '--overwrite')
-    assert_same(result, backbone)
+    assert_same(convert(expected)[0], backbone)
 
 
-@pytest.mark.parametrize('kind', ['release', 'detector'])
-def test_backbone_only(classifier, convert, kind):
-    contents = classifier
-    if kind == 'detector':
-        contents = add_prefixes(classifier)
-        contents['neck.fc.weight'] = torch.zeros(1)
-    result, said = convert(contents, '--backbone-only')
-    heads = 'head.', 'aux_head.'
-    expected = {
+def test_backbone_only(classifier, detector, convert):
+    backbone = {
         name: weight
         for name, weight in classifier.items()
-        if not name.startswith(heads)
+        if not name.startswith(HEADS)
     }
-    assert_same(result, expected)
-    assert ', backbone, ' in said
+    for contents in (classifier, detector):
+        result, said = convert(contents, '--backbone-only')
+        assert_same(result, backbone)
+        assert ', backbone, ' in said
 
 
 def test_reparam(classifier, convert):
     """The deploy form, which both ways have; what is merged stays so."""
     result, said = convert(classifier, '--reparam')
     assert said.endswith('names of OpenMMLab, branches merged\n')
+    deployed = OverLoCK(tiny.ARCH, classifier=True)
+    deployed.load_state_dict(classifier, strict=False)
+    deployed.switch_to_deploy()
     weights = take(result['state_dict'], 'backbone.')
-    plain = OverLoCK(TINY, classifier=True)
-    plain.load_state_dict(
-        {k: v for k, v in classifier.items() if k in plain.state_dict()}
-    )
-    assert_same(weights, plain.switch_to_deploy().state_dict())
-    back, _ = convert(result, '--overwrite')
+    assert_same(weights, deployed.state_dict())
+    back, _ = convert(result)
     assert_same(back, merge(classifier))
-    again, _ = convert(back, '--reparam', '--overwrite')
+    again, _ = convert(back, '--reparam')
     assert_same(again['state_dict'], result['state_dict'])
 
 
-# ---------------------------------------------------------------- mistakes
+def test_mistakes(classifier, detector, tmp_path, monkeypatch):
+    """One line; what was there before stays."""
+    src, dst = tmp_path / 'src.pth', tmp_path / 'dst.pth'
+    dst.write_text('precious')
 
-
-@pytest.fixture
-def mistake(tmp_path):
-    """Convert; return the one line of stderr. DST is left as it was."""
-
-    def run(contents, dst='dst.pth', *options):
-        src, dst = tmp_path / 'src.pth', tmp_path / dst
-        if contents is not None:
+    def said(contents, dst=dst, *options):
+        if contents:
             torch.save(contents, src)
-        before = dst.read_bytes() if dst.exists() else None
-        message = run_tool('convert_checkpoint', src, dst, *options, status=2)
-        assert before == (dst.read_bytes() if dst.exists() else None)
-        assert not [*tmp_path.glob('*.part')]
+        argv = 'convert_checkpoint', src, dst, *options
+        message = tiny.run_tool(*argv, status=2)
         assert message.startswith('convert_checkpoint.py: ')
         assert message.count('\n') == 1
+        names = {*os.listdir(tmp_path)} - {'src.pth'}
+        assert names == {'dst.pth'} and dst.read_text() == 'precious'
         return message
-
-    return run
-
-
-def test_nothing_to_convert(classifier, mistake):
-    detector = add_prefixes(classifier)
-    detector['neck.fc.weight'] = torch.zeros(1)
-    message = mistake(detector)
-    assert 'has neck.fc.weight' in message
-    assert '--backbone-only' in message
-
-
-def test_bad_files(mistake, classifier, tmp_path):
-    assert 'src.pth: ' in mistake(None)
-    assert 'must end in .pth' in mistake(classifier, 'dst.txt')
-    state = nn.Linear(1, 1).state_dict()
-    assert 'has no OverLoCK, but weight, bias' in mistake(state)
-    (tmp_path / 'dst.pth').write_text('precious')
-    assert 'dst.pth exists; --overwrite replaces it' in mistake(classifier)
-
-
-def test_full_disk(mistake, classifier, tmp_path, monkeypatch):
-    """What was there before stays."""
-    (tmp_path / 'dst.pth').write_text('precious')
 
     def fail(descriptor):
         raise OSError(28, 'No space left on device')
 
+    overwrite = dst, '--overwrite'
+    assert 'src.pth: ' in said(None, *overwrite)
+    assert 'dst.pth exists; --overwrite replaces it' in said(classifier)
+    state = nn.Linear(1, 1).state_dict()
+    assert 'has no OverLoCK, but weight, bias' in said(state, *overwrite)
+    message = said(detector, *overwrite)
+    assert 'has neck.fc.weight' in message and '--backbone-only' in message
     monkeypatch.setattr(os, 'fsync', fail)
-    message = mistake(classifier, 'dst.pth', '--overwrite')
+    message = said(classifier, *overwrite)
     assert 'cannot write' in message and 'No space left on device' in message
-    assert (tmp_path / 'dst.pth').read_text() == 'precious'
+    message = tiny.run_tool('convert_checkpoint', src, 'dst.txt', status=2)
+    assert 'must end in .pth' in message

@@ -12,31 +12,16 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from tiny import ROOT
 
 pytestmark = pytest.mark.slow  # downloads some 60 MB
-ROOT = Path(__file__).parents[1]
 CONFIG = 'upernet/overlock_xt_160k.py'
-MIMS = {'openmim': 'openmim==0.3.9', 'onedl': 'onedl-mim==0.5.1'}
-SHARED = [  # what both import beside torch's requirements
-    'pandas==2.2.3',
-    'python-dateutil',
-    'pytz',
-    'setuptools<82',
-    'six',
-    'certifi',
-    'charset-normalizer',
-    'idna',
-    'requests',
-    'urllib3',
-    'click',
-    'colorama',
-    'markdown',
-    'model-index',
-    'ordered-set',
-    'pyyaml',
-    'rich',
-    'tabulate',
-]
+OPENMIM, ONEDL = 'openmim==0.3.9', 'onedl-mim==0.5.1'
+SHARED = (  # what both import beside torch's requirements
+    'pandas==2.2.3 python-dateutil pytz setuptools<82 six certifi '
+    'charset-normalizer idna requests urllib3 click colorama markdown '
+    'model-index ordered-set pyyaml rich tabulate'
+)
 
 
 def install(folder, *requirements):
@@ -52,13 +37,10 @@ def install(folder, *requirements):
 def folders(tmp_path_factory):
     """Where mims and the package from a wheel are."""
     folder = tmp_path_factory.mktemp('mims')
-    for name, pins in {
-        'shared': SHARED,
-        **{name: [pin] for name, pin in MIMS.items()},
-    }.items():
-        done = install(folder / name, *pins)
+    for pins in (SHARED, OPENMIM, ONEDL):
+        done = install(folder / pins, *pins.split())
         if done.returncode:
-            pytest.skip(f'{name} does not install: {done.stderr}')
+            pytest.skip(f'{pins} does not install: {done.stderr}')
     clone = folder / 'clone'  # building leaves files behind
     ignored = shutil.ignore_patterns('.[!m]*', 'build', '*egg-info')
     shutil.copytree(ROOT, clone, symlinks=True, ignore=ignored)
@@ -82,8 +64,8 @@ def source(request):
 def mim(request, folders, source, tmp_path):
     """Runs a command of a mim; returns status and output."""
     path = [folders / 'wheel'] * (source == 'wheel')
-    path += [folders / request.param, folders / 'shared']
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, path))}
+    path += [folders / request.param, folders / SHARED]
+    env = os.environ | {'PYTHONPATH': os.pathsep.join(map(str, path))}
 
     def run(*command):
         done = subprocess.run(
@@ -110,39 +92,36 @@ def check_search_and_run(mim):
     assert 'without auxiliary head     16.97 M' in out
 
 
+def check_search_fails(mim, index):
+    status, out = mim('search', 'mmoverlock')
+    assert status and index in out
+
+
 def starts(mim, config):
     """Whether both tools start, and say which data or weights are missing."""
     gpus = '--gpus', '0'
-    outputs = [
-        mim('train', 'mmoverlock', config, *gpus)[1],
-        mim('test', 'mmoverlock', config, '--checkpoint', 'no.pth', *gpus)[1],
-    ]
-    said = [
-        f'\n{tool}.py: ' in f'\n{output}'
-        for tool, output in zip(('train', 'test'), outputs, strict=True)
-    ]
-    assert said[0] == said[1], outputs
-    return said[0]
+    _, train = mim('train', 'mmoverlock', config, *gpus)
+    weights = '--checkpoint', 'no.pth'
+    _, test = mim('test', 'mmoverlock', config, *weights, *gpus)
+    said = '\ntrain.py: ' in f'\n{train}'
+    assert said == ('\ntest.py: ' in f'\n{test}'), train + test
+    return said
 
 
-@pytest.mark.parametrize('mim', ['openmim'], indirect=True)
+@pytest.mark.parametrize('mim', [OPENMIM], indirect=True)
 def test_openmim(mim, source):
     if source == 'wheel':
         check_search_and_run(mim)
         assert starts(mim, Path(CONFIG).name)
     else:
-        status, out = mim('search', 'mmoverlock')
-        assert status
-        assert 'mmoverlock/model-index.yml' in out
+        check_search_fails(mim, 'mmoverlock/model-index.yml')
 
 
-@pytest.mark.parametrize('mim', ['onedl'], indirect=True)
+@pytest.mark.parametrize('mim', [ONEDL], indirect=True)
 def test_onedl_mim(mim, source):
     if source == 'clone':
         check_search_and_run(mim)
         assert starts(mim, str(ROOT / 'configs' / CONFIG))
         assert not starts(mim, Path(CONFIG).name)
     else:
-        status, out = mim('search', 'mmoverlock')
-        assert status
-        assert 'dist-info/model-index.yml' in out
+        check_search_fails(mim, 'dist-info/model-index.yml')

@@ -1,9 +1,8 @@
-"""The wheel, its .mim folder and what importing the package costs."""
+"""The wheel, what importing it costs, and its configs and tools by name."""
 
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,13 +11,18 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+import tiny
+from mmengine.config import Config
+from mmengine.fileio import load
 from packaging.requirements import Requirement
-from tiny import load_tool
 
 import mmoverlock
+from mmoverlock import cli
 
-ROOT = Path(__file__).parents[1]
+ROOT = tiny.ROOT
 STACKS = 'torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain'
+NAME = 'mask_rcnn/overlock_xt_1x.py'
+INFO = f'mmoverlock-{mmoverlock.__version__}.dist-info'
 
 
 def build_wheel(source, folder, **env):
@@ -26,7 +30,7 @@ def build_wheel(source, folder, **env):
     command = [sys.executable, '-m', 'pip', 'wheel', '--no-index', '--no-deps']
     command += ['--no-build-isolation', '-w', str(folder), str(source)]
     done = subprocess.run(
-        command, env={**os.environ, **env}, capture_output=True, text=True
+        command, env=os.environ | env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return zipfile.ZipFile(next(folder.glob('*.whl')))
@@ -37,13 +41,12 @@ def clone(tmp_path_factory):
     """A copy of the files that git tracks or would."""
     if not (ROOT / '.git').exists():
         pytest.skip('not a git checkout')
-    command = 'git', 'ls-files', '-z', '-co', '--exclude-standard'
-    names = subprocess.check_output(command, cwd=ROOT, text=True).split('\0')
     folder = tmp_path_factory.mktemp('clone')
-    for name in filter(None, names):
-        if os.path.lexists(ROOT / name):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
+    command = (
+        'git ls-files -zco --exclude-standard | '
+        'tar --null --files-from=- --ignore-failed-read -c | tar -xC "$0"'
+    )
+    subprocess.check_call(['bash', '-c', command, folder], cwd=ROOT)
     return folder
 
 
@@ -55,59 +58,43 @@ def wheel(clone, tmp_path_factory):
     for top in 'configs', 'mmoverlock', 'tools':
         (clone / top / '__pycache__').mkdir()
         (clone / top / '__pycache__' / 'x.cpython-312.pyc').touch()
-    before = set(clone.iterdir())
+    before = {*clone.iterdir()}
     wheel = build_wheel(clone, folder, PYTHONPATH=str(folder))
-    litter = {path.name for path in set(clone.iterdir()) - before}
+    litter = {path.name for path in {*clone.iterdir()} - before}
     assert litter <= {'build', 'mmoverlock.egg-info'}
     return wheel
 
 
-def mim_files(root):
-    """The files that .mim has to offer, relative to the root."""
-    paths = [*root.glob('configs/**/*.py'), *root.glob('configs/**/*.yml')]
-    paths += [*root.glob('tools/*.py'), *root.glob('tools/*.sh')]
-    paths.append(root / 'model-index.yml')
-    return {path.relative_to(root).as_posix() for path in paths}
+@pytest.fixture(scope='module')
+def metadata(wheel):
+    return message_from_bytes(wheel.read(f'{INFO}/METADATA'))
 
 
 def test_wheel_has_package_and_mim(clone, wheel):
-    expected = {f'mmoverlock/.mim/{name}' for name in mim_files(clone)}
-    assert 'mmoverlock/.mim/configs/mask_rcnn/overlock_t_1x.py' in expected
+    """All files of configs and tools, as they are in the clone."""
+    expected = {'mmoverlock/py.typed': clone / 'mmoverlock/py.typed'}
+    for pattern in 'configs/**/*.py', 'configs/**/*.yml', 'tools/*.[ps][yh]':
+        for path in (*clone.glob(pattern), clone / 'model-index.yml'):
+            name = path.relative_to(clone).as_posix()
+            expected[f'mmoverlock/.mim/{name}'] = path
+    for path in (clone / 'mmoverlock').rglob('*.py'):
+        expected[path.relative_to(clone).as_posix()] = path
+    assert f'mmoverlock/.mim/configs/{NAME}' in expected
     assert 'mmoverlock/.mim/tools/train.py' in expected
     assert 'mmoverlock/.mim/tools/dist_train.sh' in expected
-    modules = (clone / 'mmoverlock').rglob('*.py')
-    expected |= {path.relative_to(clone).as_posix() for path in modules}
-    expected.add('mmoverlock/py.typed')
-    info = f'mmoverlock-{mmoverlock.__version__}.dist-info/'
-    names = {n for n in wheel.namelist() if not n.startswith(info)}
-    assert names == expected
+    names = {n for n in wheel.namelist() if not n.startswith(INFO)}
+    assert names == expected.keys()
+    for name, path in expected.items():
+        assert wheel.read(name) == path.read_bytes(), name
     assert any(name.endswith('/LICENSE') for name in wheel.namelist())
 
 
 def test_wheel_from_sdist_is_the_same(clone, wheel, tmp_path):
     code = 'import sys, setuptools.build_meta as b; b.build_sdist(sys.argv[1])'
-    subprocess.run(
-        [sys.executable, '-c', code, str(tmp_path)],
-        cwd=clone,
-        check=True,
-        capture_output=True,
-    )
+    command = [sys.executable, '-c', code, tmp_path]
+    subprocess.run(command, cwd=clone, check=True, capture_output=True)
     again = build_wheel(next(tmp_path.glob('*.tar.gz')), tmp_path)
-    assert set(again.namelist()) == set(wheel.namelist())
-
-
-@pytest.fixture(scope='module')
-def metadata(wheel):
-    info = f'mmoverlock-{mmoverlock.__version__}.dist-info/METADATA'
-    return message_from_bytes(wheel.read(info))
-
-
-def test_stacks_are_extras(metadata):
-    extras = set(metadata.get_all('Provides-Extra'))
-    assert extras == {'onedl', 'openmmlab'}
-    requirements = metadata.get_all('Requires-Dist')
-    hard = [text for text in requirements if '; extra ==' not in text]
-    assert hard == ['safetensors']
+    assert {*again.namelist()} == {*wheel.namelist()}
 
 
 def test_links_of_the_package_hold_anywhere(metadata):
@@ -117,24 +104,28 @@ def test_links_of_the_package_hold_anywhere(metadata):
     assert all(link.startswith('https://') for link in links)
 
 
-@pytest.mark.parametrize('stack', ['onedl', 'openmmlab'])
-def test_extras_are_ranges_with_the_pins_in_them(metadata, stack):
+def test_extras_are_ranges_with_the_pins_in_them(metadata):
     """A torch that is there, of any release that will do, stays."""
-    requirements = [
-        requirement
-        for requirement in map(Requirement, metadata.get_all('Requires-Dist'))
-        if str(requirement.marker) == f'extra == "{stack}"'
+    found = {'onedl': [], 'openmmlab': [], None: []}
+    for text in metadata.get_all('Requires-Dist'):
+        requirement = Requirement(text)
+        marker = re.search('extra == "(.*)"', str(requirement.marker))
+        found[marker and marker[1]].append(requirement)
+    assert [str(requirement) for requirement in found.pop(None)] == [
+        'safetensors'
     ]
-    assert len(requirements) > 9
-    setup_env = load_tool('setup_env', 'dev')
-    pins = setup_env.read_pins(ROOT / 'requirements')[stack]
-    for requirement in requirements:
-        assert '==' not in str(requirement.specifier), requirement
-        [pin] = Requirement(pins[requirement.name]).specifier or [None]
-        if pin and pin.operator == '==':
-            assert requirement.specifier.contains(pin.version), requirement
-    [torch] = [item for item in requirements if item.name == 'torch']
-    assert str(torch.specifier) == '>=2.6'
+    setup_env = tiny.load_tool('setup_env', 'dev')
+    pins = setup_env.read_pins(ROOT / 'requirements')
+    for stack, requirements in found.items():
+        assert len(requirements) > 9
+        for requirement in requirements:
+            assert '==' not in str(requirement.specifier), requirement
+            pin = Requirement(pins[stack][requirement.name])
+            for item in pin.specifier:
+                if item.operator == '==':
+                    assert requirement.specifier.contains(item.version), pin
+        [torch] = [item for item in requirements if item.name == 'torch']
+        assert str(torch.specifier) == '>=2.6'
 
 
 def test_extras_replace_nothing(wheel):
@@ -150,55 +141,7 @@ def test_extras_replace_nothing(wheel):
     assert names == ['mmoverlock']
 
 
-def test_installed(wheel, tmp_path):
-    """mmengine finds all configs, bases and all, and the tools run."""
-    for package in ('mmcv._ext', 'mmdet', 'mmseg', 'mmpretrain'):
-        pytest.importorskip(package)
-    from mmengine.config import Config
-
-    wheel.extractall(tmp_path)
-    code = """
-import json, runpy, sys
-from pathlib import Path
-from mmengine.config.utils import MODULE2PACKAGE
-from mmengine.hub import get_config
-from mmengine.utils import get_installed_path
-
-# mmengine looks only into the packages of this table.
-MODULE2PACKAGE['mmoverlock'] = 'mmoverlock'
-mim = Path(get_installed_path('mmoverlock'), '.mim')
-found = {}
-for path in (mim / 'configs').glob('[!_]*/*.py'):
-    name = path.relative_to(mim / 'configs').as_posix()
-    found[name] = get_config(f'mmoverlock::{name}').to_dict()
-tools = {path.stem: runpy.run_path(path) for path in mim.glob('tools/*.py')}
-tools['get_flops']['main'](['mmoverlock::imagenet/overlock_xt_300e.py'])
-own = [m for name, m in sys.modules.items() if name.startswith('mmoverlock')]
-print(json.dumps([found, [*tools], [module.__file__ for module in own]]))
-"""
-    done = subprocess.run(
-        [sys.executable, '-c', code],
-        env={**os.environ, 'PYTHONPATH': str(tmp_path)},
-        cwd=tmp_path.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    *table, last = done.stdout.splitlines()
-    assert table[-1].startswith('without auxiliary head     16.97 M')
-    found, tools, files = json.loads(last)
-    for path in (ROOT / 'configs').glob('[!_]*/*.py'):
-        name = path.relative_to(ROOT / 'configs').as_posix()
-        expected = Config.fromfile(path).to_dict()
-        assert found.pop(name) == json.loads(json.dumps(expected)), name
-    assert not found
-    assert set(tools) == {path.stem for path in ROOT.glob('tools/*.py')}
-    assert all(file.startswith(str(tmp_path)) for file in files)
-
-
 def test_model_index_lists_every_metafile():
-    from mmengine.fileio import load
-
     listed = load(ROOT / 'model-index.yml')['Import']
     metafiles = ROOT.glob('configs/*/metafile.yml')
     assert sorted(listed) == sorted(
@@ -206,18 +149,27 @@ def test_model_index_lists_every_metafile():
     )
 
 
-def test_import_is_light(tmp_path):
-    code = f'import sys, mmoverlock; print({set(STACKS)} & set(sys.modules))'
-    output = subprocess.check_output(
-        [sys.executable, '-c', code], cwd=tmp_path, text=True
+# --------------------------------------------------------------- installed
+
+
+def run(folder, *argv):
+    """Run python where a package in a folder is installed."""
+    path = os.pathsep.join([str(folder), os.environ.get('PYTHONPATH', '')])
+    return subprocess.run(
+        [sys.executable, *argv],
+        env=os.environ | {'PYTHONPATH': path},
+        cwd=folder,
+        capture_output=True,
+        text=True,
     )
-    assert output.strip() == 'set()'
 
 
-def test_imports_change_nothing():
-    """How mmengine treats files, and what draws, is for the process to say."""
-    code = """
-import pkgutil, random, matplotlib, torch
+INSTALLED = """
+import pkgutil, random, runpy, sys
+import mmoverlock
+print({'torch', 'mmengine', 'mmcv', 'numpy'} & {*sys.modules})
+
+import matplotlib, torch
 from mmengine.fileio.backends import registry_utils as backends
 from mmengine.runner import CheckpointLoader
 def state():
@@ -229,7 +181,6 @@ def state():
         torch.get_rng_state().tolist(),
     )
 before = state()
-import mmoverlock
 for module in pkgutil.walk_packages(mmoverlock.__path__, 'mmoverlock.'):
     if '.triton' not in module.name and module.name != 'mmoverlock.timm':
         __import__(module.name)
@@ -237,6 +188,91 @@ print(state() == before)
 from mmoverlock import cli
 cli.set_up()
 print(*(one == other for one, other in zip(state(), before)))
+own = [m for name, m in sys.modules.items() if name.startswith('mmoverlock')]
+print(all(module.__file__.startswith(sys.argv[1]) for module in own))
+
+# mmengine looks only into the packages of this table.
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.hub import get_config
+MODULE2PACKAGE['mmoverlock'] = 'mmoverlock'
+print(get_config('mmoverlock::mask_rcnn/overlock_t_1x.py').model.type)
+
+name = 'mmoverlock::imagenet/overlock_xt_300e.py'
+sys.argv = ['mmoverlock', 'get_flops', name, '--shape', '32', '32']
+runpy.run_module('mmoverlock', run_name='__main__')
 """
-    output = subprocess.check_output([sys.executable, '-c', code], text=True)
-    assert output.splitlines()[-2:] == ['True', 'False False True True True']
+
+
+def test_installed(wheel, tmp_path):
+    """Configs and tools by name; importing is light, and changes nothing.
+
+    How mmengine treats files, and what draws, is for the process to say.
+    """
+    tiny.need_openmmlab()
+    wheel.extractall(tmp_path)
+    done = run(tmp_path, '-c', INSTALLED, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if 'OneDL' not in line]
+    said = 'set()', 'True', 'False False True True True', 'True', 'MaskRCNN'
+    assert lines[:5] == [*said]
+    assert 'mmoverlock::imagenet/overlock_xt_300e.py, 3 x 32 x 32' in (
+        done.stdout
+    )
+    assert lines[-1].startswith('without auxiliary head     16.97 M')
+
+
+@pytest.mark.parametrize(
+    ('argv', 'status'), [([], 0), (['--help'], 0), (['trian'], 2)]
+)
+def test_list_of_tools(argv, status):
+    done = run(ROOT, '-m', 'mmoverlock', *argv)
+    assert done.returncode == status
+    names = sorted(path.stem for path in ROOT.glob('tools/*.py'))
+    assert ', '.join(names) in done.stdout + done.stderr
+
+
+# ----------------------------------------------------------------- by name
+
+
+def test_config_is_the_file():
+    assert Path(mmoverlock.config(NAME)).samefile(ROOT / 'configs' / NAME)
+    words = "'mask_rcnn/x.py', but .*dino"
+    with pytest.raises(FileNotFoundError, match=words):
+        mmoverlock.config('mask_rcnn/x.py')
+    message = tiny.run_tool(
+        'get_flops', 'mmoverlock::mask_rcnn/x.py', status=2
+    )
+    assert "get_flops.py: mmoverlock has no config 'mask_rcnn/x.py'" in message
+
+
+@pytest.mark.parametrize(
+    'base',
+    [f"'mmoverlock::{NAME}'", f"__import__('mmoverlock').config('{NAME}')"],
+)
+def test_base(base, tmp_path):
+    """By name in the tools here; by its file in those of all packages."""
+    tiny.need_openmmlab()
+    path = tmp_path / 'own.py'
+    path.write_text(
+        f'_base_ = {base}\nmodel = dict(backbone=dict(arch="t"))\n'
+    )
+    own = Config._get_cfg_path
+    if '::' in base:
+        cli.set_up()
+    try:
+        cfg = Config.fromfile(path)
+    finally:
+        Config._get_cfg_path = staticmethod(own)
+    expected = Config.fromfile(ROOT / 'configs' / NAME)
+    assert cfg.model.backbone.pop('arch') == 't'
+    assert expected.model.backbone.pop('arch') == 'xt'
+    assert cfg.to_dict() == expected.to_dict()
+
+
+def test_base_of_others_is_as_before():
+    pytest.importorskip('mmdet')
+    name = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
+    path, scope = cli.config_of(name, 'own.py')
+    assert Path(path).is_file() and scope == 'mmdet'
+    found = cli.config_of('base.py', 'folder/own.py')
+    assert found == ('folder/base.py', None)

@@ -14,23 +14,19 @@ from mmengine.runner import Runner
 tiny.need_openmmlab()
 
 tool = tiny.load_tool('reproduce')
-LAYOUTS = {'det': 'coco', 'seg': 'ade20k', 'cls': 'imagenet'}
-DATA = ('coco', 'ade20k', 'imagenet')
-FOLDERS = {'det': 'mask_rcnn', 'seg': 'upernet', 'cls': 'imagenet'}
-SIZES = [
-    dict(type='Resize', scale=(width, 64), keep_ratio=True)
-    for width in (64, 96)
-]
+# By task: folder of the configs, and layout of the data.
+TASKS = {
+    'det': ('mask_rcnn', 'coco'),
+    'seg': ('upernet', 'ade20k'),
+    'cls': ('imagenet', 'imagenet'),
+}
+DATA = [layout for _, layout in TASKS.values()]
+UPERNET = 'upernet_overlock_s_160k'
+SIZES = [dict(type='Resize', scale=(width, 64)) for width in (64, 96)]
+PACK = dict(type='LoadAnnotations'), dict(type='PackSegInputs')
 VIEWS = [
     dict(type='LoadImageFromFile'),
-    dict(
-        type='TestTimeAug',
-        transforms=[
-            SIZES,
-            [dict(type='LoadAnnotations')],
-            [dict(type='PackSegInputs')],
-        ],
-    ),
+    dict(type='TestTimeAug', transforms=[SIZES, *([step] for step in PACK)]),
 ]
 URL = 'https://nowhere.invalid/v1'
 
@@ -42,25 +38,23 @@ def released(tmp_path_factory):
     (root / 'weights').mkdir()
     (root / 'tools').symlink_to(tiny.ROOT / 'tools')
     metafiles = []
-    for task, layout in LAYOUTS.items():
-        folder = root / 'configs' / task
-        folder.mkdir(parents=True)
-        options = dict(num_workers=0, persistent_workers=False)
-        options = {f'test_dataloader.{k}': v for k, v in options.items()}
+    for task, (folder, layout) in TASKS.items():
+        options = {
+            'test_dataloader.num_workers': 0,
+            'test_dataloader.persistent_workers': False,
+        }
         if task == 'seg':
             options['tta_pipeline'] = VIEWS
-        _, checkpoint = tiny.write_model(task, folder, options)
+        _, checkpoint = tiny.write_model(task, root, options)
         Path(checkpoint).rename(root / 'weights' / f'{task}_s.pth')
-        tiny.load_tool('make_sample_data').main(
-            [layout, str(root / layout), '--images=8', '--size=64']
-        )
+        argv = layout, root / layout, '--images=8', '--size=64'
+        tiny.run_tool('make_sample_data', *argv)
         # What was published of a small one, from the metafile.
-        path = tiny.ROOT / 'configs' / FOLDERS[task] / 'metafile.yml'
+        path = tiny.ROOT / 'configs' / folder / 'metafile.yml'
         models = yaml.safe_load(path.read_text())['Models']
         model = next(m for m in models if '_s_' in m['Name'])
-        model['Config'] = f'configs/{task}/{task}.py'
-        model['Weights'] = f'{URL}/{task}_s.pth'
-        metafiles.append(f'configs/{task}/metafile.yml')
+        model |= dict(Config=f'{task}.py', Weights=f'{URL}/{task}_s.pth')
+        metafiles.append(f'{task}.yml')
         (root / metafiles[-1]).write_text(yaml.dump({'Models': [model]}))
     index = yaml.dump({'Import': metafiles})
     (root / 'model-index.yml').write_text(index)
@@ -69,38 +63,39 @@ def released(tmp_path_factory):
 
 @pytest.fixture
 def reproduce(released, tmp_path, monkeypatch):
-    """Run the tool; returns the exit status and the results."""
+    """Run the tool, with `test` for its tests.
+
+    Returns the results by name and whether views are averaged, and what the
+    tool printed.
+    """
     monkeypatch.setattr(tool, 'ROOT', released)
 
-    def run(*options, data=DATA):
-        argv = ['--weights', str(released / 'weights'), *options]
-        argv += ['--out', str(tmp_path)]
+    def run(test, *options, data=DATA, status=0):
+        monkeypatch.setattr(tool, 'run', test)
+        argv = ['--weights', released / 'weights', '--out', tmp_path]
         for name in data:
-            argv += [f'--{name}', str(released / name)]
-        status = 0
-        try:
-            tool.main(argv)
-        except SystemExit as stop:
-            status = stop.code
+            argv += [f'--{name}', released / name]
+        output = tiny.run_tool('reproduce', *argv, *options, status=status)
         path = tmp_path / 'results.json'
         results = json.loads(path.read_text())['results']
-        return status, {(r['name'], r['tta']): r for r in results}
+        return {(r['name'], r['tta']): r for r in results}, output
 
     return run
 
 
-def logging(values, calls):
-    """What stands for a test: it logs values, by the name of its config."""
+@pytest.fixture
+def logging():
+    """What stands for a test: it logs FIGURES, and notes its command."""
 
-    def run(command):
-        calls.append(command)
-        task = Path(command[2]).stem
+    def run(command, figures=FIGURES):
+        run.commands.append(command)
         folder = Path(command[command.index('--work-dir') + 1]) / '20260101'
         folder.mkdir(parents=True, exist_ok=True)
-        logged = values[task]
-        (folder / '20260101.json').write_text(json.dumps(logged))
+        logged = json.dumps(figures[Path(command[2]).stem])
+        (folder / '20260101.json').write_text(logged)
         return 0
 
+    run.commands = []
     return run
 
 
@@ -111,104 +106,90 @@ FIGURES = {
 }
 
 
-def test_figures(reproduce, released, tmp_path, monkeypatch, capsys):
+def test_figures(reproduce, logging, released, tmp_path):
     """Every metric, with the sign, unit and tolerance."""
-    calls = []
-    det = yaml.safe_load((released / 'configs/det/metafile.yml').read_text())
-    [det] = det['Models']
+    det = yaml.safe_load((released / 'det.yml').read_text())['Models'][0]
     published = [r['Metrics'] for r in det['Results']]
     assert published == [{'box AP': 49.4}, {'mask AP': 44.0}]
-    monkeypatch.setattr(tool, 'run', logging(FIGURES, calls))
-    status, results = reproduce()
-    assert status == 0
-    assert len(calls) == 4
+    results, output = reproduce(logging)
     differences = {key: r['differences'] for key, r in results.items()}
     assert differences == {
         (det['Name'], False): {'box AP': 0.1, 'mask AP': -0.1},
-        ('upernet_overlock_s_160k', False): {'mIoU': 0.12},
-        ('upernet_overlock_s_160k', True): {},  # nothing was published
+        (UPERNET, False): {'mIoU': 0.12},
+        (UPERNET, True): {},  # nothing was published
         ('overlock_s_300e', False): {'Top 1 Accuracy': -0.1},
     }
-    result = results['upernet_overlock_s_160k', True]
+    result = results[UPERNET, True]
     assert result['measured'] == {'mIoU': 51.42}
     weights = (released / 'weights/seg_s.pth').read_bytes()
     assert result['sha256'] == hashlib.sha256(weights).hexdigest()
     assert result['environment']['torch']
     text = (tmp_path / 'results.md').read_text()
-    assert text in capsys.readouterr().out
-    assert (
-        '| upernet_overlock_s_160k | mIoU | 51.3 | 51.42 | +0.12 | 0.15 |'
-        in text
-    )
-    assert (
-        '| upernet_overlock_s_160k (TTA) | mIoU | - | 51.42 | - | - |' in text
-    )
-    assert 'mIoU: 0.15 is allowed: 0.05 by rounding' in text
-    for command in calls:
+    assert text in output
+    for line in (
+        f'| {UPERNET} | mIoU | 51.3 | 51.42 | +0.12 | 0.15 |\n',
+        f'| {UPERNET} (TTA) | mIoU | - | 51.42 | - | - |\n',
+        'mIoU: 0.15 is allowed: 0.05 by rounding',
+    ):
+        assert line in text
+    assert len(logging.commands) == 4
+    for command in logging.commands:
         assert ('--tta' in command) == ('_tta' in ' '.join(command[:6]))
 
 
 @pytest.mark.parametrize(
-    'task, logged, name',
+    ('task', 'logged', 'name'),
     [
         ('det', {'coco/bbox_mAP': 0.492, 'coco/segm_mAP': 0.44}, 'box AP'),
         ('cls', {'accuracy/top1': 84.69}, 'Top 1 Accuracy'),
     ],
 )
-def test_excess(reproduce, monkeypatch, capsys, task, logged, name):
+def test_excess(reproduce, logging, task, logged, name):
     """More than is allowed ends with status 1, and says which it is."""
-    monkeypatch.setattr(tool, 'run', logging({task: logged}, []))
-    status, results = reproduce(data=[LAYOUTS[task]])
-    assert status == 1
-    [model] = {key[0] for key in results}
-    assert results[model, False]['excess'] == [name]
-    printed = capsys.readouterr()
-    assert f'differ by more than is allowed: {model}\n' in printed.err
-    assert '**!**' in printed.out
+    results, output = reproduce(
+        lambda command: logging(command, {task: logged}),
+        data=[TASKS[task][1]],
+        status=1,
+    )
+    [((model, _), result)] = results.items()
+    assert result['excess'] == [name]
+    assert f'differ by more than is allowed: {model}\n' in output
+    assert '**!**' in output
 
 
-def test_resume(reproduce, released, tmp_path, monkeypatch, capsys):
+def test_resume(reproduce, logging, released, tmp_path):
     """It goes on after the last test, and anew where anything is another."""
-    calls, run = [], logging(FIGURES, [])
 
-    def stop_at_upernet(command):
-        calls.append(Path(command[2]).stem)
-        return 3 if 'seg' in command[2] else run(command)
+    def tested():
+        names = [Path(command[2]).stem for command in logging.commands]
+        logging.commands.clear()
+        return names
 
-    monkeypatch.setattr(tool, 'run', stop_at_upernet)
-    status, results = reproduce()
-    assert status == 2
-    assert (
-        'the test of upernet_overlock_s_160k ended' in capsys.readouterr().err
+    results, output = reproduce(
+        lambda command: 3 if 'seg' in command[2] else logging(command),
+        status=2,
     )
-    first = [*calls]
-    assert first[-1] == 'seg' and len(results) == len(first) - 1
-    monkeypatch.setattr(
-        tool, 'run', lambda c: calls.append(Path(c[2]).stem) or run(c)
-    )
-    reproduce()
-    assert sorted(calls[len(first) :]) == sorted(
-        ['seg', 'seg', *({'cls', 'det'} - {*first})]
-    )
-    del calls[:]
-    reproduce()
-    assert not calls
+    assert f'the test of {UPERNET} ended' in output
+    first = tested()
+    assert len(results) == len(first)
+    reproduce(logging)
+    others = {'cls', 'det'} - {*first}
+    assert sorted(tested()) == sorted(['seg', 'seg', *others])
+    reproduce(logging)
+    assert not tested()
     # Other data, in a folder of another name.
     (tmp_path / 'imagenet').symlink_to(released / 'imagenet')
-    reproduce('--imagenet', str(tmp_path / 'imagenet'), data=())
-    assert calls == ['cls']
+    reproduce(logging, '--imagenet', tmp_path / 'imagenet', data=[])
+    assert tested() == ['cls']
 
 
 def test_drawn(reproduce, monkeypatch):
     """Tests run by tools/test.py, on drawn data with drawn weights."""
-    metrics = []
+    found = []
     test = Runner.test
-
-    def spy(runner):
-        metrics.append(test(runner))
-        return metrics[-1]
-
-    monkeypatch.setattr(Runner, 'test', spy)
+    monkeypatch.setattr(
+        Runner, 'test', lambda runner: found.append(test(runner))
+    )
 
     def run(command):
         assert command[0] == sys.executable
@@ -216,20 +197,18 @@ def test_drawn(reproduce, monkeypatch):
         tiny.load_tool('test').main(command[2:])
         return 0
 
-    monkeypatch.setattr(tool, 'run', run)
-    status, results = reproduce()
-    assert status == 1  # drawn weights are no good
+    # Drawn weights are no good.
+    results, _ = reproduce(run, status=1)
     measured = [
         value for r in results.values() for value in r['measured'].values()
     ]
-    expected = [
-        round(found[metric.key] * metric.scale, 2)
-        for found in metrics
+    assert len(measured) == 5
+    assert measured == [
+        round(metrics[metric.key] * metric.scale, 2)
+        for metrics in found
         for metric in tool.METRICS.values()
-        if metric.key in found
+        if metric.key in metrics
     ]
-    assert measured == expected
-    assert len(expected) == 5
 
 
 def test_process():
@@ -237,25 +216,20 @@ def test_process():
     assert tool.run([sys.executable, '-c', 'raise SystemExit(3)']) == 3
 
 
-def test_mistakes(reproduce, released, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tool, 'run', None)  # nothing is started
-    (tmp_path / 'results.json').write_text('{"results": []}')
-
+def test_mistakes(reproduce, tmp_path, monkeypatch):
     def said(*options, **given):
-        status, _ = reproduce(*options, **given)
-        assert status == 2
-        return capsys.readouterr().err
-
-    assert 'name the data' in said(data=[])
-    assert 'no weights of arch xt' in said('--arch', 'xt', data=['coco'])
-    # Before any test, that of other data included.
-    missing = str(tmp_path / 'nothing')
-    assert f'{missing}/' in said('--coco', missing, data=['imagenet'])
+        return reproduce(None, *options, status=2, **given)[1]  # no test runs
 
     def download(url, path):
         raise OSError('no route')
 
     monkeypatch.setattr('torch.hub.download_url_to_file', download)
+    (tmp_path / 'results.json').write_text('{"results": []}')
+    missing = tmp_path / 'nothing'
+    assert 'name the data' in said(data=[])
+    assert 'no weights of arch xt' in said('--arch', 'xt', data=['coco'])
+    # Before any test, that of other data included.
+    assert f'{missing}/' in said('--coco', missing, data=['imagenet'])
     message = said('--weights', missing, data=['imagenet'])
     assert f'cannot download {URL}/cls_s.pth (no route)' in message
 
@@ -265,13 +239,10 @@ def test_all_published():
     jobs = [*tool.released()]
     plain = {job.name: job.published for job in jobs if not job.tta}
     assert len(plain) == 4 + 6 + 3
-    assert {job.name for job in jobs if job.tta} == {
-        name for name in plain if name.startswith('upernet')
-    }
-    assert plain['mask_rcnn_overlock_s_3x'] == {
-        'box AP': 51.0,
-        'mask AP': 45.0,
-    }
+    views = {job.name for job in jobs if job.tta}
+    assert views == {name for name in plain if name.startswith('upernet')}
+    large = plain['mask_rcnn_overlock_s_3x']
+    assert large == {'box AP': 51.0, 'mask AP': 45.0}
     for job in jobs:
         assert (tool.ROOT / job.config).is_file()
         assert {*job.published} <= {*tool.METRICS}

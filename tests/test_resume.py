@@ -8,6 +8,7 @@ import random
 import resource
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from unittest import mock
 
@@ -30,7 +31,7 @@ from mmoverlock.engine.hooks import Reseed
 tiny.need_openmmlab()
 
 EPOCHS, KILLS = 6, 20  # of the slow test
-WORKERS = 'train_dataloader.num_workers=1'
+OPEN = open
 
 
 def assert_equal_states(path, other):
@@ -48,86 +49,106 @@ def assert_equal_states(path, other):
     assert np.array_equal(*histories)
 
 
+class Killed(BaseException):
+    """In place of a signal, where the process has more to do."""
+
+
+def stop():
+    raise Killed
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass
+class KilledWhileWriting:
+    """Ends a process while it writes a checkpoint.
+
+    Args:
+        before (int): How many checkpoints it writes before that one.
+        share (float): How much of that one it writes, between 0 and 1.
+        end (callable): Ends it. Defaults to SIGKILL.
+    """
+
+    before: int
+    share: float
+    end: Callable = kill
+
+    def __call__(self):
+        builtins.open = self.open
+
+    def open(self, file, mode='r', *args, **kwargs):
+        if '.pth' not in str(file) or mode != 'wb':
+            return OPEN(file, mode, *args, **kwargs)
+        self.before -= 1
+        return OPEN(file, mode) if self.before >= 0 else Half(file, mode, self)
+
+
+class Half(io.FileIO):
+    def __init__(self, file, mode, killing):
+        super().__init__(file, mode)
+        self.killing = killing
+
+    def write(self, data):
+        self.killing.data = data
+        super().write(data[: int(len(data) * self.killing.share)])
+        self.killing.end()
+
+
 @pytest.fixture(scope='module')
-def undisturbed(tmp_path_factory):
-    """Config and work dir of a run of two epochs, with a seed."""
-    folder = tmp_path_factory.mktemp('undisturbed')
+def killed(tmp_path_factory):
+    """A training of two epochs, stopped when the second was to be written.
+
+    Returns its command line, its work dir, and what was to be written.
+    """
+    folder = tmp_path_factory.mktemp('killed')
     config = tiny.classifier(
         folder,
         custom_hooks=[dict(type='EMAHook')],
         param_scheduler=[dict(type='MultiStepLR', milestones=[1, 1, 2])],
     )
-    tiny.run_tool(
-        *('train', config, '--work-dir', folder / 'work', '--seed', 7),
-        *('--cfg-options', WORKERS),
-    )
-    return config, folder / 'work'
+    argv = config, '--work-dir', folder / 'work', '--seed', 7, '--resume'
+    argv += '--cfg-options', 'train_dataloader.num_workers=1'
+    killing = KilledWhileWriting(before=3, share=0.5, end=stop)
+    with pytest.raises(Killed):
+        with mock.patch('builtins.open', killing.open):
+            tiny.run_tool('train', *argv)
+    (folder / 'expected.pth').write_bytes(killing.data)
+    return argv, folder / 'work', folder / 'expected.pth'
 
 
-@dataclass
-class KilledWhileWriting:
-    """Makes a process kill itself while it writes a checkpoint.
-
-    Args:
-        before (int): How many checkpoints it writes before that one.
-        share (float): How much of that one it writes, between 0 and 1.
-    """
-
-    before: int
-    share: float
-
-    def __call__(self):
-        self.original = builtins.open
-        builtins.open = self.open
-
-    def open(self, file, mode='r', *args, **kwargs):
-        if '.pth' not in str(file) or mode != 'wb':
-            return self.original(file, mode, *args, **kwargs)
-        self.before -= 1
-        if self.before >= 0:
-            return self.original(file, mode)
-        return HalfWritten(file, mode, self.share)
+def test_disk_is_full(killed):
+    """A short message; the last good checkpoint is intact."""
+    argv, work_dir, _ = killed
+    assert [path.name for path in work_dir.glob('*.part')] == [
+        'epoch_2.pth.part'
+    ]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        log = tiny.run_tool('train', *argv, status=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert 'Traceback' not in log
+    assert 'train.py: cannot write ' in log and 'epoch_2.pth' in log
+    assert '--resume' in log.splitlines()[-1]
+    assert latest_checkpoint(work_dir) == str(work_dir / 'epoch_1.pth')
+    assert not [*work_dir.glob('*.part')]
 
 
-class HalfWritten(io.FileIO):
-    def __init__(self, file, mode, share):
-        super().__init__(file, mode)
-        self.share = share
-
-    def write(self, data):
-        super().write(data[: int(len(data) * self.share)])
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def half_written(work_dir):
-    return {*work_dir.glob('*.part')}
-
-
-def test_killed_while_writing(undisturbed, tmp_path):
-    """It resumes to what an undisturbed run comes to, bit by bit.
+def test_resumed(killed, tmp_path):
+    """To what was to be written, bit by bit.
 
     Random numbers too: of flips, crops, dropped paths and the order.
     The config that mmcv's checkpoints have, which mmengine takes for code,
     does not run, and what a checkpoint names as the last best, which
     CheckpointHook deletes, is forgotten where it is not of this run.
     """
-    config, expected = undisturbed
-    work_dir, log = tmp_path / 'work', tmp_path / 'log'
-    argv = config, '--work-dir', work_dir, '--seed', 7
-    options = '--cfg-options', WORKERS
-    forked.run(
-        *(*argv, *options),
-        log=log,
-        prepare=KilledWhileWriting(before=3, share=0.5),
-        status=-signal.SIGKILL,
-    )
-    assert [path.name for path in half_written(work_dir)] == [
-        'epoch_2.pth.part'
-    ]
+    argv, work_dir, expected = killed
     marker, last = tmp_path / 'marker', work_dir / 'epoch_1.pth'
     contents = torch.load(last, weights_only=False)
-    code = f'import os\nos.mkdir({str(marker)!r})\n'
-    contents['meta']['config'] = code
+    contents['meta']['config'] = f'import os\nos.mkdir({str(marker)!r})\n'
     names = {
         'best_ckpt_a': work_dir / 'best_a_epoch_1.pth',
         'best_ckpt_b': work_dir / 'vis_data',
@@ -137,16 +158,17 @@ def test_killed_while_writing(undisturbed, tmp_path):
         contents['message_hub']['runtime_info'][key] = str(path)
         contents['message_hub']['resumed_keys'][key] = True
     torch.save(contents, last)
-    output = tiny.run_tool('train', *argv, '--resume', *options)
+    (work_dir / 'best_x_epoch_9.pth.part').touch()  # killed meanwhile
+    output = tiny.run_tool('train', *argv)
     assert not marker.exists()
-    assert f'Load checkpoint from {work_dir}/epoch_1.pth' in output
+    assert f'Load checkpoint from {last}' in output
     assert 'resumed epoch: 1' in output
-    assert_equal_states(work_dir / 'epoch_2.pth', expected / 'epoch_2.pth')
-    assert not half_written(work_dir)
-    hub = torch.load(work_dir / 'epoch_2.pth', weights_only=False)
-    info = hub['message_hub']['runtime_info']
+    assert_equal_states(work_dir / 'epoch_2.pth', expected)
+    info = read(str(work_dir / 'epoch_2.pth'))['message_hub']['runtime_info']
     kept = {k: v for k, v in info.items() if k in names}
     assert kept == {'best_ckpt_a': str(names['best_ckpt_a'])}
+    best, last = sorted(path.name for path in work_dir.glob('*.pth*'))
+    assert best.startswith('best_') and last == 'epoch_2.pth'
 
 
 @pytest.mark.skipif(
@@ -154,60 +176,27 @@ def test_killed_while_writing(undisturbed, tmp_path):
     reason='this mmengine draws random numbers for the data it skips',
 )
 def test_resumed_by_iterations(tmp_path):
-    """A training whose data have no epochs."""
-    config = tiny.classifier(tmp_path)
-    cfg = Config.fromfile(config)
+    """A training whose data have no epochs; its validation draws numbers."""
+    cfg = Config.fromfile(tiny.classifier(tmp_path))
     cfg.train_dataloader.sampler = dict(type='InfiniteSampler')
-    cfg.train_cfg = dict(by_epoch=False, max_iters=4, val_interval=4)
+    flip = dict(type='RandomFlip', prob=0.5, direction='horizontal')
+    cfg.val_dataloader.dataset.pipeline.insert(1, flip)
+    cfg.train_cfg = dict(by_epoch=False, max_iters=4, val_interval=2)
     cfg.default_hooks.checkpoint = dict(
         type='CheckpointHook', by_epoch=False, interval=2
     )
-    cfg.dump(config)
-    weights = []
-    for runs in ((4,), (2, 4)):
-        work_dir = tmp_path / f'work_{len(runs)}'
-        for iters in runs:
-            output = tiny.run_tool(
-                *('train', config, '--work-dir', work_dir, '--seed', 7),
-                *('--resume', '--cfg-options', f'train_cfg.max_iters={iters}'),
-            )
-        weights.append(work_dir / 'iter_4.pth')
+    cfg.dump(tmp_path / 'config.py')
+    for name, *options in (
+        ['a'],
+        ['b', '--resume', tmp_path / 'a/iter_2.pth'],
+    ):
+        argv = '--work-dir', tmp_path / name, '--seed', 7, *options
+        output = tiny.run_tool('train', tmp_path / 'config.py', *argv)
     assert 'resumed epoch: 0, iter: 2' in output
-    assert_equal_states(*weights)
+    assert_equal_states(tmp_path / 'b/iter_4.pth', tmp_path / 'a/iter_4.pth')
 
 
-def test_only_wanted_files_stay(undisturbed):
-    best, last = sorted(path.name for path in undisturbed[1].glob('*.pth*'))
-    assert best.startswith('best_') and last == 'epoch_2.pth'
-
-
-@pytest.fixture
-def full_disk():
-    """As if the disk were full once a checkpoint is written."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_disk_is_full(undisturbed, tmp_path, full_disk):
-    """A short message; the last good checkpoint is intact."""
-    config, before = undisturbed
-    work_dir = tmp_path / 'work'
-    work_dir.mkdir()
-    last = work_dir / 'epoch_2.pth'
-    last.hardlink_to(before / last.name)
-    (work_dir / 'best_epoch_0.pth.part').touch()  # killed meanwhile
-    argv = config, '--work-dir', work_dir, '--resume', '--cfg-options'
-    log = tiny.run_tool('train', *argv, 'train_cfg.max_epochs=3', status=2)
-    assert 'Traceback' not in log
-    assert 'train.py: cannot write ' in log and 'epoch_3.pth' in log
-    assert '--resume' in log.splitlines()[-1]
-    assert latest_checkpoint(work_dir) == str(last)
-    assert not [*work_dir.glob('*.part')]
-
-
-# ------------------------------------------------------------------ parts
+# ------------------------------------------------------------------- parts
 
 
 def test_files_are_whole_or_old(tmp_path, monkeypatch):
@@ -239,58 +228,48 @@ def test_old_checkpoints_stay_until_the_next_is_there(tmp_path):
     for name in ('a.txt', 'b.pth', 'c.pth'):
         backend.put(b'', tmp_path / name)
         backend.remove(tmp_path / name)
-    assert sorted(os.listdir(tmp_path)) == ['c.pth']
+    assert os.listdir(tmp_path) == ['c.pth']
     backend.put(b'', tmp_path / 'c.pth')  # written again, so wanted
-    assert sorted(os.listdir(tmp_path)) == ['c.pth']
-
-
-def save(path, age):
-    torch.save({'state_dict': {'weight': torch.zeros(100)}}, path)
-    os.utime(path, (time.time() - age,) * 2)
+    assert os.listdir(tmp_path) == ['c.pth']
 
 
 def test_latest(tmp_path):
     """The newest that is whole, whatever last_checkpoint says."""
     assert latest_checkpoint(tmp_path) is None
     assert latest_checkpoint(tmp_path / 'nowhere') is None
-    first, second, best = (
-        tmp_path / name
-        for name in ('epoch_9.pth', 'epoch_10.pth', 'best_x_epoch_9.pth')
-    )
-    save(first, age=20)
-    save(second, age=10)
-    save(best, age=0)  # has no state of the optimizer
-    (tmp_path / 'last_checkpoint').write_text('')  # killed meanwhile
-    assert latest_checkpoint(tmp_path) == str(second)
-    (tmp_path / 'last_checkpoint').write_text(str(first))
-    assert latest_checkpoint(tmp_path) == str(second)
+    names = 'epoch_9.pth', 'epoch_10.pth', 'other.pth', 'best_x_epoch_9.pth'
+    for age, name in zip((30, 20, 10, 0), names, strict=True):
+        torch.save({'weight': torch.zeros(100)}, tmp_path / name)
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    first, second, other, _ = (tmp_path / name for name in names)
+    last = tmp_path / 'last_checkpoint'
+    for named, expected in (
+        ('', second),  # killed meanwhile; a best one is no state to go on from
+        (first, second),
+        (other, other),
+    ):
+        last.write_text(str(named))
+        assert latest_checkpoint(tmp_path) == str(expected)
+    last.unlink()
     second.write_bytes(second.read_bytes()[:-100])
     assert latest_checkpoint(tmp_path) == str(first)
-    other = tmp_path / 'other.pth'
-    save(other, age=5)
-    (tmp_path / 'last_checkpoint').write_text(str(other))
-    assert latest_checkpoint(tmp_path) == str(other)
-
-
-def test_nothing_whole(tmp_path):
-    """No silent start from the beginning."""
-    path = tmp_path / 'iter_1.pth'
-    save(path, age=0)
-    path.write_bytes(path.read_bytes()[:99])
-    with pytest.raises(CheckpointError, match='no whole.*iter_1.pth'):
+    # No silent start from the beginning.
+    first.write_bytes(first.read_bytes()[:99])
+    with pytest.raises(CheckpointError, match='no whole.*_9.pth.*_10.pth'):
         latest_checkpoint(tmp_path)
-    path.unlink()
-    (tmp_path / 'last_checkpoint').write_text(str(path))
-    with pytest.raises(CheckpointError, match='no whole.*iter_1.pth'):
+    first.unlink()
+    second.unlink()
+    last.write_text(str(first))
+    with pytest.raises(CheckpointError, match='no whole.*epoch_9.pth does no'):
         latest_checkpoint(tmp_path)
 
 
-def test_seed_is_a_seed(capsys):
+@pytest.mark.parametrize('seed', ['-1', str(2**32)])
+def test_seed_is_a_seed(seed):
     train = tiny.load_tool('train')
-    for seed in ('-1', str(2**32)):
-        args = train.build_parser().parse_args(['c', '--seed', seed])
-        with pytest.raises(train.cli.UserError, match=rf'--seed {seed} is'):
-            train.apply_options(Config(), args)
+    args = train.build_parser().parse_args(['c', '--seed', seed])
+    with pytest.raises(train.cli.UserError, match=rf'--seed {seed} is'):
+        train.apply_options(Config(), args)
 
 
 def test_random_numbers(monkeypatch):
@@ -317,6 +296,7 @@ def test_kills(tmp_path):
     """SIGKILLs, every other one while a checkpoint is being written."""
     config = tiny.classifier(tmp_path)
     log, undisturbed = tmp_path / 'log', tmp_path / 'undisturbed'
+    last = f'epoch_{EPOCHS}.pth'
     epochs = ['--cfg-options', f'train_cfg.max_epochs={EPOCHS}']
     argv = config, '--seed', 7, *epochs, '--resume', '--work-dir'
     began = time.monotonic()
@@ -348,7 +328,4 @@ def test_kills(tmp_path):
         assert latest_checkpoint(work_dir) or not start
     forked.run(*argv, work_dir, log=log)
     for run in range(runs + 1):
-        assert_equal_states(
-            tmp_path / f'run_{run}' / f'epoch_{EPOCHS}.pth',
-            undisturbed / f'epoch_{EPOCHS}.pth',
-        )
+        assert_equal_states(tmp_path / f'run_{run}' / last, undisturbed / last)

@@ -14,17 +14,16 @@ from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
 from PIL import Image
 
+from mmoverlock import inference
 from mmoverlock.curves import draw_curves, read_scalars
 from mmoverlock.engine import CurvesHook
-from mmoverlock.inference import color_of
 
 tiny.need_openmmlab()
-
 
 tool = tiny.load_tool('summarize')
 
 
-def write_run(work_dir, name, records):
+def write_run(work_dir, name, *records):
     folder = work_dir / name / 'vis_data'
     folder.mkdir(parents=True)
     lines = [json.dumps(record) + '\n' for record in records]
@@ -32,9 +31,7 @@ def write_run(work_dir, name, records):
 
 
 def training(step, **values):
-    return {'lr': 0.1 / step, 'loss': 2 / step, 'time': 0.5, 'step': step} | (
-        values
-    )
+    return dict(lr=0.1 / step, loss=2 / step, time=0.5, step=step) | values
 
 
 @pytest.fixture
@@ -60,22 +57,14 @@ def lines(axes):
 
 def test_curves(tmp_path, figures):
     """Of an iteration-based run on a GPU: what is where, and what is said."""
-    speeds = (0.5, 0.25, 0.25)
-    write_run(
-        tmp_path,
-        'a',
-        [
-            training(10 * i, time=time, memory=100 * i, loss_x=1.0, acc=3.0)
-            for i, time in enumerate(speeds, 1)
-        ]
-        + [{'aAcc': 50.0, 'mIoU': 20.0, 'time': 1.0, 'step': 30}],
-    )
-    assert draw_curves(tmp_path, batch_size=4) == {
-        'aAcc': 50.0,
-        'mIoU': 20.0,
-        'images/s': 16.0,
-        'memory (MB)': 300,
-    }
+    records = [
+        training(10 * i, time=time, memory=100 * i, loss_x=1.0, acc=3.0)
+        for i, time in enumerate((0.5, 0.25, 0.25), 1)
+    ]
+    found = {'aAcc': 50.0, 'mIoU': 20.0}
+    write_run(tmp_path, 'a', *records, found | {'time': 1.0, 'step': 30})
+    last = draw_curves(tmp_path, batch_size=4)
+    assert last == found | {'images/s': 16.0, 'memory (MB)': 300}
     losses, metrics, rates, speed, memory = figures[0].axes
     assert lines(losses) == {
         'loss': ([10, 20, 30], [0.2, 0.1, 2 / 30]),
@@ -92,17 +81,24 @@ def test_curves(tmp_path, figures):
     assert Image.open(tmp_path / 'curves.png').size == (1440, 900)
 
 
-def test_curves_by_epoch(tmp_path, figures):
-    """Without a GPU; COCO's detailed metrics are returned, not drawn."""
-    found = {'coco/bbox_mAP': 0.2, 'coco/bbox_mAP_s': 0.1, 'step': 2}
+def test_hook_of_epochs(tmp_path, figures):
+    """Without a GPU; COCO's detailed metrics are told, not drawn."""
+    logged = []
+    runner = SimpleNamespace(
+        work_dir=str(tmp_path),
+        cfg=Config({'train_dataloader': {'batch_size': 2}}),
+        logger=SimpleNamespace(info=logged.append),
+    )
+    CurvesHook().after_train(runner)
+    assert not logged and not any(tmp_path.iterdir())
     records = [training(step, epoch=step // 5) for step in (5, 10)]
-    write_run(tmp_path, 'a', [*records, found])
-    last = draw_curves(tmp_path, batch_size=2)
-    assert last == {
-        'coco/bbox_mAP': 0.2,
-        'coco/bbox_mAP_s': 0.1,
-        'images/s': 4.0,
-    }
+    found = {'coco/bbox_mAP': 0.2, 'coco/bbox_mAP_s': 0.1, 'step': 2}
+    write_run(tmp_path, 'a', *records, found)
+    CurvesHook().after_train(runner)
+    assert logged == [
+        f'{tmp_path}/curves.png: coco/bbox_mAP 0.2, coco/bbox_mAP_s 0.1, '
+        'images/s 4'
+    ]
     _, metrics, _, _ = figures[0].axes
     assert [*lines(metrics)] == ['coco/bbox_mAP']
     assert metrics.get_xlabel() == 'epoch'
@@ -110,70 +106,72 @@ def test_curves_by_epoch(tmp_path, figures):
 
 def test_resumed_runs(tmp_path):
     """What the second run did again replaces what the first had done."""
-    write_run(
-        tmp_path, '1', [training(step) for step in (1, 2, 3)] + [{'step': 3}]
-    )
-    write_run(tmp_path, '2', [training(step, loss=9) for step in (3, 4)])
+    write_run(tmp_path, '1', *map(training, (1, 2, 3)), {'step': 3})
+    write_run(tmp_path, '2', training(3, loss=9), training(4, loss=9))
     losses, evaluations = read_scalars(tmp_path)
     assert [record['step'] for record in losses] == [1, 2, 3, 4]
     assert [record['loss'] for record in losses] == [2, 1, 9, 9]
     assert evaluations == [{'step': 3}]
 
 
-def test_hook(tmp_path):
-    logged = []
-    runner = SimpleNamespace(
-        work_dir=str(tmp_path),
-        cfg=Config({'train_dataloader': {'batch_size': 3}}),
-        logger=SimpleNamespace(info=logged.append),
-    )
-    CurvesHook().after_train(runner)
-    assert not logged and not any(tmp_path.iterdir())
-    write_run(
-        tmp_path, '1', [training(1), training(2), {'mIoU': 5.0, 'step': 2}]
-    )
-    CurvesHook().after_train(runner)
-    path = tmp_path / 'curves.png'
-    assert logged == [f'{path}: mIoU 5, images/s 6'] and path.exists()
-
-
 def test_colors_do_not_collide():
-    colors = np.array([color_of(label) for label in range(150)])
+    colors = np.array([*map(inference.color_of, range(150))])
     distance = np.abs(colors[:, None] - colors).max(-1)
     assert (distance + 255 * np.eye(150)).min() > 1
     assert np.abs(np.diff(colors, axis=0)).max(1).min() > 50
 
 
-def write_classes(folder, cfg):
-    """An image and its class, and the config's dataset of it."""
-    folder.mkdir()
-    pixels = np.arange(64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8)
-    Image.fromarray(pixels).save(folder / 'x.png')
-    (folder / 'list.txt').write_text('x.png 7')
-    dataset = dict(
-        type='CustomDataset',
-        data_root=str(folder),
-        ann_file='list.txt',
-        metainfo={'classes': [f'class {i}' for i in range(1000)]},
-        pipeline=cfg.test_dataloader.dataset.pipeline,
-    )
-    cfg.val_dataloader.dataset = dict(type='ConcatDataset', datasets=[dataset])
+# --------------------------------------------------------------- work dirs
 
 
-def write_label_maps(folder, cfg):
-    """An image and its map of two classes; they are a test set only.
+@pytest.fixture
+def work_dir(tmp_path):
+    """Where the training of a config would leave what it writes."""
 
-    The network has one channel for both.
-    """
-    for name in ('images', 'annotations'):
-        (folder / name / 'validation').mkdir(parents=True)
-    labels = np.zeros((48, 64), np.uint8)
-    labels[20:, 30:] = 1
-    rgb = np.stack([labels * 200] * 3, axis=-1)
-    Image.fromarray(rgb).save(folder / 'images' / 'validation' / 'x.jpg')
-    Image.fromarray(labels).save(
-        folder / 'annotations' / 'validation' / 'x.png'
-    )
+    def write(cfg):
+        folder = tmp_path / 'work'
+        last = {'score': 5.0, 'step': 2}
+        write_run(folder, '1', training(1), training(2), last)
+        state = inference.build_model(cfg).state_dict()
+        torch.save({'state_dict': state}, folder / 'epoch_1.pth')
+        cfg.dump(folder / 'config.py')
+        return folder
+
+    return write
+
+
+def assert_is_a_picture(path):
+    picture = np.asarray(Image.open(path))
+    assert len(np.unique(picture.reshape(-1, 4), axis=0)) > 50
+
+
+def test_classifier(tmp_path, work_dir, figures):
+    """A picture of some images of the validation set, if there is one."""
+    cfg = Config.fromfile(tiny.classifier(tmp_path))
+    datasets = [cfg.val_dataloader.dataset]
+    cfg.val_dataloader.dataset = dict(type='ConcatDataset', datasets=datasets)
+    folder = work_dir(cfg)
+    out = tiny.run_tool('summarize', folder, '--images', 2)
+    assert 'score: 5' in out and str(folder / 'epoch_1.pth') in out
+    titles = [axes.get_title() for axes in figures[1].axes]
+    assert titles == ['0.png', '0.png']  # of either class
+    for name in ('curves.png', 'predictions.png'):
+        assert_is_a_picture(folder / name)
+        (folder / name).unlink()
+    cfg.val_dataloader = cfg.test_dataloader = None
+    cfg.dump(folder / 'config.py')
+    out = tiny.run_tool('summarize', folder)
+    assert 'has no validation and no test set' in out
+    assert (folder / 'curves.png').exists()
+    assert not (folder / 'predictions.png').exists()
+    (folder / '1/vis_data/scalars.json').unlink()
+    out = tiny.run_tool('summarize', folder, status=2)
+    assert 'no scalars.json in' in out
+
+
+def test_segmentor(tmp_path, work_dir, figures):
+    """Of a test set only, with one channel for both of two classes."""
+    cfg = Config.fromfile(tiny.segmentor(tmp_path))
     for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
         head.update(num_classes=2, out_channels=1)
         head.loss_decode.use_sigmoid = True
@@ -181,48 +179,16 @@ def write_label_maps(folder, cfg):
     dataset.update(type='BaseSegDataset', reduce_zero_label=False)
     dataset.pipeline[3].reduce_zero_label = False
     dataset.metainfo = dict(classes=['ground', 'thing'])
-    dataset.data_root = str(folder)
     cfg.test_dataloader.dataset = dataset
-
-
-@pytest.mark.parametrize(
-    ('task', 'write_data', 'name'),
-    [
-        ('cls', write_classes, 'x.png'),
-        ('seg', write_label_maps, 'x.jpg'),
-    ],
-)
-def test_work_dirs(tmp_path, capsys, figures, task, write_data, name):
-    """Pictures of other tasks than detection, which test_tools has."""
-    work_dir = tmp_path / 'work'
-    work_dir.mkdir()
-    config, checkpoint = tiny.write_model(task, work_dir)
-    cfg = Config.fromfile(config)
-    if task == 'seg':
-        weights = torch.load(checkpoint)['state_dict']
-        for head in ('decode_head', 'auxiliary_head'):
-            for part in ('weight', 'bias'):
-                key = f'{head}.conv_seg.{part}'
-                weights[key] = weights[key][:1]
-        torch.save({'state_dict': weights}, checkpoint)
-    write_data(tmp_path / 'data', cfg)
-    cfg.dump(config)
-    write_run(
-        work_dir, '1', [training(1), training(2), {'score': 5.0, 'step': 2}]
-    )
-    tool.main([str(work_dir), '--images', '1'])
-    out = capsys.readouterr().out
-    assert 'score: 5' in out and checkpoint in out
-    assert (work_dir / 'curves.png').exists()
-    axes, *_ = figures[1].axes
-    assert axes.get_title() == name
-    height, width = axes.images[0].get_array().shape[:2]
-    if task == 'seg':  # the truth, and beside it the prediction
-        assert (height, width) == (48, 128)
-        truth, predicted = np.split(axes.images[0].get_array(), 2, axis=1)
-        assert (truth != predicted).any()
-    picture = np.asarray(Image.open(work_dir / 'predictions.png'))
-    assert len(np.unique(picture.reshape(-1, 4), axis=0)) > 50
+    folder = work_dir(cfg)
+    for path in (tmp_path / 'ade20k/annotations/validation').iterdir():
+        labels = np.asarray(Image.open(path)) > 0
+        Image.fromarray(labels.astype(np.uint8)).save(path)
+    tiny.run_tool('summarize', folder, '--images', 1)
+    [drawn] = figures[1].axes[0].images
+    truth, predicted = np.split(drawn.get_array(), 2, axis=1)
+    assert (truth != predicted).any()
+    assert_is_a_picture(folder / 'predictions.png')
 
 
 def test_checkpoints_elsewhere(tmp_path):
@@ -234,19 +200,6 @@ def test_checkpoints_elsewhere(tmp_path):
     hook = CheckpointHook(out_dir=str(tmp_path / 'b'))
     hook.before_train(mock.Mock(work_dir=str(work_dir)))
     assert tool.checkpoints(work_dir, cfg) == Path(hook.out_dir)
-
-
-def test_training_set_only(tmp_path, capsys):
-    """There is nothing to predict, which is no error."""
-    config, checkpoint = tiny.write_model('cls', tmp_path)
-    cfg = Config.fromfile(config)
-    cfg.val_dataloader = cfg.test_dataloader = None
-    cfg.dump(config)
-    write_run(tmp_path, '1', [training(1)])
-    tool.main([str(tmp_path)])
-    assert 'has no validation and no test set' in capsys.readouterr().out
-    assert (tmp_path / 'curves.png').exists()
-    assert not (tmp_path / 'predictions.png').exists()
 
 
 def test_tensorboard(monkeypatch):
@@ -268,10 +221,3 @@ def test_tensorboard(monkeypatch):
     monkeypatch.setattr(train.importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(train.cli.UserError, match='pip install tensorboard'):
         train.apply_options(Config(), args)
-
-
-def test_nothing_logged(tmp_path):
-    tiny.write_model('cls', tmp_path)
-    assert 'no scalars.json in' in tiny.run_tool(
-        'summarize', tmp_path, status=2
-    )
