@@ -35,7 +35,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import partial_sums, tiles
-from ..common import cdiv, channels_last, custom_op, next_power_of_2
+from ..common import (
+    cdiv,
+    channels_last,
+    contiguous,
+    custom_op,
+    next_power_of_2,
+)
 from ..conv3x3.triton import _gelu, _gelu_slope
 from ..depthwise.triton.common import move
 from ..launching import jit
@@ -1313,6 +1319,9 @@ def excite_norms(
     """See :func:`mmoverlock.ops.excite_norms`."""
     maps = [channels_last(x) for x in maps]
     fields = [list(field) for field in zip(*norms, strict=True)]
+    fields[:2] = [contiguous(*field) for field in fields[:2]]
     with torch.no_grad():
         measured = _measure_norms(maps, *fields)
-    return _excite_norms(maps, *fields[:2], *weights, *measured)[0]
+    return _excite_norms(maps, *fields[:2], *contiguous(*weights), *measured)[
+        0
+    ]

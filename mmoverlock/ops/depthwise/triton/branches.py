@@ -41,7 +41,7 @@ import triton.language as tl
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
-from ...common import cdiv, custom_op
+from ...common import cdiv, contiguous, custom_op
 from ...launching import jit
 from . import banded
 from .common import (
@@ -921,7 +921,7 @@ def sum_of_branches(
     x = autocast(x)
     fields = [list(field) for field in zip(*branches, strict=True)]
     norms, kept, (dilations, momenta, eps) = (
-        fields[:3],
+        [contiguous(*field) for field in fields[:3]],
         fields[3:6],
         fields[6:],
     )

@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...common import custom_op
+from ...common import contiguous, custom_op
 from ...launching import jit
 from . import banded
 from .common import (
@@ -215,4 +215,4 @@ def depthwise_conv2d(
     dilation: int = 1,
 ) -> Tensor:
     """See :func:`mmoverlock.ops.depthwise_conv2d`."""
-    return _conv2d(autocast(x), weight, bias, dilation)
+    return _conv2d(autocast(x), *contiguous(weight, bias), dilation)
