@@ -76,7 +76,7 @@ def test_data(folder, tmp_path):
     file = tmp_path / 'file.np'
     file.write_bytes(pickle.dumps(Attack(tmp_path / 'marker')))
     cfg = Config.fromfile(folder / 'classifier.py')
-    cfg.val_evaluator.out_file_path = 'results.pkl'  # which is written
+    cfg.test_evaluator.out_file_path = 'results.pkl'  # which is written
     dataset = dict(cfg.val_dataloader.dataset, ann_file=str(file))
     cfg.val_dataloader.dataset = dict(type='ConcatDataset', datasets=[dataset])
     cfg.dump(tmp_path / 'config.py')
