@@ -1,6 +1,7 @@
 """Launching kernels with little of the host's time."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import triton
@@ -68,8 +69,7 @@ def _describe(args: tuple, key: list) -> tuple[int, int]:
 def jit(function: Callable | None = None, **options) -> Callable:
     """``triton.jit``, for kernels that are launched often."""
     if function is None:
-        return lambda function: jit(function, **options)
-    kernel = triton.jit(function, **options)
-    if isinstance(kernel, JITFunction):
-        return Kernel(function, **options)
-    return kernel  # interpreted
+        return partial(jit, **options)
+    if triton.knobs.runtime.interpret:
+        return triton.jit(function, **options)
+    return Kernel(function, **options)

@@ -1322,6 +1322,5 @@ def excite_norms(
     fields[:2] = [contiguous(*field) for field in fields[:2]]
     with torch.no_grad():
         measured = _measure_norms(maps, *fields)
-    return _excite_norms(maps, *fields[:2], *contiguous(*weights), *measured)[
-        0
-    ]
+    weights = contiguous(*weights)
+    return _excite_norms(maps, *fields[:2], *weights, *measured)[0]
