@@ -14,10 +14,11 @@ products go to the tensor cores, and all that is between them stays in
 registers:
 
 - A program has ROWS rows of COLS positions, a warp for each row, and goes
-  through the K rows of taps. The logits of a row of taps are a matrix product
-  (COLS x CQ)(CQ x N), folded into a running softmax.
+  through the K rows of taps, R in a step: all of a small kernel, one of others.
+  The logits of a step are a matrix product (COLS x CQ)(CQ x N), folded into a
+  running softmax.
 - For one row of taps, a row of positions sees one row of the map, of at most
-  COLS - 1 + K values. Shifted by where the windows start (a gather within the
+  COLS - 1 + K values; where that is 16, two rows are one region. Shifted by where the windows start (a gather within the
   warp), the weights are a dense matrix, and mixing is another product,
   (COLS x REGION)(REGION x CV).
 - Nothing K^2 wide is stored, only the logarithm of the sum of exponentials.
@@ -29,7 +30,8 @@ of the values, where a tile of pixels goes through the positions that see it.
 Shapes: as in classes.py, but lse (B, G, H, W) and dense (G, K^2, K, N), N > K
 taps of a row, where those beyond K have the weight 0.
 
-FORMS go on with ROWS, COLS and PIXELS of a tile, REGION, STAGES.
+FORMS go on with ROWS, COLS and PIXELS of a tile, REGION, STAGES, R, N taps of
+a step, and ACROSS columns of a region, which has REGION pixels.
 """
 
 import triton
