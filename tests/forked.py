@@ -41,6 +41,7 @@ def run(*argv, log, status=0, **options):
 
 def _run(tool, argv, log, prepare):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.chdir(log.parent)  # where MMEngine makes a folder to collect results
     for stream in (1, 2):
         os.dup2(file, stream)
     sys.stdout = sys.stderr = os.fdopen(file, 'w', buffering=1)

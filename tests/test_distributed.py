@@ -286,6 +286,7 @@ def launch(folder, script, *argv, **variables):
     with log.open('w') as file:
         process = subprocess.Popen(
             [TOOLS / script, *map(str, argv)],
+            cwd=folder,
             env=env,
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -20,6 +20,9 @@ from yapf.yapflib import yapf_api
 # MMEngine formats the configs that it writes, which takes longer than a tiny
 # training.
 yapf_api.FormatCode = lambda text, **options: (text, False)
+# Seconds that a loader waits for its workers when the garbage collector finds
+# it: after its queues, so that the workers do not know.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1
 
 ROOT = Path(__file__).parents[1]
 ARCH = dict(
