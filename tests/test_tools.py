@@ -349,11 +349,12 @@ URL = 'http://127.0.0.1:9/overlock.pth'  # nothing listens there
 
 
 def test_mistake_that_building_finds(files, tmp_path):
-    """A new key that the class does not know, and what is not to be had."""
+    """A key or value that the class does not take, a URL without a file."""
     path = 'model.backbone.drop_pathrate'
     new = f'{INIT}._delete_=True', f'{INIT}.type=Pretrained'
     for options, words in (
         ([f'{path}=0.1'], f"{path}: .*unexpected .*argument 'drop_pathrate'"),
+        (['model.backbone.drop_path_rate=2'], 'OverLoCK of the .*: drop_path'),
         (
             [*new, f'{INIT}.checkpoint={URL}'],
             f'cannot download {URL}.*{INIT}.checkpoint=FILE.*{INIT}=None',
