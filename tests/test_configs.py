@@ -170,7 +170,10 @@ def test_upernet_sizes():
 def test_metafiles():
     """Every config is in the metafile of its folder, and nothing else."""
     listed = {}
-    for folder in {Path(path).parent for path in PATHS}:
+    folders = sorted({Path(path).parent.as_posix() for path in PATHS})
+    files = load(ROOT / 'model-index.yml')['Import']
+    assert sorted(files) == [f'configs/{f}/metafile.yml' for f in folders]
+    for folder in folders:
         metafile = load(CONFIGS / folder / 'metafile.yml')
         collections = {c['Name']: c for c in metafile['Collections']}
         for model in metafile['Models']:

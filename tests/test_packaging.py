@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import tiny
 from mmengine.config import Config
-from mmengine.fileio import load
 from packaging.requirements import Requirement
 
 import mmoverlock
@@ -139,14 +138,6 @@ def test_extras_replace_nothing(wheel):
     report = json.loads(subprocess.check_output(command, text=True))
     names = [item['metadata']['name'] for item in report['install']]
     assert names == ['mmoverlock']
-
-
-def test_model_index_lists_every_metafile():
-    listed = load(ROOT / 'model-index.yml')['Import']
-    metafiles = ROOT.glob('configs/*/metafile.yml')
-    assert sorted(listed) == sorted(
-        path.relative_to(ROOT).as_posix() for path in metafiles
-    )
 
 
 # --------------------------------------------------------------- installed

@@ -271,6 +271,8 @@ DATA_ROOT = (
             f'{OPTION} {DATASET}.metainfo.classes=[a_light,car]',
             'classes=[a light,car]: blanks in the elements of a list',
         ),
+        (f'{STOCK} --seed -1', '--seed -1 is not in [0, 2^32)'),
+        (f'{STOCK} --seed {2**32}', f'--seed {2**32} is not in [0, 2^32)'),
         (f'{OPTION} auto_scale_lr=None --auto-scale-lr', '.base_batch_size'),
         (f'{TEST} --out out.json', 'out.json does not end in .pkl'),
         (f'{CIFAR} --show-dir drawn', 'mmdet, mmseg, mmpretrain'),
