@@ -31,19 +31,13 @@ tiny.need_openmmlab()
 from mmdet.datasets import CocoDataset  # noqa: E402
 from mmpretrain.datasets import CIFAR10  # noqa: E402
 
-SCOPES = {
-    'CustomDataset': 'mmpretrain',
-    'RepeatDataset': 'mmpretrain',
-    'ADE20KDataset': 'mmseg',
-    'BaseSegDataset': 'mmseg',
-    'CocoDataset': 'mmdet',
-    CocoDataset: 'mmdet',
-}
+SCOPES = dict(ADE20KDataset='mmseg', BaseSegDataset='mmseg')
+SCOPES |= {kind: 'mmdet' for kind in ('CocoDataset', CocoDataset)}
 
 
 def build_loader(dataset, **options):
     """Build a data loader as a runner does."""
-    init_default_scope(SCOPES[dataset['type']])
+    init_default_scope(SCOPES.get(dataset['type'], 'mmpretrain'))
     loader = dict(
         batch_size=2,
         dataset=dataset,
@@ -79,9 +73,9 @@ def check(dataset, evaluator=None, model=None):
 
 def drawing(size=(48, 40), kind='JPEG', **options):
     """The bytes of an image."""
-    pixels = np.random.default_rng(0).integers(0, 100, (*size[::-1], 3))
-    file = BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(file, kind, **options)
+    shape, file = (*size[::-1], 3), BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 100, shape, np.uint8)
+    Image.fromarray(pixels).save(file, kind, **options)
     return file.getvalue()
 
 
@@ -182,17 +176,12 @@ def write_dataset(folder, kind):
 # ------------------------------------------------------------ as it is read
 
 JPEG, PNG = drawing(), drawing(kind='PNG')
-IMAGE, LIST, MAP, FILE = (
-    'images/0.jpg',
-    'list.txt',
-    'labels/0.png',
-    'file.json',
-)
+IMAGE, MAP = 'images/0.jpg', 'labels/0.png'
+LIST, FILE = 'list.txt', 'file.json'
 INSIDE = drawing(exif=b'Exif\0\0' + JPEG)  # with a thumbnail
 EMPTY = '/file.json: there are no images, or none has annotations of the cl'
-DOG, CAT = (
-    coco(categories=[dict(id=1, name=name)]) for name in ('dog', 'Cat')
-)
+DOG = coco(categories=[dict(id=1, name='dog')])
+CAT = coco(categories=[dict(id=1, name='CAT')])
 # What is wrong, by task: a file, what is in it, and what is said.
 FAULTS = {
     'cls': [
@@ -227,7 +216,7 @@ FAULTS = {
         (FILE, coco(annotation(2)), r'several .* with one id \(annotation 2'),
         (FILE, coco(annotations=...), f'nothing to .*{EMPTY}'),
         (FILE, DOG, EMPTY),
-        (FILE, CAT, "class .'cat'; is it 'Cat' there?"),
+        (FILE, CAT, "class .'cat'; is it 'CAT' there?"),
     ],
 }
 
@@ -583,11 +572,11 @@ def test_head_classes(tmp_path, classes, words):
 
 # --------------------------------------------------- tools/check_data.py
 
-STOCK = {
-    'coco': ('mask_rcnn/overlock_xt_1x', 'coco', 80),
-    'ade20k': ('upernet/overlock_xt_160k', 'ade/ADEChallengeData2016', 150),
-    'imagenet': ('imagenet/overlock_xt_300e', 'imagenet', 1000),
-}
+STOCK = dict(
+    coco=('mask_rcnn/overlock_xt_1x', 'coco', 80),
+    ade20k=('upernet/overlock_xt_160k', 'ade/ADEChallengeData2016', 150),
+    imagenet=('imagenet/overlock_xt_300e', 'imagenet', 1000),
+)
 
 
 @pytest.fixture
@@ -681,7 +670,7 @@ def test_check_data_that_is_missing(drawn):
 def test_training_does_not_start(tmp_path):
     """What is cheap is checked before the first iteration."""
     config = tiny.classifier(tmp_path)
-    path = put(tmp_path / 'data/train/b/1.png', PNG[:500])
+    path = put(tmp_path / 'data/val/b/1.png', PNG[:500])
     for option, words in (
         ('val_evaluator.type=Accuracy', f'{path} is damaged or no image'),
         ('model.head.num_classes=1', '.dataset has more classes than a head'),
