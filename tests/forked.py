@@ -10,7 +10,7 @@ TIMEOUT = 1800  # seconds, because machines may be busy
 
 _context = multiprocessing.get_context('forkserver')
 _context.set_forkserver_preload(
-    ['mmdet.apis', 'mmpretrain', 'mmseg.apis', 'mmoverlock.cli']
+    ['mmpretrain.models', 'mmpretrain.evaluation', 'mmoverlock.cli']
 )
 
 

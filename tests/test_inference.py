@@ -38,19 +38,13 @@ def write_png16(path):
     cv2.imwrite(path, PIXELS.astype(np.uint16) * 2)
 
 
-def write_array(path):
-    np.save(path, PIXELS * 4.5)
-
-
 # By name: file, how it is written, the loading step, channels.
-ARRAYS = dict(type='mmseg.LoadImageFromNpyFile')
 TURNED = dict(color_type='color_ignore_orientation', to_float32=True)
 KINDS = {
     '16 bits': ('a.png', write_png16, dict(color_type='unchanged'), 3),
     'bands': ('a.tif', write_bands, dict(imdecode_backend='tifffile'), 5),
     'ignored orientation': ('a.jpg', write_turned, TURNED, 3),
     'gray': ('a.jpg', write_turned, dict(color_type='grayscale'), 1),
-    'array': ('a.npy', write_array, ARRAYS, 3),
 }
 
 
@@ -84,8 +78,6 @@ def write_data(folder, kind):
 @pytest.mark.parametrize('kind', KINDS)
 def test_load(kind, tmp_path):
     """To the last bit what an item of the test set is."""
-    if kind == 'array' and not TRANSFORMS.get(ARRAYS['type']):
-        pytest.skip('this mmseg reads no arrays')
     cfg, file = write_data(tmp_path, kind)
     data, picture = load(build_pipeline(cfg), file)
     expected = DATASETS.build(cfg.test_dataloader.dataset)[0]

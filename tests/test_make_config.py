@@ -154,8 +154,7 @@ def assert_loads(config, data, change):
 
 
 @pytest.mark.parametrize(
-    ('kind', 'change'),
-    [('coco', None), ('masks', four), ('folders', gray)],
+    ('kind', 'change'), [('coco', None), ('masks', four), ('folders', gray)]
 )
 def test_channels(copied, kind, change):
     """`test_page` has others."""
@@ -175,6 +174,8 @@ def test_page(tmp_path, monkeypatch):
     text = (tiny.ROOT / 'docs' / 'own_data.md').read_text()
     blocks = re.findall('^```shell\n(.*?)^```', text, re.DOTALL | re.M)
     monkeypatch.chdir(tmp_path)
+    predict = tiny.load_tool('predict')
+    monkeypatch.setattr(predict, 'draw', lambda *args: None)
     lengths = {}
     changes = {'coco': four, 'masks': gray, 'folders': None}
     for line in ''.join(blocks).replace('\\\n', ' ').splitlines():

@@ -1,13 +1,11 @@
 """The wheel, what importing it costs, and its configs and tools by name."""
 
-import json
 import os
 import re
 import subprocess
 import sys
 import zipfile
 from email import message_from_bytes
-from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -124,19 +122,6 @@ def test_extras_are_ranges_with_the_pins_in_them(metadata):
                     assert requirement.specifier.contains(item.version), pin
         [torch] = [item for item in requirements if item.name == 'torch']
         assert str(torch.specifier) == '>=2.6'
-
-
-def test_extras_replace_nothing(wheel):
-    """Where the stack is installed, an extra adds nothing to it."""
-    found = {d.metadata['Name'].lower() for d in distributions()}
-    stack = 'onedl' if 'onedl-mmcv' in found else 'openmmlab'
-    if not {'mmcv', 'onedl-mmcv'} & found:
-        pytest.skip('no stack is installed')
-    command = [sys.executable, '-m', 'pip', 'install', '--dry-run', '-q']
-    command += ['--no-index', '--report', '-', f'{wheel.filename}[{stack}]']
-    report = json.loads(subprocess.check_output(command, text=True))
-    names = [item['metadata']['name'] for item in report['install']]
-    assert names == ['mmoverlock']
 
 
 # --------------------------------------------------------------- installed

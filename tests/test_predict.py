@@ -247,12 +247,11 @@ def fail(argv):
 def test_mistakes(models, tmp_path):
     config, checkpoint = models['cls']
     for weights, option, words in (
-        ('no.pth', [], 'checkpoint no.pth does not exist'),
-        (models['seg'][1], [], 'does not fit the model'),
-        (checkpoint, [f'{tiny.TEST_SET}.type=CustomDataset'], 'the classes'),
-        (checkpoint, ['default_scope=mmpose'], 'default_scope mmpose'),
+        ('no.pth', 'load_from=', 'checkpoint no.pth does not exist'),
+        (models['seg'][1], 'load_from=', 'does not fit the model'),
+        (checkpoint, f'{tiny.TEST_SET}.type=CustomDataset', 'the classes'),
+        (checkpoint, 'default_scope=mmpose', 'default_scope mmpose'),
     ):
-        argv = [config, weights, 'x.png', '--out', str(tmp_path / 'out')]
-        options = ['--cfg-options', *option] if option else []
-        assert words in fail([*argv, *options])
+        argv = config, weights, 'x.png', '--out', tmp_path / 'out'
+        assert words in fail([*argv, '--cfg-options', option])
     assert not (tmp_path / 'out').exists()

@@ -120,7 +120,8 @@ def test_resumed(killed, tmp_path):
         contents['message_hub']['runtime_info'][key] = str(path)
         contents['message_hub']['resumed_keys'][key] = True
     torch.save(contents, last)
-    (work_dir / 'best_x_epoch_9.pth.part').touch()  # killed meanwhile
+    for name in ('best_x_epoch_9.pth.part', 'last_checkpoint'):
+        (work_dir / name).write_text('')  # killed meanwhile
     output = tiny.run_tool('train', *argv)
     assert not marker.exists()
     assert f'Load checkpoint from {last}' in output

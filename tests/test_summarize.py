@@ -124,20 +124,14 @@ def test_colors_do_not_collide():
 # --------------------------------------------------------------- work dirs
 
 
-@pytest.fixture
-def work_dir(tmp_path):
-    """Where the training of a config would leave what it writes."""
-
-    def write(cfg):
-        folder = tmp_path / 'work'
-        last = {'score': 5.0, 'step': 2}
-        write_run(folder, '1', training(1), training(2), last)
-        state = inference.build_model(cfg).state_dict()
-        torch.save({'state_dict': state}, folder / 'epoch_1.pth')
-        cfg.dump(folder / 'config.py')
-        return folder
-
-    return write
+def write_work_dir(cfg, folder):
+    """What the training of a config would leave."""
+    last = {'score': 5.0, 'step': 2}
+    write_run(folder, '1', training(1), training(2), last)
+    state = inference.build_model(cfg).state_dict()
+    torch.save({'state_dict': state}, folder / 'epoch_1.pth')
+    cfg.dump(folder / 'config.py')
+    return folder
 
 
 def assert_is_a_picture(path):
@@ -145,16 +139,12 @@ def assert_is_a_picture(path):
     assert len(np.unique(picture.reshape(-1, 4), axis=0)) > 50
 
 
-def no_curves(monkeypatch):
-    monkeypatch.setattr(tool, 'draw_curves', lambda *args: {'score': 5.0})
-
-
-def test_classifier(tmp_path, work_dir, figures, monkeypatch):
+def test_classifier(tmp_path, figures, monkeypatch):
     """A picture of some images of the validation set, if there is one."""
     cfg = Config.fromfile(tiny.classifier(tmp_path))
     datasets = [cfg.val_dataloader.dataset]
     cfg.val_dataloader.dataset = dict(type='ConcatDataset', datasets=datasets)
-    folder = work_dir(cfg)
+    folder = write_work_dir(cfg, tmp_path / 'work')
     out = tiny.run_tool('summarize', folder, '--images', 2)
     assert 'score: 5' in out and str(folder / 'epoch_1.pth') in out
     titles = [axes.get_title() for axes in figures[1].axes]
@@ -162,7 +152,7 @@ def test_classifier(tmp_path, work_dir, figures, monkeypatch):
     for name in ('curves.png', 'predictions.png'):
         assert_is_a_picture(folder / name)
     (folder / 'predictions.png').unlink()
-    no_curves(monkeypatch)
+    monkeypatch.setattr(tool, 'draw_curves', lambda *args: {'a': 1})
     cfg.val_dataloader = cfg.test_dataloader = None
     cfg.dump(folder / 'config.py')
     out = tiny.run_tool('summarize', folder)
@@ -173,9 +163,9 @@ def test_classifier(tmp_path, work_dir, figures, monkeypatch):
     assert 'no scalars.json in' in out
 
 
-def test_segmentor(tmp_path, work_dir, figures, monkeypatch):
+def test_segmentor(tmp_path, figures, monkeypatch):
     """Of a test set only, with one channel for both of two classes."""
-    no_curves(monkeypatch)
+    monkeypatch.setattr(tool, 'draw_curves', lambda *args: {'a': 1})
     cfg = Config.fromfile(tiny.segmentor(tmp_path))
     for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
         head.update(num_classes=2, out_channels=1)
@@ -185,7 +175,7 @@ def test_segmentor(tmp_path, work_dir, figures, monkeypatch):
     dataset.pipeline[3].reduce_zero_label = False
     dataset.metainfo = dict(classes=['ground', 'thing'])
     cfg.test_dataloader.dataset = dataset
-    folder = work_dir(cfg)
+    folder = write_work_dir(cfg, tmp_path / 'work')
     for path in (tmp_path / 'ade20k/annotations/validation').iterdir():
         labels = np.asarray(Image.open(path)) > 0
         Image.fromarray(labels.astype(np.uint8)).save(path)
