@@ -351,7 +351,7 @@ def test_cascade(tmp_path):
 
 
 def test_tta(trained, tmp_path, monkeypatch, mistake):
-    """--tta averages twelve views of an image, and tells what they cost."""
+    """--tta averages twelve views of an image."""
     from mmseg.models import EncoderDecoder
 
     path, work_dir, _ = trained('segmentor')
@@ -368,11 +368,10 @@ def test_tta(trained, tmp_path, monkeypatch, mistake):
         return predict(self, inputs, data_samples)
 
     monkeypatch.setattr(EncoderDecoder, 'predict', spy)
-    output = tiny.run_tool(
+    tiny.run_tool(
         *(*argv, '--work-dir', tmp_path, '--out', tmp_path / 'out.pkl'),
         *('--cfg-options', 'test_dataloader.dataset.indices=1'),
     )
-    assert re.search('--tta: 12 views of each image, with .* times', output)
     assert len(sizes) == 12
     assert len(set(sizes)) > 2
     assert all(side % 32 == 0 for size in sizes for side in size)

@@ -155,17 +155,6 @@ def test_tta_of_several_sets():
     assert 'pipeline' not in wrapped
 
 
-def test_cost_of_views():
-    cfg = Config.fromfile(ROOT / 'configs/upernet/overlock_t_160k.py')
-    # 2 x (0.5^2 + 0.75^2 + 1 + 1.25^2 + 1.5^2 + 1.75^2)
-    found = test.cost_of_views(cfg.tta_pipeline, cfg.test_pipeline)
-    assert found == '12 views of each image, with 17.4 times its pixels'
-    flips = [[dict(type='RandomFlip', prob=p)] * 2 for p in (0.0, 1.0)]
-    steps = [dict(type='TestTimeAug', transforms=flips)]
-    found = test.cost_of_views(steps, cfg.test_pipeline)
-    assert found == '4 views of each image'
-
-
 @pytest.mark.parametrize('iterations, interval', [(1, 1), (7, 3), (1000, 50)])
 def test_logged_twice(iterations, interval):
     """Curves have points though the logger's interval is longer."""
