@@ -7,6 +7,7 @@ import torch
 from kernels import draw, exact, relative_error
 from torch import nn
 
+from benchmarks import count
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.blocks import (
     FocusBlock,
@@ -115,6 +116,32 @@ def test_hooks(auto_is_triton):
     for name, buffer in block.named_buffers():
         if name.endswith('num_batches_tracked'):
             assert buffer == 1, name
+
+
+@pytest.mark.parametrize('kernels', [False, True])
+@pytest.mark.parametrize('name', BLOCKS)
+def test_hooks_of_every_layer(name, kernels, request, monkeypatch):
+    """One at a time; where it has a hook, a layer is called."""
+    if kernels:
+        request.getfixturevalue('auto_is_triton')
+        for kind in count._kernels():  # which compute nothing here
+            monkeypatch.setattr(kind, 'run', lambda *_, **__: None)
+    block, maps = make_block(name)
+    expected = block(*maps)
+    # What drops paths is drawn before, and one convolution is a part of
+    # ContMix.
+    uncalled = {'proj', 'proj.9'}
+    if name == 'focus':
+        uncalled = {'mlp', 'drop_path', 'weight_proj'}
+    seen = []
+    for child, layer in block.named_modules():
+        seen.clear()
+        hook = layer.register_forward_hook(lambda *args: seen.append(args[0]))
+        out = block(*maps)
+        assert seen == [layer] * (child not in uncalled), child
+        if not kernels:
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+        hook.remove()
 
 
 @pytest.mark.parametrize(

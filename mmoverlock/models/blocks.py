@@ -29,6 +29,7 @@ from .layers import (
     build_bn,
     conv_and_norm,
     counts_batches,
+    has_no_hooks,
     is_watched_within,
     prepare,
     run_layers,
@@ -82,8 +83,14 @@ def _feed_forward(
     """Run such layers and add their result to the scaled identity.
 
     A squeeze and excitation may come first. What this and GRN scale and shift
-    is the input of a 1x1 convolution.
+    is the input of a 1x1 convolution. Where a layer has hooks, every one is
+    called.
     """
+    steps = [*layers] if excite is None else [excite, *layers]
+    if not all(map(has_no_hooks, steps if scale is None else [*steps, scale])):
+        for layer in steps:
+            x = layer(x)
+        return add_residual(identity, x, keep, scale)
     expand, gelu, dwconv, grn, reduce = layers
     parameters = (
         expand.weight,
@@ -306,15 +313,7 @@ class FocusBlock(nn.Module):
             )
             if takes_triton('auto', operands[0], focus_block, *operands):
                 return focus_block(*operands)
-        if not self.first:
-            z = update_prior(
-                z,
-                initial_prior,
-                self.x_scale.weight,
-                self.x_scale.bias,
-                self.h_scale.weight,
-                self.h_scale.bias,
-            )
+        z = self.read(z, initial_prior)
         identity, z = conv_and_norm(self.dwconv1, self.norm1, z)
         sequences = (
             self.fusion,
@@ -327,7 +326,8 @@ class FocusBlock(nn.Module):
         )
         excited = self.dyconv_proj, self.lepe, self.gate
         norms = [layers[1] for layers in excited if len(layers) > 1]
-        if len(norms) < 3 or not self.se_layer.takes_norms(norms, z, excited):
+        watched = *excited, self.gate[-1]
+        if len(norms) < 3 or not self.se_layer.takes_norms(norms, z, watched):
             norms = []
         prepared = prepare(sequences, z, norms)
         fused = run_layers(self.fusion, z, prepared)
@@ -343,13 +343,27 @@ class FocusBlock(nn.Module):
         else:
             y = run_layers(self.dyconv_proj, mixed, prepared)
             y = y + run_layers(self.lepe, fused, prepared)
-            silu = self.gate in prepared  # which is left to the next one
+            # Which is left to the next one
+            silu = self.gate in prepared and has_no_hooks(self.gate[-1])
             gate = run_layers(self.gate, fused, prepared, -1 if silu else None)
             y = self.se_layer(y, gate, silu)
         y = run_layers(self.proj, y, prepared)
         z = add_residual(identity, y, keeps[0], self.ls1)
         z, y = conv_and_norm(self.dwconv2, self.norm2, z)
         return _feed_forward(self.mlp, y, z, keeps[1], self.ls2)
+
+    def read(self, z: Tensor, initial_prior: Tensor | None) -> Tensor:
+        """What the block works on, of its inputs."""
+        if self.first:
+            return z
+        scales = self.x_scale, self.h_scale
+        if all(map(has_no_hooks, scales)):
+            parameters = (t for s in scales for t in (s.weight, s.bias))
+            return update_prior(z, initial_prior, *parameters)
+        priors = initial_prior.shape[1]
+        x, prior = z.split((z.shape[1] - priors, priors), dim=1)
+        prior = self.x_scale(prior, self.h_scale(initial_prior))
+        return torch.cat([x, prior], dim=1)
 
     def _norms(self) -> list[nn.Module]:
         """The batch norms but for those of the branches, if all are there."""

@@ -150,6 +150,8 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.beta is None:  # fused
+            return scale_shift(x, response_scale(x, self.gamma))
         return response_norm(x, self.gamma, self.beta)
 
     def scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,7 +197,7 @@ class SEModule(nn.Module):
         Returns:
             Tensor: Of the same shape.
         """
-        if takes_triton('auto', x):
+        if takes_triton('auto', x) and not is_watched_within(self):
             return squeeze_excite(x, *self.weights(), gate, silu)
         x = x * self.proj(x)
         if gate is None:
@@ -235,6 +237,7 @@ class SEModule(nn.Module):
             takes_triton('auto', x)
             and type(self) is SEModule
             and all(map(has_no_hooks, (self, *others)))
+            and not is_watched_within(self)
             and all(map(counts_batches, norms))
             and x.numel() > x.shape[1]  # or there is no deviation
         )
@@ -368,7 +371,8 @@ def add_residual(
     Returns:
         Tensor: (B, C, H, W).
     """
-    if takes_triton('auto', x):
+    watched = scale is not None and not has_no_hooks(scale)
+    if takes_triton('auto', x) and not watched:
         weight = None if scale is None else scale.weight
         bias = None if scale is None else scale.bias
         return scaled_residual(x, y, weight, bias, keep)
@@ -389,7 +393,8 @@ def conv_and_norm(
         norm.eps,
         conv.residual,
     )
-    if takes_triton('auto', x, conv_norm, *operands):
+    watched = not (has_no_hooks(conv) and has_no_hooks(norm))
+    if not watched and takes_triton('auto', x, conv_norm, *operands):
         return conv_norm(*operands)
     x = conv(x)
     return x, norm(x)
@@ -504,12 +509,14 @@ def counts_batches(layer: nn.Module) -> bool:
 
 def as_operand(norm: nn.BatchNorm2d) -> Norm:
     """A batch norm as operators take it."""
+    # A tenth of the time of attributes, for every step
+    parameters, buffers = norm._parameters, norm._buffers
     return Norm(
-        norm.weight,
-        norm.bias,
-        norm.running_mean,
-        norm.running_var,
-        norm.num_batches_tracked,
+        parameters['weight'],
+        parameters['bias'],
+        buffers['running_mean'],
+        buffers['running_var'],
+        buffers['num_batches_tracked'],
         norm.momentum,
         norm.eps,
     )

@@ -8,7 +8,7 @@ from torch import Tensor, distributed, nn
 
 from ..ops import Branch, depthwise_conv2d, sum_of_branches, takes_triton
 from ..ops.depthwise import sum_by_kernels
-from .layers import build_bn
+from .layers import as_operand, build_bn, is_watched_within
 
 # Kernel size: (size, dilation) of the branches beside the large kernel.
 BRANCHES = {
@@ -99,6 +99,10 @@ class DilatedReparamConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
+        if is_watched_within(self):  # so that hooks see every layer
+            if not self.branches:
+                return self.lk_origin(x)
+            return sum(norm(conv(x)) for conv, norm in self._branches())
         if not self.branches:
             return self._convolve(
                 x, self.lk_origin.weight, self.lk_origin.bias
@@ -147,20 +151,13 @@ class DilatedReparamConv(nn.Module):
 
     def as_operands(self) -> list[Branch]:
         """The branches as operators take them."""
-        return [
-            Branch(
-                conv.weight,
-                norm.weight,
-                norm.bias,
-                norm.running_mean,
-                norm.running_var,
-                norm.num_batches_tracked,
-                conv.dilation[0],
-                norm.momentum,
-                norm.eps,
+        branches = []
+        for conv, norm in self._branches():
+            *tensors, momentum, eps = as_operand(norm)
+            branches.append(
+                Branch(conv.weight, *tensors, conv.dilation[0], momentum, eps)
             )
-            for conv, norm in self._branches()
-        ]
+        return branches
 
     def merge(self) -> tuple[Tensor, Tensor]:
         """The one convolution that the branches add up to in eval mode.
