@@ -38,6 +38,15 @@ from .reparam import DilatedReparamConv
 
 SMALL_KERNEL_SIZE = 5  # of the dynamic kernels
 NUM_REGIONS = 7  # region centres per axis that dynamic kernels are made from
+NORMS = (  # of a Focus block, but for those of its branches: where they are
+    ('fusion', '1'),
+    ('gate', '1'),
+    ('lepe', '1'),
+    ('weight_query', '1'),
+    ('weight_key', '2'),
+    ('dyconv_proj', '1'),
+    ('proj', '0'),
+)
 
 
 def enlarged_size(size: Sequence[int], kernel_size: int) -> list[int] | None:
@@ -365,41 +374,49 @@ class FocusBlock(nn.Module):
         prior = self.x_scale(prior, self.h_scale(initial_prior))
         return torch.cat([x, prior], dim=1)
 
-    def _norms(self) -> list[nn.Module]:
-        """The batch norms but for those of the branches, if all are there."""
-        sequences = self.weight_query, self.gate, self.dyconv_proj, self.lepe
-        sequences += self.weight_key[1:], self.fusion, self.proj[::-1]
-        return [layers[1] for layers in sequences if len(layers) > 1]
-
     def _is_one_node(self, z: Tensor) -> bool:
-        """Whether a step of training is :func:`mmoverlock.ops.focus_block`.
+        """Whether it is :func:`mmoverlock.ops.focus_block`.
 
-        Its norms and convolutions have to be what they are at first, and
-        nobody may watch the layers.
+        In training, its norms and convolutions have to be what they are at
+        first; in inference, all that can be fused has to be. Nobody may watch
+        the layers.
         """
         if (
             type(self) is not FocusBlock
-            or not self.training
             or is_compiling()
             or not takes_triton('auto', z)
         ):
             return False
         conv = self.lepe[0]
-        norms = [*self._norms(), *(norm for _, norm in conv._branches())]
+        # Several times as fast as attributes, for every step
+        norms = [self._modules[name]._modules.get(i) for name, i in NORMS]
+        if self.training:
+            norms += [norm for _, norm in conv._branches()]
+            is_whole = bool(conv.branches) and all(map(counts_batches, norms))
+        else:
+            convs = self.dwconv1, self.dwconv2, self.mlp[2]
+            is_whole = (
+                not torch.is_grad_enabled()
+                and not conv.branches
+                and all(type(norm) is nn.Identity for norm in norms)
+                and not any(conv.residual for conv in convs)
+            )
         return (
-            {conv.backend, self.contmix_backend} <= {'auto', 'triton'}
-            and len(norms) > 7
+            is_whole
+            and {conv.backend, self.contmix_backend} <= {'auto', 'triton'}
             and (self.first or z.dtype == cast_as_convolutions(z[:0]).dtype)
             and enlarged_size(z.shape[2:], self.kernel_size) is None
             and z.numel() > z.shape[1]
-            and all(map(counts_batches, norms))
             and type(self.se_layer) is SEModule
             and not is_watched_within(self)
         )
 
     def _operands(self) -> FocusParameters:
-        def pair(layer: nn.Module) -> tuple[Tensor, Tensor]:
+        def pair(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
             return layer.weight, layer.bias
+
+        def weights(layer: nn.Module) -> tuple[Tensor, ...]:
+            return pair(layer)[: 1 if layer.bias is None else 2]
 
         mix_conv, mix_norm, _, mix, response = self.fusion
         expand, _, conv3, response2, reduce = self.mlp
@@ -417,9 +434,9 @@ class FocusBlock(nn.Module):
             as_operand(mix_norm),
             pair(mix),
             (response.gamma, response.beta),
-            self.weight_query[0].weight,
+            weights(self.weight_query[0]),
             as_operand(self.weight_query[1]),
-            key.weight,
+            weights(key),
             as_operand(key_norm),
             (
                 self.weight_proj.weight.flatten(1),
@@ -427,11 +444,11 @@ class FocusBlock(nn.Module):
                 self.rpb1,
                 self.rpb2,
             ),
-            self.dyconv_proj[0].weight,
+            weights(self.dyconv_proj[0]),
             as_operand(self.dyconv_proj[1]),
-            conv.as_operands(),
+            conv.as_operands() or pair(conv.lk_origin),
             as_operand(branches_norm),
-            self.gate[0].weight,
+            weights(self.gate[0]),
             as_operand(self.gate[1]),
             self.se_layer.weights(),
             as_operand(out_norm),

@@ -489,11 +489,13 @@ def has_no_hooks(module: nn.Module) -> bool:
 
 def is_watched_within(module: nn.Module) -> bool:
     """Whether anybody watches what a module consists of."""
-    return any(
-        not has_no_hooks(child) or is_watched_within(child)
-        for child in module._modules.values()
-        if child is not None
-    )
+    parts = [*module._modules.values()]
+    for part in parts:
+        if part is not None:
+            if not has_no_hooks(part):
+                return True
+            parts += part._modules.values()
+    return False
 
 
 def counts_batches(layer: nn.Module) -> bool:
@@ -507,8 +509,10 @@ def counts_batches(layer: nn.Module) -> bool:
     )
 
 
-def as_operand(norm: nn.BatchNorm2d) -> Norm:
-    """A batch norm as operators take it."""
+def as_operand(norm: nn.BatchNorm2d | nn.Identity) -> Norm | None:
+    """A batch norm as operators take it, None where there is none."""
+    if type(norm) is nn.Identity:
+        return None
     # A tenth of the time of attributes, for every step
     parameters, buffers = norm._parameters, norm._buffers
     return Norm(
