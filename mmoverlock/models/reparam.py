@@ -8,7 +8,7 @@ from torch import Tensor, distributed, nn
 
 from ..ops import Branch, depthwise_conv2d, sum_of_branches, takes_triton
 from ..ops.depthwise import sum_by_kernels
-from .layers import as_operand, build_bn, is_watched_within
+from .layers import as_operand, build_bn, is_plain
 
 # Kernel size: (size, dilation) of the branches beside the large kernel.
 BRANCHES = {
@@ -31,6 +31,9 @@ def _group(norm: nn.Module) -> Any:
             if distributed.get_world_size(group) > 1:
                 return group
     return None
+
+
+NORMS = nn.BatchNorm2d, nn.SyncBatchNorm
 
 
 class DilatedReparamConv(nn.Module):
@@ -99,7 +102,7 @@ class DilatedReparamConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
-        if is_watched_within(self):  # so that hooks see every layer
+        if not self.is_as_built():
             if not self.branches:
                 return self.lk_origin(x)
             return sum(norm(conv(x)) for conv, norm in self._branches())
@@ -119,6 +122,16 @@ class DilatedReparamConv(nn.Module):
             for conv, norm in self._branches()
         )
 
+    def is_as_built(self) -> bool:
+        """See :func:`mmoverlock.models.layers.is_plain`, of the layers."""
+        if not self.branches:
+            return is_plain(self.lk_origin, nn.Conv2d)
+        return all(
+            is_plain(conv, nn.Conv2d)
+            and any(is_plain(norm, kind) for kind in NORMS)
+            for conv, norm in self._branches()
+        )
+
     def _convolve(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1
     ) -> Tensor:
@@ -135,10 +148,7 @@ class DilatedReparamConv(nn.Module):
         self, x: Tensor, norms: list[nn.Module], groups: set
     ) -> tuple[list[Branch] | None, str | None]:
         """What one operator sums up, and of which backend, None if none."""
-        if not all(
-            type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and norm.training
-            for norm in norms
-        ):
+        if not all(type(norm) in NORMS and norm.training for norm in norms):
             return None, None
         branches = self.as_operands()
         if takes_triton(self.backend, x, sum_by_kernels, x, branches):
