@@ -539,11 +539,12 @@ def as_operand(norm: nn.BatchNorm2d | nn.Identity) -> Norm | None:
     """A batch norm as operators take it, None where there is none."""
     if type(norm) is nn.Identity:
         return None
-    # A tenth of the time of attributes, for every step
-    parameters, buffers = norm._parameters, norm._buffers
+    # Faster than attributes, for every step; weights of DataParallel's
+    # replicas are nothing else.
+    buffers = norm._buffers
     return Norm(
-        parameters['weight'],
-        parameters['bias'],
+        norm.weight,
+        norm.bias,
         buffers['running_mean'],
         buffers['running_var'],
         buffers['num_batches_tracked'],
