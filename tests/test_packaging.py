@@ -169,7 +169,7 @@ MODULE2PACKAGE['mmoverlock'] = 'mmoverlock'
 print(get_config('mmoverlock::mask_rcnn/overlock_t_1x.py').model.type)
 
 name = 'mmoverlock::imagenet/overlock_xt_300e.py'
-sys.argv = ['mmoverlock', 'get_flops', name, '--shape', '32', '32']
+sys.argv = ['mmoverlock', 'test', name, 'no.pth']
 runpy.run_module('mmoverlock', run_name='__main__')
 """
 
@@ -182,14 +182,12 @@ def test_installed(wheel, tmp_path):
     tiny.need_openmmlab()
     wheel.extractall(tmp_path)
     done = run(tmp_path, '-c', INSTALLED, str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        'test.py: checkpoint no.pth does not exist'
+    )
     lines = [line for line in done.stdout.splitlines() if 'OneDL' not in line]
     said = 'set()', 'True', 'False False True True True', 'True', 'MaskRCNN'
-    assert lines[:5] == [*said]
-    assert 'mmoverlock::imagenet/overlock_xt_300e.py, 3 x 32 x 32' in (
-        done.stdout
-    )
-    assert lines[-1].startswith('without auxiliary head     16.97 M')
+    assert lines == [*said]
 
 
 @pytest.mark.parametrize(
