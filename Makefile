@@ -32,5 +32,5 @@ demo: env
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info data/shapes work_dirs/demo \
-	    .pytest_cache .ruff_cache
+	    .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
