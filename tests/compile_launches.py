@@ -170,7 +170,7 @@ def compile_branches(capability, dtype, sizes, channels, height):
 def compile_sums(capability, dtype):
     """Compile what adds up gradients of a Focus block, with the most of them.
 
-    And the gradient of an average, which it adds to another one.
+    And what else no other operator launches.
     """
     maps = [draw(2, 64, n, n, dtype=dtype).to('meta') for n in (7, 14)]
     x, y = (
@@ -182,6 +182,8 @@ def compile_sums(capability, dtype):
         sums = [part for pair in parts for part in pair]
         partial_sums.add(*((part, part[0].clone()) for part in sums))
         focus._unpool(*maps)
+        taps = maps[1].new_empty(64, 1, 3, 3, dtype=torch.float32)
+        focus.conv.forward(maps[1], taps, taps[:, 0, 0, 0], activate=True)
 
     return compile_launches(run, capability)
 

@@ -9,11 +9,13 @@ from unittest import mock
 
 import pytest
 import torch
+from fusion import far
 from kernels import DEVICE, draw, exact, relative_error
 from torch import nn
 
 from mmoverlock.models import blocks
 from mmoverlock.models.blocks import FocusBlock
+from mmoverlock.models.fuse import fuse
 from mmoverlock.models.layers import DropPath
 from mmoverlock.models.recomputation import recompute
 
@@ -110,6 +112,26 @@ def test_equal_bits_and_recomputation(calls):
         assert torch.equal(results[1][name], value), name
 
 
+@pytest.mark.parametrize(
+    'first, dtype, limit',
+    [(False, torch.float32, 1e-4), (True, torch.float16, 1e-2)],
+)
+@torch.no_grad()
+def test_inference(first, dtype, limit, calls, monkeypatch):
+    """Fused, in one call, against the layers before."""
+    block = far(draw_block(first))
+    maps = [x.to(dtype) for x in draw_maps(first)]
+    maps[-1] = maps[-1].contiguous()  # another layout
+    fused = fuse(copy.deepcopy(block).float())
+    with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+        out = fused(*[*maps, None][:2])
+    assert calls.call_count == 1
+    assert out.dtype == dtype
+    monkeypatch.undo()
+    expected = block(*[*map(exact, maps), None][:2])
+    assert relative_error(out, expected) < limit
+
+
 class Taken(Exception):
     """What a form of the block is replaced by."""
 
@@ -134,6 +156,32 @@ def average(block, maps):
     block.lepe[0].origin_bn.momentum = None
 
 
+def merge(block, maps):
+    fuse(block)
+    torch.set_grad_enabled(False)
+
+
+def merge_with_gradients(block, maps):
+    fuse(block)
+
+
+def merge_watched(block, maps):
+    merge(block, maps)
+    watch(block, maps)
+
+
+def merge_but_one(block, maps):
+    watch(block, maps)  # which is left as it is
+    merge(block, maps)
+    block.gate[0]._forward_hooks.clear()
+
+
+def merge_without_residual(block, maps):
+    watched = block.dwconv2.register_forward_hook(print)
+    merge(block, maps)
+    watched.remove()
+
+
 def shrink(block, maps):
     maps[:] = [x[..., :4] for x in maps]
 
@@ -152,6 +200,11 @@ def replace(block, maps):
         (lambda *_: None, 'focus_block'),
         (watch_block, 'focus_block'),
         (lambda block, _: block.eval(), 'conv_and_norm'),
+        (merge, 'focus_block'),
+        (merge_with_gradients, 'conv_and_norm'),
+        (merge_watched, 'conv_and_norm'),
+        (merge_but_one, 'conv_and_norm'),
+        (merge_without_residual, 'conv_and_norm'),
         (watch, 'conv_and_norm'),
         (watch_gradient, 'conv_and_norm'),
         (freeze, 'conv_and_norm'),
@@ -168,9 +221,10 @@ def test_when_it_is_one_node(change, form, auto_is_triton, monkeypatch):
     for name in ('focus_block', 'conv_and_norm'):
         monkeypatch.setattr(blocks, name, partial(take, name))
     block, maps = draw_block(True), draw_maps(True)
-    change(block, maps)
-    with pytest.raises(Taken, match=form):
-        block(maps[0], None)
+    with torch.enable_grad():
+        change(block, maps)
+        with pytest.raises(Taken, match=form):
+            block(maps[0], None)
 
 
 def test_synchronized_norms_are_no_part_of_it(auto_is_triton, monkeypatch):

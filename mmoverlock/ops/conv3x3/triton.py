@@ -156,16 +156,17 @@ def _forward_kernel(
     strips,
     GELU: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    ACTIVATE: tl.constexpr,
     COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """``y[n] = bias + f(x[n]) + sum over taps of weight[tap] f(x[n + tap])``.
 
-    f is GELU or the identity, and is added if RESIDUAL. x and y (B, H, W, C),
-    weight (C, 9), bias (C, ); squares (strips, C), the sums over a strip of
-    the squares of y; grid (blocks of LANES[0] of all strips blocks of
-    LANES[1] of C, ). A block has the shape of LANES, and is of one row and
-    one column of every strip.
+    f is GELU or the identity, and is added if RESIDUAL; with ACTIVATE, GELU
+    of that is stored. x and y (B, H, W, C), weight (C, 9), bias (C, ); squares
+    (strips, C), the sums over a strip of the squares of y; grid (blocks of
+    LANES[0] of all strips blocks of LANES[1] of C, ). A block has the shape of
+    LANES, and is of one row and one column of every strip.
     """
     blocks = tl.cdiv(channels, LANES[1])
     program = tl.program_id(0)
@@ -226,7 +227,10 @@ def _forward_kernel(
         p_row = p_y + line * (i - 1)
         for j in tl.static_range(COLUMNS):
             m_y = m_row & (col + j < width)
-            b_y = out[j].to(p_y.dtype.element_ty)
+            b_y = out[j]
+            if ACTIVATE:
+                b_y = _gelu(b_y)
+            b_y = b_y.to(p_y.dtype.element_ty)
             tl.store(p_row + step * j, b_y, mask=m_y)
             if p_squares is not None:
                 b_wide = tl.where(m_y, b_y.to(tl.float32), 0)
@@ -467,6 +471,7 @@ def forward(
     gelu: bool = False,
     residual: bool = True,
     squares: bool = False,
+    activate: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """One launch.
 
@@ -476,6 +481,7 @@ def forward(
         bias (Tensor, optional): (C, ), of any dtype.
         gelu, residual (bool): See :func:`mmoverlock.ops.residual_conv`.
         squares (bool): Whether to return the sums of squares.
+        activate (bool): Whether the result is GELU of the convolution.
 
     Returns:
         tuple[Tensor, Tensor | None]: (B, C, H, W) as ``x``, and the partial
@@ -504,6 +510,7 @@ def forward(
             batch * strips,
             GELU=gelu,
             RESIDUAL=residual,
+            ACTIVATE=activate,
             COLUMNS=form.columns,
             LANES=lanes,
             num_warps=form.warps,

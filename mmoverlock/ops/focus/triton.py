@@ -17,9 +17,17 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from .. import partial_sums, tiles
-from ..common import cdiv, channels_last, flatten, lengths, nest
+from ..common import (
+    cdiv,
+    channels_last,
+    contiguous,
+    flatten,
+    lengths,
+    nest,
+)
 from ..conv3x3 import triton as conv
 from ..depthwise.triton import branches as large_conv
+from ..depthwise.triton import depthwise_conv2d
 from ..dynamic_conv import triton as contmix
 from ..excitation import triton as excitation
 from ..ffn import triton as ffn
@@ -179,7 +187,7 @@ def _forward(z, initial, p, keeps, settings):
     updated = z
     if p.prior:
         updated = prior.forward(z, initial, *p.prior)
-    weights = *p.mix, p.query, p.key, p.value, p.gate, p.out[0], *p.expand
+    weights = *p.mix, *p.query, *p.key, *p.value, *p.gate, p.out[0], *p.expand
     rounded = round_parameters(z.dtype, *weights, p.reduce[0])
     mix, mix_bias, query, key, value, gate, out, *hidden = rounded
     identity, _ = conv.forward(updated, *p.conv1)
@@ -275,6 +283,47 @@ def _forward(z, initial, p, keeps, settings):
     return result, saved
 
 
+def _infer(z, initial, p, settings):
+    """The result where norms are parts of convolutions."""
+    if p.prior:
+        z = prior.forward(z, initial, *p.prior)
+    weights = *p.mix, *p.query, *p.key, *p.gate, *p.expand, p.reduce[0]
+    *rounded, reduce = round_parameters(z.dtype, *weights)
+    pairs = zip(rounded[::2], rounded[1::2], strict=True)
+    mix, query, key, gate, expand = pairs
+    identity, _ = conv.forward(z, *p.conv1, residual=False)
+    x = layer_norm.forward(identity, *p.norm1, settings.eps[0])
+    y, _ = conv.forward(x, *p.mix_conv, residual=False, activate=True)
+    y = _product(y, *mix)
+    fused, *_ = response_norm.forward(y, *p.response)
+    features, guide = x.split([query[0].shape[1], key[0].shape[1]], 1)
+    pooled = channels_last(F.adaptive_avg_pool2d(guide, settings.regions))
+    queries, keys = _product(features, *query), _product(pooled, *key)
+    mixed, *_ = contmix._mix.function(
+        queries, keys, *p.kernels, fused, settings.scale
+    )
+    y = depthwise_conv2d(fused, *p.branches)
+    y, _ = product(mixed, *p.value, identity=y)
+    y, _ = excitation.forward(y, *p.excite, _product(fused, *gate), True)
+    gain, offset = p.scale1
+    z, _ = product(y, *p.out, identity=identity, gain=gain, offset=offset)
+    identity, _ = conv.forward(z, *p.conv2, residual=False)
+    x = layer_norm.forward(identity, *p.norm2, settings.eps[1])
+    result, *_ = ffn.feed_forward.function(
+        x,
+        *expand,
+        *p.conv3,
+        *p.response2,
+        reduce,
+        p.reduce[1],
+        identity,
+        *p.scale2,
+        None,
+        False,
+    )
+    return result
+
+
 def _fields(tuples):
     """Lists of the fields of some tuples of one kind."""
     return [list(field) for field in zip(*tuples, strict=True)]
@@ -344,8 +393,8 @@ def _backward(grad, s, p, keeps, settings):
         norms[2:4],
         norms[4:],
     )
-    grads['gate'] = differentiate(grad_gate, s.fused, p.gate)
-    grads['value'] = differentiate(grad_value, s.mixed[0], p.value)
+    grads['gate'] = differentiate(grad_gate, s.fused, *p.gate)
+    grads['value'] = differentiate(grad_value, s.mixed[0], *p.value)
     grad_query, grad_key, *grads['kernels'], grad_fused = (
         contmix._mix_backward.function(
             _product_grad(grad_value, value),
@@ -390,12 +439,12 @@ def _backward(grad, s, p, keeps, settings):
     grad_query, *grads['query_norm'] = _norm_grad(
         grad_query, s.query[0], p.query_norm, query_statistics
     )
-    grads['query'] = differentiate(grad_query, features, p.query)
+    grads['query'] = differentiate(grad_query, features, *p.query)
     rows(grad_features).addmm_(rows(grad_query), query.flatten(1))
     grad_key, *grads['key_norm'] = _norm_grad(
         grad_key, s.key[1], p.key_norm, key_statistics
     )
-    grads['key'] = differentiate(grad_key, s.key[0], p.key)
+    grads['key'] = differentiate(grad_key, s.key[0], *p.key)
     _unpool(_product_grad(grad_key, key), grad_guide)
     grad, parts = layer_norm.backward(
         grad, s.identity, p.norm1[0], settings.eps[0], grad_identity
@@ -425,9 +474,7 @@ def _leaves(p):
     """The tensors among the parameters that have gradients, by name."""
     leaves = []
     for value in p:
-        if isinstance(value, Tensor):
-            leaves.append(value)
-        elif hasattr(value, 'running_mean'):
+        if hasattr(value, 'running_mean'):
             leaves += value[:2]
         elif isinstance(value, list):
             leaves += [t for branch in value for t in branch[:3]]
@@ -472,9 +519,7 @@ class _FocusBlock(torch.autograd.Function):
         leaves = []
         for name in p._fields:
             value = grads[name]
-            if isinstance(value, Tensor):
-                leaves.append(value)
-            elif name == 'branches':
+            if name == 'branches':
                 leaves += [t for branch in value for t in branch]
             else:
                 leaves += value
@@ -496,6 +541,9 @@ def focus_block(
     if initial is not None:
         initial = channels_last(initial)
     settings = _Settings(scale, eps, regions)
+    if parameters.mix_norm is None:
+        fields = (value and contiguous(*value) for value in parameters)
+        return _infer(z, initial, FocusParameters(*fields), settings)
     leaves = _leaves(parameters)
     if not all(leaf.is_contiguous() for leaf in leaves):
         parameters = tree_map_only(Tensor, Tensor.contiguous, parameters)
