@@ -513,8 +513,10 @@ def test_autocast(run):
 
 @pytest.mark.parametrize(
     'run',
-    [  # test_compile_regions.py has branches in a block
-        pytest.param(run, marks=pytest.mark.slow) if run is branches else run
+    [  # test_compile_regions.py has these in blocks
+        pytest.param(run, marks=pytest.mark.slow)
+        if run in (conv_norm, feed_forward, *NORMS)
+        else run
         for run in SPECS
     ],
 )
