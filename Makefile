@@ -21,7 +21,7 @@ lint: env
 	$(VENV)/bin/lint-imports --no-cache
 
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 
 demo: env
 	test -e data/shapes || $(PY) tools/make_sample_data.py coco data/shapes \

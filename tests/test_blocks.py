@@ -107,11 +107,11 @@ def test_network(auto_is_triton):
 def test_hooks(auto_is_triton):
     """They see what runs with kernels, too; batches are counted once."""
     block, maps = make_block('focus')
-    expected = copy.deepcopy(block)(*maps)
+    expected = copy.deepcopy(block).double()(*map(exact, maps))
     seen = []
     for module in (block.weight_query, block.gate, block.proj[0]):
         module.register_forward_hook(lambda *args: seen.append(args[2].shape))
-    torch.testing.assert_close(block(*maps), expected)
+    assert relative_error(block(*maps), expected) < 2e-6
     assert [shape[1] for shape in seen] == [8, 16, 16]
     for name, buffer in block.named_buffers():
         if name.endswith('num_batches_tracked'):

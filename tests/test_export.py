@@ -88,17 +88,27 @@ def test_backbone_onnx(build, tmp_path, monkeypatch):
     assert maps.shape == (1, 8, 16, 24) and maps.std() > 0
 
 
+@torch.no_grad()
 def test_backbone_of_any_size(build, tmp_path, monkeypatch):
     """It agrees at other sizes than that which it is traced with."""
     pool = mock.Mock(wraps=tool.MatrixPool)
     monkeypatch.setattr(tool, 'MatrixPool', pool)
-    files, _ = build('seg', **{'model.backbone.out_indices': [2]})
+    files, model = build('seg', **{'model.backbone.out_indices': [2]})
+    path = tmp_path / 'model.pt2'
     options = '--format', 'torch-export', '--dynamic', '--backbone-only'
-    out = run(files, tmp_path / 'model.pt2', *options)
+    out = run(files, path, *options)
     for size in ('256 x 320', '224 x 256', '288 x 224'):
         assert f'{size}: differs by ' in out
     # ContMix's and, of the head, the pyramid's: ONNX has no others.
     assert pool.call_args_list == [mock.call(size) for size in (7, 2, 3, 6)]
+    # It is the merged and fused form, of the backbone alone.
+    program = torch.export.load(path)
+    image = torch.randn(1, 3, 224, 256)
+    compare(program.module()(image), model.backbone(image))
+    assert program.state_dict
+    for name in program.state_dict:
+        assert name.startswith('model.backbone.')
+        assert 'running_mean' not in name and 'dil_conv' not in name
 
 
 @pytest.mark.slow
@@ -130,24 +140,6 @@ def test_classifier_torchscript(build, tmp_path):
     assert "'channels': '5'" in run(files, path, *options)
     image = torch.randn(1, 5, 64, 96)
     compare(torch.jit.load(path)(image), [model(image)])
-
-
-@torch.no_grad()
-def test_backbone_torch_export(build, tmp_path):
-    files, model = build('seg', **{'model.backbone.out_indices': (0, 1)})
-    path = tmp_path / 'model.pt2'
-    options = ['--format', 'torch-export', '--shape', '64', '96']
-    run(files, path, *options, '--backbone-only')
-    image = torch.randn(1, 3, 64, 96)
-    wanted = model.backbone(image)
-    assert len(wanted) == 2
-    program = torch.export.load(path)
-    compare(program.module()(image), wanted)
-    # It is the merged and fused form, of the backbone alone.
-    assert program.state_dict
-    for name in program.state_dict:
-        assert name.startswith('model.backbone.')
-        assert 'running_mean' not in name and 'dil_conv' not in name
 
 
 class Blocks(nn.Module):
