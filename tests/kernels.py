@@ -7,31 +7,12 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
 
 from mmoverlock.ops.common import Operator
-
-try:
-    import triton.language as tl
-    from triton.runtime import interpreter
-except ImportError:
-    pass
-else:
-    # The language is patched for a kernel, not again for every function that
-    # it calls, which takes a third of the time.
-    patch_language = partial(
-        interpreter._patch_lang,
-        SimpleNamespace(__globals__=dict(tl=tl, core=tl.core)),
-    )
-    interpreter._patch_lang = lambda _: patch_language()
-    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: (
-        self.rewrite()(*args, **kwargs)
-    )
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 NHWC = torch.channels_last
