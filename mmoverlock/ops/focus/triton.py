@@ -389,7 +389,7 @@ def _backward(grad, s, p, keeps, settings):
     grad_initial, grads['prior'] = None, []
     if p.prior:
         weight, _, initial_weight, _ = p.prior
-        grad, grad_initial, parts = prior.backward(
+        grad_initial, parts = prior.backward(
             grad, s.z, s.initial, weight, initial_weight
         )
         # Both shifts have the same gradient, in memory of their own.
