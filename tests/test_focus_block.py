@@ -4,11 +4,12 @@ Without a GPU, Triton's interpreter runs the kernels.
 """
 
 import copy
-from functools import partial
+from functools import cache, partial
 from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fusion import far
 from kernels import DEVICE, draw, exact, relative_error
 from torch import nn
@@ -19,8 +20,10 @@ from mmoverlock.models.fuse import fuse
 from mmoverlock.models.layers import DropPath
 from mmoverlock.models.recomputation import recompute
 
-pytest.importorskip('mmoverlock.ops.focus.triton', exc_type=ImportError)
-SHAPE = 3, 12, 6, 5  # two of the kernel's size, so that it has two windows
+focus = pytest.importorskip(
+    'mmoverlock.ops.focus.triton', exc_type=ImportError
+)
+SHAPE = 2, 12, 6, 5  # two of the kernel's size, so that it has two windows
 pytestmark = pytest.mark.usefixtures('poison')
 
 
@@ -47,7 +50,7 @@ def draw_block(first, norm='BN'):
     for name, parameter in block.named_parameters():
         nn.init.normal_(parameter, std=0.5)
         if name.startswith('ls'):
-            nn.init.ones_(parameter)
+            nn.init.normal_(parameter, 1, 0.3)
     if first:  # a weight that lies in memory otherwise
         conv = block.dwconv1
         conv.weight = nn.Parameter(conv.weight.mT.contiguous().mT)
@@ -60,56 +63,65 @@ def draw_maps(first):
     return [x.requires_grad_() for x in ([z] if first else [z, initial])]
 
 
-def step(block, maps, grad, kernels=True):
-    keeps = torch.tensor([[1, 0, 2], [0.5, 1, 0]]).to(maps[0])
+def step(block, maps, run=None, kernels=True):
+    """The output, gradients and buffers."""
+    torch.manual_seed(2)
+    grad = draw(*SHAPE, dtype=maps[0].dtype)
+    keeps = torch.tensor([[0, 2], [0.5, 0]]).to(maps[0])
     with mock.patch.object(DropPath, 'draw', lambda *_: keeps.unbind()):
-        out = block(*[*maps, None][:2])
+        out = (run or block)(*[*maps, None][:2])
         for buffer in block.buffers() if kernels else ():
             buffer.add_(0)  # as the next batch does
         out.backward(grad)
     grads = {name: p.grad for name, p in block.named_parameters()}
     grads |= {f'map {i}': x.grad for i, x in enumerate(maps)}
-    return grads | dict(out=out.detach())
+    return grads | dict(out=out.detach()), dict(block.named_buffers())
+
+
+@cache
+def train(first):
+    return step(draw_block(first), draw_maps(first))
 
 
 @pytest.mark.parametrize('first', [True, False])
 def test_value_gradients_and_statistics(first, calls, monkeypatch):
-    block, maps = draw_block(first), draw_maps(first)
-    other = copy.deepcopy(block).double()
-    grad = draw(*SHAPE)
-    results = step(block, maps, grad)
+    results, buffers = train(first)
     assert calls.call_count == 1
     monkeypatch.undo()
-    maps = [*map(exact, maps)]
-    expected = step(other, maps, grad.double(), False)
+    maps = [*map(exact, draw_maps(first))]
+    expected, others = step(draw_block(first).double(), maps, kernels=False)
     for name, value in expected.items():
         if value.abs().max() < 1e-9:  # of a bias before a norm; others: 100
             assert results[name].abs().max() < 1e-3, name
         else:
             assert relative_error(results[name], value) < 1e-4, name
-    torch.testing.assert_close(
-        dict(block.named_buffers()),
-        dict(other.named_buffers()),
-        check_dtype=False,
-    )
+    torch.testing.assert_close(buffers, others, check_dtype=False)
 
 
 def test_equal_bits_and_recomputation(calls):
     """With its maps computed again, all is as it was, and counted once."""
-    results = []
-    grad = draw(*SHAPE)
-    for again in (False, True):
-        block = draw_block(False)
-        run = partial(recompute, block, block) if again else block
-        run.buffers, run.named_parameters = (
-            block.buffers,
-            block.named_parameters,
-        )
-        results.append(step(run, draw_maps(False), grad))
-        results[-1].update(block.named_buffers())
-    assert calls.call_count == 3
-    for name, value in results[0].items():
-        assert torch.equal(results[1][name], value), name
+    expected = train(False)
+    calls.reset_mock()
+    block = draw_block(False)
+    again = partial(recompute, block, block)
+    results = step(block, draw_maps(False), again)
+    assert calls.call_count == 2
+    torch.testing.assert_close(results, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('size', [(9, 16), (3, 20)])
+def test_gradient_of_means(size):
+    """Of the last channels behind a norm, of more and fewer rows than 7."""
+    torch.manual_seed(0)
+    x, grad, weight = draw(2, 6, *size), draw(2, 6, *size), draw(6)
+    pooled = draw(2, 4, 7, 7)
+    out, _ = focus.layer_norm.backward(grad, x, weight, 1e-6, pooled=pooled)
+    x, weight = exact(x), weight.double()
+    y = F.layer_norm(x.movedim(1, 3), (6,), weight, eps=1e-6).movedim(3, 1)
+    means = F.adaptive_avg_pool2d(y[:, 2:], 7)
+    grads = grad.double(), pooled.double()
+    (expected,) = torch.autograd.grad((y, means), x, grads)
+    assert relative_error(out, expected) < 1e-5
 
 
 @pytest.mark.parametrize(
