@@ -140,10 +140,10 @@ def _forward(z, initial, p, keeps, settings):
     gates = _product(fused, gate)
     fields = _fields(p.branches)
     running = large_conv._Running(*fields[3:6], fields[7])
-    branches = large_conv._measure(fused, fields[0], fields[6], running)
-    branches_out = large_conv._forward(
-        fused, *fields[:3], fields[6], fields[8], *branches[:2]
+    branches = large_conv._measure(
+        fused, *fields[:3], fields[6], fields[8], running
     )
+    branches_out = large_conv._forward(fused, branches)
     fields = _fields([p.value_norm, p.branches_norm, p.gate_norm])
     others = p.mix_norm, p.query_norm, p.key_norm, p.out_norm
     fields[4] += [norm.batches for norm in others]
@@ -192,7 +192,7 @@ def _forward(z, initial, p, keeps, settings):
         (pooled, keys, normal_keys),
         mixed,
         values,
-        branches,
+        branches[:3],
         branches_out,
         gates,
         norms,
