@@ -228,7 +228,7 @@ def compile_all(capability, dtype, every_shape=True):
     others = [residual_conv, conv_norm, depthwise_conv2d]
     wide = [run for run in SPECS if run not in (excited, branches, *others)]
     maps = [(14, 14, 13)]
-    narrow = [(64, [branches]), (320, [excited])]
+    narrow = [(56, [branches]), (320, [excited])]
     if every_shape:
         wide += others
         narrow += [(64, [excited, feed_forward])]

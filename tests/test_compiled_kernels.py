@@ -13,7 +13,11 @@ pytest.importorskip('triton', '3.6')
 SHARED = 99 * 1024  # bytes of a block on the smallest, capability 8.6
 MANY = (  # registers
     'pointwise',
-    'depthwise',
+    # In single precision
+    'depthwise.triton.conv2d',
+    'depthwise.triton.branches._statistics',
+    'depthwise.triton.branches._branch_grads',
+    'depthwise.triton.weight_grads._columns',
     'dynamic_conv.triton.filters',
     'excitation.triton',
 )

@@ -46,24 +46,28 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 WINDOW = tl.constexpr(16)  # columns, and tiles that a product sums over
 # Programs are those where there is enough to do: of columns in single
 # precision; of units in 16 bits, eight for each multiprocessor of an H100. The
-# others are of units; PAIR is how many channels a warp takes from one load.
+# others are of units; PAIR is how many channels a warp takes from one load;
+# registers are at most those for many windows and for one: with 128, two
+# programs fit a multiprocessor.
 KNOBS = dict(
     column_programs=1024,
     unit_programs=1056,
     T=3,
-    ROWS=5,
+    ROWS=3,
     CHANNELS=16,
     PAIR=2,
     WARPS=8,
+    registers=(128, 168),
 )
 CANDIDATES = dict(  # for benchmarks/gpu_tune.py
     column_programs=(512, 1024, 2048),
     unit_programs=(528, 1056, 2112),
     T=(2, 3, 4),
     ROWS=(3, 5, 7),
-    CHANNELS=(16, 32),
+    CHANNELS=(8, 16, 32),
     PAIR=(1, 2, 4),
     WARPS=(4, 8),
+    registers=((255, 255), (168, 168), (128, 168), (128, 128)),
 )
 
 
@@ -214,7 +218,7 @@ def _units_kernel(
     p_grads,
     p_taps,
     p_parts,
-    channels,
+    channels: tl.constexpr,
     height,
     width,
     images,
@@ -517,7 +521,8 @@ def _launch(x, grads, branches, with_sum, taps=None, inner=()):
     sums = len(inner) or branches[-1][2] + sizes[-1] ** 2
     sums += with_sum
     if x.element_size() == 2:
-        units, lanes = _units(branches, width <= WINDOW.value, with_sum)
+        narrow = width <= WINDOW.value
+        units, lanes = _units(branches, narrow, with_sum)
         tiles = batch * cdiv(height, KNOBS['T']) * cdiv(width, WINDOW.value)
         blocks = cdiv(channels, KNOBS['CHANNELS'])
         splits = num_splits(
@@ -547,6 +552,7 @@ def _launch(x, grads, branches, with_sum, taps=None, inner=()):
             CHANNELS=KNOBS['CHANNELS'],
             PAIR=KNOBS['PAIR'],
             num_warps=KNOBS['WARPS'],
+            maxnreg=KNOBS['registers'][narrow],
         )
         return parts
     layout = Layout.of(x.shape, max(sizes))
