@@ -170,7 +170,7 @@ def _trips(name, grid, a):
             chunks = cdiv(tiles, 16) / grid[0]
             return [(chunks, inner) for inner in loops]
         if name == '_branch_grads_kernel':
-            loops = loops[1:]
+            return [(1, []), *((1, inner) for inner in loops[1:])]
         return [loop for inner in loops for loop in inner]
     if name == '_conv2d_kernel':
         return [_columns(branch) for branch in a['BRANCHES']]

@@ -90,7 +90,7 @@ def test_statistics(case, programs, monkeypatch, poison):
     ys = [convolve(x, taps, branch) for branch in branches]
     assert relative_error(first, ys[0]) < TOLERANCES[dtype]
     for (count, mean, squares), y in zip(
-        branches_module._combine(parts), ys, strict=True
+        branches_module._combine_parts(parts), ys, strict=True
     ):
         variance, average = torch.var_mean(y, (0, 2, 3), correction=0)
         assert (count == y[:, 0].numel()).all()
@@ -132,6 +132,22 @@ def test_weight_gradients(case, poison):
     assert relative_error(parts.double().sum(0), expected) < 1e-6
 
 
+@pytest.mark.parametrize('case', CASES[1:4] + CASES[-2:])
+def test_inner_products(case, poison):
+    """Of a gradient and what every branch makes, and its sum."""
+    shape, dtype, branches, taps = prepare(*case)
+    x, grad = maps(2, shape, dtype)
+    size = max((k - 1) * d + 1 for k, d, _ in branches)
+    parts = weight_grads.inner_products(x, grad, taps, branches, size)
+    outputs = [convolve(x, taps, branch) for branch in branches]
+    expected = [
+        (out * grad.double()).sum((0, 2, 3))
+        for out in (*outputs, torch.ones_like(outputs[0]))
+    ]
+    actual = parts.double().sum(0)
+    assert relative_error(actual, torch.stack(expected)) < 1e-6
+
+
 @pytest.mark.parametrize(
     'shape, dtype', [((2, 2, 9, 7), torch.float32), ((2, 2, 9, 57), BRAIN)]
 )
@@ -160,9 +176,9 @@ def test_no_images():
 def test_every_tap_is_in_every_part():
     """Memory that is not written would be added up."""
     *_, branches, _ = prepare((1, 1), [(17, 1), (5, 1), (9, 2), (3, 7)], BRAIN)
-    units, lanes, taps = weight_grads._units(branches, False, True)
+    units, lanes = weight_grads._units(branches, False, True)
+    taps = 17**2 + 5**2 + 9**2 + 3**2 + 1
     assert lanes == 2
-    assert taps == 17**2 + 5**2 + 9**2 + 3**2 + 1
     for lane in range(lanes):
         written = [
             unit[3] + (unit[4] + row) * unit[1] + s

@@ -76,13 +76,6 @@ def test_options(folder, monkeypatch, name):
     assert cfg.default_hooks.visualization.type == 'DetVisualizationHook'
 
 
-def test_names_of_types():
-    cli = train.cli
-    for kind in ('SGD', 'torch.optim.SGD', cli.torch.optim.SGD):
-        assert cli.name_of(kind) == 'SGD'
-    assert cli.name_of(None) == 'None' and cli.name_of(3) == '3'
-
-
 def test_runs(monkeypatch):
     """The runner, and norms that need GPUs, of whatever kind their type is."""
     cli, runners, runner = train.cli, [], {'from_cfg.return_value.hooks': []}

@@ -90,10 +90,3 @@ def test_other_batch_norms(change):
     torch.testing.assert_close(conv(x), plain)
     for key, expected in other.state_dict().items():
         torch.testing.assert_close(conv.state_dict()[key], expected)
-
-
-def test_branches_fit_the_kernel():
-    for kernel_size, branches in BRANCHES.items():
-        assert len(set(branches)) == len(branches)
-        for size, dilation in branches:
-            assert (size - 1) * dilation + 1 <= kernel_size

@@ -39,14 +39,18 @@ from .weight_grads import (
 )
 
 # Rows of a tile, and of a kernel at a time; PAIR is how many channels a warp
-# takes from one load. Programs are those of sums, where there is enough to do.
-KNOBS = dict(T=4, R=2, CHANNELS=16, PAIR=2, WARPS=8, programs=528)
+# takes from one load; registers are at most those for many windows and for
+# one. Programs are those of sums, where there is enough to do.
+KNOBS = dict(
+    T=3, R=2, CHANNELS=16, PAIR=2, WARPS=8, registers=(192, 168), programs=528
+)
 CANDIDATES = dict(  # for benchmarks/gpu_tune.py
-    T=(4, 5, 7),
+    T=(2, 3, 4, 5, 7),
     R=(2, 3, 4),
-    CHANNELS=(16, 32),
+    CHANNELS=(8, 16, 32),
     PAIR=(1, 2, 4),
     WARPS=(4, 8),
+    registers=((255, 255), (192, 168), (128, 128)),
     programs=(264, 528, 1056),
 )
 
@@ -196,7 +200,7 @@ def _conv2d_kernel(
     p_bias,
     p_other,
     p_out,
-    channels,
+    channels: tl.constexpr,
     height,
     width,
     images,
@@ -281,7 +285,7 @@ def _statistics_kernel(
     p_taps,
     p_y,
     p_parts,
-    channels,
+    channels: tl.constexpr,
     height,
     width,
     images,
@@ -389,7 +393,7 @@ def _branch_grads_kernel(
     p_taps,
     p_factors,
     p_out,
-    channels,
+    channels: tl.constexpr,
     height,
     width,
     images,
@@ -407,65 +411,74 @@ def _branch_grads_kernel(
     factors (3, branches, C), out (branches, B, H, W, C); grid (chunks, blocks
     of channels).
     """
-    row, col, o_row, m_tile, columns = _place(
-        tl.program_id(0), images, height, width, across, T
-    )
+    chunks = tl.cdiv(images * tl.cdiv(height, T) * across, WINDOW)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     channel = channel[None, None]
     own = own_channels(tl.program_id(1), CHANNELS, PAIR)[:, None, None]
-    o_value, m_value = _values(
-        row, col, o_row, m_tile, columns, channel, channels, width
-    )
     o_branch = tl.cast(images, tl.int64) * height * width * channels
     step = width * channels
     for b in tl.static_range(len(BRANCHES)):
-        acc = matrices(T, CHANNELS)
-        if b > 0:
-            acc = _convolve(
-                acc,
-                p_x,
-                p_taps + BRANCHES[b][2] * channels,
-                row,
-                col,
-                o_row,
-                m_tile,
-                columns,
-                channel,
-                channels,
-                height,
-                width,
-                BRANCHES[b][0],
-                BRANCHES[b][1],
-                False,
-                NARROW,
-                T,
-                ROWS,
-                CHANNELS,
-                PAIR,
+        # One chunk, in a loop that nothing is moved out of
+        for chunk in tl.range(
+            tl.program_id(0),
+            chunks,
+            tl.num_programs(0),
+            num_stages=1,
+            disable_licm=True,
+        ):
+            row, col, o_row, m_tile, columns = _place(
+                chunk, images, height, width, across, T
             )
-        # The first branch goes by columns, the others by channels.
-        at = channel if b == 0 else own
-        p_factor = p_factors + b * channels + at
-        p = tl.load(p_factor, mask=at < channels, other=0)
-        p_factor += len(BRANCHES) * channels
-        q = tl.load(p_factor, mask=at < channels, other=0)
-        p_factor += len(BRANCHES) * channels
-        o = tl.load(p_factor, mask=at < channels, other=0)
-        for t in tl.static_range(T):
-            m_out = m_value & (row + t < height)[:, None, None]
-            b_grad = tl.load(p_grad + o_value + t * step, mask=m_out, other=0)
-            if b == 0:
-                b_y = tl.load(p_y + o_value + t * step, mask=m_out, other=0)
-                b_out = p * b_grad.to(tl.float32) - q * b_y.to(tl.float32) - o
-                b_out = b_out.to(p_out.dtype.element_ty)
-            else:
-                b_grad = by_channel(b_grad, CHANNELS, PAIR).to(tl.float32)
-                b_out = (p * b_grad - q * acc[t] - o).to(
-                    p_out.dtype.element_ty
+            acc = matrices(T, CHANNELS)
+            if b > 0:
+                acc = _convolve(
+                    acc,
+                    p_x,
+                    p_taps + BRANCHES[b][2] * channels,
+                    row,
+                    col,
+                    o_row,
+                    m_tile,
+                    columns,
+                    channel,
+                    channels,
+                    height,
+                    width,
+                    BRANCHES[b][0],
+                    BRANCHES[b][1],
+                    False,
+                    NARROW,
+                    T,
+                    ROWS,
+                    CHANNELS,
+                    PAIR,
                 )
-                b_out = _by_column(b_out, CHANNELS, PAIR)
-            tl.store(p_out + o_value + t * step, b_out, mask=m_out)
-        p_out += o_branch
+            o_value, m_value = _values(
+                row, col, o_row, m_tile, columns, channel, channels, width
+            )
+            # The first branch goes by columns, the others by channels.
+            at = channel if b == 0 else own
+            p_factor = p_factors + b * channels + at
+            p = tl.load(p_factor, mask=at < channels, other=0)
+            p_factor += len(BRANCHES) * channels
+            q = tl.load(p_factor, mask=at < channels, other=0)
+            p_factor += len(BRANCHES) * channels
+            o = tl.load(p_factor, mask=at < channels, other=0)
+            for t in tl.static_range(T):
+                m_out = m_value & (row + t < height)[:, None, None]
+                o_out = o_value + t * step
+                b_grad = tl.load(p_grad + o_out, mask=m_out, other=0)
+                if b == 0:
+                    b_y = tl.load(p_y + o_out, mask=m_out, other=0)
+                    b_y = b_y.to(tl.float32)
+                    b_out = p * b_grad.to(tl.float32) - q * b_y - o
+                    b_out = b_out.to(p_out.dtype.element_ty)
+                else:
+                    b_grad = by_channel(b_grad, CHANNELS, PAIR)
+                    b_out = p * b_grad.to(tl.float32) - q * acc[t] - o
+                    b_out = b_out.to(p_out.dtype.element_ty)
+                    b_out = _by_column(b_out, CHANNELS, PAIR)
+                tl.store(p_out + b * o_branch + o_out, b_out, mask=m_out)
 
 
 def _launch(kernel, x, *args, splits=None, **constants):
@@ -494,6 +507,7 @@ def _launch(kernel, x, *args, splits=None, **constants):
         CHANNELS=KNOBS['CHANNELS'],
         PAIR=KNOBS['PAIR'],
         num_warps=KNOBS['WARPS'],
+        maxnreg=KNOBS['registers'][across == 1],
         **constants,
     )
 

@@ -16,23 +16,25 @@ reciprocal standard deviation r, scale s:
 
   ``mean(g z) = r (mean(g y) - m mean(g))`` and ``sum of g y`` is ``w`` times
   the gradient that a plain convolution's weight would have, so one weight
-  gradient in the largest frame has all that is needed for p, q and o. Then
+  gradient in the largest frame, times the taps of every branch as soon as
+  programs have their part of it, gives all that p, q and o need. Then
   dy of every branch is made from x and g in one pass, and the gradients of
   x and of all weights read those. (Composing ``conv^T conv`` into one kernel
   would be wrong near the border, where y ends, and takes more taps.)
 
 Processes that share statistics (SyncBN) exchange those of all branches once,
-and sum(g) and sum(g z) once, before p, q and o.
+and sum(g) and sum(g z) once, before p, q and o: a launch more each way.
 
 What is kept for the backward pass is x and the output of the first branch,
-whose kernel is the largest. Every step is one launch, five forward and seven
-backward; batches are counted and running statistics moved by the way. Sums are
-made of partial sums in a fixed order, in double precision in the end, so
-results are deterministic.
+whose kernel is the largest. There are four launches forward and six backward;
+batches are counted and running statistics moved by the way. Sums are made of
+partial sums in a fixed order, those for norms in double precision in the end,
+so results are deterministic.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -41,8 +43,9 @@ import triton.language as tl
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
-from ...common import cdiv, contiguous, custom_op
+from ...common import cdiv, contiguous, custom_op, next_power_of_2
 from ...launching import jit
+from ...partial_sums import add
 from . import banded
 from .common import (
     SIZES,
@@ -51,21 +54,22 @@ from .common import (
     convolve,
     load_rows,
     move,
+    tap_at,
     tile_of,
     zeros,
 )
-from .conv2d import convolve_maps, weight_grad
-from .weight_grads import num_splits, weight_grads
+from .conv2d import convolve_maps
+from .weight_grads import inner_products, num_splits, weight_grads
 
 # Programs of kernels that end in sums, where there is enough to do.
 KNOBS = dict(statistics=528)
 CANDIDATES = dict(statistics=(264, 528, 1056))  # for benchmarks/gpu_tune.py
 BLOCK = tl.constexpr(32)  # channels of kernels that finish sums
-TAPS = tl.constexpr(16)  # and how many taps these take at a time
+FEW = tl.constexpr(8)  # the same where every row of a kernel finishes them
 
 
 @triton.jit
-def _channels(channels):
+def _channels(channels, BLOCK: tl.constexpr):
     """A block of channels (BLOCK, ) and which of them there are."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     return channel, channel < channels
@@ -78,7 +82,7 @@ def _pack_kernel(weights, batches, p_taps, channels, BRANCHES: tl.constexpr):
     Adds one to the number of batches, () each, of every branch. Grid (blocks
     of channels, all taps).
     """
-    channel, m_channel = _channels(channels)
+    channel, m_channel = _channels(channels, BLOCK)
     tap = tl.program_id(1)
     for b in tl.static_range(len(BRANCHES)):
         count = BRANCHES[b][0] * BRANCHES[b][0]
@@ -176,76 +180,67 @@ def _statistics_kernel(
 
 @jit(do_not_specialize=SIZES)
 def _combine_kernel(
-    p_parts,
-    p_out,
-    means,
-    variances,
-    batches,
-    splits,
-    channels,
-    SPLITS: tl.constexpr,
-    N: tl.constexpr,
-    MOMENTA: tl.constexpr,
+    p_parts, p_out, splits, channels, SPLITS: tl.constexpr, N: tl.constexpr
 ):
-    """Statistics of the whole from those of parts; moves the running ones.
+    """Statistics of a process from those of parts.
 
-    parts (splits, N * 3, C), out (N, 3, C) in float64, means and variances (C,
-    ) each, batches () each, the number of batches with this one; MOMENTA has
-    -1 for a cumulative average, and nothing where nothing is moved; grid
-    (blocks of channels, N).
+    parts (splits, N * 3, C), out (N, 3, C) in float64; grid (blocks of
+    channels, N).
     """
-    channel, m_channel = _channels(channels)
-    o_branch = tl.program_id(1) * 3 * channels + channel
-    count = tl.zeros((SPLITS, BLOCK), tl.float64)
-    total = tl.zeros((SPLITS, BLOCK), tl.float64)
-    for start in range(0, splits, SPLITS):
-        b_count, b_mean, _ = _part(
-            p_parts, start, splits, o_branch, channels, m_channel, SPLITS, N
-        )
-        count += b_count
-        total += b_count * b_mean
-    count = tl.sum(count, 0)
-    mean = tl.sum(total, 0) / tl.maximum(count, 1.0)
-    squares = tl.zeros((SPLITS, BLOCK), tl.float64)
-    for start in range(0, splits, SPLITS):
-        b_count, b_mean, b_squares = _part(
-            p_parts, start, splits, o_branch, channels, m_channel, SPLITS, N
-        )
-        deviation = b_mean - mean[None]
-        squares += b_squares + b_count * deviation * deviation
-    p_out += o_branch
-    tl.store(p_out, count, mask=m_channel)
-    tl.store(p_out + channels, mean, mask=m_channel)
-    squares = tl.sum(squares, 0)
-    tl.store(p_out + 2 * channels, squares, mask=m_channel)
-    variance = squares / tl.maximum(count - 1, 1)
-    for b in tl.static_range(len(MOMENTA)):
-        if tl.program_id(1) == b:
-            momentum = tl.full((), MOMENTA[b], tl.float64)
-            if MOMENTA[b] < 0:
-                momentum = 1 / tl.load(batches[b]).to(tl.float64)
-            move(means[b] + channel, mean, momentum, m_channel)
-            move(variances[b] + channel, variance, momentum, m_channel)
+    channel, m_channel = _channels(channels, FEW)
+    b = tl.program_id(1)
+    count, mean, squares = _combine(
+        p_parts, b, splits, channel, channels, m_channel, SPLITS, N
+    )
+    p_out += b * 3 * channels + channel
+    _store(p_out, count, mean, squares, channels, m_channel)
 
 
 @triton.jit
-def _part(
+def _combine(
     p_parts,
-    start,
+    b,
     splits,
-    o_branch,
+    channel,
     channels,
     m_channel,
     SPLITS: tl.constexpr,
     N: tl.constexpr,
 ):
-    split = start + tl.arange(0, SPLITS)[:, None]
-    m_part = (split < splits) & m_channel[None]
-    p_part = p_parts + split.to(tl.int64) * (N * 3 * channels) + o_branch[None]
-    count = tl.load(p_part, mask=m_part, other=0).to(tl.float64)
-    mean = tl.load(p_part + channels, mask=m_part, other=0).to(tl.float64)
-    squares = tl.load(p_part + 2 * channels, mask=m_part, other=0)
-    return count, mean, squares.to(tl.float64)
+    """Count (), mean and sum of squared deviations of branch b, in float64.
+
+    Deviations are from the mean of the first part, then moved.
+    """
+    p_parts += b * 3 * channels
+    p_mean = p_parts + channels + channel
+    origin = tl.load(p_mean, mask=m_channel, other=0).to(tl.float64)
+    count = tl.zeros((SPLITS, 1), tl.float64)
+    total = tl.zeros((SPLITS, channel.shape[0]), tl.float64)
+    squares = tl.zeros((SPLITS, channel.shape[0]), tl.float64)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)[:, None]
+        m_part = (split < splits) & m_channel[None]
+        o_split = split.to(tl.int64) * (N * 3 * channels)
+        b_count = tl.load(p_parts + o_split, mask=split < splits, other=0)
+        p_part = p_mean[None] + o_split
+        b_mean = tl.load(p_part, mask=m_part, other=0)
+        b_squares = tl.load(p_part + channels, mask=m_part, other=0)
+        b_count = b_count.to(tl.float64)
+        deviation = b_mean.to(tl.float64) - origin[None]
+        count += b_count
+        total += b_count * deviation
+        squares += b_squares.to(tl.float64) + b_count * deviation * deviation
+    count = tl.sum(count)
+    total = tl.sum(total, 0)
+    shift = total / tl.maximum(count, 1.0)
+    return count, origin + shift, tl.sum(squares, 0) - total * shift
+
+
+@triton.jit
+def _store(p_out, count, mean, squares, channels, m_channel):
+    tl.store(p_out, tl.zeros_like(mean) + count, mask=m_channel)
+    tl.store(p_out + channels, mean, mask=m_channel)
+    tl.store(p_out + 2 * channels, squares, mask=m_channel)
 
 
 @triton.jit
@@ -258,106 +253,119 @@ def _rstd(p_statistics, b: tl.constexpr, channel, channels, m_channel, EPS):
     return count, mean, 1 / tl.sqrt(squares / count + EPS)
 
 
-@jit
+@jit(do_not_specialize=SIZES)
 def _merge_kernel(
+    p_parts,
     p_taps,
     scales,
     shifts,
+    means,
+    variances,
+    batches,
     p_statistics,
     p_merged,
     p_bias,
+    splits,
     channels,
+    SPLITS: tl.constexpr,
     SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BRANCHES: tl.constexpr,
     EPS: tl.constexpr,
+    MOMENTA: tl.constexpr,
 ):
-    """One kernel and one bias for all branches.
+    """Statistics of all branches, and one kernel and one bias for them.
 
-    taps (all taps, C), scales and shifts (C, ) each, statistics (branches,
-    3, C), merged (SIZE * SIZE, C), bias (C, ); grid (blocks of channels,
-    SIZE), a program for a row of the merged kernel.
+    Moves the running statistics.
+
+    parts (splits, branches * 3, C), taps (all taps, C), scales, shifts, means
+    and variances (C, ) each, batches () each, the number of batches with this
+    one, statistics (branches, 3, C) in float64, merged (SIZE * SIZE, C), bias
+    (C, ); COLUMNS is SIZE or more; MOMENTA has -1 for a cumulative average;
+    grid (blocks of channels, SIZE), a program for a row of the merged kernel.
+    Each makes the statistics again, which takes less time than a launch.
     """
-    channel, m_channel = _channels(channels)
+    channel, m_channel = _channels(channels, FEW)
     r = tl.program_id(1)
-    p_out = p_merged + r * SIZE * channels + channel
-    bias = tl.zeros((BLOCK,), tl.float64)
-    factors = ()
+    s = tl.arange(0, COLUMNS)[:, None]
+    bias = tl.zeros((FEW,), tl.float64)
+    row = tl.zeros((COLUMNS, FEW), tl.float64)
     for b in tl.static_range(len(BRANCHES)):
-        _, mean, rstd = _rstd(
-            p_statistics, b, channel, channels, m_channel, EPS[b]
+        count, mean, squares = _combine(
+            p_parts,
+            b,
+            splits,
+            channel,
+            channels,
+            m_channel,
+            SPLITS,
+            len(BRANCHES),
         )
         scale = tl.load(scales[b] + channel, mask=m_channel, other=0)
         shift = tl.load(shifts[b] + channel, mask=m_channel, other=0)
-        factor = scale.to(tl.float64) * rstd
+        factor = scale.to(tl.float64) * (1 / tl.sqrt(squares / count + EPS[b]))
         bias += shift.to(tl.float64) - mean * factor
-        factors = factors + (factor,)
+        tap, met = tap_at(
+            r, s, BRANCHES[b][0], BRANCHES[b][1], BRANCHES[b][2], SIZE
+        )
+        p_tap = p_taps + tap * channels + channel[None]
+        b_tap = tl.load(p_tap, mask=met & m_channel[None], other=0)
+        row += b_tap.to(tl.float64) * factor[None]
+        if r == 0:
+            p_out = p_statistics + b * 3 * channels + channel
+            _store(p_out, count, mean, squares, channels, m_channel)
+            momentum = tl.full((), MOMENTA[b], tl.float64)
+            if MOMENTA[b] < 0:
+                momentum = 1 / tl.load(batches[b]).to(tl.float64)
+            variance = squares / tl.maximum(count - 1, 1)
+            move(means[b] + channel, mean, momentum, m_channel)
+            move(variances[b] + channel, variance, momentum, m_channel)
     if r == 0:
         tl.store(p_bias + channel, bias.to(tl.float32), mask=m_channel)
-    for s in range(SIZE):
-        acc = tl.zeros((BLOCK,), tl.float64)
-        for b in tl.static_range(len(BRANCHES)):
-            k = BRANCHES[b][0]
-            d = BRANCHES[b][1]
-            y = r - (SIZE // 2 - k // 2 * d)
-            x = s - (SIZE // 2 - k // 2 * d)
-            met = (y >= 0) & (x >= 0) & (y % d == 0) & (x % d == 0)
-            met = met & (y <= (k - 1) * d) & (x <= (k - 1) * d)
-            tap = BRANCHES[b][2] + y // d * k + x // d
-            b_tap = tl.load(
-                p_taps + tap * channels + channel,
-                mask=m_channel & met,
-                other=0,
-            )
-            acc += b_tap.to(tl.float64) * factors[b]
-        b_tap = acc.to(tl.float32).to(p_merged.dtype.element_ty)
-        tl.store(p_out + s * channels, b_tap, mask=m_channel)
+    o_row = (r * SIZE + s) * channels + channel[None]
+    b_row = row.to(tl.float32).to(p_merged.dtype.element_ty)
+    tl.store(p_merged + o_row, b_row, mask=(s < SIZE) & m_channel[None])
 
 
-@jit
+@jit(do_not_specialize=SIZES)
 def _sums_kernel(
-    p_taps,
-    p_frame,
+    p_parts,
     p_statistics,
     scales,
     p_sums,
     p_grads,
     p_factors,
+    splits,
     channels,
-    SIZE: tl.constexpr,
-    BRANCHES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    N: tl.constexpr,
     EPS: tl.constexpr,
     LOCAL: tl.constexpr,
 ):
     """``sum(g z)`` of every branch, and ``sum(g)``.
 
-    taps (all taps, C), frame (SIZE * SIZE + 1, C) in float64: the gradient of
-    a kernel that holds all others, and sum(g), sums (branches + 1, C); grads
-    (2, branches, C), of scales and shifts: the same in their dtype; and, if
-    the sums are LOCAL to this process, factors; grid (blocks of channels,
-    branches).
+    parts (splits, N + 1, C), of ``sum(g y)`` of every branch and of sum(g),
+    sums (N + 1, C) in float64; grads (2, N, C), of scales and shifts: the same
+    in their dtype; and, if the sums are LOCAL to this process, factors; grid
+    (blocks of channels, N).
     """
-    channel, m_channel = _channels(channels)
-    p_total = p_frame + SIZE * SIZE * channels + channel
-    total = tl.load(p_total, mask=m_channel, other=0)
-    for b in tl.static_range(len(BRANCHES)):
+    channel, m_channel = _channels(channels, BLOCK)
+    p_part = p_parts + channel[None]
+    p_own = p_part + tl.program_id(1) * channels
+    products = tl.zeros((SPLITS, BLOCK), tl.float64)
+    totals = tl.zeros((SPLITS, BLOCK), tl.float64)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)[:, None]
+        m_part = (split < splits) & m_channel[None]
+        o_part = split.to(tl.int64) * ((N + 1) * channels)
+        b_product = tl.load(p_own + o_part, mask=m_part, other=0)
+        b_total = tl.load(p_part + N * channels + o_part, mask=m_part, other=0)
+        products += b_product.to(tl.float64)
+        totals += b_total.to(tl.float64)
+    product = tl.sum(products, 0)
+    total = tl.sum(totals, 0)
+    for b in tl.static_range(N):
         if tl.program_id(1) == b:
-            k = BRANCHES[b][0]
-            d = BRANCHES[b][1]
-            first = SIZE // 2 - k // 2 * d
-            products = tl.zeros((TAPS, BLOCK), tl.float64)
-            for start in range(0, k * k, TAPS):
-                tap = start + tl.arange(0, TAPS)[:, None]
-                m_tap = (tap < k * k) & m_channel[None]
-                place = (first + tap // k * d) * SIZE + first + tap % k * d
-                o_tap = (BRANCHES[b][2] + tap) * channels + channel[None]
-                b_tap = tl.load(p_taps + o_tap, mask=m_tap, other=0)
-                b_grad = tl.load(
-                    p_frame + place * channels + channel[None],
-                    mask=m_tap,
-                    other=0,
-                )
-                products += b_tap.to(tl.float64) * b_grad
-            product = tl.sum(products, 0)  # sum(g y)
             _, mean, rstd = _rstd(
                 p_statistics, b, channel, channels, m_channel, EPS[b]
             )
@@ -367,7 +375,7 @@ def _sums_kernel(
             p_out = p_grads + o_row
             b_grad = product.to(p_grads.dtype.element_ty)
             tl.store(p_out, b_grad, mask=m_channel)
-            p_out += len(BRANCHES) * channels
+            p_out += N * channels
             b_grad = total.to(p_grads.dtype.element_ty)
             tl.store(p_out, b_grad, mask=m_channel)
             if LOCAL:
@@ -379,11 +387,11 @@ def _sums_kernel(
                     total,
                     channels,
                     b,
-                    len(BRANCHES),
+                    N,
                     EPS[b],
                 )
     if tl.program_id(1) == 0:
-        p_last = p_sums + len(BRANCHES) * channels + channel
+        p_last = p_sums + N * channels + channel
         tl.store(p_last, total, mask=m_channel)
 
 
@@ -400,7 +408,7 @@ def _store_factors(
     EPS: tl.constexpr,
 ):
     """p, q and o of branch b, from its sum(g z) and sum(g)."""
-    channel, m_channel = _channels(channels)
+    channel, m_channel = _channels(channels, BLOCK)
     count, mean, rstd = _rstd(
         p_statistics, b, channel, channels, m_channel, EPS
     )
@@ -429,7 +437,7 @@ def _factors_kernel(
 
     Grid (blocks of channels, branches).
     """
-    channel, m_channel = _channels(channels)
+    channel, m_channel = _channels(channels, BLOCK)
     p_last = p_sums + N * channels + channel
     total = tl.load(p_last, mask=m_channel, other=0)
     for b in tl.static_range(N):
@@ -511,44 +519,6 @@ def _branch_grads_kernel(
         p_out += o_branch
 
 
-@jit(do_not_specialize=SIZES)
-def _unpack_kernel(
-    p_parts,
-    grads,
-    splits,
-    channels,
-    BRANCHES: tl.constexpr,
-    ALL_TAPS: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """Gradients of the weights, (C, k * k) each, from parts.
-
-    parts (splits, ALL_TAPS, C); grid (blocks of channels, ALL_TAPS).
-    """
-    channel, m_channel = _channels(channels)
-    tap = tl.program_id(1)
-    acc = tl.zeros((SPLITS, BLOCK), tl.float64)
-    for start in range(0, splits, SPLITS):
-        split = start + tl.arange(0, SPLITS)[:, None]
-        o_part = (split.to(tl.int64) * ALL_TAPS + tap) * channels + channel[
-            None
-        ]
-        b_part = tl.load(
-            p_parts + o_part, mask=(split < splits) & m_channel[None], other=0
-        )
-        acc += b_part.to(tl.float64)
-    b_grad = tl.sum(acc, 0)
-    for b in tl.static_range(len(BRANCHES)):
-        count = BRANCHES[b][0] * BRANCHES[b][0]
-        own = tap - BRANCHES[b][2]
-        if (own >= 0) & (own < count):
-            tl.store(
-                grads[b] + channel * count + own,
-                b_grad.to(grads[b].dtype.element_ty),
-                mask=m_channel,
-            )
-
-
 class _Plan:
     """What the kernels know when they are compiled, of branches."""
 
@@ -565,10 +535,6 @@ def _plan(sizes: tuple, dilations: tuple) -> _Plan:
     return _Plan(sizes, dilations)
 
 
-def _blocks(channels: int) -> int:
-    return cdiv(channels, BLOCK.value)
-
-
 class _Running(NamedTuple):
     """What batch norms keep; a list of each, a value for every branch."""
 
@@ -578,20 +544,31 @@ class _Running(NamedTuple):
     momenta: list[float]  # -1 for a cumulative average
 
 
-def _measure(x, weights, dilations, running, group=None):
-    """Measure the branches, and move what batch norms keep.
+class Measured(NamedTuple):
+    """What a map and all its branches give."""
 
-    Returns:
-        tuple[Tensor]: Counts, means and sums of squared deviations from them,
-        over all processes of a group, (branches, 3, C) in float64; the packed
-        taps; the output of the first branch.
-    """
+    # Counts, means and sums of squared deviations from them, over all
+    # processes of a group, (branches, 3, C) in float64
+    statistics: Tensor
+    taps: Tensor  # (all taps, C), in the dtype of the map
+    first: Tensor  # the output of the first branch
+    kernel: Tensor  # (size^2, C), of all branches together, and the bias
+    bias: Tensor
+
+
+def _measure(
+    x, weights, scales, shifts, dilations, eps, running, group=None
+) -> Measured:
+    """Measure and merge the branches, and move what batch norms keep."""
     plan = _plan(tuple(w.shape[-1] for w in weights), tuple(dilations))
     channels, n = x.shape[1], len(weights)
     taps = x.new_empty(plan.taps, channels)
     first = torch.empty_like(x)
+    statistics = x.new_empty(n, 3, channels, dtype=torch.float64)
+    kernel = x.new_empty(plan.size**2, channels)
+    bias = x.new_empty(channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _pack_kernel[_blocks(channels), plan.taps](
+        _pack_kernel[cdiv(channels, BLOCK.value), plan.taps](
             tuple(weights),
             tuple(running.batches),
             taps,
@@ -600,13 +577,30 @@ def _measure(x, weights, dilations, running, group=None):
         )
         parts = _statistics(x, taps, first, plan.branches)
         if group is not None:
-            local = _combine(parts)
+            local = _combine_parts(parts)
             parts = local.new_empty(
                 distributed.get_world_size(group), 3 * n, channels
             )
             distributed.all_gather([*parts], local.flatten(0, 1), group)
-        statistics = _combine(parts, running)
-    return statistics, taps, first
+        _merge_kernel[cdiv(channels, FEW.value), plan.size](
+            parts,
+            taps,
+            *map(tuple, (scales, shifts, *running[:3])),
+            statistics,
+            kernel,
+            bias,
+            len(parts),
+            channels,
+            SPLITS=64,
+            SIZE=plan.size,
+            COLUMNS=next_power_of_2(plan.size),
+            BRANCHES=plan.branches,
+            EPS=tuple(eps),
+            MOMENTA=tuple(running.momenta),
+            num_warps=8,
+            maxnreg=168,
+        )
+    return Measured(statistics, taps, first, kernel, bias)
 
 
 def _statistics(x, taps, first, branches):
@@ -636,46 +630,22 @@ def _statistics(x, taps, first, branches):
     return parts
 
 
-def _combine(parts, running=None):
+def _combine_parts(parts):
     """Statistics of the whole from those of parts (parts, branches * 3, C)."""
     splits, rows, channels = parts.shape
     out = parts.new_empty(rows // 3, 3, channels, dtype=torch.float64)
-    *lists, momenta = (None, None, None, ())
-    if running is not None:
-        *lists, momenta = map(tuple, running)
-    _combine_kernel[_blocks(channels), len(out)](
-        parts,
-        out,
-        *lists,
-        splits,
-        channels,
-        SPLITS=16,
-        N=len(out),
-        MOMENTA=momenta,
+    _combine_kernel[cdiv(channels, FEW.value), len(out)](
+        parts, out, splits, channels, SPLITS=64, N=len(out)
     )
     return out
 
 
-def _forward(x, weights, scales, shifts, dilations, eps, statistics, taps):
+def _forward(x, measured):
     """The sum, of the merged kernel."""
-    plan = _plan(tuple(w.shape[-1] for w in weights), tuple(dilations))
-    channels = x.shape[1]
-    merged = taps.new_empty(plan.size**2, channels)
-    bias = taps.new_empty(channels, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _merge_kernel[_blocks(channels), plan.size](
-            taps,
-            tuple(scales),
-            tuple(shifts),
-            statistics,
-            merged,
-            bias,
-            channels,
-            SIZE=plan.size,
-            BRANCHES=plan.branches,
-            EPS=tuple(eps),
-        )
-        return convolve_maps(x[None], merged, ((plan.size, 1, 0),), bias)
+    size = isqrt(len(measured.kernel))
+    return convolve_maps(
+        x[None], measured.kernel, ((size, 1, 0),), measured.bias
+    )
 
 
 def _backward(
@@ -693,52 +663,49 @@ def _backward(
 ):
     """Gradients of x, of scales and shifts (2, branches, C), and of weights.
 
-    Another gradient of x is added to that, if there is one.
-
-    Those of scales and shifts are this process's share, as in
-    torch.nn.SyncBatchNorm.
+    Another gradient of x is added to that, if there is one. Those of scales
+    and shifts are this process's share, as in torch.nn.SyncBatchNorm.
     """
     sizes = tuple(weight.shape[-1] for weight in weights)
     plan = _plan(sizes, tuple(dilations))
     branches, channels = plan.branches, x.shape[1]
     layout = Layout.of(x.shape, max(sizes))
     tiles, blocks = layout.grid(x.shape)
+    n = len(branches)
+    grid = cdiv(channels, BLOCK.value), n
+    sums = statistics.new_empty(n + 1, channels)
+    norm_grads = scales[0].new_empty(2, n, channels)
+    factors = statistics.new_empty(3, n, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        frame = weight_grad(x, grad, plan.size, 1)
-        sums = frame.new_empty(len(branches) + 1, channels)
-        norm_grads = scales[0].new_empty(2, len(branches), channels)
-        factors = frame.new_empty(
-            3, len(branches), channels, dtype=torch.float32
-        )
-        _sums_kernel[_blocks(channels), len(branches)](
-            taps,
-            frame,
+        parts = inner_products(x, grad, taps, branches, plan.size)
+        _sums_kernel[grid](
+            parts,
             statistics,
             tuple(scales),
             sums,
             norm_grads,
             factors,
+            len(parts),
             channels,
-            SIZE=plan.size,
-            BRANCHES=branches,
+            SPLITS=64,
+            N=n,
             EPS=tuple(eps),
             LOCAL=group is None,
         )
         if group is not None:
             distributed.all_reduce(sums, group=group)
-            _factors_kernel[_blocks(channels), len(branches)](
+            _factors_kernel[grid](
                 tuple(scales),
                 statistics,
                 sums,
                 factors,
                 channels,
-                N=len(branches),
+                N=n,
                 EPS=tuple(eps),
             )
         # (branches, B, C, H, W), maps in channels_last
-        grad_ys = x.new_empty(
-            len(branches), len(x), *x.shape[2:], channels
-        ).permute(0, 1, 4, 2, 3)
+        grad_ys = x.new_empty(n, len(x), *x.shape[2:], channels)
+        grad_ys = grad_ys.permute(0, 1, 4, 2, 3)
         operands = x, first, grad, taps, factors, grad_ys
         if x.numel() and x.element_size() == 2:
             banded.branch_grads(*operands, branches)
@@ -752,16 +719,8 @@ def _backward(
             )
         grad_x = convolve_maps(grad_ys, taps, branches, flip=True, other=other)
         parts = weight_grads(x, grad_ys, branches)
-        grads = [torch.empty_like(weight) for weight in weights]
-        _unpack_kernel[_blocks(channels), plan.taps](
-            parts,
-            tuple(grads),
-            len(parts),
-            channels,
-            BRANCHES=branches,
-            ALL_TAPS=plan.taps,
-            SPLITS=8,
-        )
+    grads = [torch.empty_like(weight) for weight in weights]
+    add((parts, *grads))
     return grad_x, norm_grads, grads
 
 
@@ -772,24 +731,29 @@ def _backward(
 def _measure_branches(
     x: Tensor,
     weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
     dilations: Sequence[int],
+    eps: Sequence[float],
     means: Sequence[Tensor],
     variances: Sequence[Tensor],
     batches: Sequence[Tensor],
     momenta: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     running = _Running(means, variances, batches, momenta)
-    return _measure(x, weights, dilations, running)
+    return _measure(x, weights, scales, shifts, dilations, eps, running)
 
 
 @_measure_branches.register_fake
-def _(x, weights, dilations, means, variances, batches, momenta):
+def _(x, weights, scales, shifts, dilations, *args):
+    plan = _plan(tuple(w.shape[-1] for w in weights), tuple(dilations))
     channels = x.shape[1]
-    taps = sum(weight.shape[-1] ** 2 for weight in weights)
     return (
         x.new_empty(len(weights), 3, channels, dtype=torch.float64),
-        x.new_empty(taps, channels),
+        x.new_empty(plan.taps, channels),
         torch.empty_like(x),
+        x.new_empty(plan.size**2, channels),
+        x.new_empty(channels, dtype=torch.float32),
     )
 
 
@@ -804,10 +768,10 @@ def _sum_of_branches(
     statistics: Tensor,
     taps: Tensor,
     first: Tensor,
+    kernel: Tensor,
+    bias: Tensor,
 ) -> Tensor:
-    return _forward(
-        x, weights, scales, shifts, dilations, eps, statistics, taps
-    )
+    return _forward(x, Measured(statistics, taps, first, kernel, bias))
 
 
 @_sum_of_branches.register_fake
@@ -854,10 +818,10 @@ def _(
 
 
 def _setup(ctx, inputs, output):
-    x, weights, scales, _, ctx.dilations, ctx.eps, statistics, *maps = inputs
+    x, weights, scales, _, ctx.dilations, ctx.eps, *measured, _, _ = inputs
     ctx.count = len(weights)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *reversed(maps), statistics, *weights, *scales)
+    ctx.save_for_backward(x, *reversed(measured), *weights, *scales)
 
 
 def _saved(ctx: Any, grad: Tensor) -> tuple:
@@ -871,10 +835,10 @@ def _saved(ctx: Any, grad: Tensor) -> tuple:
 
 def _differentiate(ctx, grad):
     if grad is None:
-        return (None,) * 9
+        return (None,) * 11
     grad_x, norm_grads, *grads = _sum_of_branches_grads(*_saved(ctx, grad))
     scales, shifts = norm_grads
-    return grad_x, grads, [*scales], [*shifts], *(None,) * 5
+    return grad_x, grads, [*scales], [*shifts], *(None,) * 7
 
 
 _sum_of_branches.register_autograd(_differentiate, setup_context=_setup)
@@ -890,7 +854,7 @@ class _SynchronizedSum(torch.autograd.Function):
         n = len(dilations)
         parameters = [parameters[i * n : (i + 1) * n] for i in range(3)]
         operands = x, *parameters, dilations, eps, *measured
-        out = _forward(*operands[:-1])
+        out = _forward(x, measured)
         _setup(ctx, operands, out)
         ctx.group = group
         return out
@@ -905,7 +869,7 @@ class _SynchronizedSum(torch.autograd.Function):
 @torch.compiler.disable  # an exchange in the middle of a graph breaks it
 def _synchronized_sum(x, norms, dilations, eps, running, group):
     with torch.no_grad():
-        measured = _measure(x, norms[0], dilations, running, group)
+        measured = _measure(x, *norms, dilations, eps, running, group)
     parameters = sum(norms, [])
     return _SynchronizedSum.apply(
         x, dilations, eps, group, measured, *parameters
@@ -930,5 +894,5 @@ def sum_of_branches(
         running = _Running(*kept, momenta)
         return _synchronized_sum(x, norms, dilations, eps, running, group)
     with torch.no_grad():
-        measured = _measure_branches(x, norms[0], dilations, *kept, momenta)
+        measured = _measure_branches(x, *norms, dilations, eps, *kept, momenta)
     return _sum_of_branches(x, *norms, dilations, eps, *measured)

@@ -17,7 +17,6 @@ from torch import Tensor
 from triton import constexpr_function
 
 from ...common import cast_as_convolutions, cdiv, channels_last
-from ...launching import jit
 from ...partial_sums import check_device
 
 # Candidates for tiles of maps; the first one of the least cost is taken.
@@ -198,40 +197,38 @@ def is_read(row: int, size: int, dilation: int, tile: int) -> bool:
 
 
 @triton.jit
+def tap_at(
+    r,
+    s,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    FIRST: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """The tap of a branch at a place of a larger kernel, if there is one.
+
+    Args:
+        r, s: Row and column, from 0 on.
+        K, D, FIRST: Size, dilation and first tap of the branch.
+        SIZE: Of the larger kernel, which has the same center.
+
+    Returns:
+        tuple: The tap among those of all branches, and whether it is one.
+    """
+    y = r - (SIZE // 2 - K // 2 * D)
+    x = s - (SIZE // 2 - K // 2 * D)
+    met = (y >= 0) & (y <= (K - 1) * D) & (y % D == 0)
+    met = met & (x >= 0) & (x <= (K - 1) * D) & (x % D == 0)
+    return FIRST + y // D * K + x // D, met
+
+
+@triton.jit
 def move(p_running, b_new, momentum, m_channel):
     """Move running statistics towards those of a batch, float64."""
     b_old = tl.load(p_running, mask=m_channel, other=0)
     b_moved = b_old.to(tl.float64)
     b_moved += momentum * (b_new - b_moved)
     tl.store(p_running, b_moved.to(b_old.dtype), mask=m_channel)
-
-
-@jit(do_not_specialize=SIZES)
-def _sum_parts_kernel(
-    p_parts, p_out, splits, count, BLOCK: tl.constexpr, SPLITS: tl.constexpr
-):
-    """``out = parts.sum(0)`` in double precision; parts (splits, count)."""
-    o_out = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_out = o_out < count
-    acc = tl.zeros((SPLITS, BLOCK), tl.float64)
-    for first in range(0, splits, SPLITS):
-        split = first + tl.arange(0, SPLITS)[:, None]
-        o_part = split.to(tl.int64) * count + o_out[None]
-        b_part = tl.load(
-            p_parts + o_part, mask=(split < splits) & m_out[None], other=0
-        )
-        acc += b_part.to(tl.float64)
-    tl.store(p_out + o_out, tl.sum(acc, 0), mask=m_out)
-
-
-def sum_parts(parts: Tensor) -> Tensor:
-    """Sum over the first dimension, in a fixed order, to float64."""
-    out = parts.new_empty(parts.shape[1:], dtype=torch.float64)
-    count = out.numel()
-    _sum_parts_kernel[(cdiv(count, 64),)](
-        parts, out, len(parts), count, BLOCK=64, SPLITS=8
-    )
-    return out
 
 
 class Layout(NamedTuple):

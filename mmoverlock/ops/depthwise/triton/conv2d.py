@@ -8,13 +8,13 @@ from torch import Tensor
 
 from ...common import contiguous, custom_op
 from ...launching import jit
+from ...partial_sums import add
 from . import banded
 from .common import (
     SIZES,
     Layout,
     autocast,
     convolve,
-    sum_parts,
     tile_of,
     zeros,
 )
@@ -126,17 +126,6 @@ def convolve_maps(
     return out
 
 
-def weight_grad(x: Tensor, grad: Tensor, size: int, dilation: int) -> Tensor:
-    """Gradient of the taps and, last, the sum of the gradient.
-
-    Returns:
-        Tensor: (size^2 + 1, C) in float64.
-    """
-    branches = ((size, dilation, 0),)
-    with torch.cuda.device_of(x):
-        return sum_parts(weight_grads(x, grad[None], branches, with_sum=True))
-
-
 @custom_op('mmoverlock::depthwise_conv2d')
 def _conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int
@@ -166,10 +155,12 @@ def _conv2d_grads(
         taps, branches = _taps(weight, dilation, x.dtype)
         grad_x = convolve_maps(grad[None], taps, branches, None, flip=True)
     if needed[1]:
-        sums = weight_grad(x, grad, weight.shape[-1], dilation)
-        grad_weight = sums[:-1].mT.to(weight.dtype).contiguous()
-        grad_weight = grad_weight.view(weight.shape)
-        grad_bias = sums[-1].to(weight.dtype)
+        branches = ((weight.shape[-1], dilation, 0),)
+        grad_weight = torch.empty_like(weight)
+        grad_bias = weight.new_empty(len(weight))
+        with torch.cuda.device_of(x):
+            parts = weight_grads(x, grad[None], branches, with_sum=True)
+        add((parts, grad_weight, grad_bias))
     return grad_x, grad_weight, grad_bias
 
 

@@ -18,6 +18,9 @@ The rows of x and of the gradient are loaded once for all pairs of them.
 There are as many windows x' as a kernel needs (a power of 2). The parts of a
 sum, a *lane* each, are as many as the largest number of windows: where a
 kernel has fewer of them, lanes share its tiles.
+
+Where only the sum of the gradient times what a convolution made is asked for,
+which is its taps times the gradients of these, programs multiply the two.
 """
 
 from functools import lru_cache
@@ -29,30 +32,42 @@ from torch import Tensor
 
 from ...common import cdiv
 from ...launching import jit
-from .common import SIZES, Layout, load_rows, tap_sums, tile_of, zeros
+from .common import (
+    SIZES,
+    Layout,
+    load_rows,
+    tap_at,
+    tap_sums,
+    tile_of,
+    zeros,
+)
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 WINDOW = tl.constexpr(16)  # columns, and tiles that a product sums over
 # Programs are those where there is enough to do: of columns in single
 # precision; of units in 16 bits, eight for each multiprocessor of an H100. The
-# others are of units; PAIR is how many channels a warp takes from one load.
+# others are of units; PAIR is how many channels a warp takes from one load;
+# registers are at most those for many windows and for one: with 128, two
+# programs fit a multiprocessor.
 KNOBS = dict(
     column_programs=1024,
     unit_programs=1056,
     T=3,
-    ROWS=5,
+    ROWS=3,
     CHANNELS=16,
     PAIR=2,
     WARPS=8,
+    registers=(128, 168),
 )
 CANDIDATES = dict(  # for benchmarks/gpu_tune.py
     column_programs=(512, 1024, 2048),
     unit_programs=(528, 1056, 2112),
     T=(2, 3, 4),
     ROWS=(3, 5, 7),
-    CHANNELS=(16, 32),
+    CHANNELS=(8, 16, 32),
     PAIR=(1, 2, 4),
     WARPS=(4, 8),
+    registers=((255, 255), (168, 168), (128, 168), (128, 128)),
 )
 
 
@@ -60,6 +75,7 @@ CANDIDATES = dict(  # for benchmarks/gpu_tune.py
 def _columns_kernel(
     p_x,
     p_grads,
+    p_taps,
     p_parts,
     channels,
     height,
@@ -67,8 +83,9 @@ def _columns_kernel(
     items,
     images,
     BRANCHES: tl.constexpr,
+    INNER: tl.constexpr,
     COLUMNS: tl.constexpr,
-    ALL_TAPS: tl.constexpr,
+    SUMS: tl.constexpr,
     SUM: tl.constexpr,
     T: tl.constexpr,
     LANES: tl.constexpr,
@@ -77,24 +94,30 @@ def _columns_kernel(
 
     ``parts[b, tap] = sum over n of grads[b, n] x[n + tap]``
 
-    x (B, H, W, C), grads (branches, B, H, W, C), parts (splits, ALL_TAPS, C),
-    with SUM the last of them the sum of the first gradient; grid (splits,
-    blocks of channels, columns of all kernels), COLUMNS the first of each
-    branch.
+    x (B, H, W, C), grads (branches, B, H, W, C), parts (splits, SUMS, C), with
+    SUM the last of them the sum of the first gradient; grid (splits, blocks of
+    channels, columns of all kernels), COLUMNS the first of each branch.
+
+    With taps (all taps, C) of INNER branches, parts (splits columns, SUMS, C)
+    are what a column adds to the sums of theirs times ``parts[0]``, and SUM.
     """
     split = tl.program_id(0)
     column = tl.program_id(2)
     channel = tl.program_id(1) * LANES[1] + tl.arange(0, LANES[1])[None]
     o_branch = tl.cast(images, tl.int64) * height * width * channels
-    p_part = p_parts + tl.cast(split, tl.int64) * ALL_TAPS * channels + channel
+    part = tl.cast(split, tl.int64)
+    if len(INNER):
+        part = part * tl.num_programs(2) + column
+    p_part = p_parts + part * SUMS * channels + channel
     for b in tl.static_range(len(BRANCHES)):
         s = column - COLUMNS[b]
         if (s >= 0) & (s < BRANCHES[b][0]):
             _column(
                 p_x,
                 p_grads + b * o_branch,
+                p_taps,
                 p_part + BRANCHES[b][2] * channels,
-                p_part + (ALL_TAPS - 1) * channels,
+                p_part + (SUMS - 1) * channels,
                 split,
                 channel,
                 s,
@@ -104,6 +127,7 @@ def _columns_kernel(
                 items,
                 BRANCHES[b][0],
                 BRANCHES[b][1],
+                INNER,
                 SUM and b == 0,
                 T,
                 LANES,
@@ -114,6 +138,7 @@ def _columns_kernel(
 def _column(
     p_x,
     p_grad,
+    p_taps,
     p_part,
     p_total,
     split,
@@ -125,6 +150,7 @@ def _column(
     items,
     K: tl.constexpr,
     D: tl.constexpr,
+    INNER: tl.constexpr,
     SUM: tl.constexpr,
     T: tl.constexpr,
     LANES: tl.constexpr,
@@ -161,25 +187,44 @@ def _column(
             D,
             T,
         )
+    sums = ()
     for r in tl.static_range(K):
-        b_sum = tl.sum(acc[r], 0)[None]
-        tl.store(p_part + (r * K + s) * channels, b_sum, mask=m_channel)
-    if SUM:
-        b_sum = tl.sum(total, 0)[None]
-        tl.store(p_total, b_sum, mask=m_channel & (s == 0))
+        sums = sums + (tl.sum(acc[r], 0)[None],)
+    b_sum = tl.sum(total, 0)[None]
+    if len(INNER):
+        for b in tl.static_range(len(INNER)):
+            product = tl.zeros_like(b_sum)
+            for r in tl.static_range(K):
+                tap, met = tap_at(
+                    r, s, INNER[b][0], INNER[b][1], INNER[b][2], K
+                )
+                p_tap = p_taps + tap * channels + channel
+                b_tap = tl.load(p_tap, mask=m_channel & met, other=0)
+                product += b_tap * sums[r]
+            tl.store(p_part + b * channels, product, mask=m_channel)
+        b_sum = tl.where(s == 0, b_sum, 0.0)
+        tl.store(p_total, b_sum, mask=m_channel)
+    else:
+        for r in tl.static_range(K):
+            p_row = p_part + (r * K + s) * channels
+            tl.store(p_row, sums[r], mask=m_channel)
+        if SUM:
+            tl.store(p_total, b_sum, mask=m_channel & (s == 0))
 
 
 @jit(do_not_specialize=SIZES)
 def _units_kernel(
     p_x,
     p_grads,
+    p_taps,
     p_parts,
-    channels,
+    channels: tl.constexpr,
     height,
     width,
     images,
     UNITS: tl.constexpr,
-    ALL_TAPS: tl.constexpr,
+    INNER: tl.constexpr,
+    SUMS: tl.constexpr,
     PARTS: tl.constexpr,
     T: tl.constexpr,
     ROWS: tl.constexpr,
@@ -188,9 +233,9 @@ def _units_kernel(
 ):
     """The same by products of matrices; see the module.
 
-    x (B, H, W, C), grads (branches, B, H, W, C), parts (splits, PARTS,
-    ALL_TAPS, C); grid (units, blocks of channels, splits); UNITS from
-    :func:`_units`.
+    x (B, H, W, C), grads (branches, B, H, W, C), parts (splits, PARTS, SUMS,
+    C), of INNER branches (splits, units, SUMS, C); grid (units, blocks of
+    channels, splits); UNITS from :func:`_units`.
     """
     unit = tl.program_id(0)
     split = tl.program_id(2)
@@ -266,8 +311,16 @@ def _units_kernel(
                     b_grad = by_channel(grads[t], CHANNELS, PAIR)
                     part = dot(b_x, b_grad, acc[i - t])
                     acc = acc[: i - t] + (part,) + acc[i - t + 1 :]
-    o_part = (tl.cast(split, tl.int64) * PARTS + lane) * ALL_TAPS + tap
+    part = tl.cast(split, tl.int64)
+    if len(INNER):
+        part = part * tl.num_programs(0) + unit
+    else:
+        part = part * PARTS + lane
     own = own_channels(tl.program_id(1), CHANNELS, PAIR)[:, None]
+    p_part = p_parts + part * SUMS * channels + own
+    products = ()  # of all branches, and the sum of the gradient
+    for _ in tl.static_range(len(INNER) + 1):
+        products = products + (tl.zeros((CHANNELS, WINDOW), tl.float32),)
     for s_0 in range(0, size, WINDOW):
         s = s_0 + tl.arange(0, WINDOW)
         at = (s * dilation - reach - start)[:, None] + n[None]
@@ -278,12 +331,54 @@ def _units_kernel(
         m_tap = (s < size)[None] & (own < channels)
         for r in tl.static_range(ROWS):
             b_diagonals = tl.where(inside[None], tl.gather(acc[r], at, 1), 0.0)
-            o_tap = o_part + (first + r) * size + s
-            tl.store(
-                p_parts + o_tap[None] * channels + own,
-                tl.sum(b_diagonals, 2),
-                mask=m_tap & (r < rows),
-            )
+            b_sum = tl.sum(b_diagonals, 2)
+            m_sum = m_tap & (r < rows)
+            if len(INNER):
+                products = _multiply(
+                    products,
+                    tl.where(m_sum, b_sum, 0.0),
+                    p_taps + own,
+                    m_sum,
+                    channels,
+                    first + r,
+                    s[None],
+                    ones,
+                    INNER,
+                    UNITS[0][1],
+                )
+            else:
+                o_tap = (tap + (first + r) * size + s)[None]
+                tl.store(p_part + o_tap * channels, b_sum, mask=m_sum)
+    if len(INNER):
+        for b in tl.static_range(SUMS):
+            b_sum = tl.sum(products[b], 1)[:, None]
+            tl.store(p_part + b * channels, b_sum, mask=own < channels)
+
+
+@triton.jit
+def _multiply(
+    products,
+    b_sum,
+    p_taps,
+    m_sum,
+    channels,
+    row,
+    s,
+    ones,
+    BRANCHES: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Add sums times the taps of branches, or, of ones, themselves."""
+    N: tl.constexpr = len(BRANCHES)
+    for b in tl.static_range(N):
+        tap, met = tap_at(
+            row, s, BRANCHES[b][0], BRANCHES[b][1], BRANCHES[b][2], SIZE
+        )
+        m_tap = m_sum & met & (ones == 0)
+        b_tap = tl.load(p_taps + tap * channels, mask=m_tap, other=0)
+        product = products[b] + b_tap.to(tl.float32) * b_sum
+        products = products[:b] + (product,) + products[b + 1 :]
+    return products[:N] + (products[N] + tl.where(ones == 1, b_sum, 0.0),)
 
 
 @triton.jit
@@ -332,9 +427,7 @@ def dot(a, b, acc):
 
 
 @lru_cache
-def _units(
-    branches: tuple, narrow: bool, with_sum: bool
-) -> tuple[tuple, int, int]:
+def _units(branches: tuple, narrow: bool, with_sum: bool) -> tuple[tuple, int]:
     """What is to be done, in rows of 10 numbers, lane by lane.
 
     These are the branch, its size, dilation and first tap; the first row of
@@ -348,7 +441,7 @@ def _units(
         with_sum (bool): Whether to add up the first gradient too.
 
     Returns:
-        tuple: The units, the lanes, and the taps of all.
+        tuple: The units and the lanes.
     """
     size, _, taps = branches[-1]
     taps += size**2
@@ -371,7 +464,7 @@ def _units(
         units += [
             (0, 1, 1, taps, 0, 1, WINDOW.value, 0, 1, 1) for _ in range(lanes)
         ]
-    return tuple(units), lanes, taps + with_sum
+    return tuple(units), lanes
 
 
 def _windows(reach: int, narrow: bool) -> tuple[int, int]:
@@ -402,10 +495,34 @@ def weight_grads(
     Returns:
         Tensor: (parts, all taps, C), float32.
     """
+    return _launch(x, grads, branches, with_sum)
+
+
+def inner_products(
+    x: Tensor, grad: Tensor, taps: Tensor, branches: tuple, size: int
+) -> Tensor:
+    """Parts of the sums of a gradient times what branches made of a map.
+
+    Args:
+        x, grad (Tensor): (B, C, H, W) in channels_last.
+        taps (Tensor): (all taps, C), in the dtype of x.
+        branches (tuple): Size, dilation and first tap of each.
+        size (int): Of a kernel that has all taps.
+
+    Returns:
+        Tensor: (parts, branches + 1, C), float32; last, those of the gradient.
+    """
+    return _launch(x, grad[None], ((size, 1, 0),), True, taps, branches)
+
+
+def _launch(x, grads, branches, with_sum, taps=None, inner=()):
     batch, channels, height, width = x.shape
+    sizes = [size for size, *_ in branches]
+    sums = len(inner) or branches[-1][2] + sizes[-1] ** 2
+    sums += with_sum
     if x.element_size() == 2:
         narrow = width <= WINDOW.value
-        units, lanes, taps = _units(branches, narrow, with_sum)
+        units, lanes = _units(branches, narrow, with_sum)
         tiles = batch * cdiv(height, KNOBS['T']) * cdiv(width, WINDOW.value)
         blocks = cdiv(channels, KNOBS['CHANNELS'])
         splits = num_splits(
@@ -413,36 +530,41 @@ def weight_grads(
             blocks * len(units),
             KNOBS['unit_programs'],
         )
+        shares = len(units) if inner else lanes
         parts = x.new_empty(
-            splits * lanes, taps, channels, dtype=torch.float32
+            splits * shares, sums, channels, dtype=torch.float32
         )
         _units_kernel[len(units), blocks, splits](
             x,
             grads,
+            taps,
             parts,
             channels,
             height,
             width,
             batch,
             UNITS=units,
-            ALL_TAPS=taps,
+            INNER=inner,
+            SUMS=sums,
             PARTS=lanes,
             T=KNOBS['T'],
             ROWS=KNOBS['ROWS'],
             CHANNELS=KNOBS['CHANNELS'],
             PAIR=KNOBS['PAIR'],
             num_warps=KNOBS['WARPS'],
+            maxnreg=KNOBS['registers'][narrow],
         )
         return parts
-    sizes = [size for size, *_ in branches]
     layout = Layout.of(x.shape, max(sizes))
     tiles, blocks = layout.grid(x.shape)
-    splits = num_splits(tiles, blocks * sum(sizes), KNOBS['column_programs'])
-    taps = branches[-1][2] + sizes[-1] ** 2 + with_sum
-    parts = x.new_empty(splits, taps, channels)
-    _columns_kernel[splits, blocks, sum(sizes)](
+    columns = sum(sizes)
+    splits = num_splits(tiles, blocks * columns, KNOBS['column_programs'])
+    shares = columns if inner else 1
+    parts = x.new_empty(splits * shares, sums, channels)
+    _columns_kernel[splits, blocks, columns](
         x,
         grads,
+        taps,
         parts,
         channels,
         height,
@@ -450,8 +572,9 @@ def weight_grads(
         tiles,
         batch,
         BRANCHES=branches,
+        INNER=inner,
         COLUMNS=tuple(sum(sizes[:b]) for b in range(len(sizes))),
-        ALL_TAPS=taps,
+        SUMS=sums,
         SUM=with_sum,
         T=layout.rows,
         LANES=layout.lanes,
