@@ -14,13 +14,13 @@ products go to the tensor cores, and all that is between them stays in
 registers:
 
 - A program has ROWS rows of COLS positions, a warp for each row, and goes
-  through the K rows of taps, R in a step: all of a small kernel, one of others.
-  The logits of a step are a matrix product (COLS x CQ)(CQ x N), folded into a
+  through the K rows of taps, R in a step: all of a small kernel, or one. The
+  logits of a step are a matrix product (COLS x CQ)(CQ x N), folded into a
   running softmax.
 - For one row of taps, a row of positions sees one row of the map, of at most
-  COLS - 1 + K values; where that is 16, two rows are one region. Shifted by where the windows start (a gather within the
-  warp), the weights are a dense matrix, and mixing is another product,
-  (COLS x REGION)(REGION x CV).
+  COLS - 1 + K values; where those are 16, two rows are a region. Shifted by
+  where the windows start (a gather within the warp), the weights are a dense
+  matrix, and mixing is another product, (COLS x REGION)(REGION x CV).
 - Nothing K^2 wide is stored, only the logarithm of the sum of exponentials.
 
 The backward pass makes the kernels again, twice: by positions, for the
