@@ -58,6 +58,7 @@ CANDIDATES = dict(  # for benchmarks/gpu_tune.py
     ROWS=(2, 4, 8),
     COLS=(16, 32),
     PIXELS=(16, 32, 64),
+    TAPS=(16, 32),
     STAGES=(1, 2, 3),
 )
 
