@@ -21,7 +21,7 @@ lint: env
 	$(VENV)/bin/lint-imports --no-cache
 
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 
 demo: env
 	test -e data/shapes || $(PY) tools/make_sample_data.py coco data/shapes \
@@ -32,5 +32,5 @@ demo: env
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info data/shapes work_dirs/demo \
-	    .pytest_cache .ruff_cache
+	    .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

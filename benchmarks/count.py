@@ -22,6 +22,7 @@ import torch
 import torch._dynamo  # noqa: F401, which looks at what is replaced below
 from torch import Tensor
 from torch._C import DispatchKey
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -57,6 +58,8 @@ class Count:
         bytes (int): Of the operands and results of both.
         mixed (int): The bytes of those with large maps that are not all in
             one layout, or not dense.
+        memory (int): The bytes of all that is alive at a time, at most: the
+            model, its gradients and what is kept for them, the maps.
         rows (dict): By name of operator or kernel: calls, bytes and bytes of
             mixed layouts.
     """
@@ -65,6 +68,7 @@ class Count:
     launches: int = 0
     bytes: int = 0
     mixed: int = 0
+    memory: int = 0
     rows: dict = field(default_factory=lambda: defaultdict(lambda: [0, 0, 0]))
 
     def add(self, name, tensors):
@@ -148,11 +152,25 @@ class _Autocast(TorchFunctionMode):
 
 
 class _Operators(TorchDispatchMode):
-    """Counts operators."""
+    """Counts operators, and what is alive beside some tensors."""
 
-    def __init__(self, result):
+    def __init__(self, result, tensors):
         super().__init__()
         self.result = result
+        self.alive, self.size = {}, 0
+        self._allocate(tensors)
+
+    def _allocate(self, tensors):
+        for t in tensors:
+            storage = t.untyped_storage()
+            reference = StorageWeakRef(storage)
+            if reference not in self.alive:
+                self.alive[reference] = storage.nbytes()
+                self.size += storage.nbytes()
+        if self.size > self.result.memory:  # as far as one knows
+            for reference in [r for r in self.alive if r.expired()]:
+                self.size -= self.alive.pop(reference)
+            self.result.memory = max(self.result.memory, self.size)
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -164,6 +182,7 @@ class _Operators(TorchDispatchMode):
             with self:
                 return f._op_dk(key, *args, **kwargs)
         out = _as_cudnn(f, args, f(*args, **kwargs))
+        self._allocate(_tensors(out))
         if does_something(f):
             self.result.operators += 1
             # What is changed in place is read and written.
@@ -276,7 +295,8 @@ def count_operators(model, inputs, train, dtype=torch.bfloat16):
             result = Count()
             for leaf in (*inputs, *model.parameters()):
                 leaf.grad = None
-            with _Operators(result):
+            tensors = *inputs, *model.parameters(), *model.buffers()
+            with _Operators(result, tensors):
                 _step(model, inputs, train, dtype, _Autocast())
     return result
 
@@ -431,6 +451,7 @@ def describe(name, result, host=None):
     text = (
         f'{name:40}{result.operators:10}{result.launches:10}'
         f'{result.bytes / 1e9:9.1f}{result.mixed / 1e9:9.1f}'
+        f'{result.memory / 1e9:8.1f}'
     )
     return text if host is None else f'{text}{host * 1e3:9.0f}'
 
@@ -474,7 +495,7 @@ def main(args=None):
     small = torch.randn(2, 3, 224, 224)
     print(
         f'{"bf16; host in fp32, with few channels":40} operators  launches'
-        '       GB    mixed  host ms'
+        '       GB    mixed  memory  host ms'
     )
     for train in (True, False):
         what = 'training' if train else 'inference'

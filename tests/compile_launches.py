@@ -170,9 +170,16 @@ def compile_branches(capability, dtype, sizes, channels, height):
 def compile_sums(capability, dtype):
     """Compile what adds up gradients of a Focus block, with the most of them.
 
-    And the gradient of an average, which it adds to another one.
+    And what else no other operator launches.
     """
-    maps = [draw(2, 64, n, n, dtype=dtype).to('meta') for n in (7, 14)]
+    pooled, grad = (
+        draw(2, n, m, m, dtype=dtype).to('meta')
+        for n, m in ((64, 7), (640, 14))
+    )
+    taps, vector, keep = (
+        torch.empty(shape, device='meta') for shape in ((640, 1, 3, 3), 640, 2)
+    )
+    matrix = torch.empty(640, 640, 1, 1, dtype=dtype, device='meta')
     x, y = (
         torch.empty(25088, n, dtype=dtype, device='meta') for n in (384, 256)
     )
@@ -181,7 +188,13 @@ def compile_sums(capability, dtype):
         parts = weight_grads((x, y), (y, y), (y, y), (y, x), (y, x[:, :256]))
         sums = [part for pair in parts for part in pair]
         partial_sums.add(*((part, part[0].clone()) for part in sums))
-        focus._unpool(*maps)
+        focus.conv.forward(grad, taps, vector, activate=True)
+        focus.conv.backward(grad, grad, taps, keep=keep, kept=grad)
+        for other in (None, pooled):
+            focus.layer_norm.backward(
+                grad, grad, vector, 1e-6, grad, vector, other
+            )
+        focus.product(grad, matrix, transposed=True, gelu_input=grad)
 
     return compile_launches(run, capability)
 

@@ -1,5 +1,6 @@
 """What every test gets."""
 
+import contextlib
 import functools
 import gc
 import itertools
@@ -11,9 +12,18 @@ import torch
 from torch import Tensor
 
 # Without a GPU, Triton's kernels run in its interpreter; it looks at this
-# when it is imported.
+# when it is imported. Every call of a function would change the language
+# anew, and every sum of integers look for an overflow that is not told: half
+# of its time.
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
+    with contextlib.suppress(ImportError, AttributeError):
+        from triton.runtime import interpreter
+
+        interpreter._LangPatchScope.restore = lambda scope: None
+        interpreter._patch_lang = functools.cache(interpreter._patch_lang)
+        semantic = interpreter.interpreter_semantic
+        semantic.binary_op_sanitize_overflow_impl = lambda *args: None
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -10,7 +10,7 @@ TIMEOUT = 1800  # seconds, because machines may be busy
 
 _context = multiprocessing.get_context('forkserver')
 _context.set_forkserver_preload(
-    ['mmdet.apis', 'mmpretrain', 'mmseg.apis', 'mmoverlock.cli']
+    ['mmpretrain.models', 'mmpretrain.evaluation', 'mmoverlock.cli']
 )
 
 
@@ -41,6 +41,7 @@ def run(*argv, log, status=0, **options):
 
 def _run(tool, argv, log, prepare):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.chdir(log.parent)  # where MMEngine makes a folder to collect results
     for stream in (1, 2):
         os.dup2(file, stream)
     sys.stdout = sys.stderr = os.fdopen(file, 'w', buffering=1)

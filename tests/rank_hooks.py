@@ -1,5 +1,7 @@
 """A hook for the processes that test_distributed.py starts."""
 
+from collections import Counter
+
 import torch
 from mmengine.dist import get_rank
 from mmengine.hooks import EMAHook, Hook
@@ -22,11 +24,11 @@ class SaveRank(Hook):
 
     def after_train(self, runner):
         model = runner.model
-        units = [
+        units = Counter(
             type(module.module).__name__
             for module in model.modules()
             if isinstance(module, FullyShardedDataParallel)
-        ]
+        )
         # Of FSDP, only all processes together could say.
         state = {} if units else model.module.state_dict()
         for hook in runner.hooks:

@@ -8,7 +8,7 @@ import pytest
 
 from mmoverlock import cli
 
-SIZE = 2**24  # bytes of each of the COUNT blocks that exist at a time
+SIZE = 2**22  # bytes of each of the COUNT blocks that exist at a time
 COUNT = 5
 CODE = f"""
 import ctypes, resource

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernels import python
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmoverlock.ops import backends, check_backend, takes_triton
@@ -88,24 +87,6 @@ def test_launch(monkeypatch):
     )
     with pytest.raises(RuntimeError, match='1 . 1 is 3'):
         backends._launch(torch.device(device))
-
-
-def test_without_triton():
-    """Everything but the kernels is there, and they say what they need."""
-    python("""
-import sys
-sys.modules['triton'] = None
-from mmoverlock.models import OverLoCK
-from mmoverlock.ops import check_backend
-OverLoCK('xt', out_indices=(0,))
-for name in 'depthwise_backend', 'contmix_backend':
-    try:
-        OverLoCK('xt', out_indices=(0,), **{name: 'triton'})
-    except ImportError as error:
-        assert 'needs triton 3.6 or later' in str(error)
-    else:
-        raise AssertionError(name)
-""")
 
 
 def test_old_triton(monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from tiny import ARCH as TINY
-from tiny import ROOT, run_tool
+from tiny import ROOT, imagenet, run_tool
 from torch.nn.functional import cross_entropy
 
 from mmoverlock.models import OverLoCK
@@ -191,22 +191,9 @@ def test_initialization(tiny):
 
 
 def test_tools(tmp_path):
-    """An iteration of the unmodified recipe on ImageNet's layout."""
-    data, work_dir = tmp_path / 'imagenet', tmp_path / 'work'
-    run_tool('make_sample_data', 'imagenet', data, '--images=4', '--size=96')
-    cfg = config('xt')
-    cfg.model.backbone.arch = TINY
-    cfg.model.head.in_channels = [32, 40]
-    for split in ('train', 'val', 'test'):
-        loader = cfg[f'{split}_dataloader']
-        loader.update(batch_size=4, num_workers=0, persistent_workers=False)
-        loader.dataset.data_root = str(data)
-        loader.dataset.pipeline[1].scale = 64
-        if split != 'train':
-            loader.dataset.pipeline[2].crop_size = 64
-    cfg.train_cfg.max_epochs = cfg.default_hooks.logger.interval = 1
-    cfg.dump(tmp_path / 'config.py')
-    log = run_tool('train', tmp_path / 'config.py', '--work-dir', work_dir)
+    """An iteration of the recipe on ImageNet's layout."""
+    work_dir = tmp_path / 'work'
+    log = run_tool('train', imagenet(tmp_path), '--work-dir', work_dir)
     assert 'Epoch(train) [1][1/1]' in log
     assert 'loss_cls' in log and 'loss_aux' in log and 'grad_norm' in log
     assert 'accuracy/top5' in log

@@ -13,8 +13,9 @@ from mmoverlock.ops import depthwise_conv2d
 ARCH = dict(
     depths=(1, 1, 1, 1),
     channels=(8, 8, 16, 16),
-    focus_depths=(2, 1),
+    focus_depths=(1, 1),
     focus_heads=(2, 2),
+    kernel_sizes=(5, 5, 7, 5),
 )
 
 

@@ -33,13 +33,7 @@ ARCH = dict(
 GRAPHS = 4
 # As of multi-scale training. The square comes first: other sizes of a graph
 # need not be alike where its first ones were.
-SHAPES = (
-    (2, 3, 256, 256),
-    (2, 3, 192, 256),
-    (2, 3, 256, 192),
-    (4, 3, 224, 320),
-    (2, 3, 224, 288),
-)
+SHAPES = (2, 3, 256, 256), (2, 3, 192, 256), (3, 3, 224, 288)
 
 
 @pytest.fixture
@@ -90,25 +84,32 @@ def test_many_sizes(make):
         check(train(compiled, shape), train(plain, shape))
         # The very first block drops nothing, which is a graph of its own.
         assert counter.frame_count == GRAPHS + 1
+    assert not counters['graph_break']
+
+
+@pytest.mark.slow  # test_copies has a stage
+@torch.no_grad()
+def test_inference(make):
+    plain, compiled, counter = make()
     plain.eval(), compiled.eval()
-    for shape in SHAPES[:2]:
+    for shape in SHAPES:
         x = images(shape, plain)
-        with torch.no_grad():
-            check(compiled(x), plain(x))
-        assert counter.frame_count == GRAPHS + 1 + GRAPHS
+        check(compiled(x), plain(x))
+        assert counter.frame_count == GRAPHS
     assert not counters['graph_break']
 
 
 @torch.no_grad()
 def test_copies(make):
-    """They run graphs that are there, with weights of their own."""
+    """They run graphs that are there, with weights and sizes of their own."""
     plain, compiled, counter = make(out_indices=(0,))
     plain.eval(), compiled.eval()
-    x = images((2, 3, 64, 96), plain)
+    x = images((2, 3, 64, 64), plain)
     check(compiled(x), plain(x))
     other = copy.deepcopy(compiled)
     for a, b in zip(plain.parameters(), other.parameters(), strict=True):
         a.mul_(0.5), b.mul_(0.5)
+    x = images((3, 3, 96, 64), plain)
     check(other(x), plain(x))
     assert counter.frame_count == 1
     saved = pickle.dumps(OverLoCK(ARCH, out_indices=(0,), compile=True))
@@ -176,7 +177,7 @@ def test_kernels_are_operators_of_graphs(auto_is_triton):
 
     counter = CompileCounterWithBackend(aot_autograd(fw_compiler=never_run))
     model = OverLoCK(ARCH, out_indices=(2,), compile=dict(backend=counter))
-    for shape in SHAPES[:3]:
+    for shape in SHAPES:
         train(model, shape)
         assert counter.frame_count == GRAPHS
     assert not counters['graph_break']
@@ -214,7 +215,7 @@ def run_rank(rank, folder):
         'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2
     )
     results = []
-    for compile in (False, dict(backend='aot_eager')):
+    for compile in (False, dict(backend='eager')):
         torch.manual_seed(0)
         model = OverLoCK(ARCH, out_indices=(0,), compile=compile)
         results.append(
@@ -225,7 +226,9 @@ def run_rank(rank, folder):
 
 
 def test_distributed(tmp_path):
-    multiprocessing.spawn(run_rank, (tmp_path,), nprocs=2)
+    multiprocessing.start_processes(
+        run_rank, (tmp_path,), nprocs=2, start_method='fork'
+    )
     ranks = [torch.load(tmp_path / f'{rank}.pth') for rank in (0, 1)]
     for plain, compiled in ranks:
         check(compiled, plain)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import itertools
-import json
 import pickle
 import re
 from pathlib import Path
@@ -103,7 +102,9 @@ def test_config(path):
     if cfg.default_scope == 'mmseg':  # tools of mmseg read it at the top
         assert cfg.data_preprocessor == cfg.model.data_preprocessor
 
-    backbone.arch = tiny.ARCH  # what follows is the same for all
+    if folder == 'ablation' or (folder != 'drop_in' and arch in 'tsb'):
+        return  # what follows is that of imagenet/ or of arch xt
+    backbone.arch = tiny.ARCH
     with torch.device('meta'):
         model = MODELS.build(cfg.model)
     check_classes(cfg, model)
@@ -169,7 +170,10 @@ def test_upernet_sizes():
 def test_metafiles():
     """Every config is in the metafile of its folder, and nothing else."""
     listed = {}
-    for folder in {Path(path).parent for path in PATHS}:
+    folders = sorted({Path(path).parent.as_posix() for path in PATHS})
+    files = load(ROOT / 'model-index.yml')['Import']
+    assert sorted(files) == [f'configs/{f}/metafile.yml' for f in folders]
+    for folder in folders:
         metafile = load(CONFIGS / folder / 'metafile.yml')
         collections = {c['Name']: c for c in metafile['Collections']}
         for model in metafile['Models']:
@@ -237,7 +241,7 @@ def random_batch(scope):
     return pseudo_collate(samples)
 
 
-def check_training(cfg):
+def check_training(cfg, batch=None):
     """One loss and backward of a config, with a tiny backbone."""
     torch.manual_seed(0)
     init_default_scope(cfg.default_scope)
@@ -254,7 +258,8 @@ def check_training(cfg):
     model = revert_sync_batchnorm(MODELS.build(options.model))
     model.init_weights()
     model.train()
-    data = model.data_preprocessor(random_batch(cfg.default_scope), True)
+    batch = batch or random_batch(cfg.default_scope)
+    data = model.data_preprocessor(batch, True)
     loss, _ = model.parse_losses(model(**data, mode='loss'))
     assert loss.isfinite()
     loss.backward()
@@ -266,7 +271,11 @@ def check_training(cfg):
     return model, data
 
 
-@pytest.mark.parametrize('path', DROP_IN)
+# Two are Mask R-CNN, which test_tools.py and test_distributed.py train.
+@pytest.mark.parametrize(
+    'path',
+    [p for p in DROP_IN if not p.endswith(('_fsdp.py', '_layer_decay.py'))],
+)
 def test_drop_in(path):
     """It trains, and fused it computes the same."""
     model, data = check_training(read(path))
@@ -325,45 +334,24 @@ def test_recipe_of_readme(scope, tmp_path):
     check_training(cfg)
 
 
-def test_run_cascade(tmp_path):
-    """One iteration with multi-scale and crop, and the validation after it.
-
-    test_tools.py does the same with Mask R-CNN.
-    """
-    data, work_dir = tmp_path / 'data', tmp_path / 'work'
-    tiny.run_tool('make_sample_data', 'coco', data, '--images=2', '--size=96')
+def test_cascade(tmp_path):
+    """It trains on images that are resized to several scales and cropped."""
+    tiny.run_tool('make_sample_data', 'coco', tmp_path, '--images=2')
     cfg = read('cascade_mask_rcnn/overlock_xt_cascade_3x.py')
-    cfg.model.backbone.update(arch=tiny.ARCH, init_cfg=None)
-    cfg.model.neck.in_channels = [8, 16, 32, 40]
     for head in cfg.model.roi_head.bbox_head:
         head.update(conv_out_channels=16, fc_out_channels=32)
     for stage in cfg.model.train_cfg.rcnn:
         stage.sampler.num = 8
-    for split in ('train', 'val', 'test'):
-        loader = cfg[f'{split}_dataloader']
-        loader.update(num_workers=0, persistent_workers=False)
-        loader.dataset.update(data_root=str(data), indices=2)
-        loader.dataset.pipeline = tiny.shrunk(loader.dataset.pipeline, 8)
-        if split != 'train':
-            ann_file = str(data / loader.dataset.ann_file)
-            cfg[f'{split}_evaluator'].ann_file = ann_file
-    cfg.default_hooks.logger.interval = 1
-    cfg.train_cfg.max_epochs = 1
-    cfg.model.test_cfg.rpn.max_per_img = 20
-    cfg.model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=5)
-    cfg.dump(tmp_path / 'cascade.py')
-    tiny.run_tool('train', tmp_path / 'cascade.py', '--work-dir', work_dir)
-    [log] = work_dir.glob('*/vis_data/scalars.json')
-    lines = log.read_text().splitlines()
-    logged = {k: v for line in lines for k, v in json.loads(line).items()}
-    for name in ('s0.loss_cls', 's1.loss_bbox', 's2.loss_mask', 'loss'):
-        assert np.isfinite(logged[name])
-    assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= logged.keys()
-    assert (work_dir / 'epoch_1.pth').exists()
+    dataset = cfg.train_dataloader.dataset
+    dataset.update(data_root=str(tmp_path))
+    dataset.pipeline = tiny.shrunk(dataset.pipeline, 8)
+    dataset = DATASETS.build(dataset)
+    model, _ = check_training(cfg, pseudo_collate([dataset[0], dataset[1]]))
+    assert len(model.roi_head.mask_head) == 3
 
 
 def test_tta(trained, tmp_path, monkeypatch, mistake):
-    """--tta averages twelve views of an image, and tells what they cost."""
+    """--tta averages twelve views of an image."""
     from mmseg.models import EncoderDecoder
 
     path, work_dir, _ = trained('segmentor')
@@ -380,11 +368,10 @@ def test_tta(trained, tmp_path, monkeypatch, mistake):
         return predict(self, inputs, data_samples)
 
     monkeypatch.setattr(EncoderDecoder, 'predict', spy)
-    output = tiny.run_tool(
+    tiny.run_tool(
         *(*argv, '--work-dir', tmp_path, '--out', tmp_path / 'out.pkl'),
         *('--cfg-options', 'test_dataloader.dataset.indices=1'),
     )
-    assert re.search('--tta: 12 views of each image, with .* times', output)
     assert len(sizes) == 12
     assert len(set(sizes)) > 2
     assert all(side % 32 == 0 for size in sizes for side in size)

@@ -32,7 +32,7 @@ def test_loops():
     assert Loop(0, 8).run([]) == {}
 
 
-def test_compiled_convolution(tmp_path):
+def test_compiled_convolution(pytestconfig):
     """Multiply-adds, and products of matrices, are those of its definition."""
     out = python(
         """
@@ -56,7 +56,7 @@ for dtype in torch.float32, torch.bfloat16:
     ]))
 print(json.dumps([Layout.of(x.shape, 5).rows, banded.KNOBS]))
 """,
-        TRITON_CACHE_DIR=str(tmp_path),
+        TRITON_CACHE_DIR=str(pytestconfig.cache.mkdir('triton')),
     )
     lines = out.splitlines()
     rows, knobs = json.loads(lines.pop())

@@ -31,19 +31,13 @@ tiny.need_openmmlab()
 from mmdet.datasets import CocoDataset  # noqa: E402
 from mmpretrain.datasets import CIFAR10  # noqa: E402
 
-SCOPES = {
-    'CustomDataset': 'mmpretrain',
-    'RepeatDataset': 'mmpretrain',
-    'ADE20KDataset': 'mmseg',
-    'BaseSegDataset': 'mmseg',
-    'CocoDataset': 'mmdet',
-    CocoDataset: 'mmdet',
-}
+SCOPES = dict(ADE20KDataset='mmseg', BaseSegDataset='mmseg')
+SCOPES |= {kind: 'mmdet' for kind in ('CocoDataset', CocoDataset)}
 
 
 def build_loader(dataset, **options):
     """Build a data loader as a runner does."""
-    init_default_scope(SCOPES[dataset['type']])
+    init_default_scope(SCOPES.get(dataset['type'], 'mmpretrain'))
     loader = dict(
         batch_size=2,
         dataset=dataset,
@@ -79,9 +73,9 @@ def check(dataset, evaluator=None, model=None):
 
 def drawing(size=(48, 40), kind='JPEG', **options):
     """The bytes of an image."""
-    pixels = np.random.default_rng(0).integers(0, 100, (*size[::-1], 3))
-    file = BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(file, kind, **options)
+    shape, file = (*size[::-1], 3), BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 100, shape, np.uint8)
+    Image.fromarray(pixels).save(file, kind, **options)
     return file.getvalue()
 
 
@@ -182,87 +176,57 @@ def write_dataset(folder, kind):
 # ------------------------------------------------------------ as it is read
 
 JPEG, PNG = drawing(), drawing(kind='PNG')
-LISTED, MAP, ANNOTATED = 'list.txt', 'labels/0.png', 'file.json'
+IMAGE, MAP = 'images/0.jpg', 'labels/0.png'
+LIST, FILE = 'list.txt', 'file.json'
 INSIDE = drawing(exif=b'Exif\0\0' + JPEG)  # with a thumbnail
-NAMED = "/file.json is not in the format of COCO .*{}.*'id': 77"
 EMPTY = '/file.json: there are no images, or none has annotations of the cl'
+DOG = coco(categories=[dict(id=1, name='dog')])
+CAT = coco(categories=[dict(id=1, name='CAT')])
+# What is wrong, by task: a file, what is in it, and what is said.
+FAULTS = {
+    'cls': [
+        (IMAGE, JPEG[:500], '/images/0.jpg is cut off'),
+        (IMAGE, INSIDE[:-2], '/images/0.jpg is cut off'),
+        (IMAGE, drawing(kind='TGA'), '/0.jpg .* OpenCV does not read; Pillow'),
+        (IMAGE, None, '/images/0.jpg does not exist'),
+        (LIST, b'0.jpg 2', '/0.jpg .* no class .2; .* to 1.$'),
+        (LIST, b'0.jpg', '/list.txt cannot be loaded: not'),
+        (LIST, b'', 'nothing to load in .*/images and .*/list.txt'),
+    ],
+    'seg': [
+        (IMAGE, b'text', '/images/0.jpg is damaged or no im'),
+        (IMAGE, turned((48, 40)), '/0.png .* size .* .48 x 40 .*40 x 48 of'),
+        (MAP, PNG[:500], '/labels/0.png is damaged'),
+        (MAP, None, '/labels/0.png does not exist'),
+        (MAP, labels(151), '/0.png .* no class .150; .* 0 to 149'),
+        (MAP, labels(1, (20, 24)), '.24 x 20 pixels, and 48 x 40 of .*0.jpg.'),
+        (MAP, labels(1, (40, 48, 3)), '/0.png .* several channels .*48, 3'),
+        (MAP, labels(256, dtype=np.uint16), '/0.png has labels beyond 255'),
+    ],
+    'det': [
+        (IMAGE, b'', '/images/0.jpg is damaged'),
+        (IMAGE, turned((24, 20)), '20 x 24 pixels .* annotated as 48 x 40'),
+        (FILE, b'', '/file.json is empty'),
+        (FILE, b'{"images": [', '/file.json is cut off or no JSON'),
+        (FILE, b'[' * 100_000, '/file.json is cut off or no JSON'),
+        (FILE, {}, "/file.json is not in .* of COCO .*KeyError: 'images'"),
+        (FILE, coco(images=[]), '/file.json has no images'),
+        (FILE, coco(annotation(77, bbox='wide')), "TypeError.*'id': 77"),
+        (FILE, coco(annotation(1, id=...)), "KeyError: 'id' in "),
+        (FILE, coco(annotation(2)), r'several .* with one id \(annotation 2'),
+        (FILE, coco(annotations=...), f'nothing to .*{EMPTY}'),
+        (FILE, DOG, EMPTY),
+        (FILE, CAT, "class .'cat'; is it 'CAT' there?"),
+    ],
+}
 
 
 @pytest.mark.parametrize(
     ('kind', 'file', 'content', 'problem'),
-    [
-        ('cls', 'images/2.jpg', JPEG[:500], '/images/2.jpg is cut off'),
-        ('cls', 'images/0.jpg', INSIDE[:-2], '/images/0.jpg is cut off'),
-        (
-            *('cls', 'images/0.jpg', drawing(kind='TGA')),
-            '/0.jpg is of a format that OpenCV does not read; Pillow does',
-        ),
-        ('cls', 'images/0.jpg', None, '/images/0.jpg does not exist'),
-        ('cls', LISTED, b'0.jpg 2', '/0.jpg .* no class .2; .* to 1.$'),
-        ('cls', LISTED, b'0.jpg', '/list.txt cannot be loaded: not'),
-        ('cls', LISTED, b'', 'nothing to load in .*/images and .*/list.txt'),
-        ('seg', 'images/1.jpg', b'text', '/images/1.jpg is damaged or no im'),
-        ('seg', MAP, PNG[:500], '/labels/0.png is damaged'),
-        ('seg', MAP, None, '/labels/0.png does not exist'),
-        ('seg', MAP, labels(151), '/0.png .* no class .150; .* 0 to 149'),
-        (
-            *('seg', MAP, labels(1, (20, 24))),
-            '/0.png has another size than its image .24 x 20 pixels, and '
-            '48 x 40 of .*/images/0.jpg.$',
-        ),
-        (
-            *('seg', 'images/0.jpg', turned((48, 40))),
-            '/0.png has another size than its image .48 x 40 .*40 x 48 of',
-        ),
-        (
-            *('seg', MAP, labels(1, (40, 48, 3))),
-            r'/0.png is a label map of several channels .*\(40, 48, 3\).: ',
-        ),
-        (
-            *('seg', MAP, labels(256, dtype=np.uint16)),
-            r'/0.png has labels beyond 255 \(256\): ',
-        ),
-        ('det', 'images/2.jpg', b'', '/images/2.jpg is damaged'),
-        (
-            *('det', 'images/1.jpg', turned((24, 20))),
-            '/1.jpg has another size than annotated .20 x 24 pixels as '
-            'loaded, annotated as 48 x 40.: ',
-        ),
-        ('det', ANNOTATED, b'', '/file.json is empty'),
-        (
-            'det',
-            ANNOTATED,
-            b'{"images": [',
-            '/file.json is cut off or no JSON',
-        ),
-        ('det', ANNOTATED, b'[' * 100_000, '/file.json is cut off or no JSON'),
-        ('det', ANNOTATED, {}, "/file.json .*KeyError: 'images'"),
-        ('det', ANNOTATED, coco(images=[]), '/file.json has no images'),
-        ('det', ANNOTATED, coco(images=3), '/file.json is not in the format'),
-        (
-            *('det', ANNOTATED, coco(annotation(77, bbox='wide'))),
-            NAMED.format('TypeError'),
-        ),
-        (
-            *('det', ANNOTATED, coco(annotation(77, bbox=...))),
-            NAMED.format("KeyError: 'bbox' in "),
-        ),
-        ('det', ANNOTATED, coco(annotation(1, id=...)), "KeyError: 'id' in "),
-        (
-            *('det', ANNOTATED, coco(annotation(2))),
-            r'/file.json has several annotations with one id \(annotation 2',
-        ),
-        ('det', ANNOTATED, coco(annotations=...), f'nothing to .*{EMPTY}'),
-        ('det', ANNOTATED, coco(categories=[dict(id=1, name='dog')]), EMPTY),
-        (
-            *('det', ANNOTATED, coco(categories=[dict(id=1, name='Cat')])),
-            "class .'cat'; is it 'Cat' there?",
-        ),
-    ],
+    [(kind, *fault) for kind, faults in FAULTS.items() for fault in faults],
 )
 def test_fault(tmp_path, kind, file, content, problem):
     dataset = write_dataset(tmp_path, kind)
-    assert len(load(dataset)) == 3
     put(tmp_path / file, content)
     message = error_of(dataset)
     assert re.search(problem, message) and str(tmp_path) in message
@@ -271,8 +235,7 @@ def test_fault(tmp_path, kind, file, content, problem):
 def test_fault_in_a_worker(tmp_path):
     """Of a wrapped dataset."""
     inner = write_dataset(tmp_path, 'cls')
-    path = put(tmp_path / 'images/0.jpg', JPEG[:500])
-
+    path = put(tmp_path / IMAGE, JPEG[:500])
     dataset = dict(type='RepeatDataset', times=2, dataset=inner)
     assert error_of(dataset, workers=1).startswith(f'{path} is cut off')
 
@@ -289,20 +252,21 @@ def test_folder_without_images(tmp_path):
 @pytest.mark.parametrize(
     ('kind', 'file', 'content'),
     [
-        ('cls', 'images/0.jpg', INSIDE + bytes(100)),
+        ('cls', IMAGE, INSIDE + bytes(100)),
         ('seg', MAP, labels(150)),
         ('seg', MAP, labels(0)),
         ('seg', MAP, labels(255, dtype=np.uint16)),
         ('seg', MAP, labels(100).convert('P')),
-        ('seg', 'images/0.jpg', turned((40, 48))),
-        ('det', 'images/0.jpg', turned((40, 48))),
+        ('seg', IMAGE, turned((40, 48))),
+        ('det', IMAGE, turned((40, 48))),
     ],
 )
 def test_no_fault(tmp_path, kind, file, content):
     """Images are turned; labels are their numbers less one, 255 ignored."""
     dataset = write_dataset(tmp_path, kind)
     put(tmp_path / file, content)
-    found = load(dataset)[0]
+    found, *others = load(dataset)
+    assert len(others) == 2
     if kind != 'cls':
         assert found.ori_shape == (40, 48)
     if kind == 'seg':
@@ -315,13 +279,13 @@ def test_no_fault(tmp_path, kind, file, content):
 def test_faulty_pipeline(tmp_path, monkeypatch, kind):
     """Not the fault of data: the traceback stays, and names the file."""
     dataset = write_dataset(tmp_path, 'cls')
-    path = tmp_path / 'images/0.jpg'
+    path = tmp_path / IMAGE
     if kind == 'bands':  # which neither Pillow nor OpenCV reads
         tifffile = pytest.importorskip('tifffile')
         path = path.with_suffix('.tif')
         pixels = np.zeros((40, 48, 5), np.uint8)
         tifffile.imwrite(path, pixels, planarconfig='contig')
-        put(tmp_path / LISTED, b'0.tif 5')
+        put(tmp_path / LIST, b'0.tif 5')
         del dataset['metainfo']  # so that any label is one
         options = dict(imdecode_backend='tifffile', color_type='unchanged')
         dataset['pipeline'][0] |= options
@@ -354,7 +318,7 @@ def test_faulty_loader(tmp_path):
 def test_types_that_are_classes(tmp_path):
     """As configs in the new style have them."""
     dataset = write_dataset(tmp_path, 'det') | dict(type=CocoDataset)
-    path = put(tmp_path / ANNOTATED, b'')
+    path = put(tmp_path / FILE, b'')
     assert f'{path} is empty' in error_of(dataset)
     cfg = Config(dict(test_dataloader=dict(dataset=dataset)))
     data.check_data(cfg, 'test')
@@ -382,6 +346,10 @@ LEFT_OUT = [
 ]
 
 
+def told(findings):
+    return [(found.what, found.entry, found.fault) for found in findings]
+
+
 def test_left_out(tmp_path):
     """What mmdet leaves out is told, and all else is there."""
     dataset = write_dataset(tmp_path, 'det')
@@ -390,7 +358,7 @@ def test_left_out(tmp_path):
     more = [
         annotation(i, **changes) for i, (changes, _) in enumerate(LEFT_OUT, 11)
     ]
-    path = put(tmp_path / ANNOTATED, coco(kept, asked, *more))
+    path = put(tmp_path / FILE, coco(kept, asked, *more))
     assert [len(sample.gt_instances) for sample in load(dataset)] == [2, 1, 1]
     effect = 'MMDetection leaves them out'
     assert [*annotation_file(str(path), [1])] == [
@@ -404,12 +372,11 @@ def test_images_left_out(tmp_path):
     images = [dict(image) for image in SOUND['images']]
     images[1]['width'] = 31
     contents = coco(images=images, annotations=SOUND['annotations'][:2])
-    path = str(put(tmp_path / ANNOTATED, contents))
+    path = str(put(tmp_path / FILE, contents))
     assert len(build_loader(dataset).dataset) == 1
-    found = annotation_file(path, [1], dataset['filter_cfg'])
-    assert [(finding.what, finding.entry) for finding in found] == [
-        ('has images of less than 32 pixels', 'image 1'),
-        ('has images without annotations', 'image 2'),
+    assert told(annotation_file(path, [1], dataset['filter_cfg'])) == [
+        ('has images of less than 32 pixels', 'image 1', False),
+        ('has images without annotations', 'image 2', False),
     ]
     assert len(build_loader(dataset | dict(test_mode=True)).dataset) == 3
     assert not [*annotation_file(path, [1])]
@@ -418,11 +385,7 @@ def test_images_left_out(tmp_path):
 @pytest.mark.parametrize(
     ('contents', 'problem'),
     [
-        (coco(annotations=...), None),  # as of COCO's test-dev
-        (
-            coco(annotation(77, bbox=[float('nan')] * 4)),
-            r"is no \[x, y, width, height\].*'id': 77",
-        ),
+        (coco(annotation(77, bbox=[float('nan')] * 4)), "is no .*'id': 77"),
         (
             coco(annotation(77, segmentation=dict(size=[5, 5]))),
             r"a mask of \[5, 5\] pixels, not \[40, 48\].*'id': 77",
@@ -435,11 +398,9 @@ def test_images_left_out(tmp_path):
 )
 def test_unsound_annotations(tmp_path, contents, problem):
     """mmdet loads them without an error."""
-    path = put(tmp_path / ANNOTATED, contents)
-    found = [*annotation_file(str(path), [1])]
-    assert len(found) == bool(problem)
-    for finding in found:
-        assert re.match(f'{path} .*{problem}', str(finding)) and finding.fault
+    path = put(tmp_path / FILE, contents)
+    (finding,) = annotation_file(str(path), [1])
+    assert re.match(f'{path} .*{problem}', str(finding)) and finding.fault
 
 
 # -------------------------------------------- one thing against another
@@ -464,9 +425,9 @@ def test_masks_of_two_classes(tmp_path, values, zero, sound):
         if i == 1:
             pixels[0, : len(values)] = values
         put(tmp_path / f'labels/{i}.png', Image.fromarray(pixels))
-    told = f'{tmp_path}/labels', 'has label maps without class 1', True
+    expected = f'{tmp_path}/labels', 'has label maps without class 1', True
     found = [(f.file, f.what, f.fault) for f in check(dataset)]
-    assert found == ([] if sound else [told])
+    assert found == ([] if sound else [expected])
 
 
 def test_label_map_without_image(tmp_path):
@@ -475,131 +436,117 @@ def test_label_map_without_image(tmp_path):
     init_default_scope('mmseg')
     split = Split({'key': DATASETS.build(dataset)})
     assert not [*unused_label_maps(split)]
-    put(tmp_path / 'images/0.jpg', None)
+    put(tmp_path / IMAGE, None)
     assert len(load(dataset)) == 2
     (finding,) = unused_label_maps(split)
-    told = f'{tmp_path}/labels', 'has label maps without an image', '0.png'
-    assert finding[:3] == told and not finding.fault
+    expected = f'{tmp_path}/labels', 'has label maps without an image', '0.png'
+    assert finding[:3] == expected and not finding.fault
 
 
-def metric(path, **settings):
-    return dict(type='CocoMetric', ann_file=str(path)) | settings
+def scored(path, contents, kind='bbox', **settings):
+    """Write a file; return the config of what scores by it."""
+    path = str(put(path, contents))
+    return dict(type='CocoMetric', ann_file=path, metric=kind) | settings
 
 
-def scored(**changes):
+def changed(**changes):
     """A changed annotation of a class, and one of a category that is none."""
     other = annotation(5, 1, category_id=7, **changes | dict(id=5))
     return coco(annotations=[annotation(1, **changes), other])
 
 
-def wrong(what, entry='annotation 1', fault=True):
-    return [(what, entry, fault)]
-
-
-NO_MASK = wrong(
-    'has annotations without a mask, or polygons of one or two points'
-)
+UNWRITTEN = dict(format_only=True, outfile_prefix='results')
+MASKS = 'without a mask, or polygons of one or two points', 'annotation 1'
 
 
 @pytest.mark.parametrize(
     ('kind', 'contents', 'expected'),
     [
-        ('segm', SOUND, []),
+        ('segm', SOUND, None),
         (
-            *('bbox', scored(id=0)),
-            wrong('has an annotation with the id 0', 'annotation 0'),
-        ),
-        (
-            *('bbox', scored(id='a')),
-            wrong('has ids that are no numbers', "annotation 'a'"),
+            'bbox',
+            changed(id=0),
+            ('an annotation with the id 0', 'annotation 0'),
         ),
         (
-            *('bbox', scored(iscrowd=...)),
-            wrong('has annotations without iscrowd'),
+            'bbox',
+            changed(id='a'),
+            ('ids that are no numbers', "annotation 'a'"),
         ),
-        ('segm', scored(segmentation=...), NO_MASK),
-        ('segm', scored(segmentation=[]), NO_MASK),
-        ('segm', scored(segmentation=[[1, 2, 3, 4]]), NO_MASK),
-        ('bbox', scored(segmentation=[]), []),
-        ('bbox', coco(annotations=[]), wrong('has no annotations', '')),
-        (  # as of COCO's test-dev
-            *('bbox', coco(annotations=...)),
-            wrong('has no annotations', '', False),
-        ),
+        ('bbox', changed(iscrowd=...), ('without iscrowd', 'annotation 1')),
+        ('segm', changed(segmentation=...), MASKS),
+        ('segm', changed(segmentation=[]), MASKS),
+        ('segm', changed(segmentation=[[1, 2, 3, 4]]), MASKS),
+        ('bbox', changed(segmentation=[]), None),
+        ('bbox', coco(annotations=[]), ('has no annotations', '')),
     ],
 )
 def test_evaluated_annotations(tmp_path, kind, contents, expected):
     """On which COCO's evaluation fails, or errs."""
     dataset = write_dataset(tmp_path, 'det')
-    path = put(tmp_path / 'other.json', contents)
+    metric = scored(tmp_path / 'other.json', contents, kind)
     if kind == 'segm':  # which is no fault of the dataset
-        put(tmp_path / ANNOTATED, contents)
-    found = check(dataset, metric(path, metric=kind))
-    assert [(f.what, f.entry, f.fault) for f in found] == expected
+        put(tmp_path / FILE, contents)
+    found = check(dataset, metric)
+    assert len(found) == bool(expected)
     for finding in found:
-        assert finding.file == f'val_evaluator.ann_file {path}'
-    settings = dict(format_only=True, outfile_prefix='results')
-    assert not check(dataset, metric(path, **settings))
+        assert finding.file == f'val_evaluator.ann_file {metric["ann_file"]}'
+        assert finding.what.endswith(expected[0]) and finding.fault
+        assert finding.entry == expected[1]
+    assert not check(dataset, metric | UNWRITTEN)
 
 
 def test_evaluated_images(tmp_path):
+    """COCO's test-dev has no annotations."""
     dataset = write_dataset(tmp_path, 'det')
+    path = tmp_path / 'other.json'
+    metric = scored(path, coco(annotations=...))
+    assert told(check(dataset, metric)) == [('has no annotations', '', False)]
     moved = [image | dict(id=image['id'] + 10) for image in SOUND['images']]
     contents = coco(images=moved, annotations=[annotation(1, 10)])
-    path = put(tmp_path / 'other.json', contents)
+    metric = scored(path, contents)
     lacks = 'does not list images of the dataset'
     more = 'lists images that the dataset has not'
     images = [f'image {i}, {tmp_path}/images/{i}.jpg' for i in range(3)]
-    found = check(dataset, metric(path))
-    assert [(f.what, f.entry, f.fault) for f in found] == [
+    assert told(check(dataset, metric)) == [
         *[(lacks, image, True) for image in images],
         *[(more, f'image {i}', False) for i in (10, 11, 12)],
     ]
-    settings = dict(format_only=True, outfile_prefix='results')
-    assert not check(dataset, metric(path, **settings))
+    assert not check(dataset, metric | UNWRITTEN)
     renamed = [image | dict(file_name='b/1.jpg') for image in SOUND['images']]
-    found = check(dataset, metric(put(path, coco(images=renamed))))
+    found = check(dataset, scored(path, coco(images=renamed)))
     other = 'lists other images than the dataset, under their ids'
-    assert [(f.what, f.entry, f.fault) for f in found] == [
+    assert told(found) == [
         (other, images[i].replace(',', ': b/1.jpg, and'), True) for i in (0, 2)
     ]
 
 
-ORDER = 'has its categories in another order than the classes'
 LACKS = 'has no category for a class'
-TWICE = [*SOUND['categories'], dict(id=9, name='cat')]
+ORDER = 'has its categories in another order than the classes'
+SHIFTED = "label 0 is 'cat' in it and 'other' in the config"
+TWICE = coco(categories=[*SOUND['categories'], dict(id=9, name='cat')])
+SEVERAL = 'has several categories of one name'
 
 
 @pytest.mark.parametrize(
     ('classes', 'contents', 'expected'),
     [
-        (['cat', 'other'], SOUND, None),
-        (
-            *(['other', 'cat'], SOUND),
-            (ORDER, "label 0 is 'cat' in it and 'other' in the config", True),
-        ),
-        (['Cat', 'other'], SOUND, (LACKS, "'Cat'; is it 'cat' there?", True)),
-        (
-            ['cat', 'Other'],
-            SOUND,
-            (LACKS, "'Other'; is it 'other' there?", True),
-        ),
-        (['cat', 'zebra'], SOUND, (LACKS, "'zebra'", False)),
-        (
-            *(['cat', 'other'], coco(categories=TWICE)),
-            ('has several categories of one name', "'cat'", True),
-        ),
+        ('cat other', SOUND, None),
+        ('other cat', SOUND, (ORDER, SHIFTED, True)),
+        ('Cat other', SOUND, (LACKS, "'Cat'; is it 'cat' there?", True)),
+        ('cat Other', SOUND, (LACKS, "'Other'; is it 'other' there?", True)),
+        ('cat zebra', SOUND, (LACKS, "'zebra'", False)),
+        ('cat other', TWICE, (SEVERAL, "'cat'", True)),
     ],
 )
 def test_class_names(tmp_path, classes, contents, expected):
     dataset = write_dataset(tmp_path, 'det')
-    path = put(tmp_path / ANNOTATED, contents)
-    dataset['metainfo'] = dict(classes=classes)
-    found = check(dataset, metric(path))
-    files = [str(path), f'val_evaluator.ann_file {path}']
-    assert [(f.file, f.what, f.entry, f.fault) for f in found] == [
-        (file, *expected) for file in files if expected
-    ]
+    metric = scored(tmp_path / FILE, contents)
+    dataset['metainfo'] = dict(classes=classes.split())
+    found = check(dataset, metric)
+    assert told(found) == [expected] * 2 if expected else not found
+    files = metric['ann_file'], f'val_evaluator.ann_file {metric["ann_file"]}'
+    assert all(f.file == file for f, file in zip(found, files, strict=False))
 
 
 @pytest.mark.parametrize(
@@ -625,11 +572,11 @@ def test_head_classes(tmp_path, classes, words):
 
 # --------------------------------------------------- tools/check_data.py
 
-STOCK = {
-    'coco': ('mask_rcnn/overlock_xt_1x', 'coco', 80),
-    'ade20k': ('upernet/overlock_xt_160k', 'ade/ADEChallengeData2016', 150),
-    'imagenet': ('imagenet/overlock_xt_300e', 'imagenet', 1000),
-}
+STOCK = dict(
+    coco=('mask_rcnn/overlock_xt_1x', 'coco', 80),
+    ade20k=('upernet/overlock_xt_160k', 'ade/ADEChallengeData2016', 150),
+    imagenet=('imagenet/overlock_xt_300e', 'imagenet', 1000),
+)
 
 
 @pytest.fixture
@@ -720,26 +667,16 @@ def test_check_data_that_is_missing(drawn):
 # --------------------------------------------------------------- training
 
 
-def test_training_stops(tmp_path):
-    """tools/train.py, before the first iteration."""
-    config = tiny.classifier(tmp_path)
-    path = put(tmp_path / 'data/train/b/1.png', PNG[:500])
-    output = tiny.run_tool(
-        *('train', config, '--work-dir', tmp_path, '--cfg-options'),
-        'train_dataloader.num_workers=2',
-        status=2,
-    )
-    assert f'\ntrain.py: {path} is damaged or no image' in output
-    assert 'Traceback' not in output
-
-
 def test_training_does_not_start(tmp_path):
     """What is cheap is checked before the first iteration."""
-    key = 'model.roi_head.bbox_head.num_classes'
-    config = tiny.detector(tmp_path, **{key: 79})
-    output = tiny.run_tool('train', config, '--work-dir', tmp_path, status=2)
-    assert output.splitlines()[-1].startswith(
-        'train.py: train_dataloader.dataset has more classes than a head (80, '
-        'and roi_head.bbox_head.num_classes is 79): '
-    )
-    assert 'Epoch(train)' not in output and 'Traceback' not in output
+    config = tiny.classifier(tmp_path)
+    path = put(tmp_path / 'data/val/b/1.png', PNG[:500])
+    for option, words in (
+        ('val_evaluator.type=Accuracy', f'{path} is damaged or no image'),
+        ('model.head.num_classes=1', '.dataset has more classes than a head'),
+    ):
+        argv = config, '--work-dir', tmp_path, '--cfg-options', option
+        output = tiny.run_tool('train', *argv, status=2)
+        last = output.splitlines()[-1]
+        assert last.startswith('train.py: ') and words in last
+        assert 'Epoch(train)' not in output and 'Traceback' not in output

@@ -51,6 +51,7 @@ def test_seeds(task, tmp_path):
             *('--deterministic', '--cfg-options'),
             'train_dataloader.num_workers=2',
             'train_dataloader.persistent_workers=True',
+            'train_cfg.val_interval=9',
             log=work_dir.with_suffix('.log'),
             prepare=register,
         )

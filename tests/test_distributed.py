@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections import Counter
 from functools import partial
 from unittest import mock
 
@@ -16,8 +15,6 @@ import pytest
 import tiny
 import torch
 from mmengine.config import Config
-
-from mmoverlock.models import OverLoCK
 
 tiny.need_openmmlab()
 
@@ -196,7 +193,7 @@ def test_fsdp(config, ddp, tmp_path):
 
     first, second = ranks(work_dir)
     blocks = dict(ImageClassifier=1, RepConvBlock=4, FocusBlock=2)
-    assert Counter(first['units']) == Counter(second['units']) == blocks
+    assert first['units'] == second['units'] == blocks
     expected = ranks(ddp[1])[0]
     assert first['numel'] + second['numel'] == expected['numel']
     assert max(first['numel'], second['numel']) < 0.6 * expected['numel']
@@ -210,22 +207,16 @@ def test_fsdp(config, ddp, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ('write', 'options', 'last'),
-    [
-        (tiny.detector, {'train_dataloader.batch_size': 1}, 'epoch_1.pth'),
-        (tiny.segmentor, {}, 'iter_2.pth'),
-    ],
-)
-def test_two_machines(write, options, last, tmp_path):
+def test_two_machines(tmp_path):
     """Two torchruns with a process each, on one machine in fact."""
-    config, work_dir = write(tmp_path, **HOOKS, **options), tmp_path / 'work'
+    options = HOOKS | {'train_dataloader.batch_size': 1}
+    config, work_dir = tiny.detector(tmp_path, **options), tmp_path / 'work'
     nodes = dict(NNODES='2', MASTER_ADDR='localhost', PORT=free_port())
     argv = tmp_path, 'dist_train.sh', config, 1, '--work-dir', work_dir
     started = [launch(*argv, NODE_RANK=rank, **nodes) for rank in '01']
     log = ''.join(map(finish, started))
     assert log.count(LEFT_OUT) == 1
-    assert_in_step(work_dir, last)
+    assert_in_step(work_dir, 'epoch_1.pth')
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -252,23 +243,6 @@ def test_maps_that_nothing_reads(tmp_path):
     assert 'need model.backbone.out_indices=(3,)' in log
 
 
-def test_wrong_backbone(tmp_path):
-    """Messages, without a traceback."""
-    wider = tiny.ARCH | dict(channels=(8, 16, 24, 40))
-    torch.save(OverLoCK(wider).state_dict(), tmp_path / 'wider.pth')
-    init_cfg = dict(type='Pretrained', checkpoint=f'{tmp_path}/wider.pth')
-    cfg = Config.fromfile(tiny.classifier(tmp_path))
-    for settings, words in (
-        (dict(init_cfg=init_cfg), 'channels [8, 16, 24, 40], and the model'),
-        (dict(drop_path_rate=2), 'the OverLoCK of the config: drop_path_rate'),
-    ):
-        cfg.model.backbone.update(settings)
-        cfg.dump(tmp_path / 'wrong.py')
-        argv = tmp_path / 'wrong.py', '--work-dir', tmp_path / 'work'
-        log = tiny.run_tool('train', *argv, status=2)
-        assert log.count(words) == 1 and 'Traceback' not in log
-
-
 # ------------------------------------------------------------------ scripts
 
 
@@ -286,6 +260,7 @@ def launch(folder, script, *argv, **variables):
     with log.open('w') as file:
         process = subprocess.Popen(
             [TOOLS / script, *map(str, argv)],
+            cwd=folder,
             env=env,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -309,10 +284,9 @@ def test_a_process_dies(tmp_path):
     """The job ends with an error instead of a hang."""
     shutil.copy(TOOLS / 'dist_train.sh', tmp_path)
     (tmp_path / 'train.py').write_text(
-        'import os, signal, sys, time\n'
+        'import os, sys, time\n'
         'print(os.environ["RANK"], *sys.argv[1:])\n'
-        'if os.environ["RANK"] == "1":\n'
-        '    os.kill(os.getpid(), signal.SIGKILL)\n'
+        'os.environ["RANK"] == "1" and os.kill(os.getpid(), 9)\n'
         'time.sleep(1000)\n'
     )
     argv = tmp_path / 'dist_train.sh', 'config.py', 2, '--amp'
@@ -361,12 +335,11 @@ NODES = dict(NNODES='3', NODE_RANK='2', MASTER_ADDR='gpu 7', PORT='1234')
 
 
 @pytest.mark.parametrize(
-    ('variables', 'place'),
-    [({}, '1 0 127.0.0.1 29500'.split()), (NODES, [*NODES.values()])],
-)
-@pytest.mark.parametrize(
-    ('tool', 'argv'),
-    [('train', ['a b.py']), ('test', ['a b.py', '$c.pth'])],
+    ('tool', 'argv', 'variables', 'place'),
+    [
+        ('train', ['a b.py'], {}, '1 0 127.0.0.1 29500'.split()),
+        ('test', ['a b.py', '$c.pth'], NODES, [*NODES.values()]),
+    ],
 )
 def test_torchrun_words(tool, argv, variables, place, run_script):
     """Words are kept as they are, and defaults are those of OpenMMLab."""

@@ -24,7 +24,8 @@ def build(tmp_path):
     """Files of a tiny model, and the model that training leaves."""
 
     def build(task, **options):
-        files = tiny.write_model(task, tmp_path, options)
+        sizes = {'model.backbone.arch.kernel_sizes': [5, 7, 5, 5]}
+        files = tiny.write_model(task, tmp_path, sizes | options)
         cfg = Config.fromfile(files[0])
         init_default_scope(cfg.default_scope)
         model = MODELS.build(cfg.model).eval()
@@ -87,17 +88,27 @@ def test_backbone_onnx(build, tmp_path, monkeypatch):
     assert maps.shape == (1, 8, 16, 24) and maps.std() > 0
 
 
+@torch.no_grad()
 def test_backbone_of_any_size(build, tmp_path, monkeypatch):
     """It agrees at other sizes than that which it is traced with."""
     pool = mock.Mock(wraps=tool.MatrixPool)
     monkeypatch.setattr(tool, 'MatrixPool', pool)
-    files, _ = build('seg', **{'model.backbone.out_indices': [2]})
+    files, model = build('seg', **{'model.backbone.out_indices': [2]})
+    path = tmp_path / 'model.pt2'
     options = '--format', 'torch-export', '--dynamic', '--backbone-only'
-    out = run(files, tmp_path / 'model.pt2', *options)
+    out = run(files, path, *options)
     for size in ('256 x 320', '224 x 256', '288 x 224'):
         assert f'{size}: differs by ' in out
     # ContMix's and, of the head, the pyramid's: ONNX has no others.
     assert pool.call_args_list == [mock.call(size) for size in (7, 2, 3, 6)]
+    # It is the merged and fused form, of the backbone alone.
+    program = torch.export.load(path)
+    image = torch.randn(1, 3, 224, 256)
+    compare(program.module()(image), model.backbone(image))
+    assert program.state_dict
+    for name in program.state_dict:
+        assert name.startswith('model.backbone.')
+        assert 'running_mean' not in name and 'dil_conv' not in name
 
 
 @pytest.mark.slow
@@ -131,30 +142,12 @@ def test_classifier_torchscript(build, tmp_path):
     compare(torch.jit.load(path)(image), [model(image)])
 
 
-@torch.no_grad()
-def test_backbone_torch_export(build, tmp_path):
-    files, model = build('seg', **{'model.backbone.out_indices': (0, 1)})
-    path = tmp_path / 'model.pt2'
-    options = ['--format', 'torch-export', '--shape', '64', '96']
-    run(files, path, *options, '--backbone-only')
-    image = torch.randn(1, 3, 64, 96)
-    wanted = model.backbone(image)
-    assert len(wanted) == 2
-    program = torch.export.load(path)
-    compare(program.module()(image), wanted)
-    # It is the merged and fused form, of the backbone alone.
-    assert program.state_dict
-    for name in program.state_dict:
-        assert name.startswith('model.backbone.')
-        assert 'running_mean' not in name and 'dil_conv' not in name
-
-
 class Blocks(nn.Module):
     """Small blocks of variants, for an image of features, prior and P0."""
 
     def __init__(self, mixers):
         super().__init__()
-        arch = tiny.ARCH | dict(kernel_sizes=(5, 7, 7, 5))
+        arch = tiny.ARCH | dict(kernel_sizes=(5, 5, 5, 5))
         self.blocks = nn.ModuleList()
         for mixer in mixers:
             remove = ['dilated', 'se', 'gate', 'lepe']
@@ -168,11 +161,20 @@ class Blocks(nn.Module):
         return [block(z, initial_prior) for block in self.blocks]
 
 
+@pytest.mark.parametrize(
+    'mixers',
+    [
+        ('contmix', 'involution'),
+        pytest.param(
+            ('neighborhood_attention', 'window_attention'),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 @torch.no_grad()
-def test_variants_onnx(tmp_path):
+def test_variants_onnx(mixers, tmp_path):
     torch.manual_seed(0)
-    others = 'involution', 'neighborhood_attention', 'window_attention'
-    module = Blocks(['contmix', *others]).eval()
+    module = Blocks(mixers).eval()
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.1)
@@ -181,7 +183,7 @@ def test_variants_onnx(tmp_path):
     tool.make_exportable(fuse(module), False)
     program = torch.export.export(module, (image,), strict=False)
     path = tmp_path / 'model.onnx'
-    tool.write_onnx(program, path, [f'map_{i}' for i in range(4)], {})
+    tool.write_onnx(program, path, [*mixers], {})
     predict, _ = load_onnx(path)
     compare(predict(image), wanted)
 

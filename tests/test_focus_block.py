@@ -4,21 +4,26 @@ Without a GPU, Triton's interpreter runs the kernels.
 """
 
 import copy
-from functools import partial
+from functools import cache, partial
 from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
+from fusion import far
 from kernels import DEVICE, draw, exact, relative_error
 from torch import nn
 
 from mmoverlock.models import blocks
 from mmoverlock.models.blocks import FocusBlock
+from mmoverlock.models.fuse import fuse
 from mmoverlock.models.layers import DropPath
 from mmoverlock.models.recomputation import recompute
 
-pytest.importorskip('mmoverlock.ops.focus.triton', exc_type=ImportError)
-SHAPE = 3, 12, 6, 5  # two of the kernel's size, so that it has two windows
+focus = pytest.importorskip(
+    'mmoverlock.ops.focus.triton', exc_type=ImportError
+)
+SHAPE = 2, 12, 6, 5  # two of the kernel's size, so that it has two windows
 pytestmark = pytest.mark.usefixtures('poison')
 
 
@@ -45,7 +50,7 @@ def draw_block(first, norm='BN'):
     for name, parameter in block.named_parameters():
         nn.init.normal_(parameter, std=0.5)
         if name.startswith('ls'):
-            nn.init.ones_(parameter)
+            nn.init.normal_(parameter, 1, 0.3)
     if first:  # a weight that lies in memory otherwise
         conv = block.dwconv1
         conv.weight = nn.Parameter(conv.weight.mT.contiguous().mT)
@@ -58,56 +63,85 @@ def draw_maps(first):
     return [x.requires_grad_() for x in ([z] if first else [z, initial])]
 
 
-def step(block, maps, grad, kernels=True):
-    keeps = torch.tensor([[1, 0, 2], [0.5, 1, 0]]).to(maps[0])
+def step(block, maps, run=None, kernels=True):
+    """The output, gradients and buffers."""
+    torch.manual_seed(2)
+    grad = draw(*SHAPE, dtype=maps[0].dtype)
+    keeps = torch.tensor([[0, 2], [0.5, 0]]).to(maps[0])
     with mock.patch.object(DropPath, 'draw', lambda *_: keeps.unbind()):
-        out = block(*[*maps, None][:2])
+        out = (run or block)(*[*maps, None][:2])
         for buffer in block.buffers() if kernels else ():
             buffer.add_(0)  # as the next batch does
         out.backward(grad)
     grads = {name: p.grad for name, p in block.named_parameters()}
     grads |= {f'map {i}': x.grad for i, x in enumerate(maps)}
-    return grads | dict(out=out.detach())
+    return grads | dict(out=out.detach()), dict(block.named_buffers())
+
+
+@cache
+def train(first):
+    return step(draw_block(first), draw_maps(first))
 
 
 @pytest.mark.parametrize('first', [True, False])
 def test_value_gradients_and_statistics(first, calls, monkeypatch):
-    block, maps = draw_block(first), draw_maps(first)
-    other = copy.deepcopy(block).double()
-    grad = draw(*SHAPE)
-    results = step(block, maps, grad)
+    results, buffers = train(first)
     assert calls.call_count == 1
     monkeypatch.undo()
-    maps = [*map(exact, maps)]
-    expected = step(other, maps, grad.double(), False)
+    maps = [*map(exact, draw_maps(first))]
+    expected, others = step(draw_block(first).double(), maps, kernels=False)
     for name, value in expected.items():
         if value.abs().max() < 1e-9:  # of a bias before a norm; others: 100
             assert results[name].abs().max() < 1e-3, name
         else:
             assert relative_error(results[name], value) < 1e-4, name
-    torch.testing.assert_close(
-        dict(block.named_buffers()),
-        dict(other.named_buffers()),
-        check_dtype=False,
-    )
+    torch.testing.assert_close(buffers, others, check_dtype=False)
 
 
 def test_equal_bits_and_recomputation(calls):
     """With its maps computed again, all is as it was, and counted once."""
-    results = []
-    grad = draw(*SHAPE)
-    for again in (False, True):
-        block = draw_block(False)
-        run = partial(recompute, block, block) if again else block
-        run.buffers, run.named_parameters = (
-            block.buffers,
-            block.named_parameters,
-        )
-        results.append(step(run, draw_maps(False), grad))
-        results[-1].update(block.named_buffers())
-    assert calls.call_count == 3
-    for name, value in results[0].items():
-        assert torch.equal(results[1][name], value), name
+    expected = train(False)
+    calls.reset_mock()
+    block = draw_block(False)
+    again = partial(recompute, block, block)
+    results = step(block, draw_maps(False), again)
+    assert calls.call_count == 2
+    torch.testing.assert_close(results, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('size', [(9, 16), (3, 20)])
+def test_gradient_of_means(size):
+    """Of the last channels behind a norm, of more and fewer rows than 7."""
+    torch.manual_seed(0)
+    x, grad, weight = draw(2, 6, *size), draw(2, 6, *size), draw(6)
+    pooled = draw(2, 4, 7, 7)
+    out, _ = focus.layer_norm.backward(grad, x, weight, 1e-6, pooled=pooled)
+    x, weight = exact(x), weight.double()
+    y = F.layer_norm(x.movedim(1, 3), (6,), weight, eps=1e-6).movedim(3, 1)
+    means = F.adaptive_avg_pool2d(y[:, 2:], 7)
+    grads = grad.double(), pooled.double()
+    (expected,) = torch.autograd.grad((y, means), x, grads)
+    assert relative_error(out, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    'first, dtype, limit',
+    [(False, torch.float32, 1e-4), (True, torch.float16, 1e-2)],
+)
+@torch.no_grad()
+def test_inference(first, dtype, limit, calls, monkeypatch):
+    """Fused, in one call, against the layers before."""
+    block = far(draw_block(first))
+    maps = [x.to(dtype) for x in draw_maps(first)]
+    maps[-1] = maps[-1].contiguous()  # another layout
+    fused = fuse(copy.deepcopy(block).float())
+    with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+        out = fused(*[*maps, None][:2])
+    assert calls.call_count == 1
+    assert out.dtype == dtype
+    monkeypatch.undo()
+    expected = block(*[*map(exact, maps), None][:2])
+    assert relative_error(out, expected) < limit
 
 
 class Taken(Exception):
@@ -134,6 +168,32 @@ def average(block, maps):
     block.lepe[0].origin_bn.momentum = None
 
 
+def merge(block, maps):
+    fuse(block)
+    torch.set_grad_enabled(False)
+
+
+def merge_with_gradients(block, maps):
+    fuse(block)
+
+
+def merge_watched(block, maps):
+    merge(block, maps)
+    watch(block, maps)
+
+
+def merge_but_one(block, maps):
+    watch(block, maps)  # which is left as it is
+    merge(block, maps)
+    block.gate[0]._forward_hooks.clear()
+
+
+def merge_without_residual(block, maps):
+    watched = block.dwconv2.register_forward_hook(print)
+    merge(block, maps)
+    watched.remove()
+
+
 def shrink(block, maps):
     maps[:] = [x[..., :4] for x in maps]
 
@@ -152,6 +212,11 @@ def replace(block, maps):
         (lambda *_: None, 'focus_block'),
         (watch_block, 'focus_block'),
         (lambda block, _: block.eval(), 'conv_and_norm'),
+        (merge, 'focus_block'),
+        (merge_with_gradients, 'conv_and_norm'),
+        (merge_watched, 'conv_and_norm'),
+        (merge_but_one, 'conv_and_norm'),
+        (merge_without_residual, 'conv_and_norm'),
         (watch, 'conv_and_norm'),
         (watch_gradient, 'conv_and_norm'),
         (freeze, 'conv_and_norm'),
@@ -168,9 +233,10 @@ def test_when_it_is_one_node(change, form, auto_is_triton, monkeypatch):
     for name in ('focus_block', 'conv_and_norm'):
         monkeypatch.setattr(blocks, name, partial(take, name))
     block, maps = draw_block(True), draw_maps(True)
-    change(block, maps)
-    with pytest.raises(Taken, match=form):
-        block(maps[0], None)
+    with torch.enable_grad():
+        change(block, maps)
+        with pytest.raises(Taken, match=form):
+            block(maps[0], None)
 
 
 def test_synchronized_norms_are_no_part_of_it(auto_is_triton, monkeypatch):

@@ -288,3 +288,11 @@ def test_subclass():
     model = randomized(Subclass(DEEPER))
     # The four pairs of the stem, and those of the five other downsamplings.
     assert assert_fuses(model, image(64, 64)) == 9
+
+
+def test_adapter_in_a_branch():
+    model = randomized(OverLoCK(DEEPER))
+    conv = model.blocks1[0].proj[1]
+    conv.lk_origin.__class__ = DoublingConv
+    assert_fuses(model, image(64, 64))
+    assert conv.branches

@@ -154,8 +154,7 @@ def assert_loads(config, data, change):
 
 
 @pytest.mark.parametrize(
-    ('kind', 'change'),
-    [('coco', None), ('masks', None), ('masks', four), ('folders', gray)],
+    ('kind', 'change'), [('coco', None), ('masks', four), ('folders', gray)]
 )
 def test_channels(copied, kind, change):
     """`test_page` has others."""
@@ -175,6 +174,8 @@ def test_page(tmp_path, monkeypatch):
     text = (tiny.ROOT / 'docs' / 'own_data.md').read_text()
     blocks = re.findall('^```shell\n(.*?)^```', text, re.DOTALL | re.M)
     monkeypatch.chdir(tmp_path)
+    predict = tiny.load_tool('predict')
+    monkeypatch.setattr(predict, 'draw', lambda *args: None)
     lengths = {}
     changes = {'coco': four, 'masks': gray, 'folders': None}
     for line in ''.join(blocks).replace('\\\n', ' ').splitlines():
@@ -209,15 +210,14 @@ def test_page(tmp_path, monkeypatch):
         elif name == 'predict':
             found = json.loads(Path(argv[-1], 'predictions.json').read_text())
             assert len(found['images']) == 8
-            names = found.get('classes') or [
-                category['name'] for category in found['categories']
-            ]
+            classes = found.get('classes')
+            names = classes or [item['name'] for item in found['categories']]
             assert names == [*read(written).metainfo.classes]
     assert len(lengths) == 3
 
 
-def test_one_class(copied, capsys):
-    """A tuple of one, as many outputs, and boxes without masks."""
+def test_classes(copied, drawn, capsys):
+    """A tuple of one, as many outputs, and boxes without masks; or five."""
     data = copied('coco')
     for path in data.glob('annotations/*.json'):
         contents = json.loads(path.read_text())
@@ -234,13 +234,12 @@ def test_one_class(copied, capsys):
     model, loss = step_loss(config)
     assert np.isfinite(loss) and not model.with_mask
     assert 'annotation ' in fails(data, capsys, '--head', 'mask_rcnn')
-
-
-def test_cascade(copied):
-    config = write(copied('coco'), '--head', 'cascade_mask_rcnn')
-    heads = read(config).model.roi_head
+    heads = read(write(drawn / 'coco', *CASCADE)).model.roi_head
     assert [head.num_classes for head in heads.bbox_head] == [5, 5, 5]
     assert heads.mask_head.num_classes == 5
+
+
+CASCADE = '--head', 'cascade_mask_rcnn'
 
 
 def number(labels, names=(), ignored=0, zero=False):
@@ -255,18 +254,14 @@ def number(labels, names=(), ignored=0, zero=False):
     'given, expected',
     [
         (dict(labels=[0, 1, 2], ignored=5), (3, False, 255)),
-        # Nothing is 0.
-        (dict(labels=[1, 2, 3]), (3, True, 255)),
+        (dict(labels=[1, 2, 3]), (3, True, 255)),  # nothing is 0
         (dict(labels=[0, 1, 2], zero=True), (2, True, 255)),
-        # A name less than numbers, as in ADE20K.
+        # A name less than numbers, as in ADE20K
         (dict(labels=[0, 1, 2], names='ab'), (['a', 'b'], True, 255)),
         (dict(labels=[0, 1], names='abc'), (['a', 'b', 'c'], False, 255)),
-        # A number that is far from all others.
-        (dict(labels=[0, 1, 2, 250]), (3, False, 250)),
-        (dict(labels=[0, 1, 250], names='ab'), (['a', 'b'], False, 250)),
+        (dict(labels=[0, 1, 2, 250]), (3, False, 250)),  # far from all others
         (dict(labels=[0, 1], names='a'), (['background', 'a'], False, 255)),
-        # Some do not occur.
-        (dict(labels=[0, 3, 5]), (6, False, 255)),
+        (dict(labels=[0, 3, 5]), (6, False, 255)),  # some do not occur
         (dict(labels=[0], ignored=5), 'nothing is left to learn'),
         (dict(labels=[0]), 'that is one class'),
         (dict(labels=[0, 1], zero=True), 'that is one class'),
@@ -350,33 +345,24 @@ def test_faults(copied, capsys):
 @pytest.mark.parametrize(
     'names, maps, expected',
     [
-        (['a1.jpg', 'a10.jpg'], ['a1.png', 'a10.png'], ('.jpg', '.png')),
-        (
-            ['x/1_rgb.png'],
-            ['x/1_gt.png', 'x/11_gt.png'],
-            ('rgb.png', 'gt.png'),
-        ),
-        (
-            ['1.jpg', '2.jpg'],
-            ['1_mask.png', '2_mask.png'],
-            ('.jpg', '_mask.png'),
-        ),
-        (['img_1.jpg'], ['mask_1.png'], None),
+        ('a1.jpg a10.jpg', 'a1.png a10.png', ('.jpg', '.png')),
+        ('x/1_rgb.png', 'x/1_gt.png x/11_gt.png', ('rgb.png', 'gt.png')),
+        ('1.jpg 2.jpg', '1_mask.png 2_mask.png', ('.jpg', '_mask.png')),
+        ('img_1.jpg', 'mask_1.png', None),
     ],
 )
 def test_suffixes(tmp_path, names, maps, expected):
     folders = tmp_path / 'images', tmp_path / 'masks'
     for folder, files in zip(folders, (names, maps), strict=True):
-        for name in files:
+        for name in files.split():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()
-    if expected is None:
-        words = 'img_1.jpg and .*mask_1.png: the n'
-        with pytest.raises(DataError, match=words):
-            tool.find_suffixes(*folders)
+    if expected:
+        found = tool.find_suffixes(*folders)
+        assert (found['img_suffix'], found['seg_map_suffix']) == expected
         return
-    found = tool.find_suffixes(*folders)
-    assert (found['img_suffix'], found['seg_map_suffix']) == expected
+    with pytest.raises(DataError, match='img_1.jpg and .*mask_1.png: the n'):
+        tool.find_suffixes(*folders)
 
 
 @pytest.mark.parametrize(

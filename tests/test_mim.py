@@ -1,7 +1,4 @@
-"""Both mims, with the package from a wheel and from a clone.
-
-How far each goes is on docs/usage.md; what goes no further is theirs.
-"""
+"""Both mims, as far as docs/usage.md says that they go."""
 
 import json
 import os
@@ -33,95 +30,62 @@ def install(folder, *requirements):
     )
 
 
-@pytest.fixture(scope='module')
-def folders(tmp_path_factory):
-    """Where mims and the package from a wheel are."""
-    folder = tmp_path_factory.mktemp('mims')
-    for pins in (SHARED, OPENMIM, ONEDL):
-        done = install(folder / pins, *pins.split())
+@pytest.fixture
+def mim(request, tmp_path):
+    """Runs a command of a mim; returns its output."""
+    folders = [tmp_path / 'shared', tmp_path / 'mim']
+    for folder, pins in zip(folders, (SHARED, request.param), strict=True):
+        done = install(folder, *pins.split())
         if done.returncode:
             pytest.skip(f'{pins} does not install: {done.stderr}')
-    clone = folder / 'clone'  # building leaves files behind
-    ignored = shutil.ignore_patterns('.[!m]*', 'build', '*egg-info')
-    shutil.copytree(ROOT, clone, symlinks=True, ignore=ignored)
-    done = install(folder / 'wheel', clone)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.fixture(params=['wheel', 'clone'])
-def source(request):
-    if request.param == 'clone':
-        found = distributions(name='mmoverlock')
-        urls = [d.read_text('direct_url.json') or '{}' for d in found]
-        infos = [json.loads(url).get('dir_info', {}) for url in urls]
-        if not any(info.get('editable') for info in infos):
-            pytest.skip('mmoverlock is not installed from a clone')
-    return request.param
-
-
-@pytest.fixture
-def mim(request, folders, source, tmp_path):
-    """Runs a command of a mim; returns status and output."""
-    path = [folders / 'wheel'] * (source == 'wheel')
-    path += [folders / request.param, folders / SHARED]
-    env = os.environ | {'PYTHONPATH': os.pathsep.join(map(str, path))}
+    env = os.environ | {'PYTHONPATH': os.pathsep.join(map(str, folders))}
 
     def run(*command):
-        done = subprocess.run(
+        return subprocess.run(
             [sys.executable, '-m', 'mim', *command],
             env=env,
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-        )
-        return done.returncode, done.stdout
+        ).stdout
 
     return run
 
 
-def check_search_and_run(mim):
-    status, out = mim('search', 'mmoverlock', '--model', 'upernet')
-    assert status == 0, out
+def check(mim, config):
+    """It finds configs and runs tools, which say what is missing."""
+    out = mim('search', 'mmoverlock', '--model', 'upernet')
     for arch in 'xt', 't', 's', 'b':
         assert f'config id: upernet_overlock_{arch}_160k' in out
-    config = 'mmoverlock::imagenet/overlock_xt_300e.py'
-    status, out = mim('run', 'mmoverlock', 'get_flops', config)
-    assert status == 0, out
+    name = 'mmoverlock::imagenet/overlock_xt_300e.py'
+    out = mim('run', 'mmoverlock', 'get_flops', name)
     assert 'without auxiliary head     16.97 M' in out
-
-
-def check_search_fails(mim, index):
-    status, out = mim('search', 'mmoverlock')
-    assert status and index in out
-
-
-def starts(mim, config):
-    """Whether both tools start, and say which data or weights are missing."""
     gpus = '--gpus', '0'
-    _, train = mim('train', 'mmoverlock', config, *gpus)
+    out = mim('train', 'mmoverlock', config, *gpus)
+    assert '\ntrain.py: ' in f'\n{out}'
     weights = '--checkpoint', 'no.pth'
-    _, test = mim('test', 'mmoverlock', config, *weights, *gpus)
-    said = '\ntrain.py: ' in f'\n{train}'
-    assert said == ('\ntest.py: ' in f'\n{test}'), train + test
-    return said
+    out = mim('test', 'mmoverlock', config, *weights, *gpus)
+    assert '\ntest.py: ' in f'\n{out}'
 
 
 @pytest.mark.parametrize('mim', [OPENMIM], indirect=True)
-def test_openmim(mim, source):
-    if source == 'wheel':
-        check_search_and_run(mim)
-        assert starts(mim, Path(CONFIG).name)
-    else:
-        check_search_fails(mim, 'mmoverlock/model-index.yml')
+def test_openmim(mim, tmp_path):
+    """With the package from a wheel."""
+    ignored = shutil.ignore_patterns('.[!m]*', 'build', '*egg-info')
+    clone = tmp_path / 'clone'  # building leaves files behind
+    shutil.copytree(ROOT, clone, symlinks=True, ignore=ignored)
+    done = install(tmp_path / 'mim', clone)
+    assert done.returncode == 0, done.stderr
+    check(mim, Path(CONFIG).name)
 
 
 @pytest.mark.parametrize('mim', [ONEDL], indirect=True)
-def test_onedl_mim(mim, source):
-    if source == 'clone':
-        check_search_and_run(mim)
-        assert starts(mim, str(ROOT / 'configs' / CONFIG))
-        assert not starts(mim, Path(CONFIG).name)
-    else:
-        check_search_fails(mim, 'dist-info/model-index.yml')
+def test_onedl_mim(mim):
+    """With the package from a clone; it does not know configs by name."""
+    found = distributions(name='mmoverlock')
+    urls = [d.read_text('direct_url.json') or '{}' for d in found]
+    infos = [json.loads(url).get('dir_info', {}) for url in urls]
+    if not any(info.get('editable') for info in infos):
+        pytest.skip('mmoverlock is not installed from a clone')
+    check(mim, str(ROOT / 'configs' / CONFIG))

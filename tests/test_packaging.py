@@ -1,26 +1,22 @@
 """The wheel, what importing it costs, and its configs and tools by name."""
 
-import json
 import os
 import re
 import subprocess
 import sys
 import zipfile
 from email import message_from_bytes
-from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
 import tiny
 from mmengine.config import Config
-from mmengine.fileio import load
 from packaging.requirements import Requirement
 
 import mmoverlock
 from mmoverlock import cli
 
 ROOT = tiny.ROOT
-STACKS = 'torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain'
 NAME = 'mask_rcnn/overlock_xt_1x.py'
 INFO = f'mmoverlock-{mmoverlock.__version__}.dist-info'
 
@@ -128,40 +124,15 @@ def test_extras_are_ranges_with_the_pins_in_them(metadata):
         assert str(torch.specifier) == '>=2.6'
 
 
-def test_extras_replace_nothing(wheel):
-    """Where the stack is installed, an extra adds nothing to it."""
-    found = {d.metadata['Name'].lower() for d in distributions()}
-    stack = 'onedl' if 'onedl-mmcv' in found else 'openmmlab'
-    if not {'mmcv', 'onedl-mmcv'} & found:
-        pytest.skip('no stack is installed')
-    command = [sys.executable, '-m', 'pip', 'install', '--dry-run', '-q']
-    command += ['--no-index', '--report', '-', f'{wheel.filename}[{stack}]']
-    report = json.loads(subprocess.check_output(command, text=True))
-    names = [item['metadata']['name'] for item in report['install']]
-    assert names == ['mmoverlock']
-
-
-def test_model_index_lists_every_metafile():
-    listed = load(ROOT / 'model-index.yml')['Import']
-    metafiles = ROOT.glob('configs/*/metafile.yml')
-    assert sorted(listed) == sorted(
-        path.relative_to(ROOT).as_posix() for path in metafiles
-    )
-
-
 # --------------------------------------------------------------- installed
 
 
 def run(folder, *argv):
     """Run python where a package in a folder is installed."""
     path = os.pathsep.join([str(folder), os.environ.get('PYTHONPATH', '')])
-    return subprocess.run(
-        [sys.executable, *argv],
-        env=os.environ | {'PYTHONPATH': path},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
+    env = os.environ | {'PYTHONPATH': path}
+    options = dict(env=env, cwd=folder, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *argv], **options)
 
 
 INSTALLED = """
@@ -198,7 +169,7 @@ MODULE2PACKAGE['mmoverlock'] = 'mmoverlock'
 print(get_config('mmoverlock::mask_rcnn/overlock_t_1x.py').model.type)
 
 name = 'mmoverlock::imagenet/overlock_xt_300e.py'
-sys.argv = ['mmoverlock', 'get_flops', name, '--shape', '32', '32']
+sys.argv = ['mmoverlock', 'test', name, 'no.pth']
 runpy.run_module('mmoverlock', run_name='__main__')
 """
 
@@ -211,14 +182,12 @@ def test_installed(wheel, tmp_path):
     tiny.need_openmmlab()
     wheel.extractall(tmp_path)
     done = run(tmp_path, '-c', INSTALLED, str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        'test.py: checkpoint no.pth does not exist'
+    )
     lines = [line for line in done.stdout.splitlines() if 'OneDL' not in line]
     said = 'set()', 'True', 'False False True True True', 'True', 'MaskRCNN'
-    assert lines[:5] == [*said]
-    assert 'mmoverlock::imagenet/overlock_xt_300e.py, 3 x 32 x 32' in (
-        done.stdout
-    )
-    assert lines[-1].startswith('without auxiliary head     16.97 M')
+    assert lines == [*said]
 
 
 @pytest.mark.parametrize(
@@ -236,33 +205,26 @@ def test_list_of_tools(argv, status):
 
 def test_config_is_the_file():
     assert Path(mmoverlock.config(NAME)).samefile(ROOT / 'configs' / NAME)
-    words = "'mask_rcnn/x.py', but .*dino"
-    with pytest.raises(FileNotFoundError, match=words):
-        mmoverlock.config('mask_rcnn/x.py')
-    message = tiny.run_tool(
-        'get_flops', 'mmoverlock::mask_rcnn/x.py', status=2
-    )
-    assert "get_flops.py: mmoverlock has no config 'mask_rcnn/x.py'" in message
+    argv = 'get_flops', 'mmoverlock::mask_rcnn/x.py'
+    message = tiny.run_tool(*argv, status=2)
+    words = "get_flops.py: .* no config 'mask_rcnn/x.py', but .*dino"
+    assert re.match(words, message)
 
 
 @pytest.mark.parametrize(
     'base',
     [f"'mmoverlock::{NAME}'", f"__import__('mmoverlock').config('{NAME}')"],
 )
-def test_base(base, tmp_path):
+def test_base(base, tmp_path, monkeypatch):
     """By name in the tools here; by its file in those of all packages."""
     tiny.need_openmmlab()
     path = tmp_path / 'own.py'
-    path.write_text(
-        f'_base_ = {base}\nmodel = dict(backbone=dict(arch="t"))\n'
-    )
-    own = Config._get_cfg_path
+    path.write_text(f'_base_ = {base}\nmodel = dict(backbone=dict(arch="t"))')
     if '::' in base:
+        own = staticmethod(Config._get_cfg_path)
+        monkeypatch.setattr(Config, '_get_cfg_path', own)
         cli.set_up()
-    try:
-        cfg = Config.fromfile(path)
-    finally:
-        Config._get_cfg_path = staticmethod(own)
+    cfg = Config.fromfile(path)
     expected = Config.fromfile(ROOT / 'configs' / NAME)
     assert cfg.model.backbone.pop('arch') == 't'
     assert expected.model.backbone.pop('arch') == 'xt'

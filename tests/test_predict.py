@@ -1,6 +1,7 @@
 """tools/predict.py: what it writes is what OpenMMLab's own functions say."""
 
 import json
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -65,29 +66,21 @@ def test_detector(models, photos, tmp_path):
     expected = mmdet.inference_detector(model, str(image))
     expected = expected.pred_instances
     annotations = found['annotations']
-    assert len(annotations) == len(expected) == 5
-    for annotation, box, label, score, mask in zip(
-        annotations,
-        expected.bboxes.numpy(),
-        expected.labels.tolist(),
-        expected.scores.tolist(),
-        expected.masks.numpy(),
-        strict=True,
-    ):
+    assert len(annotations) == 5
+    for annotation, instance in zip(annotations, expected, strict=True):
         x, y, width, height = annotation['bbox']
-        np.testing.assert_allclose(
-            [x, y, x + width, y + height], box, atol=1e-2
-        )
-        assert annotation['category_id'] == label + 1
-        assert annotation['score'] == pytest.approx(score, abs=1e-4)
+        (box,) = instance.bboxes.numpy()
+        corners = x, y, x + width, y + height
+        np.testing.assert_allclose(corners, box, atol=1e-2)
+        assert annotation['category_id'] == instance.labels.item() + 1
+        score = pytest.approx(instance.scores.item(), abs=1e-4)
+        assert annotation['score'] == score
         assert annotation['image_id'] == 1
-        runs = annotation['segmentation']
-        assert (coco_masks.decode(runs) == mask).mean() > 0.99
-        assert annotation['area'] == coco_masks.decode(runs).sum()
+        mask = coco_masks.decode(annotation['segmentation'])
+        assert (mask == instance.masks[0].numpy()).mean() > 0.99
+        assert annotation['area'] == mask.sum()
     assert [a['id'] for a in annotations] == [1, 2, 3, 4, 5]
     assert drawn(tmp_path / 'pictures' / 'a.png', image)
-
-    # pycocotools reads the file, and its masks and areas agree.
     coco = COCO(str(tmp_path / 'predictions.json'))
     assert coco.getImgIds() == [1] and len(coco.getCatIds()) == 80
     for annotation in coco.loadAnns(coco.getAnnIds(imgIds=[1])):
@@ -121,14 +114,13 @@ def test_segmentor_and_inputs(models, photos, tmp_path, capsys):
     assert f'{tmp_path / "none.png"}: there is no such file' in message
     assert f'{tmp_path / "empty"}: there are no images' in message
     found = json.loads((tmp_path / 'predictions.json').read_text())
-    assert [
-        (image['id'], image['file_name'], image['label_map'])
-        for image in found['images']
-    ] == [
-        (1, str(photos / 'a.bmp'), 'label_maps/a.png'),
-        (2, str(photos / 'a.png'), 'label_maps/a_2.png'),
-        (3, str(photos / 'sub' / 'b.png'), 'label_maps/sub/b.png'),
-    ]
+    rows = ('a.bmp', 'a.png'), ('a.png', 'a_2.png'), ('sub/b.png',) * 2
+    for i, (image, row) in enumerate(zip(found['images'], rows, strict=True)):
+        name, label_map = row
+        assert (
+            image['id'] == i + 1 and image['file_name'] == f'{photos}/{name}'
+        )
+        assert image['label_map'] == f'label_maps/{label_map}'
     assert len(found['classes']) == 150 and found['classes'][2] == 'sky'
     config, checkpoint = models['seg']
     model = mmseg.init_model(config, device='cpu')
@@ -164,11 +156,9 @@ def test_classifier_and_video(models, photos, tmp_path, monkeypatch):
     image = photos / 'a.png'
     found = run(models, 'cls', tmp_path / 'out', image, video)
     assert bars == [(1, 3), (2, 3), (3, 3)] and not fused
-    assert [(i['file_name'], i.get('frame')) for i in found['images']] == [
-        (str(image), None),
-        (str(video), 0),
-        (str(video), 1),
-    ]
+    frames = [(i['file_name'], i.get('frame')) for i in found['images']]
+    movie = [(str(video), frame) for frame in (0, 1)]
+    assert frames == [(str(image), None), *movie]
     first, second, third = (i['predictions'] for i in found['images'])
     model = mmpretrain.get_model(*models['cls'], device='cpu')
     inferencer = mmpretrain.ImageClassificationInferencer(model)
@@ -181,10 +171,8 @@ def test_classifier_and_video(models, photos, tmp_path, monkeypatch):
     assert second != third
     pictures = tmp_path / 'out' / 'pictures'
     assert drawn(pictures / 'a.png', image)
-    below = [
-        np.asarray(Image.open(p))[-9:] for p in (pictures / 'a.png', image)
-    ]
-    assert (below[0] == below[1]).all()  # text is above
+    both = np.stack([Image.open(p) for p in (pictures / 'a.png', image)])
+    assert (both[0, -9:] == both[1, -9:]).all()  # text is above
     names = sorted(path.name for path in (pictures / 'clip').iterdir())
     assert names == ['000000.png', '000001.png']
     run(models, 'cls', tmp_path / 'out', image, options=['--fuse'])
@@ -193,14 +181,8 @@ def test_classifier_and_video(models, photos, tmp_path, monkeypatch):
 
 def test_failures_lose_nothing(models, photos, tmp_path, monkeypatch, capsys):
     """A picture that is not drawn, and then anything at all."""
-    names = []
-
-    def draw(visualizer, image, sample, path, score_thr):
-        names.append(path.name)
-        if len(names) == 1:
-            raise ZeroDivisionError('of a font')
-
-    monkeypatch.setattr(tool, 'draw', draw)
+    effects = ZeroDivisionError('of a font'), None, None
+    monkeypatch.setattr(tool, 'draw', mock.Mock(side_effect=effects))
     with pytest.raises(SystemExit) as stop:
         run(models, 'cls', tmp_path, photos / 'a.bmp', photos / 'a.png')
     assert stop.value.code == 1
@@ -212,13 +194,13 @@ def test_failures_lose_nothing(models, photos, tmp_path, monkeypatch, capsys):
         f'{tmp_path}/pictures/a.png: ZeroDivisionError: of a font',
     ]
 
-    def fail(model, data):
-        if len(names) == 3:
-            raise RuntimeError('out of memory')
-        return predict(model, data)
+    def predict(model, data):
+        monkeypatch.setattr(tool, 'predict', fail)
+        return first(model, data)
 
-    predict = tool.predict
-    monkeypatch.setattr(tool, 'predict', fail)
+    first = tool.predict
+    fail = mock.Mock(side_effect=RuntimeError('out of memory'))
+    monkeypatch.setattr(tool, 'predict', predict)
     with pytest.raises(RuntimeError, match='out of memory'):
         run(models, 'cls', tmp_path, photos / 'a.bmp', photos / 'a.png')
     assert len(json.loads(file.read_text())['images']) == 1
@@ -238,13 +220,11 @@ def test_inputs_among_results(models, photos, tmp_path):
 def test_colors(models, photos, tmp_path, monkeypatch):
     """The dataset's, or distinct ones for other classes."""
     palettes = []
-    monkeypatch.setattr(
-        tool,
-        'draw',
-        lambda visualizer, *_: palettes.append(
-            visualizer.dataset_meta['palette']
-        ),
-    )
+
+    def draw(visualizer, *args):
+        palettes.append(visualizer.dataset_meta['palette'])
+
+    monkeypatch.setattr(tool, 'draw', draw)
     config, checkpoint = models['det']
     own = tmp_path / 'own.py'
     own.write_text(
@@ -267,12 +247,11 @@ def fail(argv):
 def test_mistakes(models, tmp_path):
     config, checkpoint = models['cls']
     for weights, option, words in (
-        ('no.pth', [], 'checkpoint no.pth does not exist'),
-        (models['seg'][1], [], 'does not fit the model'),
-        (checkpoint, [f'{tiny.TEST_SET}.type=CustomDataset'], 'the classes'),
-        (checkpoint, ['default_scope=mmpose'], 'default_scope mmpose'),
+        ('no.pth', 'load_from=', 'checkpoint no.pth does not exist'),
+        (models['seg'][1], 'load_from=', 'does not fit the model'),
+        (checkpoint, f'{tiny.TEST_SET}.type=CustomDataset', 'the classes'),
+        (checkpoint, 'default_scope=mmpose', 'default_scope mmpose'),
     ):
-        argv = [config, weights, 'x.png', '--out', str(tmp_path / 'out')]
-        options = ['--cfg-options', *option] if option else []
-        assert words in fail([*argv, *options])
+        argv = config, weights, 'x.png', '--out', tmp_path / 'out'
+        assert words in fail([*argv, '--cfg-options', option])
     assert not (tmp_path / 'out').exists()

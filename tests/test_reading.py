@@ -93,21 +93,20 @@ def test_safetensors(tmp_path):
 # ------------------------------------------------------------ broken files
 
 
-@pytest.mark.parametrize(
-    ('data', 'words'),
-    [
-        (b'', 'a.pth is empty'),
-        (pickle.dumps({'weight': 1}, 2), 'is no checkpoint: it starts with'),
-        (b'PK\3\4' + bytes(30), 'a.pth is truncated or damaged'),
-    ],
-)
-def test_no_checkpoint(path, data, words, monkeypatch):
+def test_no_checkpoint(path, monkeypatch):
     monkeypatch.setenv('HOME', str(path.parent))
     with pytest.raises(CheckpointError, match='No such file'):
         read('~/a.pth')
-    path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=words):
-        read('~/a.pth')
+    torch.save({'weight': torch.ones(99)}, path)
+    for data, words in (
+        (b'', 'a.pth is empty'),
+        (pickle.dumps({'weight': 1}, 2), 'is no checkpoint: it starts with'),
+        (b'PK\3\4' + bytes(30), 'a.pth is truncated or damaged'),
+        (path.read_bytes()[:-10], 'a.pth is truncated or damaged'),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match=words):
+            read('~/a.pth')
 
 
 @pytest.mark.parametrize(
@@ -123,13 +122,6 @@ def test_no_checkpoint(path, data, words, monkeypatch):
 def test_unusable_contents(path, contents, words):
     with pytest.raises(CheckpointError, match=words):
         reread(path, contents)
-
-
-def test_truncated(path):
-    torch.save({'weight': torch.ones(99)}, path)
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match='a.pth is truncated or damaged'):
-        read(str(path))
 
 
 def test_flipped_bit_of_a_weight(path):

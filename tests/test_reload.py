@@ -33,7 +33,7 @@ def reload_all():
 
 def test_reload():
     """In a process of its own: others hold the classes of before."""
-    process = get_context('forkserver').Process(target=reload_all)
+    process = get_context('fork').Process(target=reload_all)
     process.start()
     process.join()
     assert process.exitcode == 0

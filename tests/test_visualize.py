@@ -86,7 +86,6 @@ def test_prior(files, tmp_path, shown):
     torch.testing.assert_close(prior, backbone.high_level_proj(overview)[0])
     stage3 = backbone.focus_net(base, overview)[0]
     torch.testing.assert_close(updated, stage3[0, -len(prior) :])
-    assert [*maps] == ['context prior P0', 'P after stage 3']
     titles = [axes.get_title() for axes in figure.axes]
     assert titles[0] == 'image\n'
     assert titles[1] == 'context prior P0\n8 channels, 2 x 2'
@@ -94,6 +93,11 @@ def test_prior(files, tmp_path, shown):
 
 
 def test_features(files, tmp_path, shown):
+    """Of a detector; of a classifier, where its heads read."""
+    run('features', files['cls'], tmp_path)
+    (maps, _, _, _) = shown[0].pop()
+    assert [*maps] == ['Overview-Net', 'Focus-Net']
+    shown[1].clear()
     run('features', files['det'], tmp_path)
     check_picture(tmp_path / 'photo_features.png')
     ((maps, _, _, _),), (figure,) = shown
@@ -111,25 +115,15 @@ def test_features(files, tmp_path, shown):
         assert axes.get_xlim() == (-0.5, picture.shape[1] - 0.5)
 
 
-def test_features_of_a_classifier(files, tmp_path, monkeypatch):
-    titles = []
-    monkeypatch.setattr(
-        tool, 'show_maps', lambda maps, *_: titles.extend(maps)
-    )
-    run('features', files['cls'], tmp_path)
-    assert titles == ['Overview-Net', 'Focus-Net']
-
-
 def test_kernels(files, tmp_path, shown):
     options = ['--at', '10,20', '60,5', '--stage', '4', '--block', '0']
     run('kernels', files['cls'], tmp_path, *options)
     check_picture(tmp_path / 'photo_kernels.png')
     (figure,) = shown[1]
-    pictures = figure.axes[0], figure.axes[9]
-    titles = [axes.get_title() for axes in pictures]
+    titles = [figure.axes[i].get_title() for i in (0, 9)]
     assert titles == ['x = 10, y = 20', 'x = 60, y = 5']
-    images = [axes.images[0] for axes in figure.axes[:18]]
-    cells = [images[i] for i in range(18) if i not in (0, 9)]
+    axes = figure.axes[1:9] + figure.axes[10:18]
+    cells = [cell.images[0] for cell in axes]
     for cell in cells:
         assert cell.get_array().mean() == pytest.approx(1, abs=1e-4)
     # One scale for all
@@ -150,11 +144,9 @@ def test_windows_in_the_picture():
     assert boxes == [(26.5, -0.5, 45, 40), (17.5, 7.5, 63, 56)]
     (cross, _) = figure.axes[0].lines
     assert (cross.get_xdata()[0], cross.get_ydata()[0]) == (45, 9)
-    rings = [
-        axes.lines[0].get_xydata()[0].tolist() for axes in figure.axes[1:5]
-    ]
-    assert rings == [[2, 1], [2, 1], [3, 0], [3, 0]]
-    for axes in figure.axes[1:5]:
+    rings = [2, 1], [2, 1], [3, 0], [3, 0]
+    for axes, ring in zip(figure.axes[1:5], rings, strict=True):
+        assert axes.lines[0].get_xydata()[0].tolist() == ring
         assert np.allclose(axes.images[0].get_array(), 1)
     tool.plt.close(figure)
 
@@ -162,17 +154,10 @@ def test_windows_in_the_picture():
 def test_dynamic_kernels():
     """They give the block's mix when the windows are multiplied by hand."""
     torch.manual_seed(0)
-    block = FocusBlock(
-        16,
-        8,
-        kernel_size=7,
-        heads=2,
-        first=True,
-        drop_path=0.0,
-        norm_cfg={'type': 'BN'},
-        deploy=False,
-        contmix_backend='auto',
-    ).eval()
+    shape = dict(kernel_size=7, heads=2, first=True, drop_path=0.0)
+    options = dict(norm_cfg={'type': 'BN'}, deploy=False)
+    options |= dict(contmix_backend='auto')
+    block = FocusBlock(16, 8, **shape, **options).eval()
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter)
     z, value = torch.randn(1, 24, 9, 12), torch.randn(1, 16, 9, 12)
@@ -185,13 +170,10 @@ def test_dynamic_kernels():
         kernels = tool.dynamic_kernels(
             block, got['query'], got['key'], (row, column)
         )
-        assert [kernel.shape for kernel, _, _ in kernels] == [
-            (4, 5, 5),
-            (4, 7, 7),
-        ]
         for half, (kernel, top, left) in zip(halves, kernels, strict=True):
             torch.testing.assert_close(kernel.sum((1, 2)), torch.ones(4))
             k = kernel.shape[-1]
+            assert kernel.shape == (4, k, k)
             assert top == min(max(row - k // 2, 0), 9 - k)
             window = half[:, top : top + k, left : left + k]
             parts.append((kernel.repeat_interleave(2, 0) * window).sum((1, 2)))
@@ -276,27 +258,27 @@ def test_principal_components():
     assert (red.diff() > 0).all() and red[0] < 0.05 and red[-1] > 0.95
 
 
-@pytest.mark.parametrize(
-    ('command', 'options', 'words'),
-    [
-        ('kernels', ['--at', '64,0'], '64,0 is outside of photo, which is 64'),
-        ('kernels', ['--block', '1'], '--block 1: stage 3 has blocks 0 to 0'),
-        ('prior', ['--cfg-options', 'modle.type=A'], 'did you mean model'),
-    ],
-)
-def test_mistakes(files, tmp_path, command, options, words):
-    message = run(command, files['cls'], tmp_path, *options, status=2)
-    message = message.splitlines()[-1]
-    assert message.startswith('visualize.py: ') and words in message
-
-
-def test_missing_input(files, tmp_path):
-    inputs = [*files['cls'][:2], 'none']
-    message = run('prior', inputs, tmp_path, status=2)
-    assert 'visualize.py: none: there is no such file' in message
-
-
-def test_missing_stage():
+def test_mistakes(files, tmp_path):
+    *model, photo = files['cls']
+    for command, image, options, words in (
+        (
+            'kernels',
+            photo,
+            ['--at', '64,0'],
+            '64,0 is outside of photo, which',
+        ),
+        ('kernels', photo, ['--block', '1'], '1: stage 3 has blocks 0 to 0'),
+        (
+            'prior',
+            photo,
+            ['--cfg-options', 'modle.type=A'],
+            'did you mean mod',
+        ),
+        ('prior', 'none', [], 'none: there is no such file'),
+    ):
+        out = run(command, [*model, image], tmp_path, *options, status=2)
+        last = out.splitlines()[-1]
+        assert last.startswith('visualize.py: ') and words in last
     backbone = OverLoCK(tiny.ARCH, out_indices=(0, 1))
     with pytest.raises(tool.cli.UserError, match='no sub_blocks3.*(0, 1)'):
         tool.find_module(backbone, 'sub_blocks3')

@@ -30,11 +30,11 @@ from mmoverlock.models.weights import (
 def messages(monkeypatch):
     """What weights.py logs: (level, text)."""
     logged = []
-    monkeypatch.setattr(
-        weights,
-        'print_log',
-        lambda text, logger, level: logged.append((level, text)),
-    )
+
+    def log(text, logger, level):
+        logged.append((level, text))
+
+    monkeypatch.setattr(weights, 'print_log', log)
     return logged
 
 
@@ -118,28 +118,26 @@ def test_fits(written, built, level, text, left_alone, save, messages):
     assert message.partition(' tensors fit')[2] == ('; ' * bool(text) + text)
 
 
-@pytest.mark.parametrize(
-    'wrap',
-    [
-        merge,
-        lambda state: {'model': merge(state), 'epoch': 3},
-        lambda state: {'state_dict': add_prefixes(state)},
-        lambda state: {
-            f'module.{name}': value
-            for name, value in state.items()
-            if not name.endswith('num_batches_tracked')
-        },
-    ],
-)
-def test_forms_of_files(wrap, save, messages):
-    source, model = tiny(1), tiny(deploy=True)
-    load_pretrained(model, save(wrap(source.state_dict())))
-    assert_loaded(model, source.switch_to_deploy().state_dict())
-    assert messages[0][1].endswith('tensors fit')
+def test_forms_of_files(save, messages):
+    source, model = tiny(1), tiny()
+    state = source.state_dict()
+    old = {
+        f'module.{name}': value
+        for name, value in state.items()
+        if not name.endswith('num_batches_tracked')
+    }
+    for contents in {'state_dict': add_prefixes(state)}, old:
+        load_pretrained(model, save(contents))
+        assert_loaded(model, state)
+    model, state = tiny(deploy=True), merge(state)
+    for contents in state, {'model': state, 'epoch': 3}:
+        load_pretrained(model, save(contents))
+        assert_loaded(model, source.switch_to_deploy().state_dict())
+    assert all(text.endswith('tensors fit') for _, text in messages)
 
 
 def test_merging_on_the_way_is_exact(save):
-    """With the eps of the config, which is no part of a checkpoint."""
+    """By the eps of the config, which is no part of a checkpoint."""
     norm_cfg = dict(type='BN', eps=0.5)
     model = tiny(1, norm_cfg=norm_cfg).double().eval()
     deployed = tiny(norm_cfg=norm_cfg, deploy=True).double().eval()
@@ -155,45 +153,40 @@ RESHAPED = rf'of another shape: {BIAS} \(3,\) instead of \(16,\)$'
 
 
 @pytest.mark.parametrize(
-    ('damage', 'built', 'words'),
+    ('change', 'deploy', 'words'),
     [
-        (lambda state: state.pop(BIAS), {}, f'fit; missing: {BIAS}$'),
-        (lambda state: state.update({BIAS: torch.zeros(3)}), {}, RESHAPED),
-        (lambda state: state.pop(STEM), {}, r'no OverLoCK, but patch_embed1'),
-        (
-            lambda state: state.pop(BRANCH),
-            dict(deploy=True),
-            'blocks1.0.proj.1. cannot be merged',
-        ),
-        (lambda state: state.update(merge(state)), {}, 'reparam.*deploy=True'),
+        (lambda state: {BIAS: None}, False, f'fit; missing: {BIAS}$'),
+        (lambda state: {BIAS: torch.zeros(3)}, False, RESHAPED),
+        (lambda state: {STEM: None}, False, 'no OverLoCK, but patch_embed1'),
+        (lambda state: {BRANCH: None}, True, '0.proj.1. cannot be merged'),
+        (merge, False, 'reparam.*deploy=True'),
     ],
 )
-def test_does_not_fit(damage, built, words, save):
+def test_does_not_fit(change, deploy, words, save):
     """An error that says why, and nothing is loaded."""
-    state, model = tiny(1).state_dict(), tiny(**built)
-    damage(state)
+    state, model = tiny(1).state_dict(), tiny(deploy=deploy)
+    state |= change(state)
+    state = {k: value for k, value in state.items() if value is not None}
     with pytest.raises(CheckpointError, match=words):
         load_pretrained(model, save(state))
-    assert_loaded(model, tiny(**built).state_dict())
+    assert_loaded(model, tiny(deploy=deploy).state_dict())
 
 
 def test_other_arch(save):
     """By names and shapes; fewer maps and merged branches are no matter."""
-    path, names = save(tiny().state_dict()), OverLoCK.arch_zoo
-    for arch, kwargs in dict(xt={}, t=dict(out_indices=(0, 1))).items():
-        with torch.device('meta'):
-            model = OverLoCK(arch, **kwargs)
-        with pytest.raises(CheckpointError) as error:
-            load_pretrained(model, path)
-        assert str(error.value) == (
-            f'{path} does not fit the model: it looks like OverLoCK of depths '
-            '[1, 1, 1, 1, 1, 1] and channels [8, 16, 24, 32], and the model '
-            f'is OverLoCK {arch}: change the arch or take another file'
-        )
-    for arch, kwargs in dict(s=dict(deploy=True), b={}).items():
-        with torch.device('meta'):
-            state = OverLoCK(arch, **kwargs).state_dict()
-        assert arch_of(add_prefixes(state), names) == arch
+    path = save(tiny().state_dict())
+    with torch.device('meta'):
+        model = OverLoCK('t', out_indices=(0, 1))
+        merged = OverLoCK('s', deploy=True).state_dict()
+    with pytest.raises(CheckpointError) as error:
+        load_pretrained(model, path)
+    assert str(error.value) == (
+        f'{path} does not fit the model: it looks like OverLoCK of depths '
+        '[1, 1, 1, 1, 1, 1] and channels [8, 16, 24, 32], and the model '
+        'is OverLoCK t: change the arch or take another file'
+    )
+    for name, state in dict(t=model.state_dict(), s=merged).items():
+        assert arch_of(add_prefixes(state), OverLoCK.arch_zoo) == name
 
 
 def test_prefix(save):
@@ -287,27 +280,24 @@ def test_incomplete_checkpoint(load_into, messages):
         )
 
 
-@pytest.mark.parametrize(
-    ('backbone', 'words'),
-    [(True, 'no OverLoCK, but conv.weight'), (False, ': 0 of 2 tensors fit')],
-)
-def test_nothing_fits(backbone, words, load_into):
+def test_nothing_fits(load_into):
     """Of models without OverLoCK too, which the tools take."""
-    model = Model(backbone=backbone)
-    with pytest.raises(CheckpointError, match=words):
-        load_into(model, {'conv.weight': torch.zeros(1)}, complete=False)
+    state = {'conv.weight': torch.zeros(1)}
+    with pytest.raises(CheckpointError, match='no OverLoCK, but conv.weight'):
+        load_into(Model(), state, complete=False)
+    with pytest.raises(CheckpointError, match=': 0 of 2 tensors fit'):
+        load_into(Model(backbone=False), state, complete=False)
 
 
-def test_runner_takes_released_names_and_merges(load_into):
-    """The averaged weights too."""
+def test_wrapped_models(load_into):
+    """Averaged weights, and what test-time augmentation wraps.
+
+    Files may have the release's names, and branches that are merged here.
+    """
     source, model = tiny(1), Model(deploy=True)
     average = load_into(model, source.state_dict(), complete=False)
     for loaded in (model, average):
         assert_loaded(loaded.backbone, source.switch_to_deploy().state_dict())
-
-
-def test_test_time_augmentation(load_into):
-    """Checkpoints are of the model that mmengine wraps for it."""
     state, model = Model(1).state_dict(), Model()
     load_into(Averaged(model), {'state_dict': state}, complete=True)
     assert_loaded(model, state)

@@ -20,6 +20,9 @@ from yapf.yapflib import yapf_api
 # MMEngine formats the configs that it writes, which takes longer than a tiny
 # training.
 yapf_api.FormatCode = lambda text, **options: (text, False)
+# Seconds that a loader waits for its workers when the garbage collector finds
+# it: after its queues, so that the workers do not know.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1
 
 ROOT = Path(__file__).parents[1]
 ARCH = dict(
@@ -124,8 +127,7 @@ def _divided(size, factor):
 def forget_instances():
     """Forget MMEngine's loggers and their kind.
 
-    It keeps them by the name of the run, which ends in the second of its
-    start: runners that start in the same second would share a logger.
+    They are kept by the second in which a run starts.
     """
     kinds = [ManagerMixin]
     for kind in kinds:
@@ -161,15 +163,9 @@ def run_tool(name, *argv, status=0, curves=False):
 
 
 def write_model(task, folder, settings=None):
-    """Write a tiny model's config and checkpoint.
+    """Write a tiny model's config and checkpoint; return the files.
 
-    Args:
-        task (str): 'det', 'seg' or 'cls'.
-        folder (Path): Where to.
-        settings (dict, optional): What else is in the config, by dotted keys.
-
-    Returns:
-        tuple[str, str]: The files.
+    The task is 'det', 'seg' or 'cls'; the settings are by dotted keys.
     """
     name, options = CONFIGS[task]
     cfg = Config.fromfile(ROOT / 'configs' / name)
@@ -193,16 +189,9 @@ def save_model(cfg, checkpoint):
 
 
 def classifier(folder, **settings):
-    """Write the config and the images of a tiny classifier.
+    """Write the config and the images of a tiny classifier; return its path.
 
     Its training draws random numbers in the data pipeline and the model.
-
-    Args:
-        folder (Path): Where to.
-        settings: What else is in the config, or other than here.
-
-    Returns:
-        Path: The config.
     """
     random = np.random.default_rng(0)
     for name in ('train/a', 'train/b', 'val/a', 'val/b'):
@@ -211,49 +200,39 @@ def classifier(folder, **settings):
         for i in range(4):
             pixels = random.integers(0, 256, (40, 40, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(images / f'{i}.png')
-    pipeline = [
-        dict(type='LoadImageFromFile'),
-        dict(type='RandomFlip', prob=0.5, direction='horizontal'),
-        dict(type='RandomResizedCrop', scale=64),
-        dict(type='PackInputs'),
-    ]
+    flip = dict(type='RandomFlip', prob=0.5, direction='horizontal')
+    crop = dict(type='RandomResizedCrop', scale=64)
 
-    def loader(split, pipeline):
-        return dict(
-            batch_size=4,
-            num_workers=0,
-            dataset=dict(
-                type='CustomDataset',
-                data_root=str(folder / 'data'),
-                data_prefix=split,
-                pipeline=pipeline,
-            ),
-            sampler=dict(type='DefaultSampler', shuffle=split == 'train'),
+    def loader(split, *steps):
+        reader, pack = dict(type='LoadImageFromFile'), dict(type='PackInputs')
+        dataset = dict(
+            type='CustomDataset',
+            data_root=str(folder / 'data'),
+            data_prefix=split,
+            pipeline=[reader, *steps, pack],
         )
+        sampler = dict(type='DefaultSampler', shuffle=split == 'train')
+        options = dict(batch_size=4, num_workers=0)
+        return dict(dataset=dataset, sampler=sampler, **options)
 
+    backbone = dict(type='OverLoCK', arch=ARCH, out_indices=(3,))
+    colors = dict(mean=[127.5] * 3, std=[64.0] * 3, to_rgb=True)
+    head = dict(type='LinearClsHead', num_classes=2, in_channels=40)
+    saving = dict(interval=1, max_keep_ckpts=1, save_best='auto')
     config = dict(
         default_scope='mmpretrain',
         custom_imports=dict(imports=['mmoverlock.models']),
         model=dict(
             type='ImageClassifier',
-            data_preprocessor=dict(
-                num_classes=2, mean=[127.5] * 3, std=[64.0] * 3, to_rgb=True
-            ),
-            backbone=dict(
-                type='OverLoCK',
-                arch=ARCH,
-                out_indices=(3,),
-                drop_path_rate=0.3,
-            ),
+            data_preprocessor=dict(num_classes=2, **colors),
+            backbone=dict(drop_path_rate=0.3, **backbone),
             neck=dict(type='GlobalAveragePooling'),
-            head=dict(
-                type='LinearClsHead', num_classes=2, in_channels=40, topk=(1,)
-            ),
+            head=dict(topk=(1,), **head),
         ),
-        train_dataloader=loader('train', pipeline),
-        val_dataloader=loader('val', [pipeline[0], pipeline[-1]]),
+        train_dataloader=loader('train', flip, crop),
+        val_dataloader=loader('val'),
         val_evaluator=dict(type='Accuracy'),
-        test_dataloader=loader('val', [pipeline[0], pipeline[-1]]),
+        test_dataloader=loader('val'),
         test_evaluator=dict(type='Accuracy'),
         train_cfg=dict(by_epoch=True, max_epochs=2),
         val_cfg=dict(),
@@ -261,12 +240,7 @@ def classifier(folder, **settings):
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3)),
         default_hooks=dict(
             logger=dict(type='LoggerHook', interval=1),
-            checkpoint=dict(
-                type='CheckpointHook',
-                interval=1,
-                max_keep_ckpts=1,
-                save_best='auto',
-            ),
+            checkpoint=dict(type='CheckpointHook', **saving),
         ),
     )
     config.update(settings)
@@ -276,10 +250,9 @@ def classifier(folder, **settings):
 
 
 def _drawn(task, layout, folder, config, images, resize):
-    """The config of a tiny model, of drawn data and small images.
+    """The config of a tiny model that evaluates on some drawn images.
 
-    It resizes in that step of the training's pipeline, and evaluates on so
-    many images.
+    The step of the training's pipeline that resizes has that index.
     """
     root = folder / layout
     run_tool('make_sample_data', layout, root, '--images=4', '--size=96')
@@ -306,15 +279,10 @@ def _write(cfg, folder, name, options):
 
 
 def detector(folder, config=CONFIGS['det'][0], **options):
-    """Write the config of a tiny Mask R-CNN, and draw COCO-style data.
+    """Write the config of a tiny Mask R-CNN, and draw data in COCO's layout.
 
-    Args:
-        folder (Path): Where to; the data are in ``folder / 'coco'``.
-        config (str): The config it is made of, relative to configs/.
-        options: What else is in the config, by dotted keys.
-
-    Returns:
-        Path: The config.
+    It is made of a config of configs/, and options by dotted keys. As in the
+    two below, the data are in a folder of the layout's name beside it.
     """
     cfg = _drawn('det', 'coco', folder, config, 2, 2)
     ann_file = folder / 'coco' / 'annotations' / 'instances_val2017.json'
@@ -325,10 +293,7 @@ def detector(folder, config=CONFIGS['det'][0], **options):
 
 
 def segmentor(folder, **options):
-    """Write the config of a tiny UperNet, with data in ADE20K's layout.
-
-    The arguments are those of `detector`; data are in ``folder / 'ade20k'``.
-    """
+    """Write the config of a tiny UperNet, with data in ADE20K's layout."""
     cfg = _drawn('seg', 'ade20k', folder, CONFIGS['seg'][0], 3, 2)
     cfg.model.data_preprocessor.size = (64, 64)
     cfg.train_dataloader.dataset.pipeline[3].crop_size = (64, 64)
@@ -338,10 +303,7 @@ def segmentor(folder, **options):
 
 
 def imagenet(folder, **options):
-    """Write the config of a tiny classifier, with data in ImageNet's layout.
-
-    The arguments are those of `detector`; data are in ``folder / 'imagenet'``.
-    """
+    """Write the config of a classifier, with data in ImageNet's layout."""
     cfg = _drawn('cls', 'imagenet', folder, CONFIGS['cls'][0], 3, 1)
     cfg.train_dataloader.batch_size = 4
     cfg.train_cfg.max_epochs = 1

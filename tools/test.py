@@ -1,7 +1,6 @@
 """Test a checkpoint: ``python tools/test.py CONFIG CHECKPOINT``."""
 
 import argparse
-import math
 import os
 from copy import deepcopy
 
@@ -104,53 +103,16 @@ def draw_predictions(cfg, folder):
 
 
 def augment_test_time(cfg):
-    """Wrap the model in ``tta_model`` and read images by ``tta_pipeline``.
-
-    Returns:
-        str: What it costs.
-    """
+    """Wrap the model in ``tta_model`` and read images by ``tta_pipeline``."""
     for key in ('tta_model', 'tta_pipeline'):
         if not cfg.get(key):
             raise cli.UserError(
                 '--tta needs tta_model and tta_pipeline in the config, and '
                 f'there is no {key}'
             )
-    datasets = [d for _, d in data.unwrap(cfg.test_dataloader.dataset)]
-    cost = cost_of_views(cfg.tta_pipeline, datasets[0].get('pipeline') or ())
-    for dataset in datasets:
+    for _, dataset in data.unwrap(cfg.test_dataloader.dataset):
         dataset.pipeline = cfg.tta_pipeline
     cfg.model = dict(**cfg.tta_model, module=cfg.model)
-    return cost
-
-
-def cost_of_views(pipeline, plain):
-    """Say how many views of an image a pipeline makes, and of what size.
-
-    Args:
-        pipeline (list[dict]): With a ``TestTimeAug``, whose groups of steps
-            are combined.
-        plain (list[dict]): The pipeline without it.
-
-    Returns:
-        str: As in '12 views of each image, with 17.4 times its pixels'.
-    """
-    groups = [g for step in pipeline for g in step.get('transforms', ())]
-    count = math.prod(map(len, groups))
-    text = f'{count} views of each image'
-    sizes = [
-        area for group in groups for step in group if (area := area_of(step))
-    ]
-    usual = next(filter(None, map(area_of, plain)), None)
-    if usual and sizes:
-        pixels = count * sum(sizes) / len(sizes) / usual
-        text += f', with {pixels:.1f} times its pixels'
-    return text
-
-
-def area_of(step):
-    """The area that a step resizes to, if that is a pair of sides."""
-    scale = step.get('scale')
-    return math.prod(scale) if isinstance(scale, list | tuple) else None
 
 
 def main(argv=None):
@@ -171,11 +133,9 @@ def main(argv=None):
         if args.show_dir:
             draw_predictions(cfg, args.show_dir)
         if args.tta:
-            cost = augment_test_time(cfg)
+            augment_test_time(cfg)
         with cli.explain_failures(cfg, args.cfg_options):
             runner = cli.build_runner(cfg, complete=True)
-            if args.tta:
-                runner.logger.info(f'--tta: {cost}')
             if args.fuse:
                 runner.register_hook(Fuse())
             if args.out:

@@ -25,11 +25,13 @@ from .layers import (
     ResDWConv,
     SEModule,
     add_residual,
+    are_plain,
     as_operand,
     build_bn,
+    computes_as,
     conv_and_norm,
     counts_batches,
-    is_watched_within,
+    is_plain,
     prepare,
     run_layers,
 )
@@ -71,6 +73,27 @@ def _feed_forward_layers(
     )
 
 
+FEED_FORWARD = PointwiseConv, nn.GELU, ResDWConv, GRN, PointwiseConv
+FOCUS = {  # the layers of a Focus block, where None is a norm
+    'dwconv1': ResDWConv,
+    'norm1': LayerNorm2d,
+    'fusion': (DWConv, None, nn.GELU, PointwiseConv, GRN),
+    'gate': (PointwiseConv, None, nn.SiLU),
+    'lepe': (DilatedReparamConv, None),
+    'weight_query': (PointwiseConv, None),
+    'weight_key': (nn.AdaptiveAvgPool2d, PointwiseConv, None),
+    'weight_proj': nn.Conv2d,
+    'dyconv_proj': (PointwiseConv, None),
+    'se_layer': SEModule,
+    'proj': (None, PointwiseConv),
+    'ls1': LayerScale,
+    'dwconv2': ResDWConv,
+    'norm2': LayerNorm2d,
+    'mlp': FEED_FORWARD,
+    'ls2': LayerScale,
+}
+
+
 def _feed_forward(
     layers: Sequence[nn.Module],
     x: Tensor,
@@ -84,6 +107,15 @@ def _feed_forward(
     A squeeze and excitation may come first. What this and GRN scale and shift
     is the input of a 1x1 convolution.
     """
+    steps, kinds = [*layers], FEED_FORWARD
+    if excite is not None:
+        steps, kinds = [excite, *steps], (SEModule, *kinds)
+    if not are_plain(steps, *kinds) or not (
+        scale is None or is_plain(scale, LayerScale)
+    ):
+        for layer in steps:
+            x = layer(x)
+        return add_residual(identity, x, keep, scale)
     expand, gelu, dwconv, grn, reduce = layers
     parameters = (
         expand.weight,
@@ -160,7 +192,7 @@ class RepConvBlock(nn.Module):
         norm, conv, bn, excite, *layers, _ = self.proj
         x, y = conv_and_norm(self.dwconv, norm, x)
         y = conv(y)
-        if excite.takes_norms([bn], y):
+        if type(excite) is SEModule and excite.takes_norms([bn], y):
             y, excite = excite.run_norms([bn], [y]), None
         else:
             y = bn(y)
@@ -306,15 +338,7 @@ class FocusBlock(nn.Module):
             )
             if takes_triton('auto', operands[0], focus_block, *operands):
                 return focus_block(*operands)
-        if not self.first:
-            z = update_prior(
-                z,
-                initial_prior,
-                self.x_scale.weight,
-                self.x_scale.bias,
-                self.h_scale.weight,
-                self.h_scale.bias,
-            )
+        z = self.read(z, initial_prior)
         identity, z = conv_and_norm(self.dwconv1, self.norm1, z)
         sequences = (
             self.fusion,
@@ -327,7 +351,13 @@ class FocusBlock(nn.Module):
         )
         excited = self.dyconv_proj, self.lepe, self.gate
         norms = [layers[1] for layers in excited if len(layers) > 1]
-        if len(norms) < 3 or not self.se_layer.takes_norms(norms, z, excited):
+        # Which may be left to the next one
+        is_silu = is_plain(self.gate[-1], nn.SiLU)
+        if not (
+            len(norms) == 3
+            and is_silu
+            and self.se_layer.takes_norms(norms, z, excited)
+        ):
             norms = []
         prepared = prepare(sequences, z, norms)
         fused = run_layers(self.fusion, z, prepared)
@@ -343,7 +373,7 @@ class FocusBlock(nn.Module):
         else:
             y = run_layers(self.dyconv_proj, mixed, prepared)
             y = y + run_layers(self.lepe, fused, prepared)
-            silu = self.gate in prepared  # which is left to the next one
+            silu = is_silu and self.gate in prepared
             gate = run_layers(self.gate, fused, prepared, -1 if silu else None)
             y = self.se_layer(y, gate, silu)
         y = run_layers(self.proj, y, prepared)
@@ -351,41 +381,88 @@ class FocusBlock(nn.Module):
         z, y = conv_and_norm(self.dwconv2, self.norm2, z)
         return _feed_forward(self.mlp, y, z, keeps[1], self.ls2)
 
-    def _norms(self) -> list[nn.Module]:
-        """The batch norms but for those of the branches, if all are there."""
-        sequences = self.weight_query, self.gate, self.dyconv_proj, self.lepe
-        sequences += self.weight_key[1:], self.fusion, self.proj[::-1]
-        return [layers[1] for layers in sequences if len(layers) > 1]
+    def read(self, z: Tensor, initial_prior: Tensor | None) -> Tensor:
+        """What the block works on, of its inputs."""
+        if self.first:
+            return z
+        if self._has_plain_scales():
+            scales = self.x_scale, self.h_scale
+            parameters = (t for s in scales for t in (s.weight, s.bias))
+            return update_prior(z, initial_prior, *parameters)
+        priors = initial_prior.shape[1]
+        x, prior = z.split((z.shape[1] - priors, priors), dim=1)
+        prior = self.x_scale(prior, self.h_scale(initial_prior))
+        return torch.cat([x, prior], dim=1)
+
+    def _has_plain_scales(self) -> bool:
+        scales = self.x_scale, self.h_scale
+        return are_plain(scales, LayerScale, LayerScale)
 
     def _is_one_node(self, z: Tensor) -> bool:
-        """Whether a step of training is :func:`mmoverlock.ops.focus_block`.
+        """Whether it is :func:`mmoverlock.ops.focus_block`.
 
-        Its norms and convolutions have to be what they are at first, and
-        nobody may watch the layers.
+        Its layers have to be what they are at first, but for norms in
+        inference: those have to be fused. Nobody may watch the layers.
         """
         if (
             type(self) is not FocusBlock
-            or not self.training
             or is_compiling()
             or not takes_triton('auto', z)
         ):
             return False
         conv = self.lepe[0]
-        norms = [*self._norms(), *(norm for _, norm in conv._branches())]
+        norms = self._norms()
+        if norms is None:
+            return False
+        if self.training:
+            norms += [norm for _, norm in conv._branches()]
+            is_whole = bool(conv.branches) and all(map(counts_batches, norms))
+        else:
+            convs = self.dwconv1, self.dwconv2, self.mlp[2]
+            is_whole = (
+                not torch.is_grad_enabled()
+                and not conv.branches
+                and all(is_plain(norm, nn.Identity) for norm in norms)
+                and not any(conv.residual for conv in convs)
+            )
         return (
-            {conv.backend, self.contmix_backend} <= {'auto', 'triton'}
-            and len(norms) > 7
+            is_whole
+            and {conv.backend, self.contmix_backend} <= {'auto', 'triton'}
             and (self.first or z.dtype == cast_as_convolutions(z[:0]).dtype)
             and enlarged_size(z.shape[2:], self.kernel_size) is None
             and z.numel() > z.shape[1]
-            and all(map(counts_batches, norms))
-            and type(self.se_layer) is SEModule
-            and not is_watched_within(self)
+            and (self.first or self._has_plain_scales())
+            and self.se_layer.is_as_built()
+            and conv.is_as_built()
         )
 
+    def _norms(self) -> list[nn.Module] | None:
+        """All but those of branches; None if other layers have changed."""
+        norms = []
+        for name, kinds in FOCUS.items():
+            # Several times as fast as attributes, for every step
+            layers = (self._modules[name],)
+            if isinstance(kinds, tuple):
+                if not is_plain(*layers, nn.Sequential):
+                    return None
+                layers = layers[0]._modules.values()
+            else:
+                kinds = (kinds,)
+            if len(layers) != len(kinds):
+                return None
+            for layer, kind in zip(layers, kinds, strict=True):
+                if kind is None:
+                    norms.append(layer)
+                elif not is_plain(layer, kind):
+                    return None
+        return norms
+
     def _operands(self) -> FocusParameters:
-        def pair(layer: nn.Module) -> tuple[Tensor, Tensor]:
+        def pair(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
             return layer.weight, layer.bias
+
+        def weights(layer: nn.Module) -> tuple[Tensor, ...]:
+            return pair(layer)[: 1 if layer.bias is None else 2]
 
         mix_conv, mix_norm, _, mix, response = self.fusion
         expand, _, conv3, response2, reduce = self.mlp
@@ -403,9 +480,9 @@ class FocusBlock(nn.Module):
             as_operand(mix_norm),
             pair(mix),
             (response.gamma, response.beta),
-            self.weight_query[0].weight,
+            weights(self.weight_query[0]),
             as_operand(self.weight_query[1]),
-            key.weight,
+            weights(key),
             as_operand(key_norm),
             (
                 self.weight_proj.weight.flatten(1),
@@ -413,11 +490,11 @@ class FocusBlock(nn.Module):
                 self.rpb1,
                 self.rpb2,
             ),
-            self.dyconv_proj[0].weight,
+            weights(self.dyconv_proj[0]),
             as_operand(self.dyconv_proj[1]),
-            conv.as_operands(),
+            conv.as_operands() or pair(conv.lk_origin),
             as_operand(branches_norm),
-            self.gate[0].weight,
+            weights(self.gate[0]),
             as_operand(self.gate[1]),
             self.se_layer.weights(),
             as_operand(out_norm),
@@ -478,6 +555,11 @@ class FocusBlock(nn.Module):
         Returns:
             Tensor: Of the shape of ``value``.
         """
+        if not computes_as(self.weight_proj, nn.Conv2d):
+            raise TypeError(
+                'weight_proj is a part of ContMix and takes nothing in its '
+                f'place, got {type(self.weight_proj).__name__}'
+            )
         return contmix(
             query,
             key,

@@ -172,7 +172,7 @@ def _fuse_own(model: nn.Module) -> None:
 
     modules = list(model.modules())
     for module in modules:
-        if type(module) is DilatedReparamConv:
+        if type(module) is DilatedReparamConv and module.is_as_built():
             norms = [norm for _, norm in module._branches()]
             if are_own(*module.children()) and all(map(_is_affine, norms)):
                 module.switch_to_deploy()

@@ -150,6 +150,8 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.beta is None:  # fused
+            return scale_shift(x, response_scale(x, self.gamma))
         return response_norm(x, self.gamma, self.beta)
 
     def scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,7 +197,7 @@ class SEModule(nn.Module):
         Returns:
             Tensor: Of the same shape.
         """
-        if takes_triton('auto', x):
+        if takes_triton('auto', x) and self.is_as_built():
             return squeeze_excite(x, *self.weights(), gate, silu)
         x = x * self.proj(x)
         if gate is None:
@@ -217,24 +219,36 @@ class SEModule(nn.Module):
         _, first, _, second, _ = self.proj
         return first.weight, first.bias, second.weight, second.bias
 
+    def is_as_built(self) -> bool:
+        """See :func:`is_plain`, of the layers."""
+        return is_plain(self.proj, nn.Sequential) and are_plain(
+            self.proj,
+            nn.AdaptiveAvgPool2d,
+            PointwiseConv,
+            nn.GELU,
+            PointwiseConv,
+            nn.Sigmoid,
+        )
+
     def takes_norms(
         self,
         norms: Sequence[nn.Module],
         x: Tensor,
-        others: Sequence[nn.Module] = (),
+        others: Sequence[nn.Sequential] = (),
     ) -> bool:
         """Whether :meth:`run_norms` does what all these modules do.
 
         Args:
             norms (Sequence[nn.Module]): What comes before.
             x (Tensor): Of the size of the maps.
-            others (Sequence[nn.Module]): What must have no hooks, either.
-                Defaults to none.
+            others (Sequence[nn.Sequential]): What the norms are in. Defaults
+                to none.
         """
         return (
             takes_triton('auto', x)
-            and type(self) is SEModule
-            and all(map(has_no_hooks, (self, *others)))
+            and is_plain(self, SEModule)
+            and self.is_as_built()
+            and all(is_plain(other, nn.Sequential) for other in others)
             and all(map(counts_batches, norms))
             and x.numel() > x.shape[1]  # or there is no deviation
         )
@@ -368,7 +382,8 @@ def add_residual(
     Returns:
         Tensor: (B, C, H, W).
     """
-    if takes_triton('auto', x):
+    plain = scale is None or is_plain(scale, LayerScale)
+    if plain and takes_triton('auto', x):
         weight = None if scale is None else scale.weight
         bias = None if scale is None else scale.bias
         return scaled_residual(x, y, weight, bias, keep)
@@ -380,6 +395,9 @@ def conv_and_norm(
     conv: ResDWConv, norm: LayerNorm2d, x: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``conv(x)`` and the norm of it, both (B, C, H, W)."""
+    if not are_plain((conv, norm), ResDWConv, LayerNorm2d):
+        x = conv(x)
+        return x, norm(x)
     operands = (
         x,
         conv.weight,
@@ -411,7 +429,7 @@ def run_layers(
     for layer in [*layers][:end]:
         if layer not in prepared:
             x = layer(x)
-        elif isinstance(layer, PointwiseConv):
+        elif prepared[layer] is not None:
             x = layer(x, rounded=prepared[layer])
         else:
             x = F.batch_norm(
@@ -451,10 +469,12 @@ def prepare(
         return {}
     dtype = cast_as_convolutions(x[:0]).dtype
     prepared, convs, parameters, counts = {}, [], [], []
-    for sequence in filter(has_no_hooks, sequences):
+    for sequence in sequences:
+        if not is_plain(sequence, nn.Sequential):
+            continue
         prepared[sequence] = None
         for layer in sequence:
-            if isinstance(layer, PointwiseConv):
+            if is_plain(layer, PointwiseConv):
                 convs.append(layer)
                 parameters.append(layer.weight)
                 if layer.bias is not None:
@@ -482,13 +502,26 @@ def has_no_hooks(module: nn.Module) -> bool:
     )
 
 
-def is_watched_within(module: nn.Module) -> bool:
-    """Whether anybody watches what a module consists of."""
-    return any(
-        not has_no_hooks(child) or is_watched_within(child)
-        for child in module._modules.values()
-        if child is not None
+def computes_as(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer computes as its kind does.
+
+    An adapter, or another activation, may have taken the place of one.
+    """
+    return (
+        type(layer).forward is kind.forward
+        and 'forward' not in layer.__dict__
+        and getattr(layer, 'approximate', 'none') == 'none'  # of GELU
     )
+
+
+def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer computes as its kind does, and nobody watches it."""
+    return has_no_hooks(layer) and computes_as(layer, kind)
+
+
+def are_plain(layers: Sequence[nn.Module], *kinds: type[nn.Module]) -> bool:
+    """See :func:`is_plain`, of layers one after the other."""
+    return len(layers) == len(kinds) and all(map(is_plain, layers, kinds))
 
 
 def counts_batches(layer: nn.Module) -> bool:
@@ -502,14 +535,19 @@ def counts_batches(layer: nn.Module) -> bool:
     )
 
 
-def as_operand(norm: nn.BatchNorm2d) -> Norm:
-    """A batch norm as operators take it."""
+def as_operand(norm: nn.BatchNorm2d | nn.Identity) -> Norm | None:
+    """A batch norm as operators take it, None where there is none."""
+    if type(norm) is nn.Identity:
+        return None
+    # Faster than attributes, for every step; weights of DataParallel's
+    # replicas are nothing else.
+    buffers = norm._buffers
     return Norm(
         norm.weight,
         norm.bias,
-        norm.running_mean,
-        norm.running_var,
-        norm.num_batches_tracked,
+        buffers['running_mean'],
+        buffers['running_var'],
+        buffers['num_batches_tracked'],
         norm.momentum,
         norm.eps,
     )

@@ -586,11 +586,12 @@ class OverLoCK(BaseModule):
         return maps
 
     def _run(self, group: str, x: Tensor, *args: Tensor) -> Tensor:
-        for i, block in enumerate(getattr(self, group)):
-            if i < self.checkpointed[group] and torch.is_grad_enabled():
-                x = recompute(block, self.regions, block, x, *args)
-            else:
-                x = self.regions(block, x, *args)
+        with self.regions.settings():
+            for i, block in enumerate(getattr(self, group)):
+                if i < self.checkpointed[group] and torch.is_grad_enabled():
+                    x = recompute(block, self.regions, block, x, *args)
+                else:
+                    x = self.regions(block, x, *args)
         return x
 
     def train(self, mode: bool = True) -> 'OverLoCK':

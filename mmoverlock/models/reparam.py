@@ -8,7 +8,7 @@ from torch import Tensor, distributed, nn
 
 from ..ops import Branch, depthwise_conv2d, sum_of_branches, takes_triton
 from ..ops.depthwise import sum_by_kernels
-from .layers import build_bn
+from .layers import as_operand, build_bn, is_plain
 
 # Kernel size: (size, dilation) of the branches beside the large kernel.
 BRANCHES = {
@@ -31,6 +31,9 @@ def _group(norm: nn.Module) -> Any:
             if distributed.get_world_size(group) > 1:
                 return group
     return None
+
+
+NORMS = nn.BatchNorm2d, nn.SyncBatchNorm
 
 
 class DilatedReparamConv(nn.Module):
@@ -99,6 +102,10 @@ class DilatedReparamConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
+        if not self.is_as_built():
+            if not self.branches:
+                return self.lk_origin(x)
+            return sum(norm(conv(x)) for conv, norm in self._branches())
         if not self.branches:
             return self._convolve(
                 x, self.lk_origin.weight, self.lk_origin.bias
@@ -112,6 +119,16 @@ class DilatedReparamConv(nn.Module):
             return sum_of_branches(x, branches, backend, *groups)
         return sum(
             norm(self._convolve(x, conv.weight, None, conv.dilation[0]))
+            for conv, norm in self._branches()
+        )
+
+    def is_as_built(self) -> bool:
+        """See :func:`mmoverlock.models.layers.is_plain`, of the layers."""
+        if not self.branches:
+            return is_plain(self.lk_origin, nn.Conv2d)
+        return all(
+            is_plain(conv, nn.Conv2d)
+            and any(is_plain(norm, kind) for kind in NORMS)
             for conv, norm in self._branches()
         )
 
@@ -131,10 +148,7 @@ class DilatedReparamConv(nn.Module):
         self, x: Tensor, norms: list[nn.Module], groups: set
     ) -> tuple[list[Branch] | None, str | None]:
         """What one operator sums up, and of which backend, None if none."""
-        if not all(
-            type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and norm.training
-            for norm in norms
-        ):
+        if not all(type(norm) in NORMS and norm.training for norm in norms):
             return None, None
         branches = self.as_operands()
         if takes_triton(self.backend, x, sum_by_kernels, x, branches):
@@ -147,20 +161,13 @@ class DilatedReparamConv(nn.Module):
 
     def as_operands(self) -> list[Branch]:
         """The branches as operators take them."""
-        return [
-            Branch(
-                conv.weight,
-                norm.weight,
-                norm.bias,
-                norm.running_mean,
-                norm.running_var,
-                norm.num_batches_tracked,
-                conv.dilation[0],
-                norm.momentum,
-                norm.eps,
+        branches = []
+        for conv, norm in self._branches():
+            *tensors, momentum, eps = as_operand(norm)
+            branches.append(
+                Branch(conv.weight, *tensors, conv.dilation[0], momentum, eps)
             )
-            for conv, norm in self._branches()
-        ]
+        return branches
 
     def merge(self) -> tuple[Tensor, Tensor]:
         """The one convolution that the branches add up to in eval mode.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..ops import contmix, update_prior
+from ..ops import contmix
 from ..ops.dynamic_conv import tiled
 from ..ops.dynamic_conv.reference import bias_starts, window_starts
 from .blocks import (
@@ -66,14 +66,6 @@ class VariantFocusBlock(Variant, FocusBlock):
         z = add_residual(identity, y, keeps[0], self.ls1)
         z, y = conv_and_norm(self.dwconv2, self.norm2, z)
         return _feed_forward(self.mlp, y, z, keeps[1], self.ls2)
-
-    def read(self, z: Tensor, initial_prior: Tensor | None) -> Tensor:
-        """What the block works on, of its inputs."""
-        if self.first:
-            return z
-        scales = self.x_scale, self.h_scale
-        weights = [(scale.weight, scale.bias) for scale in scales]
-        return update_prior(z, initial_prior, *sum(weights, ()))
 
     def guides(self, z: Tensor, initial_prior: Tensor | None) -> Tensor:
         """What queries and then keys are made from, as one map."""

@@ -31,7 +31,7 @@ class Kernel(JITFunction):
         self, grid: tuple[int, ...], args: tuple, kwargs: dict[str, Any]
     ) -> None:
         """Launch the kernel, compiled by Triton if it has not been."""
-        key = [*kwargs.items()]
+        key = [*kwargs, *kwargs.values()]
         bits, device = _describe(args, key)
         key = (device, bits & 15, *key)
         kept = self.kept.get(key)
@@ -47,20 +47,25 @@ class Kernel(JITFunction):
             self.kept[key] = compiled, [kwargs[name] for name in names]
 
 
-def _describe(args: tuple, key: list) -> tuple[int, int]:
+def _describe(args: tuple, key: list) -> tuple[int, int | None]:
     """Add arguments to a key; all bits of addresses, and the device."""
-    bits, device = 0, -1
+    bits, device = 0, None
     for arg in args:
-        if isinstance(arg, Tensor):
+        kind = type(arg)
+        if kind is int:
+            pass
+        elif isinstance(arg, Tensor):
             bits |= arg.data_ptr()
-            device = arg.get_device()
+            if device is None:
+                device = arg.get_device()
             arg = arg.dtype
-        elif isinstance(arg, tuple):
+        elif kind is tuple:
             more, other = _describe(arg, key)
             bits |= more
-            device = max(device, other)
+            if device is None:
+                device = other
             arg = len(arg)
-        elif isinstance(arg, float):
+        elif kind is float:
             arg = float
         key.append(arg)
     return bits, device

@@ -156,16 +156,17 @@ def _forward_kernel(
     strips,
     GELU: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    ACTIVATE: tl.constexpr,
     COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """``y[n] = bias + f(x[n]) + sum over taps of weight[tap] f(x[n + tap])``.
 
-    f is GELU or the identity, and is added if RESIDUAL. x and y (B, H, W, C),
-    weight (C, 9), bias (C, ); squares (strips, C), the sums over a strip of
-    the squares of y; grid (blocks of LANES[0] of all strips blocks of
-    LANES[1] of C, ). A block has the shape of LANES, and is of one row and
-    one column of every strip.
+    f is GELU or the identity, and is added if RESIDUAL; with ACTIVATE, GELU
+    of that is stored. x and y (B, H, W, C), weight (C, 9), bias (C, ); squares
+    (strips, C), the sums over a strip of the squares of y; grid (blocks of
+    LANES[0] of all strips blocks of LANES[1] of C, ). A block has the shape of
+    LANES, and is of one row and one column of every strip.
     """
     blocks = tl.cdiv(channels, LANES[1])
     program = tl.program_id(0)
@@ -226,7 +227,10 @@ def _forward_kernel(
         p_row = p_y + line * (i - 1)
         for j in tl.static_range(COLUMNS):
             m_y = m_row & (col + j < width)
-            b_y = out[j].to(p_y.dtype.element_ty)
+            b_y = out[j]
+            if ACTIVATE:
+                b_y = _gelu(b_y)
+            b_y = b_y.to(p_y.dtype.element_ty)
             tl.store(p_row + step * j, b_y, mask=m_y)
             if p_squares is not None:
                 b_wide = tl.where(m_y, b_y.to(tl.float32), 0)
@@ -258,7 +262,9 @@ def _backward_kernel(
     p_scale,
     p_coef,
     p_weight,
+    p_keep,
     p_grad_x,
+    p_kept,
     p_parts,
     channels,
     height,
@@ -280,7 +286,8 @@ def _backward_kernel(
     f, RESIDUAL and blocks as in the forward kernel. grad, x, y and grad_x
     (B, H, W, C), scale and coef (B, C), weight (C, 9); parts (splits, SUMS, C)
     of the sums for the nine taps, of g and, for 11 SUMS, of grad_x; grid
-    (splits blocks of LANES[1] of C, ).
+    (splits blocks of LANES[1] of C, ). If there is a keep (B, ), kept (B, H,
+    W, C) is grad_x times it.
     """
     blocks = tl.cdiv(channels, LANES[1])
     split = tl.program_id(0) // blocks
@@ -310,6 +317,9 @@ def _backward_kernel(
         if p_coef is not None:
             p_image = p_coef + image * step
             b_coef = tl.load(p_image + o_channel, mask=m_lane, other=0)
+        if p_keep is not None:
+            b_keep = tl.load(p_keep + image, mask=strip < strips, other=0)
+            p_kept_row = p_kept + o_x
         p_grad_row = p_grad + o_x
         p_x_row = p_x + o_x
         p_y_row = p_grad + o_x
@@ -400,6 +410,13 @@ def _backward_kernel(
                     b_grad_x.to(p_grad_x.dtype.element_ty),
                     mask=m_x,
                 )
+                if p_keep is not None:
+                    b_kept = b_grad_x * b_keep
+                    tl.store(
+                        p_kept_row + line * i + step * j,
+                        b_kept.to(p_kept.dtype.element_ty),
+                        mask=m_x,
+                    )
                 more = ()
                 for k in tl.static_range(9):
                     more = more + (tl.fma(b_x, near[k], sums[k]),)
@@ -467,6 +484,7 @@ def forward(
     gelu: bool = False,
     residual: bool = True,
     squares: bool = False,
+    activate: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """One launch.
 
@@ -476,6 +494,7 @@ def forward(
         bias (Tensor, optional): (C, ), of any dtype.
         gelu, residual (bool): See :func:`mmoverlock.ops.residual_conv`.
         squares (bool): Whether to return the sums of squares.
+        activate (bool): Whether the result is GELU of the convolution.
 
     Returns:
         tuple[Tensor, Tensor | None]: (B, C, H, W) as ``x``, and the partial
@@ -504,6 +523,7 @@ def forward(
             batch * strips,
             GELU=gelu,
             RESIDUAL=residual,
+            ACTIVATE=activate,
             COLUMNS=form.columns,
             LANES=lanes,
             num_warps=form.warps,
@@ -522,6 +542,8 @@ def backward(
     gelu: bool = False,
     residual: bool = True,
     sum_grad_x: bool = False,
+    keep: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One launch; the gradient of the output is ``grad * scale + y * coef``.
 
@@ -534,6 +556,8 @@ def backward(
         gelu, residual (bool): As in :func:`forward`.
         sum_grad_x (bool): Whether to sum the gradient of ``x``, which is the
             gradient of a bias of the layer before.
+        keep (Tensor, optional): (B, ), in single precision.
+        kept (Tensor, optional): What takes the gradient of x times ``keep``.
 
     Returns:
         tuple[Tensor, Tensor]: Gradient of x, and partial sums for
@@ -557,7 +581,9 @@ def backward(
             scale,
             coef,
             weight,
+            keep,
             grad_x,
+            kept,
             partial,
             channels,
             height,

@@ -9,11 +9,12 @@ With H positions, D hidden channels, g the gradient of the result::
 
 Forward, the hidden map is written twice and read twice: ``h`` by the first
 product, ``y`` and its sums of squares by the convolution, and the second
-product scales what it loads. Backward it is kept as ``h`` and ``y``; the
-gradient of ``y s + beta`` is written once by a product that also sums it and
-its product with ``y``, which is all that the norm needs, and the convolution's
-gradient turns it into that of ``y`` while loading. Products without a scale
-are those of PyTorch.
+product scales what it loads. Backward it is kept as ``y`` and as ``h``, which
+is made again where a product takes no longer than writing it. The gradient of
+``y s + beta`` is written once by a product that also sums it and its product
+with ``y``, which is all that the norm needs, and the convolution's gradient
+turns it into that of ``y`` while loading. Products without a scale are those
+of PyTorch.
 """
 
 from typing import Any
@@ -28,6 +29,9 @@ from ..grn import triton as response_norm
 from ..pointwise import product_weight_grad, round_parameters, rows, to_map
 from ..pointwise.triton import product, weight_grad
 from ..residual import triton as scaled_residual
+
+# Channels of x, at most, where h is made again: the product is one of bytes.
+MAX_REPEATED = 160
 
 
 @custom_op('mmoverlock::feed_forward')
@@ -49,13 +53,14 @@ def feed_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The result; h, y, the norms and the scales; both weights, rounded.
 
-    The weights are empty if they are what they were.
+    The weights are empty if they are what they were, and so is h if it will be
+    made again.
     """
     x = channels_last(x)
     if not x.numel():
         return _empty_outputs(x, weight1, weight2, identity)
     rounded = round_parameters(x.dtype, weight1, weight2, bias1)
-    h = to_map(torch.addmm(rounded[2], *_factors(x, rounded[0])), x)
+    h = _expand(x, rounded[0], rounded[2])
     y, squares = conv.forward(
         h, conv_weight, conv_bias, gelu=True, residual=residual, squares=True
     )
@@ -74,13 +79,15 @@ def feed_forward(
         gain=gain,
         offset=offset,
     )
+    if x.shape[1] <= MAX_REPEATED:
+        h = x.new_empty(0)
     if x.dtype == weight1.dtype:
         rounded = [x.new_empty(0) for _ in range(2)]
     return out, h, y, norm, scale, *rounded[:2]
 
 
-def _factors(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return rows(x), weight.flatten(1).mT
+def _expand(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return to_map(torch.addmm(bias, rows(x), weight.flatten(1).mT), x)
 
 
 def _empty_outputs(
@@ -102,8 +109,10 @@ def _empty_outputs(
         x.new_empty(0) if same else torch.empty_like(weight, dtype=x.dtype)
         for weight in (weight1, weight2)
     )
-    maps = (t.permute(0, 3, 1, 2) for t in (out, h, y))
-    return *maps, norm, scale, *rounded
+    out, h, y = (t.permute(0, 3, 1, 2) for t in (out, h, y))
+    if x.shape[1] <= MAX_REPEATED:
+        h = x.new_empty(0)
+    return out, h, y, norm, scale, *rounded
 
 
 @feed_forward.register_fake
@@ -173,6 +182,8 @@ def _feed_forward_backward(
     grad = grad.to(x.dtype)
     if not rounded1.numel():
         rounded1, rounded2 = weight1, weight2
+    if not h.numel():
+        h = _expand(x, rounded1, bias1.to(x.dtype))
     grad_scaled, sums = product(
         grad, rounded2, transposed=True, factor=y, keep=keep
     )

@@ -1,4 +1,4 @@
-"""The block of the Focus-Net in training, for GPUs."""
+"""The block of the Focus-Net in training, or fused, for GPUs."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,35 +8,38 @@ from torch import Tensor
 from ..depthwise import Branch
 from ..excitation import Norm
 
-Pair = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor | None]
+Weights = tuple[Tensor] | Pair  # without a bias or with one
 
 
 class FocusParameters(NamedTuple):
     """What :func:`focus_block` takes besides its maps.
 
-    C channels are features and P the prior, T = C + P; D are hidden.
+    C channels are features and P the prior, T = C + P; D are hidden. Fused for
+    inference, there is None in place of every norm, one convolution in place
+    of the branches, and no convolution of 3 x 3 adds its input.
     """
 
     prior: tuple[Tensor, ...]  # (P, 1, 1, 1), (P, ), twice; or nothing
     conv1: Pair  # (T, 1, 3, 3), (T, )
     norm1: Pair  # (T, ), (T, )
     mix_conv: Pair  # as conv1
-    mix_norm: Norm  # of T channels
+    mix_norm: Norm | None  # of T channels
     mix: Pair  # (C, T, 1, 1), (C, )
     response: Pair  # (1, C, 1, 1) each
-    query: Tensor  # (C / 2, C, 1, 1)
-    query_norm: Norm
-    key: Tensor  # (C / 2, P, 1, 1)
-    key_norm: Norm
+    query: Weights  # (C / 2, C, 1, 1), (C / 2, )
+    query_norm: Norm | None
+    key: Weights  # (C / 2, P, 1, 1), (C / 2, )
+    key_norm: Norm | None
     kernels: tuple[Tensor, Tensor, Tensor, Tensor]  # see contmix
-    value: Tensor  # (C, C, 1, 1), as the gate
-    value_norm: Norm
-    branches: list[Branch]
-    branches_norm: Norm
-    gate: Tensor
-    gate_norm: Norm
+    value: Weights  # (C, C, 1, 1), (C, ), as the gate
+    value_norm: Norm | None
+    branches: list[Branch] | Pair  # (C, 1, K, K), (C, )
+    branches_norm: Norm | None
+    gate: Weights
+    gate_norm: Norm | None
     excite: tuple[Tensor, Tensor, Tensor, Tensor]  # see squeeze_excite
-    out_norm: Norm
+    out_norm: Norm | None
     out: Pair  # (T, C, 1, 1), (T, )
     scale1: Pair  # (T, 1, 1, 1), (T, )
     conv2: Pair
@@ -49,9 +52,10 @@ class FocusParameters(NamedTuple):
 
     def signature(self) -> tuple:
         """What kernels are compiled for, in a few words."""
-        tensors = self.key, self.expand[0], *self.kernels
+        tensors = self.key[0], self.expand[0], *self.kernels
         facts = [(t.shape, t.dtype, t.requires_grad) for t in tensors]
-        return len(self.prior), len(self.branches), *facts
+        is_fused = self.mix_norm is None
+        return is_fused, len(self.prior), len(self.branches), *facts
 
 
 def focus_block(
@@ -68,7 +72,8 @@ def focus_block(
     It computes what the layers do one by one; in one node, gradients of a map
     are added where they are made, and the partial sums of all gradients of
     parameters in one launch. Kernels alone. Running statistics and numbers of
-    batches are updated in place.
+    batches are updated in place. Or, with fused parameters, what it does in
+    inference, without a gradient.
 
     Args:
         z (Tensor): (B, T, H, W), in the dtype that convolutions take, no side
@@ -76,7 +81,7 @@ def focus_block(
         initial (Tensor, optional): (B, P, H, W), if there is a ``prior``.
         parameters (FocusParameters): In single precision or half.
         keeps (Sequence[Tensor | None]): What the samples of both branches are
-            scaled by, (B, ) each, in single precision.
+            scaled by in training, (B, ) each, in single precision.
         scale (float): Of the queries.
         eps (tuple[float, float]): Of the two layer norms.
         regions (int): Along each axis, that the keys are of.

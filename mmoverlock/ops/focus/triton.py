@@ -11,98 +11,32 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
-from .. import partial_sums, tiles
-from ..common import cdiv, channels_last, flatten, lengths, nest
+from .. import partial_sums
+from ..common import (
+    channels_last,
+    contiguous,
+    flatten,
+    lengths,
+    nest,
+)
 from ..conv3x3 import triton as conv
 from ..depthwise.triton import branches as large_conv
+from ..depthwise.triton import depthwise_conv2d
 from ..dynamic_conv import triton as contmix
 from ..excitation import triton as excitation
 from ..ffn import triton as ffn
 from ..grn import triton as response_norm
-from ..launching import jit
 from ..layernorm import triton as layer_norm
 from ..pointwise import round_parameters, rows, to_map
 from ..pointwise.triton import product, weight_grads
 from ..prior import triton as prior
-from ..residual import triton as residual
 from . import FocusParameters
 
 aten = torch.ops.aten
-SIZES = 'count', 'height', 'width'
-
-
-@jit(do_not_specialize=SIZES)
-def _unpool_kernel(
-    p_grad,
-    p_out,
-    count,
-    height,
-    width,
-    step,
-    channels,
-    REGIONS: tl.constexpr,
-    DOWN: tl.constexpr,
-    ACROSS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Add the gradient of means over regions, which may overlap.
-
-    Region i of S an axis begins at floor(i H / S) and ends before ceil((i + 1)
-    H / S). grad (B, REGIONS^2, C), out (count = B H W, C), whose rows are
-    ``step`` apart; of the regions, DOWN and ACROSS at most meet in a row and
-    in a column; grid (blocks of rows and of C, ).
-    """
-    tile, o_channel, m_channel = tiles.place(channels, BLOCK)
-    row = tile * ROWS + tl.arange(0, ROWS)
-    image = (row // (height * width)).to(tl.int64)
-    y = row // width % height
-    x = row % width
-    m_out = (row < count)[:, None] & m_channel[None]
-    o_out = row.to(tl.int64)[:, None] * step + o_channel[None]
-    acc = tiles.load(p_out, o_out, m_out)
-    for down in tl.static_range(DOWN):
-        i = y * REGIONS // height + down
-        rows = tl.cdiv((i + 1) * height, REGIONS) - i * height // REGIONS
-        for across in tl.static_range(ACROSS):
-            j = x * REGIONS // width + across
-            columns = tl.cdiv((j + 1) * width, REGIONS) - j * width // REGIONS
-            met = (i <= ((y + 1) * REGIONS - 1) // height) & (
-                j <= ((x + 1) * REGIONS - 1) // width
-            )
-            region = (image * REGIONS + i) * REGIONS + j
-            o_grad = region[:, None] * channels + o_channel[None]
-            b_grad = tiles.load(p_grad, o_grad, m_out & met[:, None])
-            acc += b_grad / (rows * columns)[:, None]
-    tiles.store(p_out, o_out, acc, m_out)
-
-
-def _unpool(grad, out):
-    """Add the gradient of an adaptive average of a part of a map."""
-    batch, channels, height, width = out.shape
-    regions = grad.shape[2]
-    block = tiles.form(channels)
-    count = batch * height * width
-    _unpool_kernel[(cdiv(count, block[0]) * cdiv(channels, block[1]),)](
-        channels_last(grad),
-        out,
-        count,
-        height,
-        width,
-        out.stride(3),
-        channels,
-        REGIONS=regions,
-        DOWN=regions // height + 2,
-        ACROSS=regions // width + 2,
-        ROWS=block[0],
-        BLOCK=block[1],
-        num_warps=tiles.KNOBS['warps'],
-    )
 
 
 class _Settings(NamedTuple):
@@ -179,7 +113,7 @@ def _forward(z, initial, p, keeps, settings):
     updated = z
     if p.prior:
         updated = prior.forward(z, initial, *p.prior)
-    weights = *p.mix, p.query, p.key, p.value, p.gate, p.out[0], *p.expand
+    weights = *p.mix, *p.query, *p.key, *p.value, *p.gate, p.out[0], *p.expand
     rounded = round_parameters(z.dtype, *weights, p.reduce[0])
     mix, mix_bias, query, key, value, gate, out, *hidden = rounded
     identity, _ = conv.forward(updated, *p.conv1)
@@ -275,6 +209,50 @@ def _forward(z, initial, p, keeps, settings):
     return result, saved
 
 
+def _infer(z, initial, p, settings):
+    """The result where norms are parts of convolutions."""
+    if p.prior:
+        z = prior.forward(z, initial, *p.prior)
+    weights = *p.mix, *p.query, *p.key, *p.gate, *p.expand
+    weights += p.value[0], p.out[0], p.reduce[0]
+    *rounded, value, out, reduce = round_parameters(z.dtype, *weights)
+    pairs = zip(rounded[::2], rounded[1::2], strict=True)
+    mix, query, key, gate, expand = pairs
+    identity, _ = conv.forward(z, *p.conv1, residual=False)
+    x = layer_norm.forward(identity, *p.norm1, settings.eps[0])
+    y, _ = conv.forward(x, *p.mix_conv, residual=False, activate=True)
+    y = _product(y, *mix)
+    fused, *_ = response_norm.forward(y, *p.response)
+    features, guide = x.split([query[0].shape[1], key[0].shape[1]], 1)
+    pooled = channels_last(F.adaptive_avg_pool2d(guide, settings.regions))
+    queries, keys = _product(features, *query), _product(pooled, *key)
+    mixed, *_ = contmix._mix.function(
+        queries, keys, *p.kernels, fused, settings.scale
+    )
+    y = depthwise_conv2d(fused, *p.branches)
+    y, _ = product(mixed, value, p.value[1], identity=y)
+    y, _ = excitation.forward(y, *p.excite, _product(fused, *gate), True)
+    gain, offset = p.scale1
+    z, _ = product(
+        y, out, p.out[1], identity=identity, gain=gain, offset=offset
+    )
+    identity, _ = conv.forward(z, *p.conv2, residual=False)
+    x = layer_norm.forward(identity, *p.norm2, settings.eps[1])
+    result, *_ = ffn.feed_forward.function(
+        x,
+        *expand,
+        *p.conv3,
+        *p.response2,
+        reduce,
+        p.reduce[1],
+        identity,
+        *p.scale2,
+        None,
+        False,
+    )
+    return result
+
+
 def _fields(tuples):
     """Lists of the fields of some tuples of one kind."""
     return [list(field) for field in zip(*tuples, strict=True)]
@@ -299,26 +277,25 @@ def _backward(grad, s, p, keeps, settings):
 
     grads = {}
     hidden = *p.expand, *p.conv3, *p.response2, *p.reduce
-    others = s.identity2, *p.scale2, keeps[1]
-    grad, *results = ffn._feed_forward_backward.function(
+    others = None, None, None, keeps[1]
+    grad_y, *results = ffn._feed_forward_backward.function(
         grad, s.x2, *s.ffn, expand, reduce, *hidden, *others, True
     )
-    grad_identity, *grads['scale2'] = results[8:]
     names = 'expand', 'conv3', 'response2', 'reduce'
     for i, name in enumerate(names):
         grads[name] = results[2 * i : 2 * i + 2]
     grad, parts = layer_norm.backward(
-        grad, s.identity2, p.norm2[0], settings.eps[1], grad_identity
+        grad_y, s.identity2, p.norm2[0], settings.eps[1], grad, p.scale2[0]
     )
-    grads['norm2'] = empty(p.norm2, parts)
-    grad, parts = conv.backward(grad, s.middle, p.conv2[0])
+    results = empty((*p.norm2, *p.scale2), parts)
+    grads['norm2'], grads['scale2'] = results[:2], results[2:]
+    grad_y = None if keeps[0] is None else torch.empty_like(s.middle)
+    grad_middle, parts = conv.backward(
+        grad, s.middle, p.conv2[0], keep=keeps[0], kept=grad_y
+    )
     grads['conv2'] = empty(p.conv2, parts)
-    grad_identity, grad_y, parts = residual.backward(
-        grad, s.identity, s.projected.dtype, p.scale1[0], keeps[0]
-    )
-    grads['scale1'] = empty(p.scale1, parts)
     if grad_y is None:
-        grad_y = grad.to(s.projected.dtype)
+        grad_y = grad_middle
 
     grads['out'] = differentiate(grad_y, s.projected, *p.out)
     mix_statistics, query_statistics, key_statistics, out_statistics = (
@@ -344,8 +321,8 @@ def _backward(grad, s, p, keeps, settings):
         norms[2:4],
         norms[4:],
     )
-    grads['gate'] = differentiate(grad_gate, s.fused, p.gate)
-    grads['value'] = differentiate(grad_value, s.mixed[0], p.value)
+    grads['gate'] = differentiate(grad_gate, s.fused, *p.gate)
+    grads['value'] = differentiate(grad_value, s.mixed[0], *p.value)
     grad_query, grad_key, *grads['kernels'], grad_fused = (
         contmix._mix_backward.function(
             _product_grad(grad_value, value),
@@ -379,34 +356,40 @@ def _backward(grad, s, p, keeps, settings):
 
     neighbors, normal, active, _ = s.mix
     grads['mix'] = differentiate(grad, active, *p.mix)
-    grad = aten.gelu_backward(_product_grad(grad, mix), normal)
+    grad, _ = product(grad, mix, transposed=True, gelu_input=normal)
     grad, *grads['mix_norm'] = _norm_grad(
         grad, neighbors, p.mix_norm, mix_statistics
     )
     grad, parts = conv.backward(grad, s.x, p.mix_conv[0], residual=False)
     grads['mix_conv'] = empty(p.mix_conv, parts)
     features = s.x[:, : query.shape[1]]
-    grad_features, grad_guide = grad.split([query.shape[1], key.shape[1]], 1)
     grad_query, *grads['query_norm'] = _norm_grad(
         grad_query, s.query[0], p.query_norm, query_statistics
     )
-    grads['query'] = differentiate(grad_query, features, p.query)
-    rows(grad_features).addmm_(rows(grad_query), query.flatten(1))
+    grads['query'] = differentiate(grad_query, features, *p.query)
+    grad_features = rows(grad)[:, : query.shape[1]]
+    grad_features.addmm_(rows(grad_query), query.flatten(1))
     grad_key, *grads['key_norm'] = _norm_grad(
         grad_key, s.key[1], p.key_norm, key_statistics
     )
-    grads['key'] = differentiate(grad_key, s.key[0], p.key)
-    _unpool(_product_grad(grad_key, key), grad_guide)
+    grads['key'] = differentiate(grad_key, s.key[0], *p.key)
     grad, parts = layer_norm.backward(
-        grad, s.identity, p.norm1[0], settings.eps[0], grad_identity
+        grad,
+        s.identity,
+        p.norm1[0],
+        settings.eps[0],
+        grad_middle,
+        p.scale1[0],
+        channels_last(_product_grad(grad_key, key)),
     )
-    grads['norm1'] = empty(p.norm1, parts)
+    results = empty((*p.norm1, *p.scale1), parts)
+    grads['norm1'], grads['scale1'] = results[:2], results[2:]
     grad, parts = conv.backward(grad, s.updated, p.conv1[0])
     grads['conv1'] = empty(p.conv1, parts)
     grad_initial, grads['prior'] = None, []
     if p.prior:
         weight, _, initial_weight, _ = p.prior
-        grad, grad_initial, parts = prior.backward(
+        grad_initial, parts = prior.backward(
             grad, s.z, s.initial, weight, initial_weight
         )
         # Both shifts have the same gradient, in memory of their own.
@@ -425,9 +408,7 @@ def _leaves(p):
     """The tensors among the parameters that have gradients, by name."""
     leaves = []
     for value in p:
-        if isinstance(value, Tensor):
-            leaves.append(value)
-        elif hasattr(value, 'running_mean'):
+        if hasattr(value, 'running_mean'):
             leaves += value[:2]
         elif isinstance(value, list):
             leaves += [t for branch in value for t in branch[:3]]
@@ -472,9 +453,7 @@ class _FocusBlock(torch.autograd.Function):
         leaves = []
         for name in p._fields:
             value = grads[name]
-            if isinstance(value, Tensor):
-                leaves.append(value)
-            elif name == 'branches':
+            if name == 'branches':
                 leaves += [t for branch in value for t in branch]
             else:
                 leaves += value
@@ -496,6 +475,9 @@ def focus_block(
     if initial is not None:
         initial = channels_last(initial)
     settings = _Settings(scale, eps, regions)
+    if parameters.mix_norm is None:
+        fields = (value and contiguous(*value) for value in parameters)
+        return _infer(z, initial, FocusParameters(*fields), settings)
     leaves = _leaves(parameters)
     if not all(leaf.is_contiguous() for leaf in leaves):
         parameters = tree_map_only(Tensor, Tensor.contiguous, parameters)

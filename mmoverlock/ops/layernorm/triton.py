@@ -63,27 +63,77 @@ def _forward_kernel(
     tiles.store(p_y, o_x, tl.fma(b_x, b_weight, b_bias), m_x)
 
 
-@jit(do_not_specialize=('count',))
+@triton.jit
+def _load_unpooled(
+    p_grad,
+    o_row,
+    m_x,
+    o_channel,
+    channels,
+    height,
+    width,
+    REGIONS: tl.constexpr,
+    DOWN: tl.constexpr,
+    ACROSS: tl.constexpr,
+):
+    """The gradient (ROWS, BLOCK) of means over regions, which may overlap.
+
+    Region i of S an axis begins at floor(i H / S) and ends before ceil((i + 1)
+    H / S); DOWN and ACROSS at most meet in a row and in a column. grad (B,
+    REGIONS^2, C), of the channels that are not negative; rows (ROWS, 1).
+    """
+    image = (o_row // (height * width)).to(tl.int64)
+    y = o_row // width % height
+    x = o_row % width
+    m_grad = m_x & (o_channel >= 0)
+    acc = tl.zeros(m_x.shape, tl.float32)
+    for down in tl.static_range(DOWN):
+        i = y * REGIONS // height + down
+        rows = tl.cdiv((i + 1) * height, REGIONS) - i * height // REGIONS
+        for across in tl.static_range(ACROSS):
+            j = x * REGIONS // width + across
+            columns = tl.cdiv((j + 1) * width, REGIONS) - j * width // REGIONS
+            met = (i <= ((y + 1) * REGIONS - 1) // height) & (
+                j <= ((x + 1) * REGIONS - 1) // width
+            )
+            region = (image * REGIONS + i) * REGIONS + j
+            o_grad = region * channels + o_channel
+            acc += tiles.load(p_grad, o_grad, m_grad & met) / (rows * columns)
+    return acc
+
+
+@jit(do_not_specialize=('count', 'height', 'width'))
 def _backward_kernel(
     p_grad,
     p_x,
     p_weight,
     p_other,
+    p_gain,
+    p_pooled,
     p_grad_x,
     p_parts,
     count,
     channels,
     eps,
+    unpooled,
+    height,
+    width,
+    REGIONS: tl.constexpr,
+    DOWN: tl.constexpr,
+    ACROSS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Gradients, with z the normalized x and ``dz = grad weight``::
 
-        grad_x = rstd (dz - mean(dz) - z mean(dz z)) + other
+        grad_x = rstd (dz - mean(dz) - z mean(dz z)) + other gain
 
     grad, x, grad_x and, if there is one, other (count, C); parts (programs,
     2, C) of the gradients of weight, the sum over positions of ``grad z``, and
-    of bias, that of ``grad``; grid (programs, ).
+    of bias, that of ``grad``; with a gain (C, ), (programs, 4, C), also those
+    of ``other x`` and ``other``; grid (programs, ). If there is ``pooled``,
+    all but the first ``unpooled`` channels of grad are added to what
+    :func:`_load_unpooled` makes of it.
     """
     program = tl.program_id(0)
     o_channel = tl.arange(0, BLOCK)[None]
@@ -91,12 +141,29 @@ def _backward_kernel(
     b_weight = tiles.load(p_weight, o_channel, m_channel)
     b_grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     b_grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    if p_gain is not None:
+        b_gain = tiles.load(p_gain, o_channel, m_channel)
+        b_grad_gain = tl.zeros((ROWS, BLOCK), tl.float32)
+        b_grad_offset = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(program * ROWS, count, tl.num_programs(0) * ROWS):
         o_row = first + tl.arange(0, ROWS)[:, None]
         m_x = (o_row < count) & m_channel
         o_x = o_row.to(tl.int64) * channels + o_channel
         b_x = tiles.load(p_x, o_x, m_x)
         b_grad = tiles.load(p_grad, o_x, m_x)
+        if p_pooled is not None:
+            b_grad += _load_unpooled(
+                p_pooled,
+                o_row,
+                m_x,
+                o_channel - unpooled,
+                channels - unpooled,
+                height,
+                width,
+                REGIONS,
+                DOWN,
+                ACROSS,
+            )
         b_z, rstd = _normalize(b_x, m_channel, channels, eps)
         b_grad_weight = tl.fma(b_grad, b_z, b_grad_weight)
         b_grad_bias += b_grad
@@ -105,13 +172,25 @@ def _backward_kernel(
         slope = tl.sum(b_dz * b_z, 1)[:, None] / channels
         b_grad_x = rstd * (b_dz - mean - b_z * slope)
         if p_other is not None:
-            b_grad_x += tiles.load(p_other, o_x, m_x)
+            b_other = tiles.load(p_other, o_x, m_x)
+            if p_gain is not None:
+                b_grad_gain = tl.fma(b_other, b_x, b_grad_gain)
+                b_grad_offset += b_other
+                b_other *= b_gain
+            b_grad_x += b_other
         tiles.store(p_grad_x, o_x, b_grad_x, m_x)
     o_channel = tl.arange(0, BLOCK)
-    p_parts += program.to(tl.int64) * 2 * channels + o_channel
+    SUMS: tl.constexpr = 2 if p_gain is None else 4
+    p_parts += program.to(tl.int64) * SUMS * channels + o_channel
     m_channel = o_channel < channels
     tl.store(p_parts, tl.sum(b_grad_weight, 0), mask=m_channel)
-    tl.store(p_parts + channels, tl.sum(b_grad_bias, 0), mask=m_channel)
+    p_parts += channels
+    tl.store(p_parts, tl.sum(b_grad_bias, 0), mask=m_channel)
+    if p_gain is not None:
+        p_parts += channels
+        tl.store(p_parts, tl.sum(b_grad_gain, 0), mask=m_channel)
+        p_parts += channels
+        tl.store(p_parts, tl.sum(b_grad_offset, 0), mask=m_channel)
 
 
 def _form(channels: int) -> tuple[int, int]:
@@ -154,40 +233,59 @@ def backward(
     weight: Tensor,
     eps: float,
     other: Tensor | None = None,
+    gain: Tensor | None = None,
+    pooled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One launch; arguments as in :func:`forward`.
 
     Args:
         other (Tensor, optional): (B, C, H, W), in channels_last: another
             gradient of x, which is added.
+        gain (Tensor, optional): C values, contiguous: the scale of x where
+            ``other`` is the gradient of x scaled and shifted.
+        pooled (Tensor, optional): (B, P, S, S), in channels_last: another
+            gradient, of the adaptive average of the last channels of y.
 
     Returns:
         tuple[Tensor, Tensor]: Gradient of x, and partial sums for
-        :func:`partial_sums.add`, (parts, 2, C): of weight and bias.
+        :func:`partial_sums.add`, (parts, 2 or 4, C): of weight and bias, of
+        gain and the shift beside it.
     """
     grad_x = torch.empty_like(x)
-    channels = x.shape[1]
+    _, channels, height, width = x.shape
     count = x.numel() // channels
+    regions = unpooled = 0
+    if pooled is not None:
+        regions, unpooled = pooled.shape[2], channels - pooled.shape[1]
     rows, block = _form(channels)
     parts = min(
         cdiv(count, max(rows, KNOBS['rows'])),
         partial_sums.programs(x.device, KNOBS['resident']),
     )
-    partial = x.new_empty(parts, 2, channels, dtype=torch.float32)
+    sums = 2 if gain is None else 4
+    partial = x.new_empty(parts, sums, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _backward_kernel[(parts,)](
             grad,
             x,
             weight,
             other,
+            gain,
+            pooled,
             grad_x,
             partial,
             count,
             channels,
             eps,
+            unpooled,
+            height,
+            width,
+            REGIONS=regions,
+            DOWN=regions // height + 2,
+            ACROSS=regions // width + 2,
             ROWS=rows,
             BLOCK=block,
-            num_warps=KNOBS['warps'],
+            num_warps=KNOBS['warps'] * (1 if gain is None else 2),
         )
     return grad_x, partial
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import tiles
 from ..common import cdiv
+from ..conv3x3.triton import _gelu_slope
 from ..launching import jit
 
 # Tiles: pixels, outputs, inputs; warps and stages of loads.
@@ -93,6 +94,7 @@ def _product_kernel(
     p_identity,
     p_gain,
     p_offset,
+    p_input,
     p_out,
     p_factor,
     p_sums,
@@ -110,8 +112,9 @@ def _product_kernel(
     """``y[n] = (weight (x[n] scale[image] + shift) + bias) keep[image]``.
 
     ``out[n] = y[n] + identity[n] gain + offset``, y where there is no
-    identity. x (B, H W, inputs), scale (B, inputs), shift (inputs, ), keep
-    (B, ), identity and out (B, H W, outputs), bias, gain and offset (outputs,
+    identity; and if there is the input of a GELU, times the slope of that. x
+    (B, H W, inputs), scale (B, inputs), shift (inputs, ), keep (B, ),
+    identity, input and out (B, H W, outputs), bias, gain and offset (outputs,
     ), weight (outputs, inputs) with strides; grid (B count, blocks of
     outputs). With a factor (B, H W, outputs), also what the gradient of a
     scale and a shift behind it is made of: sums (B, count, 2 outputs) over
@@ -164,6 +167,8 @@ def _product_kernel(
         if p_offset is not None:
             b_identity += tiles.load(p_offset, o_out, m_out)[None]
         acc += b_identity
+    if p_input is not None:
+        acc *= _gelu_slope(tiles.load(p_input, o_map, m_map))
     b_out = acc.to(p_out.dtype.element_ty)
     tl.store(p_out + o_map, b_out, mask=m_map)
     if p_factor is not None:
@@ -392,6 +397,7 @@ def product(
     identity: Tensor | None = None,
     gain: Tensor | None = None,
     offset: Tensor | None = None,
+    gelu_input: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """A product of the channels of every pixel, and what is around it.
 
@@ -411,6 +417,8 @@ def product(
         identity (Tensor, optional): (B, O, H, W) in channels_last, whose
             dtype is that of the result. Defaults to None: that of x is.
         gain, offset (Tensor, optional): O values each, contiguous.
+        gelu_input (Tensor, optional): (B, O, H, W) in channels_last; the
+            result is its gradient, that of its GELU is the product.
 
     Returns:
         tuple[Tensor, Tensor | None]: The result, (B, O, H, W) in
@@ -441,6 +449,7 @@ def product(
                 identity,
                 gain,
                 offset,
+                gelu_input,
                 out,
                 factor,
                 sums,

@@ -1,6 +1,6 @@
 """Kernels for maps in channels_last: one pass forward, one backward.
 
-All channels are scaled, the features by 1, which changes no value.
+Forward, all channels are scaled, the features by 1, which changes no value.
 """
 
 from typing import Any
@@ -71,49 +71,44 @@ def _backward_kernel(
     p_initial,
     p_weight,
     p_initial_weight,
-    p_grad_z,
     p_grad_initial,
     p_parts,
     count,
     channels,
-    total,
+    priors,
     splits,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``grad_z = grad weight``, ``grad_initial = grad initial_weight``; sums.
+    """``grad_initial = grad initial_weight``, ``grad *= weight``, and sums.
 
-    grad, z and grad_z (count, C + P), initial and grad_initial (count, P);
-    parts (splits, 3, P) of the sums over positions of ``grad z``, ``grad
-    initial`` and ``grad``: gradients of the two weights, and of either bias;
-    grid (splits blocks of C + P, ).
+    grad and z (count, C + P), of which the last ``priors`` P are read and
+    written, initial and grad_initial (count, P); parts (splits, 3, P) of the
+    sums over positions of ``grad z``, ``grad initial`` and ``grad``: gradients
+    of the two weights, and of either bias; grid (splits blocks of P, ).
     """
-    split, o_channel, m_channel = tiles.place(total, BLOCK)
-    o_prior = o_channel - channels
-    priors = total - channels
-    m_prior = m_channel & (o_prior >= 0)
-    b_weight = _load_weight(p_weight, o_prior, m_prior)
+    split, o_prior, m_prior = tiles.place(priors, BLOCK)
+    b_weight = tiles.load(p_weight, o_prior, m_prior)[None]
     b_initial_weight = tiles.load(p_initial_weight, o_prior, m_prior)[None]
     b_grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     b_grad_initial_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     b_grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(split * ROWS, count, splits * ROWS):
         o_row = first + tl.arange(0, ROWS)[:, None]
-        m_z = (o_row < count) & m_channel[None]
-        m_initial = m_z & m_prior[None]
-        o_z = o_row.to(tl.int64) * total + o_channel[None]
+        m_row = (o_row < count) & m_prior[None]
         o_initial = o_row.to(tl.int64) * priors + o_prior[None]
-        b_grad = tiles.load(p_grad, o_z, m_z)
-        b_z = tiles.load(p_z, o_z, m_initial)
+        o_z = o_initial + (o_row.to(tl.int64) + 1) * channels
+        b_grad = tiles.load(p_grad, o_z, m_row)
+        b_z = tiles.load(p_z, o_z, m_row)
         b_grad_weight = tl.fma(b_grad, b_z, b_grad_weight)
-        b_initial = tiles.load(p_initial, o_initial, m_initial)
+        b_initial = tiles.load(p_initial, o_initial, m_row)
         b_grad_initial_weight = tl.fma(
             b_grad, b_initial, b_grad_initial_weight
         )
         b_grad_bias += b_grad
-        tiles.store(p_grad_z, o_z, b_grad * b_weight, m_z)
+        tiles.store(p_grad, o_z, b_grad * b_weight, m_row)
         b_grad *= b_initial_weight
-        tiles.store(p_grad_initial, o_initial, b_grad, m_initial)
+        tiles.store(p_grad_initial, o_initial, b_grad, m_row)
     o_part = split.to(tl.int64) * 3 * priors + o_prior
     tl.store(p_parts + o_part, tl.sum(b_grad_weight, 0), mask=m_prior)
     o_part += priors
@@ -168,19 +163,21 @@ def backward(
     initial: Tensor,
     weight: Tensor,
     initial_weight: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """One launch; arguments as in :func:`forward`.
 
+    The gradient is made that of z in place.
+
     Returns:
-        tuple[Tensor, Tensor, Tensor]: Gradients of the maps, and partial sums
+        tuple[Tensor, Tensor]: Gradient of the initial prior, and partial sums
         for :func:`partial_sums.add`, (parts, 3, P): of the two weights, and
         of either bias.
     """
-    grad_z, grad_initial = torch.empty_like(z), torch.empty_like(initial)
+    grad_initial = torch.empty_like(initial)
     total, priors = z.shape[1], initial.shape[1]
     count = z.numel() // total
-    rows, block = tiles.form(total)
-    blocks = cdiv(total, block)
+    rows, block = tiles.form(priors)
+    blocks = cdiv(priors, block)
     slots = partial_sums.programs(z.device, tiles.KNOBS['resident'])
     splits = min(cdiv(count, rows), cdiv(slots, blocks))
     partial = z.new_empty(splits, 3, priors, dtype=torch.float32)
@@ -191,18 +188,17 @@ def backward(
             initial,
             weight,
             initial_weight,
-            grad_z,
             grad_initial,
             partial,
             count,
             total - priors,
-            total,
+            priors,
             splits,
             ROWS=rows,
             BLOCK=block,
             num_warps=tiles.KNOBS['warps'],
         )
-    return grad_z, grad_initial, partial
+    return grad_initial, partial
 
 
 @custom_op('mmoverlock::update_prior')
@@ -258,8 +254,9 @@ def _update_prior_backward(
         maps = torch.empty_like(z), torch.empty_like(initial)
         return [*maps, *(t.zero_() for t in results)]
     grad_weight, *grad_bias, grad_initial_weight, grad_initial_bias = results
-    grad_z, grad_initial, partial = backward(
-        channels_last(grad), z, initial, weights[0], weights[-2]
+    grad_z = channels_last(grad).clone()
+    grad_initial, partial = backward(
+        grad_z, z, initial, weights[0], weights[-2]
     )
     jobs = [(partial, grad_weight, grad_initial_weight, grad_initial_bias)]
     if bias is not None:  # the same, in memory of its own
