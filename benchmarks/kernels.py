@@ -232,7 +232,7 @@ def _contmix_trips(name, a):
         blocks = cdiv(math.prod(form[8:11]), a['TERMS'])
         return [blocks] * (blocks > 1) + [a['chunks'][half]]
     if name == 'finish' and what == 'table of windows':
-        rows = a['height'] * cdiv(a['width'], form[7]) * batch
+        rows = a['height'] * cdiv(a['width'], form[7]) * a['chunks'][half]
         return [cdiv(rows, a['TERMS'])]
     if name == 'prepare' or name == 'finish':
         return []
@@ -245,7 +245,9 @@ def _contmix_trips(name, a):
     if what == 'value':
         return [*trips, form[8] * form[9]]
     if what in ('windows', 'positions'):
-        return [*trips, size]
+        # One of the loops, over steps and over parts of a step, is none.
+        bands = cdiv(form[11], form[9] // form[13])
+        return [*trips, cdiv(size, form[11]) * bands]
     height, width = a['height'], a['width']
     rows = [
         max(
@@ -261,7 +263,7 @@ def _contmix_trips(name, a):
         )
         for x in range(0, width, form[8])
     ]
-    return [*trips, sum(rows) / len(rows), sum(columns) / len(columns)]
+    return [*trips, sum(columns) / len(columns), sum(rows) / len(rows)]
 
 
 def _nest(loop, trips):

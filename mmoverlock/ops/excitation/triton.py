@@ -53,7 +53,8 @@ WEIGHT = 4096  # values of a weight that it has at a time
 CHANNELS = 64  # most channels that it has at a time
 PARTS = 128  # positions or partial sums that it adds at a time
 WARPS = 8
-WEIGHTS = dict(BATCH=32, CHANNELS=32, HIDDEN=16)  # a tile of their gradients
+REGISTERS = 128  # at most: left to itself, ptxas spills to have fewer
+WEIGHTS = dict(BATCH=16, CHANNELS=32, HIDDEN=16)  # a tile of their gradients
 NORMS = dict(PARTS=64, BLOCK=32)  # a tile of partial statistics
 
 
@@ -851,6 +852,7 @@ def _knobs(hidden, parts):
         CHANNELS=max(1, min(CHANNELS, WEIGHT // hidden)),
         HIDDEN=hidden,
         num_warps=WARPS,
+        maxnreg=REGISTERS,
     )
 
 

@@ -336,12 +336,14 @@ def _mix_backward(
             mixed[mix.CLASS_VALUE, half] = problem.chunks[half] * pixels
             finished[filters.TABLE_OF_CLASSES, half] = row_programs
         else:
-            dbs[half] = scratch(tiles * units, size**2, 1)
+            small = form['R'] == size  # a program adds up its images
+            chunks[half] = problem.chunks[half] // groups if small else batch
+            dbs[half] = scratch(tiles * chunks[half] * groups, size**2, 1)
             dtables[half] = scratch(
                 problem.height,
                 cdiv(problem.width, form['COLS']),
                 size,
-                units,
+                chunks[half] * groups,
                 2 * size - 1,
             )
             mixed[mix.POSITIONS, half] = problem.chunks[half] * tiles

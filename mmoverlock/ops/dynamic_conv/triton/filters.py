@@ -329,7 +329,7 @@ def _sum_table_of_windows(
     group,
     row,
     p_parts,
-    batch,
+    chunks,
     height,
     across,
     G: tl.constexpr,
@@ -337,19 +337,19 @@ def _sum_table_of_windows(
     HALF: tl.constexpr,
     FORMS: tl.constexpr,
 ):
-    """A row of the gradient of a table, of (H, across, K, B, G, 2K - 1)."""
+    """A row of a table's gradient, of (H, across, K, chunks, G, 2K - 1)."""
     K: tl.constexpr = FORMS[HALF][2]
     SPAN: tl.constexpr = FORMS[HALF][5]
     o_c = tl.arange(0, SPAN)
     o_p = tl.arange(0, TERMS)
     b_sum = tl.zeros((SPAN,), p_parts.dtype.element_ty)
-    for part in range(0, height * across * batch, TERMS):
+    for part in range(0, height * across * chunks, TERMS):
         at = part + o_p
-        y = at // (across * batch)
+        y = at // (across * chunks)
         i = row - (K - 1) + y - window_start(y, height, K)
         m_p = (y < height) & (i >= 0) & (i < K)
-        o_part = (at // batch).to(tl.int64) * K + i
-        o_part = (o_part * batch + at % batch) * G + group
+        o_part = (at // chunks).to(tl.int64) * K + i
+        o_part = (o_part * chunks + at % chunks) * G + group
         b_sum += tl.sum(
             tl.load(
                 p_parts + (o_part * (2 * K - 1))[:, None] + o_c[None, :],
@@ -408,7 +408,6 @@ def _sum_table(
     p_parts,
     p_dtable,
     chunks,
-    batch,
     height,
     width,
     G: tl.constexpr,
@@ -427,7 +426,7 @@ def _sum_table(
     else:
         across = tl.cdiv(width, FORMS[HALF][7])
         b_sum = _sum_table_of_windows(
-            group, row, p_parts, batch, height, across, G, TERMS, HALF, FORMS
+            group, row, p_parts, chunks, height, across, G, TERMS, HALF, FORMS
         )
     o_c = tl.arange(0, FORMS[HALF][5])
     tl.store(
@@ -556,7 +555,6 @@ def finish(
                     p_dtable_parts[TASKS[t][1]],
                     p_dtable[TASKS[t][1]],
                     chunks[TASKS[t][1]],
-                    batch,
                     height,
                     width,
                     MIX[0],

@@ -10,8 +10,8 @@ from . import classes, windows
 
 KNOBS = dict(
     WARPS=4,
-    IMAGES=4,  # of a program, at most
-    PROGRAMS=800,  # of a task, at least
+    IMAGES=8,  # of a program, at most
+    PROGRAMS=400,  # of a task, at least
     REGISTERS=168,  # at most, backward, for three blocks a multiprocessor
 )
 CANDIDATES = dict(  # for benchmarks/gpu_tune.py
