@@ -74,6 +74,8 @@ print(json.dumps([uses, others, [*all_kernels()]]))
             assert use['shared'] <= SHARED, (name, use)
             if kind == 'contmix' and dtype == 'float32':
                 continue
-            assert use['spills'] == 0, (name, use)
+            # Four registers, where 168 let three blocks run on 50 x 84
+            few = kind == 'contmix' and capability == 100
+            assert use['spills'] <= 16 * few, (name, use)
             if capability == 90 and not name.startswith(MANY):
                 assert use['registers'] <= 168, (name, use)
