@@ -165,7 +165,7 @@ def test_operators_of_tiled_on_gpus(shape, groups, most):
         operand = operands[name].bfloat16().expand(shape[0], -1, -1, -1)
         operands[name] = operand.detach().requires_grad_()
     for _ in range(2):  # the first call makes plans
-        with _on_gpu('meta', []), _Operators(Count()) as counted:
+        with _on_gpu('meta', []), _Operators(Count(), ()) as counted:
             differentiate(operands, 'tiled')
     assert 0 < counted.result.operators <= most
 

@@ -133,7 +133,7 @@ def test_checkpoints():
 KERNELS = [
     'conv3x3.triton._backward_kernel',
     'layernorm.triton._backward_kernel',
-    'depthwise.triton.branches._unpack_kernel',
+    'depthwise.triton.branches._sums_kernel',
     'grn.triton._scale_grad_kernel',
     'excitation.triton._weights_grad_kernel',
     'residual.triton._backward_kernel',
