@@ -37,6 +37,7 @@ from ..common import (
     custom_op,
     next_power_of_2,
 )
+from ..gelu import gelu, gelu_slope
 from ..launching import jit
 
 # Arguments that come in too many values to compile for kinds of them.
@@ -73,38 +74,6 @@ def _strip(strip, height, width, rows, COLUMNS: tl.constexpr):
     col = strip % across * COLUMNS
     row = strip // across % down * rows
     return strip // across // down, row, col
-
-
-@triton.jit
-def _normal(x):
-    """The cumulative distribution of the normal distribution.
-
-    It is ``1 / (1 + 2 ** -p(x))`` with an odd function p that is fitted well
-    by a polynomial: ``x * _normal(x)`` is GELU to 4e-7 of max(1, abs(x)) and
-    takes a third of the instructions that it takes with ``tl.erf``.
-    """
-    square = x * x
-    p = tl.fma(square, -5.1301954e-09, 3.8180465e-07)
-    p = tl.fma(square, p, -1.1404618e-05)
-    p = tl.fma(square, p, 1.5906918e-04)
-    p = tl.fma(square, p, 9.6586426e-05)
-    p = tl.fma(square, p, -1.0483987e-01)
-    p = tl.fma(square, p, -2.3022067)
-    root = tl.rsqrt(1 + tl.exp2(x * p))
-    return root * root
-
-
-@triton.jit
-def _gelu(x):
-    """The exact GELU."""
-    return x * _normal(x)
-
-
-@triton.jit
-def _gelu_slope(x):
-    """Its derivative."""
-    bell = 0.3989422804014327 * tl.exp2(-0.7213475204444817 * x * x)
-    return tl.fma(x, bell, _normal(x))
 
 
 @triton.jit
@@ -204,7 +173,7 @@ def _forward_kernel(
         for j in tl.static_range(COLUMNS + 2):
             b_x = coming[j].to(tl.float32)
             if GELU:
-                b_x = _gelu(b_x)
+                b_x = gelu(b_x)
             current = current + (b_x,)
         below = row + i + 1
         coming = _load_row(
@@ -229,7 +198,7 @@ def _forward_kernel(
             m_y = m_row & (col + j < width)
             b_y = out[j]
             if ACTIVATE:
-                b_y = _gelu(b_y)
+                b_y = gelu(b_y)
             b_y = b_y.to(p_y.dtype.element_ty)
             tl.store(p_row + step * j, b_y, mask=m_y)
             if p_squares is not None:
@@ -402,8 +371,8 @@ def _backward_kernel(
                     if k != 4:
                         b_grad_x = tl.fma(near[k], taps[k], b_grad_x)
                 if GELU:
-                    b_grad_x *= _gelu_slope(b_x)
-                    b_x = _gelu(b_x)
+                    b_grad_x *= gelu_slope(b_x)
+                    b_x = gelu(b_x)
                 m_x = m_here & (col + j < width)
                 tl.store(
                     p_out_row + line * i + step * j,

@@ -42,8 +42,8 @@ from ..common import (
     custom_op,
     next_power_of_2,
 )
-from ..conv3x3.triton import _gelu, _gelu_slope
 from ..depthwise.triton.common import move
+from ..gelu import gelu, gelu_slope
 from ..launching import jit
 from ..pointwise.triton import PRECISION
 
@@ -299,7 +299,7 @@ def _scale_kernel(
         acc = tl.fma(b_weight, tl.broadcast_to(mean[None], acc.shape), acc)
     h = tl.sum(acc, 1) + tiles.load(p_bias1, o_hidden, m_hidden)
     tl.store(p_hidden, h, mask=m_hidden)
-    h = _gelu(h)
+    h = gelu(h)
     for first in range(0, channels, CHANNELS):
         o_channel = first + tl.arange(0, CHANNELS)
         m_channel = o_channel < channels
@@ -544,7 +544,7 @@ def _scale_grad_kernel(
         acc = tl.fma(b_weight, tl.broadcast_to(da[:, None], acc.shape), acc)
     dh = tl.sum(acc, 0)
     p_hidden = p_state + (2 + NORMS) * channels
-    dh *= _gelu_slope(tiles.load(p_hidden, o_hidden, m_hidden))
+    dh *= gelu_slope(tiles.load(p_hidden, o_hidden, m_hidden))
     tl.store(p_grads + 2 * channels + o_hidden, dh, mask=m_hidden)
     for first in range(0, channels, CHANNELS):
         o_channel = first + tl.arange(0, CHANNELS)
@@ -636,7 +636,7 @@ def _weights_grad_kernel(
         da = tiles.load(p_da, o_grad + o_channel[None], mask)
         mask = (image < batch) & m_hidden[None]
         h = tiles.load(p_hidden, image * state + o_hidden[None], mask)
-        h = _gelu(h)
+        h = gelu(h)
         p_dh = p_grads + 2 * channels
         dh = tiles.load(p_dh, o_grad + o_hidden[None], mask)
         sum_weight1 = tl.dot(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import tiles
 from ..common import cdiv
-from ..conv3x3.triton import _gelu_slope
+from ..gelu import gelu_slope
 from ..launching import jit
 
 # Tiles: pixels, outputs, inputs; warps and stages of loads.
@@ -168,7 +168,7 @@ def _product_kernel(
             b_identity += tiles.load(p_offset, o_out, m_out)[None]
         acc += b_identity
     if p_input is not None:
-        acc *= _gelu_slope(tiles.load(p_input, o_map, m_map))
+        acc *= gelu_slope(tiles.load(p_input, o_map, m_map))
     b_out = acc.to(p_out.dtype.element_ty)
     tl.store(p_out + o_map, b_out, mask=m_map)
     if p_factor is not None:
