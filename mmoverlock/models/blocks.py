@@ -32,6 +32,7 @@ from .layers import (
     conv_and_norm,
     counts_batches,
     is_plain,
+    is_plain_scale,
     prepare,
     run_layers,
 )
@@ -110,9 +111,7 @@ def _feed_forward(
     steps, kinds = [*layers], FEED_FORWARD
     if excite is not None:
         steps, kinds = [excite, *steps], (SEModule, *kinds)
-    if not are_plain(steps, *kinds) or not (
-        scale is None or is_plain(scale, LayerScale)
-    ):
+    if not (are_plain(steps, *kinds) and is_plain_scale(scale)):
         for layer in steps:
             x = layer(x)
         return add_residual(identity, x, keep, scale)

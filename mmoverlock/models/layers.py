@@ -382,8 +382,7 @@ def add_residual(
     Returns:
         Tensor: (B, C, H, W).
     """
-    plain = scale is None or is_plain(scale, LayerScale)
-    if plain and takes_triton('auto', x):
+    if is_plain_scale(scale) and takes_triton('auto', x):
         weight = None if scale is None else scale.weight
         bias = None if scale is None else scale.bias
         return scaled_residual(x, y, weight, bias, keep)
@@ -522,6 +521,11 @@ def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
 def are_plain(layers: Sequence[nn.Module], *kinds: type[nn.Module]) -> bool:
     """See :func:`is_plain`, of layers one after the other."""
     return len(layers) == len(kinds) and all(map(is_plain, layers, kinds))
+
+
+def is_plain_scale(scale: nn.Module | None) -> bool:
+    """See :func:`is_plain`, of the scale of an identity, if there is one."""
+    return scale is None or is_plain(scale, LayerScale)
 
 
 def counts_batches(layer: nn.Module) -> bool:

@@ -16,13 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from .. import partial_sums
-from ..common import (
-    channels_last,
-    contiguous,
-    flatten,
-    lengths,
-    nest,
-)
+from ..common import channels_last, contiguous, flatten, lengths, nest
 from ..conv3x3 import triton as conv
 from ..depthwise.triton import branches as large_conv
 from ..depthwise.triton import depthwise_conv2d
