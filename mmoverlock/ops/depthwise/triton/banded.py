@@ -28,7 +28,7 @@ from triton import constexpr_function
 
 from ...common import cdiv
 from ...launching import jit
-from .common import SIZES, SPARSE, is_read, meets
+from .common import SIZES, SPARSE, is_read, meets, store_statistics
 from .weight_grads import (
     WINDOW,
     by_channel,
@@ -379,9 +379,7 @@ def _statistics_kernel(
                         mask=m_y & (row + t < height)[:, None, None],
                     )
         m_own = own < channels
-        tl.store(p_part, tl.zeros_like(mean) + count, mask=m_own)
-        tl.store(p_part + channels, mean, mask=m_own)
-        tl.store(p_part + 2 * channels, squares, mask=m_own)
+        store_statistics(p_part, count, mean, squares, channels, m_own)
         p_part += 3 * channels
 
 

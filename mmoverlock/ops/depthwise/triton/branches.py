@@ -54,6 +54,7 @@ from .common import (
     convolve,
     load_rows,
     move,
+    store_statistics,
     tap_at,
     tile_of,
     zeros,
@@ -172,9 +173,7 @@ def _statistics_kernel(
         mean /= tl.maximum(number, 1.0)
         deviation = first + share - mean
         squares = tl.sum(squares + count * deviation * deviation, 0)[None]
-        tl.store(p_part, number, mask=m_channel)
-        tl.store(p_part + channels, mean, mask=m_channel)
-        tl.store(p_part + 2 * channels, squares, mask=m_channel)
+        store_statistics(p_part, number, mean, squares, channels, m_channel)
         p_part += 3 * channels
 
 
@@ -193,7 +192,7 @@ def _combine_kernel(
         p_parts, b, splits, channel, channels, m_channel, SPLITS, N
     )
     p_out += b * 3 * channels + channel
-    _store(p_out, count, mean, squares, channels, m_channel)
+    store_statistics(p_out, count, mean, squares, channels, m_channel)
 
 
 @triton.jit
@@ -234,13 +233,6 @@ def _combine(
     total = tl.sum(total, 0)
     shift = total / tl.maximum(count, 1.0)
     return count, origin + shift, tl.sum(squares, 0) - total * shift
-
-
-@triton.jit
-def _store(p_out, count, mean, squares, channels, m_channel):
-    tl.store(p_out, tl.zeros_like(mean) + count, mask=m_channel)
-    tl.store(p_out + channels, mean, mask=m_channel)
-    tl.store(p_out + 2 * channels, squares, mask=m_channel)
 
 
 @triton.jit
@@ -313,7 +305,7 @@ def _merge_kernel(
         row += b_tap.to(tl.float64) * factor[None]
         if r == 0:
             p_out = p_statistics + b * 3 * channels + channel
-            _store(p_out, count, mean, squares, channels, m_channel)
+            store_statistics(p_out, count, mean, squares, channels, m_channel)
             momentum = tl.full((), MOMENTA[b], tl.float64)
             if MOMENTA[b] < 0:
                 momentum = 1 / tl.load(batches[b]).to(tl.float64)
