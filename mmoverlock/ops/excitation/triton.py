@@ -316,17 +316,21 @@ def _scale_kernel(
 def _load_maps(
     p_x, p_other, p_gate, p_norms, o_x, m_x, o_channel, m_channel, channels
 ):
-    """x and the gate, and the n of every map; see :func:`_apply_kernel`."""
-    b_other, b_gate, n_other, n_gate = None, None, None, None
+    """x and the gate, and the n of every map; see :func:`_apply_kernel`.
+
+    Without a gate or norms, what there is not is x: Triton 3.6 has no None
+    among results.
+    """
     if p_norms is None:
         b_x = tiles.load(p_x, o_x, m_x)
-        n_x = b_x
+        b_gate, n_x, n_other, n_gate = b_x, b_x, b_x, b_x
         if p_gate is not None:
             b_gate = tiles.load(p_gate, o_x, m_x)
     else:
         n_x, b_x = _load_normal(
             p_x, o_x, m_x, p_norms, 0, o_channel, m_channel, channels
         )
+        b_gate, n_other, n_gate = b_x, b_x, b_x
         if p_gate is not None:
             n_other, b_other = _load_normal(
                 p_other, o_x, m_x, p_norms, 1, o_channel, m_channel, channels
