@@ -21,6 +21,7 @@ from ..ops import check_backend, is_compiling, takes_triton, why_not_triton
 from ..ops.dynamic_conv import BACKENDS
 from .blocks import FocusBlock, RepConvBlock
 from .compilation import Regions
+from .graphs import Graphs
 from .layers import LayerNorm2d, LayerScale, StridedConv, build_bn
 from .recomputation import recompute
 from .reparam import DilatedReparamConv
@@ -100,6 +101,10 @@ class OverLoCK(BaseModule):
         compile (bool | dict): Whether the blocks run compiled, for images of
             any size, or arguments of ``torch.compile`` to compile them with;
             see :mod:`mmoverlock.models.compilation`. Defaults to False.
+        cuda_graphs (bool | int): Whether GPUs replay what they have run for
+            images of the same size before, or for how many sizes and modes
+            they do; see :mod:`mmoverlock.models.graphs`. Goes with neither
+            ``compile`` nor ``with_cp``. Defaults to False; True is 16.
         init_cfg (dict, optional): See :class:`mmengine.model.BaseModule`.
 
     Raises:
@@ -177,6 +182,7 @@ class OverLoCK(BaseModule):
         contmix_backend: str = 'auto',
         depthwise_backend: str = 'auto',
         compile: bool | dict = False,
+        cuda_graphs: bool | int = False,
         init_cfg: dict | None = None,
     ):
         super().__init__(init_cfg)
@@ -197,6 +203,7 @@ class OverLoCK(BaseModule):
         check_backend(contmix_backend, ('auto', *BACKENDS))
         check_backend(depthwise_backend)
         self.regions = Regions(compile)
+        self.graphs = Graphs(cuda_graphs)
         self.in_channels = in_channels
         self.channels = tuple(arch['channels'])
         self.prior_channels = self.channels[3] // 4
@@ -208,6 +215,13 @@ class OverLoCK(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.checkpointed = self._parse_with_cp(with_cp)
+        if self.graphs and (
+            compile is not False or any(self.checkpointed.values())
+        ):
+            raise ValueError(
+                'cuda_graphs goes with neither compile nor with_cp, got '
+                f'{compile!r} and {with_cp!r}'
+            )
         self.out_indices = tuple(out_indices)
 
         settings = dict(
@@ -501,6 +515,9 @@ class OverLoCK(BaseModule):
             _say_backend(x.device)
         # The layout in which depthwise convolutions and norms are fast.
         x = x.contiguous(memory_format=torch.channels_last)
+        return self.graphs(self, self._pyramid, x)
+
+    def _pyramid(self, x: Tensor) -> tuple[Tensor, ...]:
         maps = self.base_net(x)
         if self.out_indices[-1] >= 2:
             overview = self.overview_net(maps[2])

@@ -1,0 +1,420 @@
+"""``OverLoCK(cuda_graphs=True)``: passes that a GPU replays.
+
+Without a GPU, a recording runs its function again and writes the results
+where the first ones are, which is what a graph does to them.
+"""
+
+import copy
+import pickle
+from contextlib import nullcontext
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmoverlock.models import OverLoCK, graphs
+from mmoverlock.models.fuse import fuse
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = 'cuda' if ON_GPU else 'cpu'
+ARCH = dict(tiny.ARCH, kernel_sizes=(5, 5, 5, 5))
+SIZE, OTHER = (2, 3, 64, 64), (2, 3, 64, 96)
+STEPS = graphs.WARM_UPS + 3
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Passes that were replayed, forward and backward, as they come."""
+    calls = []
+
+    def count(name):
+        run = getattr(graphs.Recording, name)
+
+        def counted(recording, *args):
+            calls.append(name)
+            return run(recording, *args)
+
+        monkeypatch.setattr(graphs.Recording, name, counted)
+
+    count('run')
+    count('differentiate')
+    if not ON_GPU:
+        monkeypatch.setattr(graphs, 'record', record)
+        for name in ('graph_pool_handle', 'device'):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: nullcontext())
+        monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', bool)
+        monkeypatch.setattr(graphs, 'is_on_gpu', lambda x: True)
+        monkeypatch.setattr(
+            torch.cuda.amp.common, 'amp_definitely_not_available', bool
+        )
+    return calls
+
+
+def record(function, pool):
+    """In place of :func:`mmoverlock.models.graphs.record`."""
+    recording = function.__self__
+    buffers = [*recording._module.buffers()]
+    kept = [b.clone() for b in buffers]
+    with torch.random.fork_rng():
+        results = function()
+    for buffer, value in zip(buffers, kept, strict=True):
+        buffer.data.copy_(value)  # a recording computes nothing
+
+    is_grad_enabled = torch.is_grad_enabled()
+
+    def replay():
+        with torch.set_grad_enabled(is_grad_enabled):
+            news = function()
+        for old, new in zip(results, news, strict=True):
+            if isinstance(old, Tensor):
+                old.copy_(new)
+
+    return replay, results
+
+
+def build(cuda_graphs=True, **options):
+    torch.manual_seed(0)
+    model = OverLoCK(ARCH, cuda_graphs=cuda_graphs, **options)
+    return tiny.randomize(model).to(DEVICE)
+
+
+def draw(seed, shape=SIZE):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    return x.to(DEVICE)
+
+
+def loss_of(outs):
+    return sum((i + 1) * out.square().mean() for i, out in enumerate(outs))
+
+
+def train(model, steps=STEPS, shapes=(SIZE,)):
+    """Steps of an optimizer; all outputs."""
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    results = []
+    for step in range(steps):
+        for i, shape in enumerate(shapes):
+            outs = model(draw(10 * step + i, shape))
+            optimizer.zero_grad()
+            loss_of(outs).backward()
+            optimizer.step()
+            results.append(outs)
+    return results
+
+
+def check_same(model, other):
+    torch.testing.assert_close(model.state_dict(), other.state_dict())
+
+
+def recorded(**options):
+    """A model that replays steps on images of SIZE, and one that does not."""
+    model, plain = build(**options), build(False, **options)
+    for each in (model, plain):
+        train(each)
+    return model, plain
+
+
+def backward_passes(model, *seeds):
+    """Gradients, added up."""
+    for seed in seeds:
+        loss_of(model(draw(seed))).backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize('shapes', [(SIZE,), (SIZE, OTHER)])
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        dict(drop_path_rate=0.5),
+        dict(classifier=True),
+        dict(frozen_stages=2, norm_eval=True),
+    ],
+)
+def test_training(replays, shapes, options):
+    model, plain = build(**options), build(False, **options)
+    results = []
+    for each in (model, plain):
+        torch.manual_seed(1)
+        results.append(train(each, shapes=shapes))
+    assert replays == ['run', 'differentiate'] * 3 * len(shapes)
+    if options.get('drop_path_rate') and ON_GPU:
+        return  # a graph draws other numbers
+    torch.testing.assert_close(*results)
+    check_same(model, plain)
+
+
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+def test_inference(replays, mode):
+    model, plain = fuse(build()), fuse(build(False))
+    with mode():
+        for i in range(STEPS):
+            torch.testing.assert_close(model(draw(i)), plain(draw(i)))
+    assert replays == ['run'] * 3
+
+
+def test_training_with_validation(replays):
+    model, plain = recorded()
+    replays.clear()
+    results = []
+    for each in (model, plain):
+        outs = []
+        for i in range(STEPS):
+            with torch.no_grad():
+                outs.append(each.eval()(draw(i)))
+            each.train()
+            train(each, 1)
+        results.append(outs)
+    torch.testing.assert_close(*results)
+    check_same(model, plain)
+    validated = ['run', 'run', 'differentiate'] * 3
+    assert replays == ['run', 'differentiate'] * graphs.WARM_UPS + validated
+
+
+def test_autocast(replays):
+    """Casts of weights that autocast keeps are not what is replayed."""
+    model, plain = build(), build(False)
+    results = []
+    for each in (model, plain):
+        optimizer = torch.optim.SGD(each.parameters(), 0.1)
+        for i in range(STEPS):
+            with torch.autocast(DEVICE, torch.bfloat16):
+                outs = each(draw(i))
+                loss = loss_of(outs)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        results.append([out.detach() for out in outs])
+    assert len(replays) == 6
+    torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
+
+
+def test_gradients_add_up(replays):
+    model, plain = recorded()
+    actual, expected = (backward_passes(m, 1, 2, 3) for m in (model, plain))
+    assert replays == ['run', 'differentiate'] * 6
+    torch.testing.assert_close(actual, expected)
+
+
+def test_outputs_and_gradients_stay(replays):
+    model, _ = recorded()
+    outs = model(draw(1))
+    grads = torch.autograd.grad(loss_of(outs), [*model.parameters()])
+    kept = [t.clone() for t in (*outs, *grads)]
+    backward_passes(model, 2)
+    assert len(replays) == 10
+    torch.testing.assert_close([*outs, *grads], kept, rtol=0, atol=0)
+
+
+def test_outputs_that_no_loss_takes(replays):
+    model, plain = recorded()
+    for each in (model, plain):
+        each(draw(1))[1].sum().backward()
+    assert replays[6:] == ['run', 'differentiate']
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        expected = torch.zeros_like(q) if q.grad is None else q.grad
+        torch.testing.assert_close(p.grad, expected)
+
+
+def test_parameters_without_gradients(replays):
+    """A block that is left out has none, as without graphs."""
+    models = []
+    for each in (build(), build(False)):
+        del each.blocks4[-1]
+        each.unused = nn.PReLU().to(DEVICE)
+        train(each)
+        assert each.unused.weight.grad is None
+        models.append(each)
+    assert len(replays) == 6
+    check_same(*models)
+
+
+def test_two_passes_before_a_backward(replays):
+    """The first is replayed; the second runs as it is, and says so."""
+    model, plain = recorded()
+    replays.clear()
+    results = []
+    for each in (model, plain):
+        outs = each(draw(1)), each(draw(2))
+        loss_of(outs[0] + outs[1]).backward()
+        results.append([p.grad for p in each.parameters()])
+    assert replays == ['run', 'differentiate']
+    torch.testing.assert_close(*results)
+    with torch.no_grad():  # of a teacher, say
+        outs = model(draw(1)), plain(draw(1))
+    torch.testing.assert_close(*outs)
+
+
+def test_pass_that_is_given_up(replays):
+    model, _ = recorded()
+    model(draw(1))
+    backward_passes(model, 2)
+    assert replays[6:] == ['run', 'run', 'differentiate']
+
+
+def test_second_backward(replays):
+    model, _ = recorded()
+    loss = loss_of(model(draw(1)))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match='cuda_graphs=False'):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda m: m.to(torch.float64).to(torch.float32),
+        lambda m: m.blocks1.requires_grad_(False),
+        lambda m: setattr(
+            m.patch_embed1[0],
+            'weight',
+            nn.Parameter(m.patch_embed1[0].weight + 1),
+        ),
+        lambda m: m.extra_norm['0'].register_buffer('other', None),
+    ],
+    ids=['moved', 'frozen', 'replaced', 'nothing'],
+)
+def test_changes(replays, change):
+    """Recordings of other parameters are not replayed."""
+    model, plain = recorded()
+    replays.clear()
+    for each in (model, plain):
+        change(each)
+        train(each, STEPS)
+    same = 'other' in model.extra_norm['0']._buffers
+    assert replays == ['run', 'differentiate'] * (STEPS if same else 3)
+    check_same(model, plain)
+
+
+def test_values_that_are_loaded(replays):
+    model, plain = recorded()
+    state = tiny.randomize(build()).state_dict()
+    state = {k: 0.9 * v for k, v in state.items()}
+    for each in (model, plain):
+        each.load_state_dict(state)
+        train(each)
+    assert len(replays) == 6 + 2 * STEPS
+    check_same(model, plain)
+
+
+@pytest.mark.parametrize('kind', ['forward', 'pre', 'backward'])
+def test_hooks_are_called(replays, kind):
+    model, _ = recorded()
+    calls = []
+    norm = model.extra_norm['3']
+    register = dict(
+        forward=norm.register_forward_hook,
+        pre=norm.register_forward_pre_hook,
+        backward=norm.register_full_backward_hook,
+    )[kind]
+    handle = register(lambda *_: calls.append(1))
+    replays.clear()
+    backward_passes(model, 1)
+    assert calls and not replays
+    handle.remove()
+    backward_passes(model, 1)
+    assert replays
+
+
+def test_what_runs_as_it_is(replays):
+    model, plain = recorded()
+    replays.clear()
+    x, y = draw(1).requires_grad_(), draw(1).requires_grad_()
+    loss_of(model(x)).backward()
+    loss_of(plain(y)).backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    with torch.autograd.detect_anomaly(check_nan=False):
+        model(draw(1))
+    model.eval()
+    values = dict(model.named_parameters())
+    torch.func.grad(
+        lambda values: loss_of(
+            torch.func.functional_call(model, values, draw(1))
+        )
+    )(values)
+    torch.jit.trace(model, draw(1))
+    assert not replays
+
+
+def test_sync_bn(replays):
+    model = build(norm_cfg=dict(type='SyncBN')).eval()
+    train(model)  # its norms have fixed statistics
+    assert len(replays) == 6
+    model.extra = nn.SyncBatchNorm(2)
+    replays.clear()
+    train(model)
+    assert not replays
+
+
+def test_number_of_sizes(replays):
+    model = build(1)
+    train(model, shapes=(SIZE, OTHER))
+    assert len(replays) == 6
+
+
+def test_what_cannot_be_recorded(replays, monkeypatch, caplog):
+    def fail(function, pool):
+        raise RuntimeError('operation not permitted')
+
+    monkeypatch.setattr(graphs, 'record', fail)
+    said = []
+    monkeypatch.setattr(
+        graphs, 'print_log', lambda text, **_: said.append(text)
+    )
+    model, plain = recorded()
+    check_same(model, plain)
+    (text,) = said
+    assert text == (
+        'Images of (2, 3, 64, 64) run without CUDA graphs: RuntimeError: '
+        'operation not permitted'
+    )
+
+
+def test_copies(replays):
+    model, plain = recorded()
+    replays.clear()
+    for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        each.zero_grad()
+        backward_passes(each, 1)
+        assert not replays and each.graphs.most == graphs.MOST
+        train(each)
+        assert replays.count('run') == 4
+        replays.clear()
+
+
+def test_ddp(replays, tmp_path):
+    store = distributed.FileStore(str(tmp_path / 'store'), 1)
+    distributed.init_process_group(
+        'nccl' if ON_GPU else 'gloo', store=store, rank=0, world_size=1
+    )
+    try:
+        model, plain = build(), build(False)
+        train(DistributedDataParallel(model))
+        train(plain)
+    finally:
+        distributed.destroy_process_group()
+    assert len(replays) == 6
+    check_same(model, plain)
+
+
+@pytest.mark.parametrize('value', [-1, 'yes', None, 2.5])
+def test_wrong_values(value):
+    with pytest.raises(ValueError, match='cuda_graphs must be True'):
+        OverLoCK(ARCH, cuda_graphs=value)
+
+
+@pytest.mark.parametrize('option', [dict(compile=True), dict(with_cp=True)])
+def test_wrong_combinations(option):
+    with pytest.raises(ValueError, match='neither compile nor with_cp'):
+        OverLoCK(ARCH, cuda_graphs=True, **option)
+
+
+@pytest.mark.skipif(ON_GPU, reason='for machines without a GPU')
+def test_cpu():
+    """The same config trains on a CPU."""
+    model, plain = build(), build(False)
+    for each in (model, plain):
+        train(each)
+    check_same(model, plain)
