@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from mmoverlock.models import OverLoCK
+from mmoverlock.models import OverLoCK, graphs
 from mmoverlock.models.fuse import fuse
 from mmoverlock.models.reparam import DilatedReparamConv
 from mmoverlock.ops import contmix, depthwise_conv2d
@@ -101,6 +101,7 @@ MODELS = {
         ),
     ),
 }
+HOW = 'compiled', 'CUDA graphs'
 STRIDES = dict(
     blocks1=4,
     blocks2=8,
@@ -214,12 +215,13 @@ def matmul(dtype, device, tf32=False, size=8192):
     return dict(ms=ms, rate=2 * size**3 / ms / 1e9)
 
 
-def build(name, size, train, device, compiled=False):
+def build(name, size, train, device, how=None):
     """A backbone: 't' or another arch, or a key of ``PEERS``.
 
     OverLoCK is fused for inference, and so are the branches of its large
-    convolutions; its blocks are what is compiled. Peers are compiled whole,
-    and are classifiers where images are of 224 x 224.
+    convolutions. How it runs is one of ``HOW`` or None: its blocks are what
+    is compiled. Peers are compiled whole, and are classifiers where images
+    are of 224 x 224.
     """
     if name in [*PEERS]:
         import timm
@@ -230,14 +232,19 @@ def build(name, size, train, device, compiled=False):
         model = timm.create_model(PEERS[name], **options)
         if name != 'Swin-T':
             model = model.to(memory_format=torch.channels_last)
-        if compiled:
+        if how == 'compiled':
             model.compile()
     else:
-        model = OverLoCK(name, drop_path_rate=0.1, compile=compiled)
+        model = OverLoCK(
+            name,
+            drop_path_rate=0.1,
+            compile=how == 'compiled',
+            cuda_graphs=how == 'CUDA graphs',
+        )
         if not train:
             fuse(model)
     model.to(device).train(train)
-    if compiled:
+    if how == 'compiled':
         torch._dynamo.reset()
     return model
 
@@ -266,17 +273,21 @@ def caller(model, images, dtype, train):
     return run
 
 
-def prepare(name, size, dtype, train, device, compiled=False):
+def prepare(name, size, dtype, train, device, how=None):
     gc.collect()  # what the row before has left
     torch.cuda.empty_cache()
-    model = build(name, size, train, device, compiled)
+    model = build(name, size, train, device, how)
     images = torch.randn(size[0], 3, *size[1:], device=device)
-    return caller(model, images, dtype, train)
+    run = caller(model, images, dtype, train)
+    if how == 'CUDA graphs':
+        for _ in range(graphs.WARM_UPS):
+            run()
+    return run
 
 
-def network(name, size, dtype, train, device, compiled=False):
+def network(name, size, dtype, train, device, how=None):
     """A training step or inference of a backbone."""
-    run = prepare(name, size, dtype, train, device, compiled)
+    run = prepare(name, size, dtype, train, device, how)
     start = time.perf_counter()
     run()
     synchronize(device)
@@ -319,7 +330,7 @@ def halves(name, batch, device, side=224):
     return figures
 
 
-def kernels(name, size, dtype, train, device, compiled=False, most=60):
+def kernels(name, size, dtype, train, device, how=None, most=60):
     """Time by kernel, and how long any of them is running.
 
     Returns:
@@ -327,7 +338,7 @@ def kernels(name, size, dtype, train, device, compiled=False, most=60):
         number of ``launches`` with it, and of the ``most`` longest kernels
         the name, the milliseconds and the launches.
     """
-    run = prepare(name, size, dtype, train, device, compiled)
+    run = prepare(name, size, dtype, train, device, how)
     wall = timed(run, device)
     on_gpu = device.type == 'cuda'
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
@@ -644,14 +655,14 @@ def rows(device):
         table[title] = partial(run, *args, **kwargs, device=device), limit
 
     def add_network(
-        name, size, dtype='bf16', train=True, compiled=False, run=network
+        name, size, dtype='bf16', train=True, how=None, run=network
     ):
         title = (
             f'{name}, {size}, {dtype}, {"training" if train else "inference"}'
-            f'{", compiled" if compiled else ""}'
+            f'{f", {how}" if how else ""}'
             f'{", by kernel" if run is kernels else ""}'
         )
-        limit = 240 if compiled else 60
+        limit = 240 if how == 'compiled' else 60
         add(
             title,
             limit,
@@ -660,7 +671,7 @@ def rows(device):
             SIZES[size],
             dtype,
             train,
-            compiled=compiled,
+            how=how,
         )
 
     add('machine', 60, machine)
@@ -676,13 +687,15 @@ def rows(device):
         for name in ('t', 'ConvNeXt-T'):
             add_network(name, size, train=train)
     for size, train in kinds:
+        add_network('t', size, train=train, how='CUDA graphs')
+    for size, train in kinds:
         add_network('t', size, train=train, run=kernels)
     for batch in (32, 128):
         title = f't, {batch} x 224 x 224, bf16, forward and backward apart'
         add(title, 60, halves, 't', batch)
     for size, train in kinds:
         for name in ('t', 'ConvNeXt-T'):
-            add_network(name, size, train=train, compiled=True)
+            add_network(name, size, train=train, how='compiled')
     for name in ('t', 'ConvNeXt-T'):
         add_network(name, large, train=False)
         for dtype in ('fp32', 'fp16'):

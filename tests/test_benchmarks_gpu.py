@@ -181,9 +181,10 @@ def test_networks(measured):
     figures = measured.halves(ARCH, 2, CPU, side=64)
     for what in ('forward', 'backward'):
         assert figures[f'{what}_ms'] >= figures[f'{what}_host_ms'] > 0
-    for compiled in (False, True):  # it would be, with the first call
-        model = measured.build(ARCH, SIZE, True, CPU, compiled)
-        assert model.regions.compile is compiled
+    for how in (None, *measured.HOW):  # it would be, with the first call
+        model = measured.build(ARCH, SIZE, True, CPU, how)
+        assert model.regions.compile is (how == 'compiled')
+        assert bool(model.graphs) is (how == 'CUDA graphs')
 
 
 def test_peers(measured):

@@ -4,9 +4,13 @@ The interpreter takes what the compiler does not.
 """
 
 import json
+import subprocess
+import sys
 
 import pytest
 from kernels import python
+
+from mmoverlock.ops.environment import MIN_TRITON
 
 pytest.importorskip('triton', '3.6')
 
@@ -79,3 +83,29 @@ print(json.dumps([uses, others, [*all_kernels()]]))
             assert use['spills'] <= 16 * few, (name, use)
             if capability == 90 and not name.startswith(MANY):
                 assert use['registers'] <= 168, (name, use)
+
+
+@pytest.mark.slow  # downloads 190 MB
+def test_compiles_with_the_oldest_triton(tmp_path):
+    version = '.'.join(map(str, MIN_TRITON))
+    command = [sys.executable, '-m', 'pip', 'install', '-q', '--no-deps']
+    folder = tmp_path / 'triton'
+    done = subprocess.run(
+        [*command, '-t', folder, f'triton=={version}.*'],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        pytest.skip(f'triton {version} does not install: {done.stderr}')
+    out = python(
+        f"""
+import sys; sys.path.insert(0, {str(folder)!r})
+import json, torch, triton
+from compile_launches import *
+uses = compile_all(90, torch.bfloat16, False)
+print(json.dumps([triton.__version__, [*uses]]))
+""",
+        TRITON_CACHE_DIR=str(tmp_path / 'cache'),
+    )
+    found, kinds = json.loads(out.splitlines()[-1])
+    assert found.startswith(version) and len(kinds) > 1

@@ -307,7 +307,6 @@ def _is_watched(x: Tensor) -> bool:
         or x.requires_grad
         or type(x) is not Tensor
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.cuda.is_current_stream_capturing()
     )
 

@@ -122,8 +122,7 @@ def _forward(z, initial, p, keeps, settings):
     features, guide = x.split([query.shape[1], key.shape[1]], 1)
     queries = _product(features, query)
     normal_queries, *query_statistics = _norm(queries, p.query_norm)
-    pooled = F.adaptive_avg_pool2d(guide, settings.regions)
-    pooled = channels_last(pooled)
+    pooled = _pool(guide, settings.regions)
     keys = _product(pooled, key)
     normal_keys, *key_statistics = _norm(keys, p.key_norm)
     mixed = contmix._mix.function(
@@ -218,7 +217,7 @@ def _infer(z, initial, p, settings):
     y = _product(y, *mix)
     fused, *_ = response_norm.forward(y, *p.response)
     features, guide = x.split([query[0].shape[1], key[0].shape[1]], 1)
-    pooled = channels_last(F.adaptive_avg_pool2d(guide, settings.regions))
+    pooled = _pool(guide, settings.regions)
     queries, keys = _product(features, *query), _product(pooled, *key)
     mixed, *_ = contmix._mix.function(
         queries, keys, *p.kernels, fused, settings.scale
@@ -245,6 +244,13 @@ def _infer(z, initial, p, settings):
         False,
     )
     return result
+
+
+def _pool(x, regions):
+    """Means of regions of a map."""
+    if len(x) < 16:  # a block an image in channels_last: 0.24 ms at 50 x 84
+        x = x.contiguous()
+    return channels_last(F.adaptive_avg_pool2d(x, regions))
 
 
 def _fields(tuples):
