@@ -133,15 +133,15 @@ def _columns(branch):
     return size, [(size, [])] * (dilation > 2)
 
 
-def _banded(branch, a):
+def _banded(a):
     """The same by banded matrices: over windows, and blocks of rows."""
-    size, dilation, _ = branch
-    blocks = size if dilation > 2 else cdiv(size, a['ROWS'])
+    size = a['K']
+    blocks = cdiv(size, a['ROWS'])
     loops = [(blocks, [])] * (blocks > 1)
     if a['NARROW']:
         return loops
     columns = cdiv(a['width'], a['across'])
-    return [(cdiv(columns + size // 2 * dilation * 2, 16), loops)]
+    return [(cdiv(columns + size // 2 * 2, 16), loops)]
 
 
 def _chunks(unit, a):
@@ -163,22 +163,19 @@ def _trips(name, grid, a):
     Raises:
         KeyError: If that is not known.
     """
-    if 'NARROW' in a:
-        loops = [_banded(branch, a) for branch in a['BRANCHES']]
-        if name == '_statistics_kernel':
-            tiles = a['images'] * cdiv(a['height'], a['T']) * a['across']
-            chunks = cdiv(tiles, 16) / grid[0]
-            return [(chunks, inner) for inner in loops]
-        if name == '_branch_grads_kernel':
-            return [(1, []), *((1, inner) for inner in loops[1:])]
-        return [loop for inner in loops for loop in inner]
+    if name == '_banded_conv2d_kernel':
+        return _banded(a)
+    if name == '_banded_statistics_kernel':
+        tiles = a['images'] * cdiv(a['height'], a['T']) * a['across']
+        return [(cdiv(tiles, 16) / grid[0], _banded(a))]
     if name == '_conv2d_kernel':
         return [_columns(branch) for branch in a['BRANCHES']]
     if name == '_branch_grads_kernel':
         return [_columns(branch) for branch in a['BRANCHES'][1:]]
     if name == '_statistics_kernel':
         tiles = a['items'] / grid[0]
-        return [(tiles, [_columns(branch)]) for branch in a['BRANCHES']]
+        branches = a['BRANCHES'][a['FIRST'] :]
+        return [(tiles, [_columns(branch)]) for branch in branches]
     if name == '_columns_kernel':  # a program is of one branch
         tiles = a['items'] / grid[0] / grid[2]
         return [(tiles * size, []) for size, *_ in a['BRANCHES']]

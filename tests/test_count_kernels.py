@@ -44,7 +44,7 @@ from mmoverlock.models.reparam import DilatedReparamConv
 from mmoverlock.ops.depthwise.triton import banded
 from mmoverlock.ops.depthwise.triton.common import Layout
 with torch.device('meta'):
-    conv = DilatedReparamConv(64, 5, dict(type='BN'), True, 'triton')
+    conv = DilatedReparamConv(64, 13, dict(type='BN'), True, 'triton')
     x = torch.empty(2, 64, 21, 21).requires_grad_()
 for dtype in torch.float32, torch.bfloat16:
     kernels = compile_step(conv, x, dtype)
@@ -54,7 +54,7 @@ for dtype in torch.float32, torch.bfloat16:
         forward.name, forward.launches, forward.warps, forward.issued,
         forward.milliseconds, forward.spills, len(kernels),
     ]))
-print(json.dumps([Layout.of(x.shape, 5).rows, banded.KNOBS]))
+print(json.dumps([Layout.of(x.shape, 13).rows, banded.KNOBS]))
 """,
         TRITON_CACHE_DIR=str(pytestconfig.cache.mkdir('triton')),
     )
@@ -62,14 +62,16 @@ print(json.dumps([Layout.of(x.shape, 5).rows, banded.KNOBS]))
     rows, knobs = json.loads(lines.pop())
     ends = [i for i, line in enumerate(lines) if line.startswith('[')]
     bands = knobs['T'] * knobs['R']
-    blocks = -(-5 // knobs['R'])
+    blocks = -(-13 // knobs['R'])
     chunks = -(-2 * 2 * -(-21 // knobs['T']) // 16)
     cases = [
         # Tiles of 8 columns by 32 channels, two columns a thread
-        ('conv2d', 4 * 2 * -(-21 // rows) * -(-21 // 8) * 2, 'FFMA')
-        + (2 * rows * 5 * 5,),
-        # 16 tiles of 11 columns; two products for each of 2 channels a warp
-        ('banded', 8 * chunks * 4, 'HMMA', blocks * bands * 2 * 2),
+        ('conv2d._', 4 * 2 * -(-21 // rows) * -(-21 // 8) * 2, 'FFMA')
+        + (2 * rows * 13 * 13,),
+        # 16 tiles of 11 columns, which two windows of the input reach; two
+        # products for each of 2 channels a warp
+        ('banded._banded_', 8 * chunks * 4, 'HMMA')
+        + (2 * blocks * bands * 2 * 2,),
     ]
     for first, end, case in zip((0, ends[0] + 1), ends, cases, strict=True):
         table = lines[first:end]
@@ -77,13 +79,13 @@ print(json.dumps([Layout.of(x.shape, 5).rows, banded.KNOBS]))
             lines[end]
         )
         module, expected_warps, instruction, number = case
-        assert name == f'depthwise.triton.{module}._conv2d_kernel'
+        assert name == f'depthwise.triton.{module}conv2d_kernel'
         assert launches == 1
         assert warps == expected_warps
         assert issued[instruction] == number
         expected = 1e3 * warps * sum(issued.values()) / (132 * 4 * 1.755e9)
         assert milliseconds == pytest.approx(expected)
-        assert others[0] == 0
+        assert others[0] <= 32
         assert len(table) == others[1] + 3  # a head and two sums
         assert name in table[1]
         assert table[-2].startswith('depthwise')

@@ -11,13 +11,14 @@ banded = pytest.importorskip(
 branches_module = pytest.importorskip(
     'mmoverlock.ops.depthwise.triton.branches'
 )
+conv2d = pytest.importorskip('mmoverlock.ops.depthwise.triton.conv2d')
 weight_grads = pytest.importorskip(
     'mmoverlock.ops.depthwise.triton.weight_grads'
 )
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 TOLERANCES = {HALF: 4e-4, BRAIN: 8e-3}  # the interpreter cuts bf16 off
-MANY = (17, 2, 5, 3), [(3, 4), (5, 1)], BRAIN  # images, for several chunks
+MANY = (17, 2, 5, 3), [(5, 1), (3, 4)], BRAIN  # images, for several chunks
 CASES = [
     # The map ends within the kernel; taps that no value meets
     ((1, 1, 1, 1), [(3, 1)], BRAIN),
@@ -59,16 +60,22 @@ def convolve(x, taps, branch, flip=False):
     return plain_conv2d(x.double(), weight, None, dilation)
 
 
+@pytest.fixture(params=[1, 99], ids=['banded', 'plain'])
+def banded_from(request, monkeypatch):
+    """The size of the smallest kernel that is convolved by banded matrices."""
+    monkeypatch.setattr(banded, 'SIZE', request.param)
+    return request.param
+
+
 @pytest.mark.parametrize(
     'case, flip', [(case, i % 2 == 1) for i, case in enumerate(CASES)]
 )
-def test_sum_of_convolutions(case, flip, poison):
+def test_sum_of_convolutions(case, flip, banded_from, poison):
     shape, dtype, branches, taps = prepare(*case)
     x = maps(len(branches), shape, dtype)
     bias = None if flip else draw(shape[1])
-    out, other = maps(2, shape, dtype)
-    other = other if flip else None
-    banded.convolve_maps(x, out, taps, branches, bias, flip, other)
+    other = draw(*shape, dtype=dtype) if flip else None
+    out = conv2d.convolve_maps(x, taps, branches, bias, flip, other)
     expected = sum(
         convolve(one, taps, branch, flip)
         for one, branch in zip(x, branches, strict=True)
@@ -80,13 +87,13 @@ def test_sum_of_convolutions(case, flip, poison):
 @pytest.mark.parametrize(
     'case, programs', [(MANY, 1), *((case, 528) for case in CASES)]
 )
-def test_statistics(case, programs, monkeypatch, poison):
+def test_statistics(case, programs, banded_from, monkeypatch, poison):
     """Of all branches, with means that are large beside the deviations."""
-    monkeypatch.setitem(banded.KNOBS, 'programs', programs)
+    monkeypatch.setitem(branches_module.KNOBS, 'statistics', programs)
     shape, dtype, branches, taps = prepare(*case)
     x, first = maps(2, shape, dtype)
     x += 2
-    parts = banded.statistics(x, taps, first, branches)
+    parts = branches_module._statistics(x, taps, first, branches)
     ys = [convolve(x, taps, branch) for branch in branches]
     assert relative_error(first, ys[0]) < TOLERANCES[dtype]
     for (count, mean, squares), y in zip(
@@ -99,18 +106,18 @@ def test_statistics(case, programs, monkeypatch, poison):
         assert ((squares / count - variance).abs() < 1e-5 * scale**2).all()
 
 
-@EVERY_CASE
-def test_gradients_of_branches(case, poison):
-    shape, dtype, branches, taps = prepare(*case)
-    x, first, grad = maps(3, shape, dtype)
-    factors = draw(3, len(branches), shape[1])
-    out = maps(len(branches), shape, dtype)
-    banded.branch_grads(x, first, grad, taps, factors, out, branches)
-    for b, branch in enumerate(branches):
-        y = convolve(x, taps, branch) if b else first.double()
-        p, q, o = factors[:, b, :, None, None].double()
-        expected = p * grad.double() - q * y - o
-        assert relative_error(out[b], expected) < TOLERANCES[dtype]
+@pytest.mark.parametrize(
+    'branch, dtype, expected',
+    [
+        ((13, 1, 0), BRAIN, True),
+        ((17, 1, 0), HALF, True),
+        ((11, 1, 0), BRAIN, False),
+        ((17, 2, 0), BRAIN, False),
+        ((17, 1, 0), torch.float32, False),
+    ],
+)
+def test_what_is_banded(branch, dtype, expected):
+    assert banded.takes(torch.empty(1, dtype=dtype), branch) is expected
 
 
 @EVERY_CASE

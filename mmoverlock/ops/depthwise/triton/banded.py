@@ -1,9 +1,9 @@
 """Convolutions of 16-bit maps on tensor cores, by banded matrices.
 
-Take a channel, a row r of a kernel of dilation d, 16 columns x of the output
-and 16 columns x' of the input. With
+Take a channel, a row r of a kernel, 16 columns x of the output and 16 columns
+x' of the input. With
 
-    band_r[x', x] = w[r, s]  where x' is s d - reach columns behind x,
+    band_r[x', x] = w[r, s]  where x' is s - reach columns behind x,
                     0        elsewhere,
 
 what the row adds to the output is a product of matrices,
@@ -16,11 +16,13 @@ of R rows of the kernel. The windows x' of the input are as many as reach from
 the first column of a tile to its last; on a map of up to 16 columns one holds
 all.
 
+It pays for the large kernels, see ``SIZE``: of small ones, most of a band is
+zero, and of dilated ones, no row meets two bands.
+
 Taps have the dtype of the map, as under autocast; sums are in single
 precision. There are no atomic operations.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,30 +30,21 @@ from triton import constexpr_function
 
 from ...common import cdiv
 from ...launching import jit
-from .common import SIZES, SPARSE, is_read, meets, store_statistics
-from .weight_grads import (
-    WINDOW,
-    by_channel,
-    dot,
-    matrices,
-    num_splits,
-    own_channels,
-)
+from .common import SIZES, meets, store_statistics
+from .weight_grads import WINDOW, by_channel, dot, matrices, own_channels
 
+SIZE = 13  # of the smallest kernel, without dilation
 # Rows of a tile, and of a kernel at a time; PAIR is how many channels a warp
-# takes from one load; registers are at most those for many windows and for
-# one. Programs are those of sums, where there is enough to do.
-KNOBS = dict(
-    T=3, R=2, CHANNELS=16, PAIR=2, WARPS=8, registers=(192, 168), programs=528
-)
+# takes from one load. With 128 registers, two programs fit a multiprocessor:
+# a fifth less time on an H200, in spite of 24 to 104 bytes that are spilled.
+KNOBS = dict(T=3, R=2, CHANNELS=16, PAIR=2, WARPS=8, registers=128)
 CANDIDATES = dict(  # for benchmarks/gpu_tune.py
-    T=(2, 3, 4, 5, 7),
+    T=(2, 3, 4, 5),
     R=(2, 3, 4),
     CHANNELS=(8, 16, 32),
     PAIR=(1, 2, 4),
-    WARPS=(4, 8),
-    registers=((255, 255), (192, 168), (128, 128)),
-    programs=(264, 528, 1056),
+    WARPS=(4, 8, 16),
+    registers=(255, 192, 168, 128),
 )
 
 
@@ -97,7 +90,6 @@ def _convolve(
     height,
     width,
     K: tl.constexpr,
-    D: tl.constexpr,
     FLIP: tl.constexpr,
     NARROW: tl.constexpr,
     T: tl.constexpr,
@@ -113,17 +105,17 @@ def _convolve(
         p_taps: Pointer to the taps of the kernel, (K * K, channels).
         row, col, o_row, m_tile, columns: See :func:`_place`.
         channel: (1, 1, C).
-        K, D: Size and dilation of the kernel.
+        K: Size of the kernel.
         FLIP: Whether its taps come in reversed order.
         NARROW: Whether a window holds all columns of the map.
         ROWS: Rows of the kernel at a time, at most.
     """
-    REACH: tl.constexpr = K // 2 * D
+    REACH: tl.constexpr = K // 2
     LAST: tl.constexpr = K * K - 1 if FLIP else 0
     SIGN: tl.constexpr = -1 if FLIP else 1
-    R: tl.constexpr = 1 if D >= SPARSE else _share(K, ROWS)
+    R: tl.constexpr = _share(K, ROWS)
     FIRST: tl.constexpr = 0 if NARROW else -REACH
-    READ: tl.constexpr = T + (R - 1) * D
+    READ: tl.constexpr = T + R - 1
     n = tl.arange(0, WINDOW)
     step = width * channels
     m_channel = channel < channels
@@ -131,10 +123,8 @@ def _convolve(
     # Tiles in registers: shared memory could not be read without conflicts.
     for w in tl.range(windows, num_stages=1):
         start = FIRST + w * WINDOW
-        behind = n[:, None] - n[None] + start + REACH  # (x', x)
-        s = behind // D
-        m_tap = (behind >= 0) & (behind % D == 0) & (s < K)
-        m_tap = m_tap[:, :, None] & m_channel
+        s = n[:, None] - n[None] + start + REACH  # (x', x)
+        m_tap = ((s >= 0) & (s < K))[:, :, None] & m_channel
         o_tap = (LAST + SIGN * s)[:, :, None] * channels + channel
         col_x = (col + start)[:, None] + n[None]  # (tiles, x')
         m_x = m_tile[:, None] & (col_x >= 0) & (col_x < width)
@@ -149,23 +139,18 @@ def _convolve(
                     other=0,
                 )
                 bands = bands + (by_channel(b_tap, CHANNELS, PAIR),)
-            y = row + r_0 * D - REACH
-            p_row = p_col + (r_0 * D - REACH) * step
+            y = row + r_0 - REACH
+            p_row = p_col + (r_0 - REACH) * step
             b_next = _row(p_row, y, height, m_x)
             for i in tl.static_range(READ):
-                if is_read(i, R, D, T):
-                    b_x = by_channel(b_next, CHANNELS, PAIR)
-                    if _after(i, R, D, T) < READ:  # while products are made
-                        b_next = _row(
-                            p_row + _after(i, R, D, T) * step,
-                            y + _after(i, R, D, T),
-                            height,
-                            m_x,
-                        )
-                    for t in tl.static_range(T):
-                        if meets(i - t, R, D):
-                            part = dot(b_x, bands[(i - t) // D], acc[t])
-                            acc = acc[:t] + (part,) + acc[t + 1 :]
+                b_x = by_channel(b_next, CHANNELS, PAIR)
+                if i + 1 < READ:  # while products are made
+                    p_row += step
+                    b_next = _row(p_row, y + i + 1, height, m_x)
+                for t in tl.static_range(T):
+                    if meets(i - t, R, 1):
+                        part = dot(b_x, bands[i - t], acc[t])
+                        acc = acc[:t] + (part,) + acc[t + 1 :]
     return acc
 
 
@@ -183,18 +168,8 @@ def _share(size, most):
     return -(-size // times)
 
 
-@constexpr_function
-def _after(row, size, dilation, tile):
-    """The next row that is read."""
-    row += 1
-    last = tile + (size - 1) * dilation
-    while row < last and not is_read(row, size, dilation, tile):
-        row += 1
-    return row
-
-
 @jit(do_not_specialize=SIZES)
-def _conv2d_kernel(
+def _banded_conv2d_kernel(
     p_x,
     p_taps,
     p_bias,
@@ -205,7 +180,7 @@ def _conv2d_kernel(
     width,
     images,
     across,
-    BRANCHES: tl.constexpr,
+    K: tl.constexpr,
     FLIP: tl.constexpr,
     NARROW: tl.constexpr,
     T: tl.constexpr,
@@ -213,41 +188,37 @@ def _conv2d_kernel(
     CHANNELS: tl.constexpr,
     PAIR: tl.constexpr,
 ):
-    """Sum of the convolutions of maps, one for each branch.
+    """The convolution of a map, with bias and another map added.
 
-    As of conv2d.py; x (branches, B, H, W, C), taps (all taps, C), bias (C, ),
-    other and out (B, H, W, C); grid (chunks, blocks of channels).
+    x, other and out (B, H, W, C), taps (K * K, C), bias (C, ); grid (chunks,
+    blocks of channels).
     """
     row, col, o_row, m_tile, columns = _place(
         tl.program_id(0), images, height, width, across, T
     )
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     channel = channel[None, None]
-    o_branch = tl.cast(images, tl.int64) * height * width * channels
-    acc = matrices(T, CHANNELS)
-    for b in tl.static_range(len(BRANCHES)):
-        acc = _convolve(
-            acc,
-            p_x + b * o_branch,
-            p_taps + BRANCHES[b][2] * channels,
-            row,
-            col,
-            o_row,
-            m_tile,
-            columns,
-            channel,
-            channels,
-            height,
-            width,
-            BRANCHES[b][0],
-            BRANCHES[b][1],
-            FLIP,
-            NARROW,
-            T,
-            ROWS,
-            CHANNELS,
-            PAIR,
-        )
+    acc = _convolve(
+        matrices(T, CHANNELS),
+        p_x,
+        p_taps,
+        row,
+        col,
+        o_row,
+        m_tile,
+        columns,
+        channel,
+        channels,
+        height,
+        width,
+        K,
+        FLIP,
+        NARROW,
+        T,
+        ROWS,
+        CHANNELS,
+        PAIR,
+    )
     b_bias = 0.0
     if p_bias is not None:
         own = own_channels(tl.program_id(1), CHANNELS, PAIR)
@@ -280,17 +251,18 @@ def _values(row, col, o_row, m_tile, columns, channel, channels, width):
 
 
 @jit(do_not_specialize=SIZES)
-def _statistics_kernel(
+def _banded_statistics_kernel(
     p_x,
     p_taps,
     p_y,
     p_parts,
+    step,
     channels: tl.constexpr,
     height,
     width,
     images,
     across,
-    BRANCHES: tl.constexpr,
+    K: tl.constexpr,
     NARROW: tl.constexpr,
     T: tl.constexpr,
     ROWS: tl.constexpr,
@@ -299,184 +271,85 @@ def _statistics_kernel(
 ):
     """Number of values, mean and sum of squared deviations from it.
 
-    Of every channel of every branch; x (B, H, W, C), taps (all taps, C), y
-    (B, H, W, C), the output of the first branch, parts (splits, branches * 3,
-    C); grid (splits, blocks of channels).
+    Of every channel; x (B, H, W, C), taps (K * K, C), y (B, H, W, C), the
+    output, parts (splits, 3, C), which are ``step`` apart; grid (splits,
+    blocks of channels).
     """
     split = tl.program_id(0)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     channel = channel[None, None]
     own = own_channels(tl.program_id(1), CHANNELS, PAIR)
     chunks = tl.cdiv(images * tl.cdiv(height, T) * across, WINDOW)
-    o_part = tl.cast(split, tl.int64) * len(BRANCHES) * 3 * channels
-    p_part = p_parts + o_part + own
     n = tl.arange(0, WINDOW)[None]
-    for b in tl.static_range(len(BRANCHES)):
-        count = 0.0
-        mean = tl.zeros((CHANNELS,), tl.float32)
-        squares = tl.zeros((CHANNELS,), tl.float32)
-        for chunk in tl.range(
-            split,
-            chunks,
-            tl.num_programs(0),
-            num_stages=1,
-            disable_licm=True,
-        ):
-            row, col, o_row, m_tile, columns = _place(
-                chunk, images, height, width, across, T
+    count = 0.0
+    mean = tl.zeros((CHANNELS,), tl.float32)
+    squares = tl.zeros((CHANNELS,), tl.float32)
+    for chunk in tl.range(
+        split, chunks, tl.num_programs(0), num_stages=1, disable_licm=True
+    ):
+        row, col, o_row, m_tile, columns = _place(
+            chunk, images, height, width, across, T
+        )
+        acc = _convolve(
+            matrices(T, CHANNELS),
+            p_x,
+            p_taps,
+            row,
+            col,
+            o_row,
+            m_tile,
+            columns,
+            channel,
+            channels,
+            height,
+            width,
+            K,
+            False,
+            NARROW,
+            T,
+            ROWS,
+            CHANNELS,
+            PAIR,
+        )
+        m_col = m_tile[:, None] & (n < columns)
+        m_col = m_col & (col[:, None] + n < width)
+        number = 0.0
+        total = tl.zeros((CHANNELS, WINDOW, WINDOW), tl.float32)
+        for t in tl.static_range(T):
+            m_row = m_col & (row + t < height)[:, None]
+            number += tl.sum(m_row.to(tl.float32))
+            total += tl.where(m_row[None], acc[t], 0.0)
+        part_mean = tl.sum(tl.sum(total, 2), 1) / number
+        total = tl.zeros((CHANNELS, WINDOW, WINDOW), tl.float32)
+        for t in tl.static_range(T):
+            m_row = m_col & (row + t < height)[:, None]
+            deviation = acc[t] - part_mean[:, None, None]
+            total += tl.where(m_row[None], deviation * deviation, 0.0)
+        share = number / (count + number)
+        deviation = part_mean - mean
+        squares += tl.sum(tl.sum(total, 2), 1)
+        squares += deviation * deviation * count * share
+        mean += deviation * share
+        count += number
+        o_y, m_y = _values(
+            row, col, o_row, m_tile, columns, channel, channels, width
+        )
+        for t in tl.static_range(T):
+            b_y = acc[t].to(p_y.dtype.element_ty)
+            tl.store(
+                p_y + o_y + t * width * channels,
+                _by_column(b_y, CHANNELS, PAIR),
+                mask=m_y & (row + t < height)[:, None, None],
             )
-            acc = _convolve(
-                matrices(T, CHANNELS),
-                p_x,
-                p_taps + BRANCHES[b][2] * channels,
-                row,
-                col,
-                o_row,
-                m_tile,
-                columns,
-                channel,
-                channels,
-                height,
-                width,
-                BRANCHES[b][0],
-                BRANCHES[b][1],
-                False,
-                NARROW,
-                T,
-                ROWS,
-                CHANNELS,
-                PAIR,
-            )
-            m_col = m_tile[:, None] & (n < columns)
-            m_col = m_col & (col[:, None] + n < width)
-            number = 0.0
-            total = tl.zeros((CHANNELS, WINDOW, WINDOW), tl.float32)
-            for t in tl.static_range(T):
-                m_row = m_col & (row + t < height)[:, None]
-                number += tl.sum(m_row.to(tl.float32))
-                total += tl.where(m_row[None], acc[t], 0.0)
-            part_mean = tl.sum(tl.sum(total, 2), 1) / number
-            total = tl.zeros((CHANNELS, WINDOW, WINDOW), tl.float32)
-            for t in tl.static_range(T):
-                m_row = m_col & (row + t < height)[:, None]
-                deviation = acc[t] - part_mean[:, None, None]
-                total += tl.where(m_row[None], deviation * deviation, 0.0)
-            share = number / (count + number)
-            deviation = part_mean - mean
-            squares += tl.sum(tl.sum(total, 2), 1)
-            squares += deviation * deviation * count * share
-            mean += deviation * share
-            count += number
-            if b == 0:
-                o_y, m_y = _values(
-                    row, col, o_row, m_tile, columns, channel, channels, width
-                )
-                for t in tl.static_range(T):
-                    b_y = acc[t].to(p_y.dtype.element_ty)
-                    tl.store(
-                        p_y + o_y + t * width * channels,
-                        _by_column(b_y, CHANNELS, PAIR),
-                        mask=m_y & (row + t < height)[:, None, None],
-                    )
-        m_own = own < channels
-        store_statistics(p_part, count, mean, squares, channels, m_own)
-        p_part += 3 * channels
+    p_part = p_parts + tl.cast(split, tl.int64) * step + own
+    m_own = own < channels
+    store_statistics(p_part, count, mean, squares, channels, m_own)
 
 
-@jit(do_not_specialize=SIZES)
-def _branch_grads_kernel(
-    p_x,
-    p_y,
-    p_grad,
-    p_taps,
-    p_factors,
-    p_out,
-    channels: tl.constexpr,
-    height,
-    width,
-    images,
-    across,
-    BRANCHES: tl.constexpr,
-    NARROW: tl.constexpr,
-    T: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PAIR: tl.constexpr,
-):
-    """``p g - q y - o`` for every branch.
-
-    x, y (of the first branch) and grad (B, H, W, C), taps (all taps, C),
-    factors (3, branches, C), out (branches, B, H, W, C); grid (chunks, blocks
-    of channels).
-    """
-    chunks = tl.cdiv(images * tl.cdiv(height, T) * across, WINDOW)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    channel = channel[None, None]
-    own = own_channels(tl.program_id(1), CHANNELS, PAIR)[:, None, None]
-    o_branch = tl.cast(images, tl.int64) * height * width * channels
-    step = width * channels
-    for b in tl.static_range(len(BRANCHES)):
-        # One chunk, in a loop that nothing is moved out of
-        for chunk in tl.range(
-            tl.program_id(0),
-            chunks,
-            tl.num_programs(0),
-            num_stages=1,
-            disable_licm=True,
-        ):
-            row, col, o_row, m_tile, columns = _place(
-                chunk, images, height, width, across, T
-            )
-            acc = matrices(T, CHANNELS)
-            if b > 0:
-                acc = _convolve(
-                    acc,
-                    p_x,
-                    p_taps + BRANCHES[b][2] * channels,
-                    row,
-                    col,
-                    o_row,
-                    m_tile,
-                    columns,
-                    channel,
-                    channels,
-                    height,
-                    width,
-                    BRANCHES[b][0],
-                    BRANCHES[b][1],
-                    False,
-                    NARROW,
-                    T,
-                    ROWS,
-                    CHANNELS,
-                    PAIR,
-                )
-            o_value, m_value = _values(
-                row, col, o_row, m_tile, columns, channel, channels, width
-            )
-            # The first branch goes by columns, the others by channels.
-            at = channel if b == 0 else own
-            p_factor = p_factors + b * channels + at
-            p = tl.load(p_factor, mask=at < channels, other=0)
-            p_factor += len(BRANCHES) * channels
-            q = tl.load(p_factor, mask=at < channels, other=0)
-            p_factor += len(BRANCHES) * channels
-            o = tl.load(p_factor, mask=at < channels, other=0)
-            for t in tl.static_range(T):
-                m_out = m_value & (row + t < height)[:, None, None]
-                o_out = o_value + t * step
-                b_grad = tl.load(p_grad + o_out, mask=m_out, other=0)
-                if b == 0:
-                    b_y = tl.load(p_y + o_out, mask=m_out, other=0)
-                    b_y = b_y.to(tl.float32)
-                    b_out = p * b_grad.to(tl.float32) - q * b_y - o
-                    b_out = b_out.to(p_out.dtype.element_ty)
-                else:
-                    b_grad = by_channel(b_grad, CHANNELS, PAIR)
-                    b_out = p * b_grad.to(tl.float32) - q * acc[t] - o
-                    b_out = b_out.to(p_out.dtype.element_ty)
-                    b_out = _by_column(b_out, CHANNELS, PAIR)
-                tl.store(p_out + b * o_branch + o_out, b_out, mask=m_out)
+def takes(x: Tensor, branch: tuple[int, int, int]) -> bool:
+    """Whether a kernel of some size and dilation is convolved here."""
+    size, dilation, _ = branch
+    return x.element_size() == 2 and dilation == 1 and size >= SIZE
 
 
 def _launch(kernel, x, *args, splits=None, **constants):
@@ -492,7 +365,9 @@ def _launch(kernel, x, *args, splits=None, **constants):
     """
     batch, channels, height, width = x.shape
     across = cdiv(width, WINDOW.value)
-    kernel[splits or _chunks(x), cdiv(channels, KNOBS['CHANNELS'])](
+    tiles = batch * cdiv(height, KNOBS['T']) * across
+    blocks = cdiv(channels, KNOBS['CHANNELS'])
+    kernel[splits or cdiv(tiles, WINDOW.value), blocks](
         *args,
         channels,
         height,
@@ -505,82 +380,48 @@ def _launch(kernel, x, *args, splits=None, **constants):
         CHANNELS=KNOBS['CHANNELS'],
         PAIR=KNOBS['PAIR'],
         num_warps=KNOBS['WARPS'],
-        maxnreg=KNOBS['registers'][across == 1],
+        maxnreg=KNOBS['registers'],
         **constants,
     )
 
 
-def _chunks(x):
-    batch, _, height, width = x.shape
-    tiles = batch * cdiv(height, KNOBS['T']) * cdiv(width, WINDOW.value)
-    return cdiv(tiles, WINDOW.value)
-
-
-def convolve_maps(
+def convolve_map(
     x: Tensor,
     out: Tensor,
     taps: Tensor,
-    branches: tuple,
+    size: int,
     bias: Tensor | None,
     flip: bool,
     other: Tensor | None,
 ) -> None:
-    """See :func:`conv2d.convolve_maps`.
+    """Write a convolution; arguments as of :func:`conv2d.convolve_maps`.
 
     Args:
-        x (Tensor): (branches, B, C, H, W), each map in channels_last.
-        out (Tensor): (B, C, H, W) in channels_last, not empty.
+        x, out (Tensor): (B, C, H, W) in channels_last, not empty.
+        taps (Tensor): (size^2, C), in the dtype of x.
     """
     operands = x, taps, bias, other, out
-    _launch(_conv2d_kernel, out, *operands, BRANCHES=branches, FLIP=flip)
+    _launch(_banded_conv2d_kernel, out, *operands, K=size, FLIP=flip)
 
 
-def statistics(x: Tensor, taps: Tensor, first: Tensor, branches: tuple):
-    """Parts of the statistics of all branches; writes the first's output.
+def statistics(
+    x: Tensor, taps: Tensor, y: Tensor, parts: Tensor, size: int
+) -> None:
+    """Write a convolution, and the first three parts of its statistics.
 
     Args:
-        x, first (Tensor): (B, C, H, W) in channels_last.
-        taps (Tensor): (all taps, C), in the dtype of x.
-        branches (tuple): Size, dilation and first tap of each.
-
-    Returns:
-        Tensor: (splits, branches * 3, C), float32.
+        x, y (Tensor): (B, C, H, W) in channels_last, not empty.
+        taps (Tensor): (size^2, C), in the dtype of x.
+        parts (Tensor): (splits, 3 or more, C), float32.
     """
-    channels = x.shape[1]
-    blocks = cdiv(channels, KNOBS['CHANNELS'])
-    splits = num_splits(_chunks(x), blocks, KNOBS['programs'])
-    shape = splits, 3 * len(branches), channels
-    parts = x.new_empty(shape, dtype=torch.float32)
     _launch(
-        _statistics_kernel,
+        _banded_statistics_kernel,
         x,
         x,
         taps,
-        first,
+        y,
         parts,
-        splits=splits,
-        BRANCHES=branches,
+        parts.stride(0),
+        splits=len(parts),
+        K=size,
     )
-    return parts
-
-
-def branch_grads(
-    x: Tensor,
-    first: Tensor,
-    grad: Tensor,
-    taps: Tensor,
-    factors: Tensor,
-    out: Tensor,
-    branches: tuple,
-) -> None:
-    """Write the gradients of the outputs of all branches.
-
-    Args:
-        x, first, grad (Tensor): (B, C, H, W) in channels_last.
-        taps (Tensor): (all taps, C), in the dtype of x.
-        factors (Tensor): (3, branches, C), float32.
-        out (Tensor): (branches, B, C, H, W), each in channels_last.
-        branches (tuple): Size, dilation and first tap of each.
-    """
-    operands = x, first, grad, taps, factors, out
-    _launch(_branch_grads_kernel, x, *operands, BRANCHES=branches)

@@ -4,8 +4,8 @@
 reciprocal standard deviation r, scale s:
 
 - statistics: one launch, in which every program makes the y of its tiles in
-  registers, branch after branch, and only counts them (of 16-bit maps, with
-  the others, in banded.py);
+  registers, branch after branch, and only counts them (a large kernel of
+  16-bit maps has a launch of its own, see banded.py);
 - value: one convolution, the kernels ``s r w`` added in the frame of the
   largest one, with the bias ``sum of shift - s r m``;
 - backward: with g the gradient of out, the gradient of y is
@@ -26,10 +26,10 @@ Processes that share statistics (SyncBN) exchange those of all branches once,
 and sum(g) and sum(g z) once, before p, q and o: a launch more each way.
 
 What is kept for the backward pass is x and the output of the first branch,
-whose kernel is the largest. There are four launches forward and six backward;
-batches are counted and running statistics moved by the way. Sums are made of
-partial sums in a fixed order, those for norms in double precision in the end,
-so results are deterministic.
+whose kernel is the largest. There are four launches forward and six backward,
+one more each way in 16 bits; batches are counted and running statistics moved
+by the way. Sums are made of partial sums in a fixed order, those for norms in
+double precision in the end, so results are deterministic.
 """
 
 from collections.abc import Sequence
@@ -110,24 +110,25 @@ def _statistics_kernel(
     width,
     items,
     BRANCHES: tl.constexpr,
+    FIRST: tl.constexpr,
     T: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Number of values, mean and sum of squared deviations from it.
 
-    Of every channel of every branch; x (B, H, W, C), taps (all taps, C), y
-    (B, H, W, C), the output of the first branch, parts (splits, branches * 3,
-    C); grid (splits, blocks of channels). Every lane sums differences from the
-    first value that it saw.
+    Of every channel of every branch from FIRST on; x (B, H, W, C), taps (all
+    taps, C), y (B, H, W, C), the output of branch 0, parts (splits, branches *
+    3, C); grid (splits, blocks of channels). Every lane sums differences from
+    the first value that it saw.
     """
     split = tl.program_id(0)
     channel = tl.program_id(1) * LANES[1] + tl.arange(0, LANES[1])[None]
     m_channel = channel < channels
     o_part = tl.cast(split, tl.int64) * len(BRANCHES) * 3 * channels
-    p_part = p_parts + o_part + channel
+    p_part = p_parts + o_part + FIRST * 3 * channels + channel
     # One branch after the other, so that only one has its sums in registers,
     # and, with nothing hoisted, its offsets.
-    for b in tl.static_range(len(BRANCHES)):
+    for b in tl.static_range(FIRST, len(BRANCHES)):
         count = tl.zeros(LANES, tl.float32)
         first = tl.zeros(LANES, tl.float32)
         total = tl.zeros(LANES, tl.float32)
@@ -601,13 +602,15 @@ def _statistics(x, taps, first, branches):
     Returns:
         Tensor: (parts, branches * 3, C), float32.
     """
-    if x.element_size() == 2 and x.numel():
-        return banded.statistics(x, taps, first, branches)
-    layout = Layout.of(x.shape, max(size for size, *_ in branches))
+    is_banded = x.numel() > 0 and banded.takes(x, branches[0])
+    sizes = [size for size, *_ in branches]
+    layout = Layout.of(x.shape, max(sizes[is_banded:], default=1))
     tiles, blocks = layout.grid(x.shape)
     splits = num_splits(tiles, blocks, KNOBS['statistics'])
     shape = splits, 3 * len(branches), x.shape[1]
     parts = x.new_empty(shape, dtype=torch.float32)
+    if is_banded:
+        banded.statistics(x, taps[: sizes[0] ** 2], first, parts, sizes[0])
     _statistics_kernel[splits, blocks](
         x,
         taps,
@@ -616,6 +619,7 @@ def _statistics(x, taps, first, branches):
         *x.shape[1:],
         tiles,
         BRANCHES=branches,
+        FIRST=int(is_banded),
         T=layout.rows,
         LANES=layout.lanes,
     )
@@ -661,7 +665,7 @@ def _backward(
     sizes = tuple(weight.shape[-1] for weight in weights)
     plan = _plan(sizes, tuple(dilations))
     branches, channels = plan.branches, x.shape[1]
-    layout = Layout.of(x.shape, max(sizes))
+    layout = Layout.of(x.shape, max(sizes[1:], default=1))
     tiles, blocks = layout.grid(x.shape)
     n = len(branches)
     grid = cdiv(channels, BLOCK.value), n
@@ -699,9 +703,7 @@ def _backward(
         grad_ys = x.new_empty(n, len(x), *x.shape[2:], channels)
         grad_ys = grad_ys.permute(0, 1, 4, 2, 3)
         operands = x, first, grad, taps, factors, grad_ys
-        if x.numel() and x.element_size() == 2:
-            banded.branch_grads(*operands, branches)
-        elif x.numel():
+        if x.numel():
             _branch_grads_kernel[tiles, blocks](
                 *operands,
                 *x.shape[1:],

@@ -105,9 +105,15 @@ def convolve_maps(
         Tensor: (B, C, H, W) in channels_last.
     """
     out = torch.empty_like(x[0])
-    if out.numel() and x.element_size() == 2:
+    if out.numel() and banded.takes(x, branches[0]):
+        if len(branches) > 1:
+            other = convolve_maps(
+                x[1:], taps, branches[1:], flip=flip, other=other
+            )
+        size, _, first = branches[0]
+        taps = taps[first : first + size**2]
         with torch.cuda.device_of(x):
-            banded.convolve_maps(x, out, taps, branches, bias, flip, other)
+            banded.convolve_map(x[0], out, taps, size, bias, flip, other)
     elif out.numel():
         layout = Layout.of(out.shape, max(size for size, *_ in branches))
         with torch.cuda.device_of(x):
