@@ -47,6 +47,7 @@ from mmoverlock.ops.pointwise.triton import weight_grads
 
 CUOBJDUMP = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
 PACKAGE = f'{ops.__name__}.'
+LARGE = (13, 1), (3, 2)  # what runs on tensor cores in 16 bits, and the rest
 
 
 class Driver(count._Driver):
@@ -234,10 +235,12 @@ def compile_all(capability, dtype, every_shape=True):
         narrow += [(64, [excited, feed_forward])]
         maps += [(50, 84, 13)]
     kinds = [(640, wide), *narrow]
+    large = [(64, 14), (56, 28)] if every_shape else [(64, 14)]
     return dict(
         operators=sum(
             (compile_operators(*where, *kind) for kind in kinds), []
         ),
+        branches=sum((compile_branches(*where, LARGE, *n) for n in large), []),
         sums=compile_sums(*where),
         contmix=sum((compile_contmix(*where, *size) for size in maps), []),
     )

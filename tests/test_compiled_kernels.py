@@ -25,6 +25,10 @@ MANY = (  # registers
     'dynamic_conv.triton.filters',
     'excitation.triton',
 )
+SPILLED = (  # so that twice as many warps fit a multiprocessor
+    'depthwise.triton.banded',
+    'depthwise.triton.weight_grads._units',
+)
 OF_GROUPS = {  # of processes
     f'depthwise.triton.branches.{name}_kernel'
     for name in ('_combine', '_factors')
@@ -59,6 +63,7 @@ import json, torch
 from compile_launches import *
 uses = compile_all({capability}, torch.{dtype}, {every_shape})
 others = compile_operators(80, torch.{other}, 64, [branches])
+others += compile_branches(80, torch.{other}, LARGE, 64, 14)
 print(json.dumps([uses, others, [*all_kernels()]]))
 """,
         TRITON_CACHE_DIR=str(pytestconfig.cache.mkdir('triton')),
@@ -79,8 +84,10 @@ print(json.dumps([uses, others, [*all_kernels()]]))
             if kind == 'contmix' and dtype == 'float32':
                 continue
             # Four registers, where 168 let three blocks run on 50 x 84
-            few = kind == 'contmix' and capability == 100
-            assert use['spills'] <= 16 * few, (name, use)
+            few = 16 * (kind == 'contmix' and capability == 100)
+            if name.startswith(SPILLED):
+                few = 64
+            assert use['spills'] <= few, (name, use)
             if capability == 90 and not name.startswith(MANY):
                 assert use['registers'] <= 168, (name, use)
 

@@ -54,7 +54,7 @@ for dtype in torch.float32, torch.bfloat16:
         forward.name, forward.launches, forward.warps, forward.issued,
         forward.milliseconds, forward.spills, len(kernels),
     ]))
-print(json.dumps([Layout.of(x.shape, 13).rows, banded.KNOBS]))
+print(json.dumps([Layout.of(x.shape, 13, 'map_rows').rows, banded.KNOBS]))
 """,
         TRITON_CACHE_DIR=str(pytestconfig.cache.mkdir('triton')),
     )

@@ -30,20 +30,21 @@ from triton import constexpr_function
 
 from ...common import cdiv
 from ...launching import jit
-from .common import SIZES, meets, store_statistics
+from .common import SIZES, store_statistics
 from .weight_grads import WINDOW, by_channel, dot, matrices, own_channels
 
 SIZE = 13  # of the smallest kernel, without dilation
-# Rows of a tile, and of a kernel at a time; PAIR is how many channels a warp
-# takes from one load. With 128 registers, two programs fit a multiprocessor:
-# a fifth less time on an H200, in spite of 24 to 104 bytes that are spilled.
-KNOBS = dict(T=3, R=2, CHANNELS=16, PAIR=2, WARPS=8, registers=128)
+# Rows of a tile, and of a kernel at a time. CHANNELS of a program are the
+# first that divide those of the map, or the last; a warp takes PAIR of them
+# from one load. With 128 registers, 16 warps fit a multiprocessor: on an H200
+# two fifths less time than with 192 and 8 of them, in spite of up to 56 bytes
+# that are spilled.
+KNOBS = dict(T=3, R=2, CHANNELS=(32, 16), PAIR=2, registers=128)
 CANDIDATES = dict(  # for benchmarks/gpu_tune.py
     T=(2, 3, 4, 5),
     R=(2, 3, 4),
-    CHANNELS=(8, 16, 32),
+    CHANNELS=((32, 16), (16,), (8,)),
     PAIR=(1, 2, 4),
-    WARPS=(4, 8, 16),
     registers=(255, 192, 168, 128),
 )
 
@@ -148,7 +149,7 @@ def _convolve(
                     p_row += step
                     b_next = _row(p_row, y + i + 1, height, m_x)
                 for t in tl.static_range(T):
-                    if meets(i - t, R, 1):
+                    if 0 <= i - t and i - t < R:
                         part = dot(b_x, bands[i - t], acc[t])
                         acc = acc[:t] + (part,) + acc[t + 1 :]
     return acc
@@ -366,8 +367,10 @@ def _launch(kernel, x, *args, splits=None, **constants):
     batch, channels, height, width = x.shape
     across = cdiv(width, WINDOW.value)
     tiles = batch * cdiv(height, KNOBS['T']) * across
-    blocks = cdiv(channels, KNOBS['CHANNELS'])
-    kernel[splits or cdiv(tiles, WINDOW.value), blocks](
+    sizes = KNOBS['CHANNELS']
+    size = next((n for n in sizes if channels % n == 0), sizes[-1])
+    grid = splits or cdiv(tiles, WINDOW.value), cdiv(channels, size)
+    kernel[grid](
         *args,
         channels,
         height,
@@ -377,9 +380,9 @@ def _launch(kernel, x, *args, splits=None, **constants):
         NARROW=across == 1,
         T=KNOBS['T'],
         ROWS=KNOBS['R'],
-        CHANNELS=KNOBS['CHANNELS'],
+        CHANNELS=size,
         PAIR=KNOBS['PAIR'],
-        num_warps=KNOBS['WARPS'],
+        num_warps=size // KNOBS['PAIR'],
         maxnreg=KNOBS['registers'],
         **constants,
     )

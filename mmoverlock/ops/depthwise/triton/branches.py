@@ -63,7 +63,7 @@ from .conv2d import convolve_maps
 from .weight_grads import inner_products, num_splits, weight_grads
 
 # Programs of kernels that end in sums, where there is enough to do.
-KNOBS = dict(statistics=528)
+KNOBS = dict(statistics=264)
 CANDIDATES = dict(statistics=(264, 528, 1056))  # for benchmarks/gpu_tune.py
 BLOCK = tl.constexpr(32)  # channels of kernels that finish sums
 FEW = tl.constexpr(8)  # the same where every row of a kernel finishes them
@@ -604,7 +604,8 @@ def _statistics(x, taps, first, branches):
     """
     is_banded = x.numel() > 0 and banded.takes(x, branches[0])
     sizes = [size for size, *_ in branches]
-    layout = Layout.of(x.shape, max(sizes[is_banded:], default=1))
+    size = max(sizes[is_banded:], default=1)
+    layout = Layout.of(x.shape, size, 'sum_rows')
     tiles, blocks = layout.grid(x.shape)
     splits = num_splits(tiles, blocks, KNOBS['statistics'])
     shape = splits, 3 * len(branches), x.shape[1]
@@ -665,7 +666,7 @@ def _backward(
     sizes = tuple(weight.shape[-1] for weight in weights)
     plan = _plan(sizes, tuple(dilations))
     branches, channels = plan.branches, x.shape[1]
-    layout = Layout.of(x.shape, max(sizes[1:], default=1))
+    layout = Layout.of(x.shape, max(sizes[1:], default=1), 'map_rows')
     tiles, blocks = layout.grid(x.shape)
     n = len(branches)
     grid = cdiv(channels, BLOCK.value), n

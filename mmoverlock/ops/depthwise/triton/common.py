@@ -19,10 +19,12 @@ from triton import constexpr_function
 from ...common import cast_as_convolutions, cdiv, channels_last
 from ...partial_sums import check_device
 
-# Candidates for tiles of maps; the first one of the least cost is taken.
-KNOBS = dict(rows=(7, 10, 16), channels=(32, 16), lanes=256)
+# Candidates for tiles, of which sums are made or which are written; the first
+# one of the least cost is taken.
+KNOBS = dict(sum_rows=(7, 10, 16), map_rows=(7,), channels=(32, 16), lanes=256)
 CANDIDATES = dict(  # for benchmarks/gpu_tune.py
-    rows=((7,), (10,), (16,), (7, 10, 16)),
+    sum_rows=((7,), (10,), (16,), (7, 10, 16)),
+    map_rows=((7,), (10,), (16,), (7, 10, 16)),
     channels=((16,), (32,), (32, 16)),
     lanes=(128, 256, 512),
 )
@@ -246,10 +248,10 @@ class Layout(NamedTuple):
     lanes: tuple[int, int]  # columns, channels
 
     @classmethod
-    def of(cls, shape: torch.Size, size: int) -> 'Layout':
-        """For a kernel of so many rows."""
+    def of(cls, shape: torch.Size, size: int, rows: str) -> 'Layout':
+        """For a kernel of so many rows; ``rows`` is a key of ``KNOBS``."""
         _, channels, height, _ = shape
-        return _layout(channels, height, size)
+        return _layout(channels, height, size, rows)
 
     def grid(self, shape: torch.Size) -> tuple[int, int]:
         """Tiles, and blocks of channels."""
@@ -261,9 +263,9 @@ class Layout(NamedTuple):
 
 
 @lru_cache
-def _layout(channels: int, height: int, size: int) -> Layout:
+def _layout(channels: int, height: int, size: int, rows: str) -> Layout:
     rows = min(
-        KNOBS['rows'],
+        KNOBS[rows],
         key=lambda t: cdiv(height, t) * (t * size + 4 * (t + size)),
     )
     block = min(KNOBS['channels'], key=lambda n: cdiv(channels, n) * n)

@@ -115,7 +115,8 @@ def convolve_maps(
         with torch.cuda.device_of(x):
             banded.convolve_map(x[0], out, taps, size, bias, flip, other)
     elif out.numel():
-        layout = Layout.of(out.shape, max(size for size, *_ in branches))
+        size = max(size for size, *_ in branches)
+        layout = Layout.of(out.shape, size, 'map_rows')
         with torch.cuda.device_of(x):
             _conv2d_kernel[layout.grid(out.shape)](
                 x,
