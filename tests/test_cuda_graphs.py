@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmoverlock.models import OverLoCK, graphs
 from mmoverlock.models.fuse import fuse
+from mmoverlock.models.layers import DropPath
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = 'cuda' if ON_GPU else 'cpu'
@@ -112,6 +113,7 @@ def recorded(**options):
     """A model that replays steps on images of SIZE, and one that does not."""
     model, plain = build(**options), build(False, **options)
     for each in (model, plain):
+        torch.manual_seed(0)
         train(each)
     return model, plain
 
@@ -286,6 +288,32 @@ def test_changes(replays, change):
     same = 'other' in model.extra_norm['0']._buffers
     assert replays == ['run', 'differentiate'] * (STEPS if same else 3)
     check_same(model, plain)
+
+
+def test_settings_that_change(replays):
+    """Every drop rate, momentum or activation has recordings of its own."""
+    model, plain = recorded(drop_path_rate=0.1)
+
+    def drop(model):
+        for part in model.modules():
+            if isinstance(part, DropPath):
+                part.drop_prob = 0.0
+
+    def move(model):
+        model.patch_embed2[1].momentum = 0.5
+
+    def activate(model):
+        model.patch_embed1[2] = nn.ReLU()
+
+    for change in (drop, move, activate):
+        replays.clear()
+        for each in (model, plain):
+            change(each)
+            torch.manual_seed(0)
+            train(each)
+        assert replays == ['run', 'differentiate'] * 3
+        if not ON_GPU:  # where a graph has drawn other numbers before
+            check_same(model, plain)
 
 
 def test_values_that_are_loaded(replays):

@@ -313,17 +313,20 @@ def _is_watched(x: Tensor) -> bool:
 
 def _survey(
     module: nn.Module,
-) -> tuple[list[bool], list[Tensor], str | None]:
-    """Look at all modules within one, 1,500 of them in a millisecond.
+) -> tuple[list, list[Tensor], str | None]:
+    """Look at all modules within one, 1,500 of them in two milliseconds.
 
     Returns:
-        tuple[list, list, str | None]: Their modes, parameters and buffers,
-        and why they cannot be recorded.
+        tuple[list, list, str | None]: What they are set to, their parameters
+        and buffers, and why they cannot be recorded.
     """
     modes, tensors, obstacle, parts = [], [], None, [module]
     while parts:
         part = parts.pop()
-        modes.append(part.training)
+        own = part.__dict__
+        # What hooks of a training change, too
+        modes += type(part), part.training, own.get('drop_prob')
+        modes.append(own.get('momentum'))
         tensors += part._parameters.values()
         tensors += part._buffers.values()
         parts += part._modules.values()
