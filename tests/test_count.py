@@ -28,7 +28,7 @@ BOUNDS = {
     ('t', False): (174, 391, 24.1, 0.5),
     ('RepConv block', True): (6, 33, 6.2, 0.0),
     ('RepConv block', False): (2, 9, 1.5, 0.0),
-    ('Focus block', True): (25, 50, 3.3, 0.1),
+    ('Focus block', True): (25, 50, 3.4, 0.1),
     ('Focus block', False): (7, 18, 0.9, 0.1),
 }
 
