@@ -5,13 +5,17 @@ where the first ones are, which is what a graph does to them.
 """
 
 import copy
+import gc
 import pickle
+import weakref
 from contextlib import nullcontext
 
 import pytest
 import tiny
 import torch
 from torch import Tensor, distributed, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from mmoverlock.models import OverLoCK, graphs
@@ -24,6 +28,7 @@ ARCH = dict(tiny.ARCH, kernel_sizes=(5, 5, 5, 5))
 SIZE, OTHER = (2, 3, 64, 64), (2, 3, 64, 96)
 WARM_UPS = graphs.WARM_UPS if ON_GPU else 1
 STEPS = WARM_UPS + 3
+built = weakref.WeakSet()  # models
 
 
 @pytest.fixture
@@ -45,7 +50,7 @@ def replays(monkeypatch):
     if not ON_GPU:
         monkeypatch.setattr(graphs, 'record', record)
         monkeypatch.setattr(graphs, 'WARM_UPS', WARM_UPS)
-        for name in ('graph_pool_handle', 'device'):
+        for name in ('graph_pool_handle', 'device', 'Stream'):
             monkeypatch.setattr(torch.cuda, name, lambda *_: nullcontext())
         monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', bool)
         monkeypatch.setattr(graphs, 'is_on_gpu', lambda x: True)
@@ -55,10 +60,9 @@ def replays(monkeypatch):
     return calls
 
 
-def record(function, pool):
+def record(function, pool, stream):
     """In place of :func:`mmoverlock.models.graphs.record`."""
-    recording = function.__self__
-    buffers = [*recording._module.buffers()]
+    buffers = [buffer for model in built for buffer in model.buffers()]
     kept = [b.clone() for b in buffers]
     with torch.random.fork_rng():
         results = function()
@@ -80,6 +84,7 @@ def record(function, pool):
 def build(cuda_graphs=True, **options):
     torch.manual_seed(0)
     model = OverLoCK(ARCH, cuda_graphs=cuda_graphs, **options)
+    built.add(model)
     return tiny.randomize(model).to(DEVICE)
 
 
@@ -258,12 +263,63 @@ def test_pass_that_is_given_up(replays):
     assert replays[6:] == ['run', 'run', 'differentiate']
 
 
+def test_images_stay(replays):
+    model, _ = recorded()
+    model.graphs._forget()
+    images = [draw(i).to(memory_format=torch.channels_last) for i in range(9)]
+    for x in images:
+        loss_of(model(x)).backward()
+    assert replays[-1] == 'differentiate'
+    for i, x in enumerate(images):
+        assert torch.equal(x, draw(i))
+
+
+def test_passes_without_backward(replays):
+    """Their kernels for gradients may not be compiled yet."""
+    model = build()
+    for i in range(STEPS):
+        model(draw(i))
+    assert not replays
+    for i in range(WARM_UPS + 1):  # of an output that is not the last
+        model(draw(i))[0].sum().backward()
+    assert replays == ['run', 'differentiate']
+
+
+def test_frozen_output(replays):
+    models = recorded(frozen_stages=1)
+    for each in models:
+        each.extra_norm['0'].requires_grad_(False)
+    replays.clear()
+    for each in models:
+        train(each)
+        assert not each(draw(1))[0].requires_grad
+    assert replays[:2] == ['run', 'differentiate']
+    check_same(*models)
+
+
+def test_parameters_that_change_before_a_backward(replays):
+    model, _ = recorded()
+    loss = loss_of(model(draw(1)))
+    with torch.no_grad():
+        model.extra_norm['0'].weight += 1
+    with pytest.raises(RuntimeError, match='inplace operation'):
+        loss.backward()
+
+
 def test_second_backward(replays):
     model, _ = recorded()
     loss = loss_of(model(draw(1)))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match='cuda_graphs=False'):
         loss.backward()
+
+
+def square(p):
+    return p.shape[0] == p.shape[1] > 1
+
+
+def transpose(p):
+    p.data = p.data.transpose(0, 1)
 
 
 @pytest.mark.parametrize(
@@ -276,9 +332,23 @@ def test_second_backward(replays):
             'weight',
             nn.Parameter(m.patch_embed1[0].weight + 1),
         ),
+        lambda m: setattr(
+            m.extra_norm['0'],
+            'weight',
+            nn.Parameter(m.extra_norm['0'].weight.data),
+        ),
+        lambda m: setattr(
+            m.patch_embed1[1],
+            'running_var',
+            m.patch_embed1[1].running_var + 1,
+        ),
+        lambda m: transpose(
+            next(p for p in m.parameters() if p.ndim == 4 and square(p))
+        ),
         lambda m: m.extra_norm['0'].register_buffer('other', None),
     ],
-    ids=['moved', 'frozen', 'replaced', 'nothing'],
+    ids=['moved', 'frozen', 'replaced', 'wrapped', 'buffer', 'strides']
+    + ['nothing'],
 )
 def test_changes(replays, change):
     """Recordings of other parameters are not replayed."""
@@ -307,7 +377,10 @@ def test_settings_that_change(replays):
     def activate(model):
         model.patch_embed1[2] = nn.ReLU()
 
-    for change in (drop, move, activate):
+    def choose(model):
+        model.out_indices = (2, 3)
+
+    for change in (drop, move, activate, choose):
         replays.clear()
         for each in (model, plain):
             change(each)
@@ -357,6 +430,13 @@ def test_what_runs_as_it_is(replays):
     torch.testing.assert_close(x.grad, y.grad)
     with torch.autograd.detect_anomaly(check_nan=False):
         model(draw(1))
+    with torch.autograd.graph.save_on_cpu():
+        model(draw(1))
+    with torch.no_grad(), forward_ad.dual_level():
+        model.eval()(draw(1))
+    handle = register_module_forward_hook(lambda *_: None)
+    model(draw(1))
+    handle.remove()
     torch.jit.trace(model.eval(), draw(1))
     assert not replays
 
@@ -377,9 +457,16 @@ def test_number_of_sizes(replays):
     assert len(replays) == 6
 
 
-def test_what_cannot_be_recorded(replays, monkeypatch, caplog):
-    def fail(function, pool):
-        raise RuntimeError('operation not permitted')
+@pytest.mark.parametrize('failing', [1, 2])  # forward, backward
+def test_what_cannot_be_recorded(replays, monkeypatch, failing):
+    calls = []
+    run = graphs.record
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == failing:
+            raise AttributeError('operation not permitted')
+        return run(*args)
 
     monkeypatch.setattr(graphs, 'record', fail)
     said = []
@@ -387,12 +474,35 @@ def test_what_cannot_be_recorded(replays, monkeypatch, caplog):
         graphs, 'print_log', lambda text, **_: said.append(text)
     )
     model, plain = recorded()
+    train(model, shapes=(OTHER,))
+    train(plain, shapes=(OTHER,))
     check_same(model, plain)
-    (text,) = said
-    assert text == (
-        'Images of (2, 3, 64, 64) run without CUDA graphs: RuntimeError: '
-        'operation not permitted'
-    )
+    text = 'There are no CUDA graphs: AttributeError: operation not permitted'
+    assert said == [text] and not replays and len(calls) == failing
+
+
+def test_memory_is_released(replays, monkeypatch):
+    """With a model, without a search for garbage."""
+    if not ON_GPU:  # where what runs again is kept
+        monkeypatch.setattr(graphs, 'record', lambda f, *_: (bool, f()))
+    model, _ = recorded()
+    (recording,) = model.graphs._recordings.values()
+    recording = weakref.ref(recording)
+    weight = weakref.ref(model.patch_embed1[0].weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert weight() is None and recording() is None
+    finally:
+        gc.enable()
+
+
+def test_move_away(replays, monkeypatch):
+    model, _ = recorded()
+    monkeypatch.setattr(graphs, 'is_on_gpu', lambda x: False)
+    model(draw(1))
+    assert not model.graphs._recordings
 
 
 def test_copies(replays):

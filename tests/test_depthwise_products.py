@@ -31,6 +31,8 @@ CASES = [
     ((1, 2, 4, 17), [(3, 1), (9, 1)], HALF),
     ((1, 16, 9, 33), [(17, 1), (5, 1), (3, 7)], BRAIN),
     ((1, 2, 3, 37), [(19, 1), (3, 1), (9, 2)], BRAIN),
+    # Programs of 32 channels
+    ((1, 64, 5, 6), [(13, 1), (3, 2)], BRAIN),
 ]
 EVERY_CASE = pytest.mark.parametrize('case', CASES)
 
@@ -139,7 +141,7 @@ def test_weight_gradients(case, poison):
     assert relative_error(parts.double().sum(0), expected) < 1e-6
 
 
-@pytest.mark.parametrize('case', CASES[1:4] + CASES[-2:])
+@pytest.mark.parametrize('case', CASES[1:4] + CASES[-3:])
 def test_inner_products(case, poison):
     """Of a gradient and what every branch makes, and its sum."""
     shape, dtype, branches, taps = prepare(*case)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ..ops import is_compiling
@@ -62,9 +63,9 @@ class Graphs:
     def _forget(self, addresses: list | None = None) -> None:
         self._addresses = addresses
         self._passes = {}  # by key, those before a recording
-        self._recordings = {}  # by key; None if there cannot be one
+        self._recordings = {}  # by key
         self._grads = {}  # by parameter, what all recordings write
-        self._pool = None
+        self._places = {}  # by device, memory and stream of recordings
         self._last = lambda: None  # the last pass with a gradient, if alive
 
     def __call__(
@@ -86,7 +87,12 @@ class Graphs:
         Raises:
             RuntimeError: In a second backward pass of the same outputs.
         """
-        if not self or not is_on_gpu(x) or _is_watched(x):
+        if not self:
+            return run(x)
+        if not is_on_gpu(x):
+            self._forget()
+            return run(x)
+        if _is_watched(x):
             return run(x)
         modes, tensors, obstacle = _survey(module)
         if obstacle is None and not getattr(self._last(), 'done', True):
@@ -95,7 +101,9 @@ class Graphs:
             self._say(f'This pass runs without CUDA graphs: {obstacle}')
             return run(x)
         addresses = [
-            (t.data_ptr(), t.shape, t.dtype, t.requires_grad) for t in tensors
+            (id(t), t.data_ptr(), t.shape, t.stride(), t.dtype)
+            + (t.requires_grad,)
+            for t in tensors
         ]
         if addresses != self._addresses:
             self._forget(addresses)
@@ -106,10 +114,11 @@ class Graphs:
                 return self._count(key, run(x))
             if len(self._recordings) == self.most:
                 return run(x)
-            self._recordings[key] = self._record(module, run, x)
+            recording = self._record(module, run, x)
+            if recording is None:
+                return run(x)
+            self._recordings[key] = recording
         recording = self._recordings[key]
-        if recording is None:
-            return run(x)
         if not recording.parameters:
             return recording.run(x)
         this = _Pass()
@@ -118,31 +127,35 @@ class Graphs:
 
     def _count(self, key: tuple, outs: tuple[Tensor, ...]) -> tuple:
         """Count a pass, when its gradient is there if it has one."""
-        passes = self._passes
+        counts = self._passes
+        before = counts.get(key, 0)
 
         def count(*_) -> None:
-            passes[key] = passes.get(key, 0) + 1
+            counts[key] = before + 1
 
         trained = [out for out in outs if out.requires_grad]
-        if trained:
-            trained[-1].register_hook(count)
-        else:
+        for out in trained:
+            out.register_hook(count)
+        if not trained:
             count()
         return outs
 
     def _record(
         self, module: nn.Module, run: Callable, x: Tensor
     ) -> 'Recording | None':
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         try:
+            if x.device not in self._places:
+                stream = torch.cuda.Stream(x.device)
+                pool = torch.cuda.graph_pool_handle()
+                self._places[x.device] = pool, stream
             with torch.cuda.device(x.device):
-                return Recording(module, run, x, self._grads, self._pool)
+                place = self._places[x.device]
+                return Recording(module, run, x, self._grads, place)
         except Exception as error:  # of CUDA, or what cannot be recorded
-            self._pool = None
+            self._forget()
+            self.most = 0
             self._say(
-                f'Images of {tuple(x.shape)} run without CUDA graphs: '
-                f'{type(error).__name__}: {error}'
+                f'There are no CUDA graphs: {type(error).__name__}: {error}'
             )
             return None
 
@@ -161,7 +174,8 @@ class Recording:
         x (Tensor): The same.
         grads (dict): By parameter, what takes its gradient; missing ones are
             added.
-        pool: Memory, as of ``torch.cuda.graph_pool_handle``.
+        place (tuple): Memory, as of ``torch.cuda.graph_pool_handle``, and a
+            stream.
     """
 
     def __init__(
@@ -170,15 +184,9 @@ class Recording:
         run: Callable,
         x: Tensor,
         grads: dict[nn.Parameter, Tensor],
-        pool: Any,
+        place: tuple,
     ):
-        self._module, self._run = module, run
         self._x = x.detach().clone()
-        self._autocast = dict(
-            dtype=torch.get_autocast_dtype('cuda'),
-            enabled=torch.is_autocast_enabled('cuda'),
-            cache_enabled=False,  # a cast that was kept is not in the graph
-        )
         self.parameters = []
         if torch.is_grad_enabled():
             self.parameters = [
@@ -186,40 +194,47 @@ class Recording:
             ]
         # In the same memory. What adds up gradients of the true ones belongs
         # to the stream in which it was first asked for, which DDP does.
-        self._aliases = {p: nn.Parameter(p.detach()) for p in self.parameters}
-        self._replay, self._outs = record(self._compute, pool)
-        if self.parameters:
-            self._grads = [
-                grads.setdefault(p, torch.empty_like(p))
-                for p in self.parameters
-            ]
-            self._out_grads = [torch.zeros_like(out) for out in self._outs]
-            self._replay_backward, self._is_used = record(
-                self._differentiate, pool
-            )
-        self._live = None  # what the passes have kept goes back to the pool
+        aliases = {p: nn.Parameter(p.detach()) for p in self.parameters}
+        autocast = dict(
+            dtype=torch.get_autocast_dtype('cuda'),
+            enabled=torch.is_autocast_enabled('cuda'),
+            cache_enabled=False,  # a cast that was kept is not in the graph
+        )
+        live = []  # outputs with what their gradients need
 
-    def _compute(self) -> list[Tensor]:
-        with (
-            _replaced(self._module, self._aliases),
-            torch.autocast('cuda', **self._autocast),
-        ):
-            self._live = self._run(self._x)
-        return [out.detach() for out in self._live]
+        def compute() -> list[Tensor]:
+            with (
+                _replaced(module, aliases),
+                torch.autocast('cuda', **autocast),
+            ):
+                outs = run(self._x)
+            live[:] = [out for out in outs if out.requires_grad]
+            self.is_trained = [out.requires_grad for out in outs]
+            return [out.detach() for out in outs]
 
-    def _differentiate(self) -> list[bool]:
-        """Write the gradients; return which there are."""
-        with torch.autocast('cuda', enabled=False):  # as behind a step's
-            grads = torch.autograd.grad(
-                self._live,
-                [*self._aliases.values()],
-                self._out_grads,
-                allow_unused=True,
-            )
-        is_used = [grad is not None for grad in grads]
-        used = [grad for grad in grads if grad is not None]
-        torch._foreach_copy_([*compress(self._grads, is_used)], used)
-        return is_used
+        def differentiate() -> list[bool]:
+            """Write the gradients; return which there are."""
+            with torch.autocast('cuda', enabled=False):  # as behind a step's
+                found = torch.autograd.grad(
+                    live,
+                    [*aliases.values()],
+                    self._out_grads,
+                    allow_unused=True,
+                )
+            is_used = [grad is not None for grad in found]
+            used = [grad for grad in found if grad is not None]
+            torch._foreach_copy_([*compress(self._grads, is_used)], used)
+            return is_used
+
+        self._replay, self._outs = record(compute, *place)
+        if not live:
+            self.parameters = []
+            return
+        self._grads = [
+            grads.setdefault(p, torch.empty_like(p)) for p in self.parameters
+        ]
+        self._out_grads = [torch.zeros_like(out) for out in live]
+        self._replay_backward, self._is_used = record(differentiate, *place)
 
     def run(self, x: Tensor) -> tuple[Tensor, ...]:
         """The outputs, in memory of their own."""
@@ -229,6 +244,7 @@ class Recording:
 
     def differentiate(self, grads: Sequence[Tensor]) -> list[Tensor | None]:
         """Gradients of the parameters, in memory of their own."""
+        grads = [*compress(grads, self.is_trained)]
         torch._foreach_copy_(self._out_grads, grads)
         self._replay_backward()
         used = [*compress(self._grads, self._is_used)]
@@ -236,7 +252,9 @@ class Recording:
         return [next(copies) if used else None for used in self._is_used]
 
 
-def record(function: Callable[[], Any], pool: Any) -> tuple[Callable, Any]:
+def record(
+    function: Callable[[], Any], pool: Any, stream: Any
+) -> tuple[Callable, Any]:
     """Record what a function has a GPU do.
 
     Returns:
@@ -244,9 +262,15 @@ def record(function: Callable[[], Any], pool: Any) -> tuple[Callable, Any]:
         returned: each time, the same tensors get new values.
     """
     graph = torch.cuda.CUDAGraph()
-    # Threads that load images may go on meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode='thread_local'):
-        result = function()
+    before = torch.cuda.current_stream()
+    try:
+        # Threads that load images may go on meanwhile.
+        with torch.cuda.graph(
+            graph, pool, stream, capture_error_mode='thread_local'
+        ):
+            result = function()
+    finally:  # which a failed recording leaves out
+        torch.cuda.set_stream(before)
     return graph.replay, result
 
 
@@ -266,7 +290,12 @@ class _Replay(torch.autograd.Function):
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.recording, ctx.this = recording, this
-        return recording.run(x)
+        # So that it is an error to change them before the backward pass
+        ctx.save_for_backward(*parameters)
+        outs = recording.run(x)
+        fixed = zip(outs, recording.is_trained, strict=True)
+        ctx.mark_non_differentiable(*(out for out, t in fixed if not t))
+        return outs
 
     @staticmethod
     @once_differentiable
@@ -277,6 +306,7 @@ class _Replay(torch.autograd.Function):
                 'nothing for it: set cuda_graphs=False in the backbone'
             )
         ctx.this.done = True
+        _ = ctx.saved_tensors  # raises an error if they have changed
         return None, None, None, *ctx.recording.differentiate(grads)
 
 
@@ -304,6 +334,9 @@ def _is_watched(x: Tensor) -> bool:
         is_compiling()
         or torch.jit.is_tracing()
         or torch.is_anomaly_enabled()
+        or forward_ad._current_level >= 0
+        or torch._C._autograd._top_saved_tensors_default_hooks(False)
+        is not None
         or x.requires_grad
         or type(x) is not Tensor
         or torch._C._len_torch_dispatch_stack() > 0
@@ -325,8 +358,8 @@ def _survey(
         part = parts.pop()
         own = part.__dict__
         # What hooks of a training change, too
-        modes += type(part), part.training, own.get('drop_prob')
-        modes.append(own.get('momentum'))
+        modes += type(part), part.training
+        modes += str(own.get('drop_prob')), str(own.get('momentum'))
         tensors += part._parameters.values()
         tensors += part._buffers.values()
         parts += part._modules.values()
@@ -334,6 +367,8 @@ def _survey(
             obstacle = f'{type(part).__name__} has hooks'
         elif isinstance(part, nn.SyncBatchNorm) and part.training:
             obstacle = 'processes exchange the statistics of SyncBN'
+    kinds = bool, int, float, str, tuple
+    modes.append(repr([v for v in vars(module).values() if type(v) in kinds]))
     if getattr(module, '_is_replica', False):
         obstacle = 'DataParallel has a replica for every pass'
     return modes, [t for t in tensors if t is not None], obstacle

@@ -20,7 +20,8 @@ It pays for the large kernels, see ``SIZE``: of small ones, most of a band is
 zero, and of dilated ones, no row meets two bands.
 
 Taps have the dtype of the map, as under autocast; sums are in single
-precision. There are no atomic operations.
+precision. There are no atomic operations. An infinite value makes NaN of what
+its window is multiplied with by zero, beyond the reach of the kernel.
 """
 
 import triton

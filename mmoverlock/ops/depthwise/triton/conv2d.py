@@ -88,6 +88,7 @@ def convolve_maps(
     bias: Tensor | None = None,
     flip: bool = False,
     other: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Sum over branches of maps, each convolved with its taps.
 
@@ -100,16 +101,16 @@ def convolve_maps(
             makes it the gradient of a convolution. Defaults to False.
         other (Tensor, optional): (B, C, H, W) in channels_last, which is
             added.
+        dtype (torch.dtype, optional): Of the result. Defaults to that of x.
 
     Returns:
         Tensor: (B, C, H, W) in channels_last.
     """
-    out = torch.empty_like(x[0])
+    out = torch.empty_like(x[0], dtype=dtype)
     if out.numel() and banded.takes(x, branches[0]):
         if len(branches) > 1:
-            other = convolve_maps(
-                x[1:], taps, branches[1:], flip=flip, other=other
-            )
+            rest = x[1:], taps, branches[1:], None, flip, other
+            other = convolve_maps(*rest, dtype=torch.float32)
         size, _, first = branches[0]
         taps = taps[first : first + size**2]
         with torch.cuda.device_of(x):
