@@ -18,6 +18,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import is_compiling
 from .layers import has_no_hooks
@@ -334,6 +335,7 @@ def _is_watched(x: Tensor) -> bool:
         is_compiling()
         or torch.jit.is_tracing()
         or torch.is_anomaly_enabled()
+        or _has_any_global_hook()
         or forward_ad._current_level >= 0
         or torch._C._autograd._top_saved_tensors_default_hooks(False)
         is not None

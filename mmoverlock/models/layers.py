@@ -6,7 +6,6 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as _of_all
 
 from ..ops import (
     Norm,
@@ -499,10 +498,6 @@ def has_no_hooks(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or _of_all._global_forward_hooks
-        or _of_all._global_forward_pre_hooks
-        or _of_all._global_backward_hooks
-        or _of_all._global_backward_pre_hooks
     )
 
 
