@@ -79,14 +79,9 @@ def _by_column(b_rows, CHANNELS: tl.constexpr, PAIR: tl.constexpr):
 
 @triton.jit
 def _convolve(
-    acc,
+    place,
     p_x,
     p_taps,
-    row,
-    col,
-    o_row,
-    m_tile,
-    columns,
     channel,
     channels,
     height,
@@ -99,19 +94,20 @@ def _convolve(
     CHANNELS: tl.constexpr,
     PAIR: tl.constexpr,
 ):
-    """Add a convolution to T rows of tiles.
+    """A convolution of T rows of tiles, as many matrices (C, tiles, columns).
 
     Args:
-        acc: T matrices (C, tiles, columns).
+        place: Of the tiles, see :func:`_place`.
         p_x: Pointer to a map (B, H, W, C).
         p_taps: Pointer to the taps of the kernel, (K * K, channels).
-        row, col, o_row, m_tile, columns: See :func:`_place`.
         channel: (1, 1, C).
         K: Size of the kernel.
         FLIP: Whether its taps come in reversed order.
         NARROW: Whether a window holds all columns of the map.
         ROWS: Rows of the kernel at a time, at most.
     """
+    row, col, o_row, m_tile, columns = place
+    acc = matrices(T, CHANNELS)
     REACH: tl.constexpr = K // 2
     LAST: tl.constexpr = K * K - 1 if FLIP else 0
     SIGN: tl.constexpr = -1 if FLIP else 1
@@ -195,20 +191,14 @@ def _banded_conv2d_kernel(
     x, other and out (B, H, W, C), taps (K * K, C), bias (C, ); grid (chunks,
     blocks of channels).
     """
-    row, col, o_row, m_tile, columns = _place(
-        tl.program_id(0), images, height, width, across, T
-    )
+    place = _place(tl.program_id(0), images, height, width, across, T)
+    row = place[0]
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     channel = channel[None, None]
     acc = _convolve(
-        matrices(T, CHANNELS),
+        place,
         p_x,
         p_taps,
-        row,
-        col,
-        o_row,
-        m_tile,
-        columns,
         channel,
         channels,
         height,
@@ -227,9 +217,7 @@ def _banded_conv2d_kernel(
         own = own[:, None, None]
         b_bias = tl.load(p_bias + own, mask=own < channels, other=0)
         b_bias = b_bias.to(tl.float32)
-    o_out, m_out = _values(
-        row, col, o_row, m_tile, columns, channel, channels, width
-    )
+    o_out, m_out = _values(place, channel, channels, width)
     for t in tl.static_range(T):
         m_row = m_out & (row + t < height)[:, None, None]
         b_out = acc[t] + b_bias
@@ -243,8 +231,9 @@ def _banded_conv2d_kernel(
 
 
 @triton.jit
-def _values(row, col, o_row, m_tile, columns, channel, channels, width):
+def _values(place, channel, channels, width):
     """Offsets (tiles, columns, C) of the first row, and which there are."""
+    _, col, o_row, m_tile, columns = place
     n = tl.arange(0, WINDOW)[None]
     at = col[:, None] + n
     m_value = m_tile[:, None] & (n < columns) & (at < width)
@@ -289,18 +278,11 @@ def _banded_statistics_kernel(
     for chunk in tl.range(
         split, chunks, tl.num_programs(0), num_stages=1, disable_licm=True
     ):
-        row, col, o_row, m_tile, columns = _place(
-            chunk, images, height, width, across, T
-        )
+        place = _place(chunk, images, height, width, across, T)
         acc = _convolve(
-            matrices(T, CHANNELS),
+            place,
             p_x,
             p_taps,
-            row,
-            col,
-            o_row,
-            m_tile,
-            columns,
             channel,
             channels,
             height,
@@ -313,6 +295,7 @@ def _banded_statistics_kernel(
             CHANNELS,
             PAIR,
         )
+        row, col, _, m_tile, columns = place
         m_col = m_tile[:, None] & (n < columns)
         m_col = m_col & (col[:, None] + n < width)
         number = 0.0
@@ -333,9 +316,7 @@ def _banded_statistics_kernel(
         squares += deviation * deviation * count * share
         mean += deviation * share
         count += number
-        o_y, m_y = _values(
-            row, col, o_row, m_tile, columns, channel, channels, width
-        )
+        o_y, m_y = _values(place, channel, channels, width)
         for t in tl.static_range(T):
             b_y = acc[t].to(p_y.dtype.element_ty)
             tl.store(
