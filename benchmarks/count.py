@@ -224,7 +224,6 @@ def _on_gpu(device, patches):
         is_bf16_supported=lambda *_: True,
         get_device_capability=lambda *_: (9, 0),
         get_device_properties=lambda *_: PROPERTIES,
-        device_of=lambda _: nullcontext(),
     )
     autocast = dict(amp_definitely_not_available=lambda: False)
     with ExitStack() as stack:
@@ -310,7 +309,7 @@ class _Driver:
         return GPUTarget('cuda', 90, 32)
 
     def get_current_device(self):
-        return 'none'
+        return -1  # as that of the CPU
 
     def get_current_stream(self, device):
         return 0
@@ -328,11 +327,7 @@ class _Compiled:
         pass
 
     def __getitem__(self, grid):
-        from triton.runtime import driver
-
-        def run(*args):
-            device = driver.active.get_current_device()
-            stream = driver.active.get_current_stream(device)
+        def run(*args, stream=0):
             self.launch_metadata(grid, stream, *args)
             self.run(*grid, stream, *args)
 

@@ -1,5 +1,8 @@
 """What is kept of launches, with kernels that do nothing."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,7 +14,7 @@ class Compiled(list):
     """A compiled kernel, and what it is launched with."""
 
     def __getitem__(self, grid):
-        return lambda *args: self.append((grid, args))
+        return lambda *args, stream=None: self.append((grid, args, stream))
 
 
 def kernel(p_x, p_parts, count, eps, SIZE, FLAG):
@@ -20,8 +23,16 @@ def kernel(p_x, p_parts, count, eps, SIZE, FLAG):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """The kernel; what Triton was asked for, and what came of it."""
+    """The kernel; what Triton was asked for, and what came of it.
+
+    The current device is that of the CPU, with stream 7.
+    """
     asked = []
+    driver = SimpleNamespace(
+        get_current_device=lambda: -1, get_current_stream=lambda device: 7
+    )
+    active = SimpleNamespace(active=driver)
+    monkeypatch.setattr(launching, 'driver', active)
 
     def run(self, *args, grid, warmup, **kwargs):
         asked.append((grid, args, kwargs, Compiled()))
@@ -41,8 +52,8 @@ def test_second_launch_does_without_triton(compiled):
     assert args[2:] == (3, 1e-5)
     kernel[5, 6](y, (y, x), 3, 0.5, **constants)
     assert len(asked) == 1
-    ((grid, args),) = later
-    assert grid == (5, 6, 1)
+    ((grid, args, stream),) = later
+    assert (grid, stream) == ((5, 6, 1), 7)
     assert args[0] is y
     assert args[1][1] is x
     assert args[2:] == (3, 0.5, 4, True)  # as the kernel lists them
@@ -76,19 +87,37 @@ def test_what_is_compiled_again(compiled, changed):
     assert len(asked) == 2
 
 
-def test_devices_and_limit(compiled, monkeypatch):
+def test_devices(compiled, monkeypatch):
+    """Everything runs on the device of the tensors, whichever is current."""
     kernel, asked = compiled
     x = torch.ones(4)
-    constants = dict(SIZE=4, FLAG=False)
-    for device in (0, 1, 0):
-        monkeypatch.setattr(torch.Tensor, 'get_device', lambda _, d=device: d)
-        kernel[(1,)](x, (), 1, 0.1, **constants)
-    assert len(asked) == 2
+    entered = []
+
+    @contextmanager
+    def device(index):
+        entered.append(index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, 'device', device)
+    for index in (0, 1, 0, -1):
+        monkeypatch.setattr(torch.Tensor, 'get_device', lambda _, i=index: i)
+        kernel[(1,)]((x,), 1, 1, 0.1, SIZE=4, FLAG=False)
+    assert len(asked) == 3
+    assert entered == [0, 1, 0, -1]
+    kernel[(1,)]((x,), 1, 1, 0.1, SIZE=4, FLAG=False)
+    assert entered == [0, 1, 0, -1]
+    assert [stream for *_, stream in asked[0][-1]] == [None]
+    assert [stream for *_, stream in asked[2][-1]] == [7]
+
+
+def test_limit(compiled, monkeypatch):
+    kernel, asked = compiled
     monkeypatch.setattr(launching, 'MAX_KEPT', 3)
-    for count in range(2, 9):
-        kernel[(1,)](x, (), count, 0.1, **constants)
-        assert len(kernel.kept) <= 3
-    assert len(asked) == 9
+    x = torch.ones(4)
+    for count in range(7):
+        kernel[(1,)](x, (), count, 0.1, SIZE=4, FLAG=False)
+        assert 0 < len(kernel.kept) <= 3
+    assert len(asked) == 7
 
 
 def test_decorator():

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 MAX_KEPT = 2**12  # of a kernel
@@ -24,21 +26,39 @@ class Kernel(JITFunction):
         self.kept = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable:
-        grid = (*grid, 1, 1)[:3]
-        return lambda *args, **kwargs: self.launch(grid, args, kwargs)
+        return partial(self.launch, (*grid, 1, 1)[:3])
 
-    def launch(
-        self, grid: tuple[int, ...], args: tuple, kwargs: dict[str, Any]
-    ) -> None:
-        """Launch the kernel, compiled by Triton if it has not been."""
+    def launch(self, grid: tuple[int, ...], *args, **kwargs) -> None:
+        """Launch the kernel on the device of its first argument.
+
+        Triton compiles it if it has not been.
+        """
         key = [*kwargs, *kwargs.values()]
-        bits, device = _describe(args, key)
-        key = (device, bits & 15, *key)
+        alignment = _describe(args, key) & 15
+        device = _first(args).get_device()
+        key = (device, alignment, *key)
         kept = self.kept.get(key)
-        if kept is not None:
-            compiled, constants = kept
-            compiled[grid](*args, *constants)
+        if kept is None:
+            with torch.cuda.device(device):
+                self._compile(key, grid, args, kwargs)
             return
+        compiled, constants = kept
+        active = driver.active
+        if device == active.get_current_device():
+            stream = active.get_current_stream(device)
+            compiled[grid](*args, *constants, stream=stream)
+        else:
+            with torch.cuda.device(device):
+                compiled[grid](*args, *constants)
+
+    def _compile(
+        self,
+        key: tuple,
+        grid: tuple[int, ...],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Launch the kernel by Triton, and keep what it was compiled to."""
         compiled = self.run(*args, grid=grid, warmup=False, **kwargs)
         if compiled is not None:
             names = self.arg_names[len(args) :]
@@ -47,28 +67,30 @@ class Kernel(JITFunction):
             self.kept[key] = compiled, [kwargs[name] for name in names]
 
 
-def _describe(args: tuple, key: list) -> tuple[int, int | None]:
-    """Add arguments to a key; all bits of addresses, and the device."""
-    bits, device = 0, None
+def _first(args: tuple) -> Tensor:
+    """The first tensor among arguments, which comes first in each."""
+    while isinstance(args, tuple):
+        args = args[0]
+    return args
+
+
+def _describe(args: tuple, key: list) -> int:
+    """Add arguments to a key; the bits of all addresses."""
+    bits = 0
     for arg in args:
         kind = type(arg)
         if kind is int:
             pass
         elif isinstance(arg, Tensor):
             bits |= arg.data_ptr()
-            if device is None:
-                device = arg.get_device()
             arg = arg.dtype
         elif kind is tuple:
-            more, other = _describe(arg, key)
-            bits |= more
-            if device is None:
-                device = other
+            bits |= _describe(arg, key)
             arg = len(arg)
         elif kind is float:
             arg = float
         key.append(arg)
-    return bits, device
+    return bits
 
 
 def jit(function: Callable | None = None, **options) -> Callable:

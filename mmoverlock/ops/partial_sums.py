@@ -159,15 +159,14 @@ def add(*jobs: tuple[Tensor | None, ...]) -> None:
         cdiv(length, KNOBS['values'] // form)
         for length, form in zip(lengths, forms, strict=True)
     )
-    with torch.cuda.device_of(outs[0]):
-        _add_kernel[(grid,)](
-            tuple(parts),
-            tuple(outs),
-            tuple(2 * count + 1 for count in counts),
-            firsts,
-            steps,
-            lengths,
-            channels,
-            PARTS=forms,
-            VALUES=KNOBS['values'],
-        )
+    _add_kernel[(grid,)](
+        tuple(parts),
+        tuple(outs),
+        tuple(2 * count + 1 for count in counts),
+        firsts,
+        steps,
+        lengths,
+        channels,
+        PARTS=forms,
+        VALUES=KNOBS['values'],
+    )

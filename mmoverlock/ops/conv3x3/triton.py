@@ -478,26 +478,25 @@ def forward(
     if squares:
         sums = x.new_empty(batch, strips, channels, dtype=torch.float32)
     grid = (cdiv(batch * strips, lanes[0]) * blocks,)
-    with torch.cuda.device_of(x):
-        _forward_kernel[grid](
-            x,
-            weight,
-            bias,
-            y,
-            sums,
-            channels,
-            height,
-            width,
-            rows,
-            batch * strips,
-            GELU=gelu,
-            RESIDUAL=residual,
-            ACTIVATE=activate,
-            COLUMNS=form.columns,
-            LANES=lanes,
-            num_warps=form.warps,
-            maxnreg=form.registers,
-        )
+    _forward_kernel[grid](
+        x,
+        weight,
+        bias,
+        y,
+        sums,
+        channels,
+        height,
+        width,
+        rows,
+        batch * strips,
+        GELU=gelu,
+        RESIDUAL=residual,
+        ACTIVATE=activate,
+        COLUMNS=form.columns,
+        LANES=lanes,
+        num_warps=form.warps,
+        maxnreg=form.registers,
+    )
     return y, sums
 
 
@@ -542,32 +541,31 @@ def backward(
     splits = min(cdiv(batch * strips, lanes[0]), splits)
     sums = 10 + sum_grad_x
     partial = x.new_empty(splits, sums, channels, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _backward_kernel[(splits * blocks,)](
-            grad,
-            x,
-            None if coef is None else y,
-            scale,
-            coef,
-            weight,
-            keep,
-            grad_x,
-            kept,
-            partial,
-            channels,
-            height,
-            width,
-            rows,
-            batch * strips,
-            splits,
-            GELU=gelu,
-            RESIDUAL=residual,
-            SUMS=sums,
-            COLUMNS=form.columns,
-            LANES=lanes,
-            num_warps=form.warps,
-            maxnreg=form.registers,
-        )
+    _backward_kernel[(splits * blocks,)](
+        grad,
+        x,
+        None if coef is None else y,
+        scale,
+        coef,
+        weight,
+        keep,
+        grad_x,
+        kept,
+        partial,
+        channels,
+        height,
+        width,
+        rows,
+        batch * strips,
+        splits,
+        GELU=gelu,
+        RESIDUAL=residual,
+        SUMS=sums,
+        COLUMNS=form.columns,
+        LANES=lanes,
+        num_warps=form.warps,
+        maxnreg=form.registers,
+    )
     return grad_x, partial
 
 

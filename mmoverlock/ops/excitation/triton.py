@@ -833,18 +833,17 @@ def sum_positions(
         return x, factor, gate, positions
     splits, programs, settings = _split(x)
     parts = x.new_empty(len(x), splits, x.shape[1], dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _pool_kernel[(programs,)](
-            x,
-            factor,
-            gate,
-            parts,
-            positions,
-            splits,
-            x.shape[1],
-            SILU=silu,
-            **settings,
-        )
+    _pool_kernel[(programs,)](
+        x,
+        factor,
+        gate,
+        parts,
+        positions,
+        splits,
+        x.shape[1],
+        SILU=silu,
+        **settings,
+    )
     return parts, None, None, splits
 
 
@@ -893,27 +892,26 @@ def measure(
         len(maps), batch * splits * 2, channels, dtype=torch.float32
     )
     norms = parts.new_empty(len(maps), 4, channels)
-    with torch.cuda.device_of(parts):
-        _statistics_kernel[programs, len(maps)](
-            tuple(maps), parts, positions, splits, length, channels, **settings
-        )
-        _norms_kernel[cdiv(channels, NORMS['BLOCK']), len(maps)](
-            parts,
-            tuple(scales),
-            tuple(shifts),
-            tuple(means),
-            tuple(variances),
-            tuple(batches),
-            norms,
-            positions,
-            splits,
-            length,
-            batch * splits,
-            channels,
-            MOMENTA=tuple(momenta),
-            EPS=tuple(eps),
-            **NORMS,
-        )
+    _statistics_kernel[programs, len(maps)](
+        tuple(maps), parts, positions, splits, length, channels, **settings
+    )
+    _norms_kernel[cdiv(channels, NORMS['BLOCK']), len(maps)](
+        parts,
+        tuple(scales),
+        tuple(shifts),
+        tuple(means),
+        tuple(variances),
+        tuple(batches),
+        norms,
+        positions,
+        splits,
+        length,
+        batch * splits,
+        channels,
+        MOMENTA=tuple(momenta),
+        EPS=tuple(eps),
+        **NORMS,
+    )
     return parts, norms
 
 
@@ -958,34 +956,33 @@ def forward(
         batch, (2 + count) * channels + hidden, dtype=torch.float32
     )
     y = torch.empty_like(x)
-    with torch.cuda.device_of(x):
-        _scale_kernel[(batch,)](
-            summed,
-            norms,
-            weight1,
-            bias1,
-            weight2,
-            bias2,
-            state,
-            parts,
-            height * width,
-            channels,
-            hidden,
-            NORMS=count,
-            **_knobs(hidden, parts),
-        )
-        tiles.launch(
-            _apply_kernel,
-            x,
-            x,
-            other,
-            gate,
-            norms,
-            state,
-            y,
-            state.shape[1],
-            silu,
-        )
+    _scale_kernel[(batch,)](
+        summed,
+        norms,
+        weight1,
+        bias1,
+        weight2,
+        bias2,
+        state,
+        parts,
+        height * width,
+        channels,
+        hidden,
+        NORMS=count,
+        **_knobs(hidden, parts),
+    )
+    tiles.launch(
+        _apply_kernel,
+        x,
+        x,
+        other,
+        gate,
+        norms,
+        state,
+        y,
+        state.shape[1],
+        silu,
+    )
     return y, state
 
 
@@ -1039,72 +1036,71 @@ def backward(
         summed += None, None
         sums = grads.new_empty(batch, rows, channels)
         grad_norms = grads.new_empty(rows, channels)
-    with torch.cuda.device_of(x):
-        if norms is not None:
-            _products_kernel[(programs,)](
-                grad,
-                x,
-                other,
-                gate,
-                norms,
-                summed[0],
-                height * width,
-                parts,
-                channels,
-                SILU=silu,
-                **settings,
-            )
-        _scale_grad_kernel[(batch,)](
-            *summed,
-            norms,
-            weight1,
-            weight2,
-            state,
-            grads,
-            sums,
-            parts,
-            height * width,
-            channels,
-            hidden,
-            NORMS=count,
-            SILU=silu,
-            **_knobs(hidden, parts),
-        )
-        grid = (
-            cdiv(channels, WEIGHTS['CHANNELS']),
-            cdiv(hidden, WEIGHTS['HIDDEN']),
-        )
-        _weights_grad_kernel[grid](
-            state,
-            grads,
-            sums,
-            *results[1:],
-            grad_norms,
-            batch,
-            state.shape[1],
-            channels,
-            hidden,
-            ROWS=rows,
-            **WEIGHTS,
-        )
-        tiles.launch(
-            _apply_grad_kernel,
-            x,
+    if norms is not None:
+        _products_kernel[(programs,)](
             grad,
             x,
             other,
             gate,
             norms,
-            grad_norms,
-            state,
-            grads,
-            results[0],
-            grad_other,
-            grad_gate,
-            state.shape[1],
-            hidden,
-            silu,
+            summed[0],
+            height * width,
+            parts,
+            channels,
+            SILU=silu,
+            **settings,
         )
+    _scale_grad_kernel[(batch,)](
+        *summed,
+        norms,
+        weight1,
+        weight2,
+        state,
+        grads,
+        sums,
+        parts,
+        height * width,
+        channels,
+        hidden,
+        NORMS=count,
+        SILU=silu,
+        **_knobs(hidden, parts),
+    )
+    grid = (
+        cdiv(channels, WEIGHTS['CHANNELS']),
+        cdiv(hidden, WEIGHTS['HIDDEN']),
+    )
+    _weights_grad_kernel[grid](
+        state,
+        grads,
+        sums,
+        *results[1:],
+        grad_norms,
+        batch,
+        state.shape[1],
+        channels,
+        hidden,
+        ROWS=rows,
+        **WEIGHTS,
+    )
+    tiles.launch(
+        _apply_grad_kernel,
+        x,
+        grad,
+        x,
+        other,
+        gate,
+        norms,
+        grad_norms,
+        state,
+        grads,
+        results[0],
+        grad_other,
+        grad_gate,
+        state.shape[1],
+        hidden,
+        silu,
+    )
     others = grad_gate, grad_other, grad_norms
     return [*results, *(t for t in others if t is not None)]
 

@@ -64,10 +64,9 @@ def feed_forward(
     y, squares = conv.forward(
         h, conv_weight, conv_bias, gelu=True, residual=residual, squares=True
     )
-    with torch.cuda.device_of(x):
-        norm, scale = response_norm.scales(
-            squares, gamma, y.shape[1], squares.shape[1], square=False
-        )
+    norm, scale = response_norm.scales(
+        squares, gamma, y.shape[1], squares.shape[1], square=False
+    )
     out, _ = product(
         y,
         rounded[1],
@@ -187,10 +186,9 @@ def _feed_forward_backward(
     grad_scaled, sums = product(
         grad, rounded2, transposed=True, factor=y, keep=keep
     )
-    with torch.cuda.device_of(x):
-        coef, parts = response_norm.scale_grads(
-            sums, None, gamma, norm, sums.shape[1]
-        )
+    coef, parts = response_norm.scale_grads(
+        sums, None, gamma, norm, sums.shape[1]
+    )
     jobs.append((parts, grad_gamma, grad_beta))
     for parts, out in zip(
         weight_grad(grad, y, scale, beta, keep), grads[5:], strict=True

@@ -446,7 +446,7 @@ class _FocusBlock(torch.autograd.Function):
     def backward(ctx, grad) -> tuple[Tensor | None, ...]:
         saved = _Saved(*nest(ctx.saved_tensors, ctx.lengths))
         p, keeps, settings = ctx.settings
-        with partial_sums.together(), torch.cuda.device_of(grad):
+        with partial_sums.together():
             grad, grad_initial, grads = _backward(
                 channels_last(grad), saved, p, keeps, settings
             )

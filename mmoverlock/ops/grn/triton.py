@@ -320,10 +320,9 @@ def forward(
         tuple[Tensor, Tensor, Tensor]: The result, norms and scales, (B, C).
     """
     y = torch.empty_like(x)
-    with torch.cuda.device_of(x):
-        sums, _, parts = _sums(x, None)
-        norm, scale = scales(sums, gamma, x.shape[1], parts, sums is x)
-        tiles.launch(_apply_kernel, x, x, scale, None, None, beta, y)
+    sums, _, parts = _sums(x, None)
+    norm, scale = scales(sums, gamma, x.shape[1], parts, sums is x)
+    tiles.launch(_apply_kernel, x, x, scale, None, None, beta, y)
     return y, norm, scale
 
 
@@ -337,10 +336,9 @@ def backward(
         :func:`partial_sums.add`, (B, 2, C), of gamma and beta.
     """
     grad_x = torch.empty_like(x)
-    with torch.cuda.device_of(x):
-        sums, other, parts = _sums(x, grad)
-        coef, partial = scale_grads(sums, other, gamma, norm, parts)
-        tiles.launch(_apply_kernel, x, grad, scale, x, coef, None, grad_x)
+    sums, other, parts = _sums(x, grad)
+    coef, partial = scale_grads(sums, other, gamma, norm, parts)
+    tiles.launch(_apply_kernel, x, grad, scale, x, coef, None, grad_x)
     return grad_x, partial
 
 

@@ -211,19 +211,18 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     channels = x.shape[1]
     count = x.numel() // channels
     rows, block = _form(channels)
-    with torch.cuda.device_of(x):
-        _forward_kernel[(cdiv(count, rows),)](
-            x,
-            weight,
-            bias,
-            y,
-            count,
-            channels,
-            eps,
-            ROWS=rows,
-            BLOCK=block,
-            num_warps=KNOBS['warps'],
-        )
+    _forward_kernel[(cdiv(count, rows),)](
+        x,
+        weight,
+        bias,
+        y,
+        count,
+        channels,
+        eps,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=KNOBS['warps'],
+    )
     return y
 
 
@@ -264,29 +263,28 @@ def backward(
     )
     sums = 2 if gain is None else 4
     partial = x.new_empty(parts, sums, channels, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _backward_kernel[(parts,)](
-            grad,
-            x,
-            weight,
-            other,
-            gain,
-            pooled,
-            grad_x,
-            partial,
-            count,
-            channels,
-            eps,
-            unpooled,
-            height,
-            width,
-            REGIONS=regions,
-            DOWN=regions // height + 2,
-            ACROSS=regions // width + 2,
-            ROWS=rows,
-            BLOCK=block,
-            num_warps=KNOBS['warps'] * (1 if gain is None else 2),
-        )
+    _backward_kernel[(parts,)](
+        grad,
+        x,
+        weight,
+        other,
+        gain,
+        pooled,
+        grad_x,
+        partial,
+        count,
+        channels,
+        eps,
+        unpooled,
+        height,
+        width,
+        REGIONS=regions,
+        DOWN=regions // height + 2,
+        ACROSS=regions // width + 2,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=KNOBS['warps'] * (1 if gain is None else 2),
+    )
     return grad_x, partial
 
 

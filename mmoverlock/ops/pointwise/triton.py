@@ -438,29 +438,28 @@ def product(
         sums = x.new_empty(batch, count, 2 * outputs, dtype=torch.float32)
     if out.numel():
         grid = batch * count, cdiv(outputs, knobs['outputs'])
-        with torch.cuda.device_of(x):
-            _product_kernel[grid](
-                x,
-                scale,
-                shift,
-                weight,
-                bias,
-                keep,
-                identity,
-                gain,
-                offset,
-                gelu_input,
-                out,
-                factor,
-                sums,
-                height * width,
-                count,
-                inputs,
-                outputs,
-                *strides,
-                UPCAST=_upcast(x),
-                **_blocks(knobs),
-            )
+        _product_kernel[grid](
+            x,
+            scale,
+            shift,
+            weight,
+            bias,
+            keep,
+            identity,
+            gain,
+            offset,
+            gelu_input,
+            out,
+            factor,
+            sums,
+            height * width,
+            count,
+            inputs,
+            outputs,
+            *strides,
+            UPCAST=_upcast(x),
+            **_blocks(knobs),
+        )
     return out, sums
 
 
@@ -493,23 +492,22 @@ def weight_grad(
         x.new_empty(splits, 1, size, dtype=torch.float32)
         for size in (outputs * inputs, outputs)
     )
-    with torch.cuda.device_of(x):
-        _weight_grad_kernel[(splits, *blocks)](
-            grad,
-            x,
-            scale,
-            shift,
-            keep,
-            parts,
-            bias_parts,
-            x.shape[2:].numel(),
-            count,
-            items,
-            inputs,
-            outputs,
-            UPCAST=_upcast(x),
-            **_blocks(knobs),
-        )
+    _weight_grad_kernel[(splits, *blocks)](
+        grad,
+        x,
+        scale,
+        shift,
+        keep,
+        parts,
+        bias_parts,
+        x.shape[2:].numel(),
+        count,
+        items,
+        inputs,
+        outputs,
+        UPCAST=_upcast(x),
+        **_blocks(knobs),
+    )
     return parts, bias_parts
 
 
@@ -554,18 +552,17 @@ def weight_grads(
     grid = sum(
         count * size for count, size in zip(splits, blocks, strict=True)
     )
-    with torch.cuda.device_of(grads[0]):
-        _weight_grads_kernel[(grid,)](
-            grads,
-            maps,
-            tuple(part for part, _ in parts),
-            tuple(part for _, part in parts),
-            tuple(2 * len(x) + 1 for x in maps),
-            tuple(2 * count + 1 for count in splits),
-            tuple(inputs),
-            tuple(outputs),
-            tuple(x.stride(0) for x in maps),
-            UPCAST=_upcast(maps[0]),
-            **_blocks(knobs),
-        )
+    _weight_grads_kernel[(grid,)](
+        grads,
+        maps,
+        tuple(part for part, _ in parts),
+        tuple(part for _, part in parts),
+        tuple(2 * len(x) + 1 for x in maps),
+        tuple(2 * count + 1 for count in splits),
+        tuple(inputs),
+        tuple(outputs),
+        tuple(x.stride(0) for x in maps),
+        UPCAST=_upcast(maps[0]),
+        **_blocks(knobs),
+    )
     return parts

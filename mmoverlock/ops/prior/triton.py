@@ -138,22 +138,21 @@ def forward(
     count = z.numel() // total
     rows, block = tiles.form(total)
     grid = cdiv(count, rows) * cdiv(total, block)
-    with torch.cuda.device_of(z):
-        _forward_kernel[(grid,)](
-            z,
-            initial,
-            weight,
-            bias,
-            initial_weight,
-            initial_bias,
-            out,
-            count,
-            total - initial.shape[1],
-            total,
-            ROWS=rows,
-            BLOCK=block,
-            num_warps=tiles.KNOBS['warps'],
-        )
+    _forward_kernel[(grid,)](
+        z,
+        initial,
+        weight,
+        bias,
+        initial_weight,
+        initial_bias,
+        out,
+        count,
+        total - initial.shape[1],
+        total,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=tiles.KNOBS['warps'],
+    )
     return out
 
 
@@ -181,23 +180,22 @@ def backward(
     slots = partial_sums.programs(z.device, tiles.KNOBS['resident'])
     splits = min(cdiv(count, rows), cdiv(slots, blocks))
     partial = z.new_empty(splits, 3, priors, dtype=torch.float32)
-    with torch.cuda.device_of(z):
-        _backward_kernel[(splits * blocks,)](
-            grad,
-            z,
-            initial,
-            weight,
-            initial_weight,
-            grad_initial,
-            partial,
-            count,
-            total - priors,
-            priors,
-            splits,
-            ROWS=rows,
-            BLOCK=block,
-            num_warps=tiles.KNOBS['warps'],
-        )
+    _backward_kernel[(splits * blocks,)](
+        grad,
+        z,
+        initial,
+        weight,
+        initial_weight,
+        grad_initial,
+        partial,
+        count,
+        total - priors,
+        priors,
+        splits,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=tiles.KNOBS['warps'],
+    )
     return grad_initial, partial
 
 

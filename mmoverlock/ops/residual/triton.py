@@ -119,21 +119,20 @@ def forward(
     count = x.numel() // channels
     rows, block = tiles.form(channels)
     grid = cdiv(count, rows) * cdiv(channels, block)
-    with torch.cuda.device_of(x):
-        _forward_kernel[(grid,)](
-            x,
-            y,
-            weight,
-            bias,
-            keep,
-            out,
-            count,
-            count // len(x),
-            channels,
-            ROWS=rows,
-            BLOCK=block,
-            num_warps=tiles.KNOBS['warps'],
-        )
+    _forward_kernel[(grid,)](
+        x,
+        y,
+        weight,
+        bias,
+        keep,
+        out,
+        count,
+        count // len(x),
+        channels,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=tiles.KNOBS['warps'],
+    )
     return out
 
 
@@ -162,23 +161,22 @@ def backward(
     partial = None
     if weight is not None:
         partial = x.new_empty(splits, 2, channels, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _backward_kernel[(splits * blocks,)](
-            grad,
-            x,
-            weight,
-            keep,
-            grad_x,
-            grad_y,
-            partial,
-            count,
-            count // len(x),
-            channels,
-            splits,
-            ROWS=rows,
-            BLOCK=block,
-            num_warps=tiles.KNOBS['warps'],
-        )
+    _backward_kernel[(splits * blocks,)](
+        grad,
+        x,
+        weight,
+        keep,
+        grad_x,
+        grad_y,
+        partial,
+        count,
+        count // len(x),
+        channels,
+        splits,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=tiles.KNOBS['warps'],
+    )
     return grad_x, grad_y, partial
 
 

@@ -560,39 +560,38 @@ def _measure(
     statistics = x.new_empty(n, 3, channels, dtype=torch.float64)
     kernel = x.new_empty(plan.size**2, channels)
     bias = x.new_empty(channels, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _pack_kernel[cdiv(channels, BLOCK.value), plan.taps](
-            tuple(weights),
-            tuple(running.batches),
-            taps,
-            channels,
-            BRANCHES=plan.branches,
+    _pack_kernel[cdiv(channels, BLOCK.value), plan.taps](
+        tuple(weights),
+        tuple(running.batches),
+        taps,
+        channels,
+        BRANCHES=plan.branches,
+    )
+    parts = _statistics(x, taps, first, plan.branches)
+    if group is not None:
+        local = _combine_parts(parts)
+        parts = local.new_empty(
+            distributed.get_world_size(group), 3 * n, channels
         )
-        parts = _statistics(x, taps, first, plan.branches)
-        if group is not None:
-            local = _combine_parts(parts)
-            parts = local.new_empty(
-                distributed.get_world_size(group), 3 * n, channels
-            )
-            distributed.all_gather([*parts], local.flatten(0, 1), group)
-        _merge_kernel[cdiv(channels, FEW.value), plan.size](
-            parts,
-            taps,
-            *map(tuple, (scales, shifts, *running[:3])),
-            statistics,
-            kernel,
-            bias,
-            len(parts),
-            channels,
-            SPLITS=64,
-            SIZE=plan.size,
-            COLUMNS=next_power_of_2(plan.size),
-            BRANCHES=plan.branches,
-            EPS=tuple(eps),
-            MOMENTA=tuple(running.momenta),
-            num_warps=8,
-            maxnreg=168,
-        )
+        distributed.all_gather([*parts], local.flatten(0, 1), group)
+    _merge_kernel[cdiv(channels, FEW.value), plan.size](
+        parts,
+        taps,
+        *map(tuple, (scales, shifts, *running[:3])),
+        statistics,
+        kernel,
+        bias,
+        len(parts),
+        channels,
+        SPLITS=64,
+        SIZE=plan.size,
+        COLUMNS=next_power_of_2(plan.size),
+        BRANCHES=plan.branches,
+        EPS=tuple(eps),
+        MOMENTA=tuple(running.momenta),
+        num_warps=8,
+        maxnreg=168,
+    )
     return Measured(statistics, taps, first, kernel, bias)
 
 
@@ -673,47 +672,46 @@ def _backward(
     sums = statistics.new_empty(n + 1, channels)
     norm_grads = scales[0].new_empty(2, n, channels)
     factors = statistics.new_empty(3, n, channels, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        parts = inner_products(x, grad, taps, branches, plan.size)
-        _sums_kernel[grid](
-            parts,
-            statistics,
+    parts = inner_products(x, grad, taps, branches, plan.size)
+    _sums_kernel[grid](
+        parts,
+        statistics,
+        tuple(scales),
+        sums,
+        norm_grads,
+        factors,
+        len(parts),
+        channels,
+        SPLITS=64,
+        N=n,
+        EPS=tuple(eps),
+        LOCAL=group is None,
+    )
+    if group is not None:
+        distributed.all_reduce(sums, group=group)
+        _factors_kernel[grid](
             tuple(scales),
+            statistics,
             sums,
-            norm_grads,
             factors,
-            len(parts),
             channels,
-            SPLITS=64,
             N=n,
             EPS=tuple(eps),
-            LOCAL=group is None,
         )
-        if group is not None:
-            distributed.all_reduce(sums, group=group)
-            _factors_kernel[grid](
-                tuple(scales),
-                statistics,
-                sums,
-                factors,
-                channels,
-                N=n,
-                EPS=tuple(eps),
-            )
-        # (branches, B, C, H, W), maps in channels_last
-        grad_ys = x.new_empty(n, len(x), *x.shape[2:], channels)
-        grad_ys = grad_ys.permute(0, 1, 4, 2, 3)
-        operands = x, first, grad, taps, factors, grad_ys
-        if x.numel():
-            _branch_grads_kernel[tiles, blocks](
-                *operands,
-                *x.shape[1:],
-                BRANCHES=branches,
-                T=layout.rows,
-                LANES=layout.lanes,
-            )
-        grad_x = convolve_maps(grad_ys, taps, branches, flip=True, other=other)
-        parts = weight_grads(x, grad_ys, branches)
+    # (branches, B, C, H, W), maps in channels_last
+    grad_ys = x.new_empty(n, len(x), *x.shape[2:], channels)
+    grad_ys = grad_ys.permute(0, 1, 4, 2, 3)
+    operands = x, first, grad, taps, factors, grad_ys
+    if x.numel():
+        _branch_grads_kernel[tiles, blocks](
+            *operands,
+            *x.shape[1:],
+            BRANCHES=branches,
+            T=layout.rows,
+            LANES=layout.lanes,
+        )
+    grad_x = convolve_maps(grad_ys, taps, branches, flip=True, other=other)
+    parts = weight_grads(x, grad_ys, branches)
     grads = [torch.empty_like(weight) for weight in weights]
     add((parts, *grads))
     return grad_x, norm_grads, grads

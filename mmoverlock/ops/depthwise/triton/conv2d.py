@@ -113,24 +113,22 @@ def convolve_maps(
             other = convolve_maps(*rest, dtype=torch.float32)
         size, _, first = branches[0]
         taps = taps[first : first + size**2]
-        with torch.cuda.device_of(x):
-            banded.convolve_map(x[0], out, taps, size, bias, flip, other)
+        banded.convolve_map(x[0], out, taps, size, bias, flip, other)
     elif out.numel():
         size = max(size for size, *_ in branches)
         layout = Layout.of(out.shape, size, 'map_rows')
-        with torch.cuda.device_of(x):
-            _conv2d_kernel[layout.grid(out.shape)](
-                x,
-                taps,
-                bias,
-                other,
-                out,
-                *out.shape[1:],
-                BRANCHES=branches,
-                FLIP=flip,
-                T=layout.rows,
-                LANES=layout.lanes,
-            )
+        _conv2d_kernel[layout.grid(out.shape)](
+            x,
+            taps,
+            bias,
+            other,
+            out,
+            *out.shape[1:],
+            BRANCHES=branches,
+            FLIP=flip,
+            T=layout.rows,
+            LANES=layout.lanes,
+        )
     return out
 
 
@@ -166,8 +164,7 @@ def _conv2d_grads(
         branches = ((weight.shape[-1], dilation, 0),)
         grad_weight = torch.empty_like(weight)
         grad_bias = weight.new_empty(len(weight))
-        with torch.cuda.device_of(x):
-            parts = weight_grads(x, grad[None], branches, with_sum=True)
+        parts = weight_grads(x, grad[None], branches, with_sum=True)
         add((parts, grad_weight, grad_bias))
     return grad_x, grad_weight, grad_bias
 
