@@ -1,5 +1,5 @@
 from .backends import check_backend, takes_triton, why_not_triton
-from .common import cast_as_convolutions
+from .common import cast_as_convolutions, convolution_dtype
 from .conv3x3 import residual_conv
 from .conv3x3_norm import conv_norm
 from .depthwise import (
@@ -24,6 +24,7 @@ __all__ = [
     'check_backend',
     'contmix',
     'conv_norm',
+    'convolution_dtype',
     'depthwise_conv2d',
     'excite_norms',
     'feed_forward',

@@ -21,12 +21,17 @@ def next_power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def cast_as_convolutions(x: Tensor) -> Tensor:
-    """What autocast does before a convolution, if it is on."""
+def convolution_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast casts a map to before a convolution."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def cast_as_convolutions(x: Tensor) -> Tensor:
+    """What autocast does before a convolution, if it is on."""
+    return x.to(convolution_dtype(x))
 
 
 def channels_last(x: Tensor) -> Tensor:

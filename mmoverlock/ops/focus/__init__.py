@@ -31,7 +31,8 @@ class FocusParameters(NamedTuple):
     query_norm: Norm | None
     key: Weights  # (C / 2, P, 1, 1), (C / 2, )
     key_norm: Norm | None
-    kernels: tuple[Tensor, Tensor, Tensor, Tensor]  # see contmix
+    # See contmix; but the first is that of a convolution, (N, regions^2, 1, 1)
+    kernels: tuple[Tensor, Tensor, Tensor, Tensor]
     value: Weights  # (C, C, 1, 1), (C, ), as the gate
     value_norm: Norm | None
     branches: list[Branch] | Pair  # (C, 1, K, K), (C, )
