@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import environment, is_compiling
+from ..ops import environment, is_compiling, is_traced
 
 SETTINGS = dict(
     cache_size_limit=64,  # graphs; beyond that, blocks are not compiled
@@ -57,12 +57,7 @@ class Regions:
 
     def __call__(self, block: nn.Module, *args: Any) -> Tensor:
         """``block(*args)``; tracing and counting see it as it is."""
-        if (
-            self.compile is False
-            or is_compiling()
-            or torch.jit.is_tracing()
-            or torch._C._len_torch_dispatch_stack()
-        ):
+        if self.compile is False or is_traced() or torch.jit.is_tracing():
             return block(*args)
         if self._compiled is None:
             options = {} if self.compile is True else self.compile

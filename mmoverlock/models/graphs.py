@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..ops import is_compiling
+from ..ops import is_traced
 from .layers import has_no_hooks
 
 WARM_UPS = 3  # passes of a size before it is recorded: kernels compile there
@@ -332,7 +332,7 @@ def _describe(x: Tensor) -> tuple:
 def _is_watched(x: Tensor) -> bool:
     """Whether anything but values is asked of a pass, or it is recorded."""
     return (
-        is_compiling()
+        is_traced()
         or torch.jit.is_tracing()
         or torch.is_anomaly_enabled()
         or _has_any_global_hook()
@@ -341,7 +341,6 @@ def _is_watched(x: Tensor) -> bool:
         is not None
         or x.requires_grad
         or type(x) is not Tensor
-        or torch._C._len_torch_dispatch_stack() > 0
         or torch.cuda.is_current_stream_capturing()
     )
 

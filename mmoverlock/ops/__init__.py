@@ -8,7 +8,7 @@ from .depthwise import (
     sum_of_branches,
 )
 from .dynamic_conv import contmix
-from .environment import is_compiling
+from .environment import is_compiling, is_traced
 from .excitation import Norm, excite_norms, squeeze_excite
 from .ffn import feed_forward
 from .grn import response_norm, response_scale
@@ -29,6 +29,7 @@ __all__ = [
     'excite_norms',
     'feed_forward',
     'is_compiling',
+    'is_traced',
     'layer_norm',
     'pointwise_conv',
     'residual_conv',

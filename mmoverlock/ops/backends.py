@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .environment import check_triton, is_compiling, is_exporting
+from .environment import check_triton, is_exporting, is_traced
 
 BACKENDS = ('auto', 'reference', 'triton')
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -152,7 +152,7 @@ def run_here(kernels: Callable, *operands) -> bool:
         operands: A tensor, then tensors, numbers, None, and tuples and lists
             of these.
     """
-    if is_compiling() or torch._C._len_torch_dispatch_stack():
+    if is_traced():
         return True
     key = (
         kernels,

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .environment import is_compiling
+from .environment import is_traced
 
 
 def cdiv(number: int, divisor: int) -> int:
@@ -104,7 +104,7 @@ class Operator:
         self.has_lists = any(str(a.type) == 'List[Tensor]' for a in arguments)
 
     def __call__(self, *args) -> Any:
-        if is_compiling() or torch._C._len_torch_dispatch_stack():
+        if is_traced():
             return self.run(*args)
         if self.node is None or not torch.is_grad_enabled():
             return self.function(*args)

@@ -14,6 +14,11 @@ def is_compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
+def is_traced() -> bool:
+    """Whether torch.compile or a mode of dispatch sees every operator."""
+    return is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def is_exporting() -> bool:
     """Whether torch.export traces the call.
 

@@ -417,25 +417,11 @@ def _leaves(p):
     return leaves
 
 
-def _without_statistics(p):
-    """The parameters without what other batches will change."""
-    nothing = dict(running_mean=None, running_var=None, batches=None)
-
-    def strip(value):
-        if isinstance(value, list):
-            return [*map(strip, value)]
-        if hasattr(value, 'running_mean'):
-            return value._replace(**nothing)
-        return value
-
-    return type(p)(*map(strip, p))
-
-
 class _FocusBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, initial, p, keeps, settings, *leaves) -> Tensor:
         result, saved = _forward(z, initial, p, keeps, settings)
-        ctx.settings = _without_statistics(p), keeps, settings
+        ctx.settings = p, keeps, settings
         ctx.lengths = lengths(saved)
         # The parameters, so that a change of them is noticed
         ctx.save_for_backward(*flatten(saved), *leaves)
