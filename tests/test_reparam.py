@@ -20,6 +20,7 @@ def randomized(kernel_size):
             nn.init.normal_(module.bias)
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
+    conv.origin_bn.eps = 0.1
     return conv.eval()
 
 

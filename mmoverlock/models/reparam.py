@@ -175,17 +175,28 @@ class DilatedReparamConv(nn.Module):
         Returns:
             tuple[Tensor, Tensor]: Weight (C, 1, K, K) and bias (C, ).
         """
+        convs, norms = zip(*self._branches(), strict=True)
+        scales, shifts, means, variances = (
+            torch.stack([getattr(norm, name) for norm in norms])
+            for name in ('weight', 'bias', 'running_mean', 'running_var')
+        )
+        eps = [norm.eps for norm in norms]
+        same = len({*eps}) == 1
+        variances = variances + (
+            eps[0] if same else variances.new_tensor(eps)[:, None]
+        )
+        scales = scales * variances.rsqrt()
+        bias = torch.addcmul(shifts, means, scales, value=-1).sum(0)
         merged = torch.zeros_like(self.lk_origin.weight)
-        bias = torch.zeros_like(merged[:, 0, 0, 0])
         centre = merged.shape[-1] // 2
-        for conv, bn in self._branches():
-            scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
-            bias += bn.bias - bn.running_mean * scale
+        for conv, scale in zip(convs, scales, strict=True):
             # A dilated kernel is a large one with zeros between its taps.
             reach = conv.padding[0]
             taps = slice(centre - reach, centre + reach + 1, conv.dilation[0])
-            merged[..., taps, taps] += conv.weight * scale[:, None, None, None]
-        return merged, bias
+            merged[..., taps, taps].addcmul_(
+                conv.weight, scale[:, None, None, None]
+            )
+        return merged, bias.to(merged.dtype)
 
     def drop_dilated(self) -> None:
         """Leave the large kernel and its batch norm alone."""
