@@ -3,15 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import DEVICE, draw, exact, opchecked, relative_error
+from kernels import DEVICE, draw, relative_error
 from test_operators import draw_operands, leaves
 
-from mmoverlock.ops import (
-    feed_forward,
-    partial_sums,
-    pointwise_conv,
-    round_parameters,
-)
+from mmoverlock.ops import feed_forward, partial_sums
+from mmoverlock.ops.pointwise import round_parameters
 
 products = pytest.importorskip(
     'mmoverlock.ops.pointwise.triton', exc_type=ImportError
@@ -110,32 +106,6 @@ def test_gradients_of_gradients_are_refused():
     )
     with pytest.raises(NotImplementedError, match="take the backend 'refer"):
         grad.sum().backward()
-
-
-@pytest.mark.parametrize('has_bias', [True, False])
-def test_pointwise_conv(has_bias, poison):
-    """With the dtypes of autocast; channels of a wider map."""
-    torch.manual_seed(0)
-    x = draw(2, 7, 3, 5, dtype=torch.bfloat16)[:, 1:6].requires_grad_()
-    weight = draw(4, 5, 1, 1).requires_grad_()
-    bias = draw(4).requires_grad_() if has_bias else None
-    operands = [t for t in (x, weight, bias) if t is not None]
-    rounded = [*round_parameters(x.dtype, *operands[1:]), None][:2]
-    assert rounded[0].dtype == x.dtype and not rounded[0].requires_grad
-    with opchecked() as calls:
-        with torch.autocast(DEVICE, torch.bfloat16):
-            out = pointwise_conv(x, weight, bias, *rounded)
-            assert torch.equal(out, F.conv2d(x, weight, bias))
-        grad = draw(*out.shape, dtype=torch.bfloat16)
-        grads = torch.autograd.grad(out, operands, grad)
-    assert len(calls) == 2
-    others = [exact(t) for t in (x, *rounded[: len(operands) - 1])]
-    expected = torch.autograd.grad(F.conv2d(*others), others, grad.double())
-    for operand, actual, value, limit in zip(
-        operands, grads, expected, (1e-2, 1e-6, 1e-6), strict=False
-    ):
-        assert actual.dtype == operand.dtype
-        assert relative_error(actual, value) < limit
 
 
 def test_rounding():

@@ -37,8 +37,6 @@ from .layers import (
     is_plain,
     is_plain_scale,
     pair_of,
-    prepare,
-    run_layers,
 )
 from .reparam import DilatedReparamConv
 
@@ -190,8 +188,8 @@ class RepConvBlock(nn.Module):
         norm, conv, bn, excite, *layers, _ = self.proj
         x, y = conv_and_norm(self.dwconv, norm, x)
         y = conv(y)
-        if type(excite) is SEModule and excite.takes_norms([bn], y):
-            y, excite = excite.run_norms([bn], [y]), None
+        if type(excite) is SEModule and excite.takes_norm(bn, y):
+            y, excite = excite.run_norm(bn, y), None
         else:
             y = bn(y)
         return _feed_forward(layers, y, x, keep, self.ls, excite)
@@ -338,43 +336,9 @@ class FocusBlock(nn.Module):
                 return focus_block(*operands)
         z = self.read(z, initial_prior)
         identity, z = conv_and_norm(self.dwconv1, self.norm1, z)
-        sequences = (
-            self.fusion,
-            self.gate,
-            self.lepe,
-            self.weight_query,
-            self.weight_key,
-            self.dyconv_proj,
-            self.proj,
-        )
-        excited = self.dyconv_proj, self.lepe, self.gate
-        norms = [layers[1] for layers in excited if len(layers) > 1]
-        # Which may be left to the next one
-        is_silu = is_plain(self.gate[-1], nn.SiLU)
-        if not (
-            len(norms) == 3
-            and is_silu
-            and self.se_layer.takes_norms(norms, z, excited)
-        ):
-            norms = []
-        prepared = prepare(sequences, z, norms)
-        fused = run_layers(self.fusion, z, prepared)
-        mixed = self.dynamic_conv(z, fused, prepared)
-        if norms:
-            maps = [
-                run_layers(layers, y, prepared, 1)
-                for layers, y in zip(
-                    excited, (mixed, fused, fused), strict=True
-                )
-            ]
-            y = self.se_layer.run_norms(norms, maps)
-        else:
-            y = run_layers(self.dyconv_proj, mixed, prepared)
-            y = y + run_layers(self.lepe, fused, prepared)
-            silu = is_silu and self.gate in prepared
-            gate = run_layers(self.gate, fused, prepared, -1 if silu else None)
-            y = self.se_layer(y, gate, silu)
-        y = run_layers(self.proj, y, prepared)
+        fused = self.fusion(z)
+        y = self.dyconv_proj(self.dynamic_conv(z, fused)) + self.lepe(fused)
+        y = self.proj(self.se_layer(y, self.gate(fused)))
         z = add_residual(identity, y, keeps[0], self.ls1)
         z, y = conv_and_norm(self.dwconv2, self.norm2, z)
         return _feed_forward(self.mlp, y, z, keeps[1], self.ls2)
@@ -501,9 +465,7 @@ class FocusBlock(nn.Module):
             pair_of(own.ls2),
         )
 
-    def dynamic_conv(
-        self, z: Tensor, value: Tensor, prepared: dict | None = None
-    ) -> Tensor:
+    def dynamic_conv(self, z: Tensor, value: Tensor) -> Tensor:
         """Mix ``value`` with kernels made from ``z``.
 
         A map with a side shorter than the kernel is enlarged for it.
@@ -511,13 +473,10 @@ class FocusBlock(nn.Module):
         Args:
             z (Tensor): Normalized features and prior, (B, C + P, H, W).
             value (Tensor): (B, C, H, W).
-            prepared (dict, optional): See
-                :func:`mmoverlock.models.layers.prepare`.
 
         Returns:
             Tensor: (B, C, H, W).
         """
-        prepared = prepared or {}
         size = value.shape[-2:]
         enlarged = enlarged_size(size, self.kernel_size)
         if enlarged:
@@ -526,11 +485,7 @@ class FocusBlock(nn.Module):
                 for maps in (z, value)
             )
         x, prior = z.split(self.splits, dim=1)
-        mixed = self.mix(
-            run_layers(self.weight_query, x, prepared),
-            run_layers(self.weight_key, prior, prepared),
-            value,
-        )
+        mixed = self.mix(self.weight_query(x), self.weight_key(prior), value)
         if enlarged:
             mixed = F.adaptive_avg_pool2d(mixed, size)
         return mixed

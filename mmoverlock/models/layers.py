@@ -1,6 +1,6 @@
 """Small layers that OverLoCK is made of, all on (B, C, H, W) maps."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -10,15 +10,12 @@ from torch import Tensor, nn
 from ..ops import (
     Norm,
     conv_norm,
-    convolution_dtype,
     excite_norms,
     is_compiling,
     layer_norm,
-    pointwise_conv,
     residual_conv,
     response_norm,
     response_scale,
-    round_parameters,
     scaled_residual,
     squeeze_excite,
     takes_triton,
@@ -56,7 +53,6 @@ class PointwiseConv(nn.Conv2d):
         x: Tensor,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
-        rounded: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:
         """Convolve ``x * scale + shift``.
 
@@ -64,15 +60,10 @@ class PointwiseConv(nn.Conv2d):
             x (Tensor): (B, C, H, W).
             scale (Tensor, optional): (B, C, 1, 1).
             shift (Tensor, optional): (1, C, 1, 1).
-            rounded (tuple, optional): Weight and bias as autocast casts them,
-                where there is neither scale nor shift. Defaults to None: they
-                are cast here.
 
         Returns:
             Tensor: (B, out_channels, H, W).
         """
-        if rounded is not None:
-            return pointwise_conv(x, self.weight, self.bias, *rounded)
         # Of maps in channels_last a matrix product is faster.
         weight, bias = self.weight.flatten(1), self.bias
         size = x.shape[2:]
@@ -184,25 +175,20 @@ class SEModule(nn.Module):
             nn.Sigmoid(),
         )
 
-    def forward(
-        self, x: Tensor, gate: Tensor | None = None, silu: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """Scale ``x``, and multiply it by a gate if there is one.
 
         Args:
             x (Tensor): (B, C, H, W).
             gate (Tensor, optional): Of the same shape.
-            silu (bool): Whether it is SiLU of the gate. Defaults to False.
 
         Returns:
             Tensor: Of the same shape.
         """
         if takes_triton('auto', x) and self.is_as_built():
-            return squeeze_excite(x, *self.weights(), gate, silu)
+            return squeeze_excite(x, *self.weights(), gate)
         x = x * self.proj(x)
-        if gate is None:
-            return x
-        return (F.silu(gate) if silu else gate) * x
+        return x if gate is None else gate * x
 
     def scale_and_shift(self, x: Tensor) -> tuple[Tensor, None]:
         """What the module scales its input by.
@@ -231,43 +217,27 @@ class SEModule(nn.Module):
             nn.Sigmoid,
         )
 
-    def takes_norms(
-        self,
-        norms: Sequence[nn.Module],
-        x: Tensor,
-        others: Sequence[nn.Sequential] = (),
-    ) -> bool:
-        """Whether :meth:`run_norms` does what all these modules do.
-
-        Args:
-            norms (Sequence[nn.Module]): What comes before.
-            x (Tensor): Of the size of the maps.
-            others (Sequence[nn.Sequential]): What the norms are in. Defaults
-                to none.
-        """
+    def takes_norm(self, norm: nn.Module, x: Tensor) -> bool:
+        """Whether :meth:`run_norm` does what both modules do to a map."""
         return (
             takes_triton('auto', x)
             and is_plain(self, SEModule)
             and self.is_as_built()
-            and all(is_plain(other, nn.Sequential) for other in others)
-            and all(map(counts_batches, norms))
+            and counts_batches(norm)
             and x.numel() > x.shape[1]  # or there is no deviation
         )
 
-    def run_norms(
-        self, norms: Sequence[nn.BatchNorm2d], maps: Sequence[Tensor]
-    ) -> Tensor:
-        """Norms in training mode, squeeze and excitation, and a gate.
+    def run_norm(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+        """A norm in training mode, and squeeze and excitation of its result.
 
         Args:
-            norms (Sequence[nn.BatchNorm2d]): Of each map.
-            maps (Sequence[Tensor]): See :func:`mmoverlock.ops.excite_norms`.
+            norm (nn.BatchNorm2d): Of C channels.
+            x (Tensor): (B, C, H, W).
 
         Returns:
             Tensor: (B, C, H, W).
         """
-        operands = [*map(as_operand, norms)]
-        return excite_norms(maps, operands, *self.weights())
+        return excite_norms([x], [as_operand(norm)], *self.weights())
 
 
 class StridedConv(nn.Conv2d):
@@ -409,85 +379,6 @@ def conv_and_norm(
         return conv_norm(*operands)
     x = conv(x)
     return x, norm(x)
-
-
-def run_layers(
-    layers: nn.Sequential, x: Tensor, prepared: dict, end: int | None = None
-) -> Tensor:
-    """Run layers, with what :func:`prepare` has done for them.
-
-    Args:
-        layers (nn.Sequential): One after the other.
-        x (Tensor): What the first one takes.
-        prepared (dict): What :func:`prepare` returned.
-        end (int, optional): Which prepared layer is the first not to be run.
-    """
-    if layers not in prepared:
-        return layers(x)
-    for layer in [*layers][:end]:
-        if layer not in prepared:
-            x = layer(x)
-        elif prepared[layer] is not None:
-            x = layer(x, rounded=prepared[layer])
-        else:
-            x = F.batch_norm(
-                x,
-                layer.running_mean,
-                layer.running_var,
-                layer.weight,
-                layer.bias,
-                True,
-                layer.momentum,
-                layer.eps,
-            )
-    return x
-
-
-def prepare(
-    sequences: Iterable[nn.Sequential],
-    x: Tensor,
-    norms: Sequence[nn.Module] = (),
-) -> dict:
-    """What kernels do once for all layers of a block, in two launches.
-
-    The weights of 1x1 convolutions are rounded as autocast does, and batch
-    norms count the batch. What has hooks is left to run as it is.
-
-    Args:
-        sequences (Iterable[nn.Sequential]): The layers.
-        x (Tensor): Of the dtype that they get, but for autocast.
-        norms (Sequence[nn.Module]): What is to be left as it is. Defaults to
-            none.
-
-    Returns:
-        dict: By layer, weight and bias of 1x1 convolutions; None for batch
-        norms and for the sequences. Nothing where no kernels run.
-    """
-    if not takes_triton('auto', x):
-        return {}
-    dtype = convolution_dtype(x)
-    prepared, convs, parameters, counts = {}, [], [], []
-    for sequence in sequences:
-        if not is_plain(sequence, nn.Sequential):
-            continue
-        prepared[sequence] = None
-        for layer in sequence:
-            if is_plain(layer, PointwiseConv):
-                convs.append(layer)
-                parameters.append(layer.weight)
-                if layer.bias is not None:
-                    parameters.append(layer.bias)
-            elif layer not in norms and counts_batches(layer):
-                prepared[layer] = None
-                counts.append(layer.num_batches_tracked)
-    rounded = iter(round_parameters(dtype, *parameters))
-    for conv in convs:
-        weight = next(rounded)
-        bias = None if conv.bias is None else next(rounded)
-        prepared[conv] = weight, bias
-    if counts:
-        torch._foreach_add_(counts, 1)
-    return prepared
 
 
 def has_no_hooks(module: nn.Module) -> bool:

@@ -166,18 +166,11 @@ class WithoutSE(Variant):
 class NoExcitation(nn.Module):
     """In the place of :class:`SEModule`; what is left is the gate."""
 
-    def forward(
-        self, x: Tensor, gate: Tensor | None = None, silu: bool = False
-    ) -> Tensor:
-        if gate is None:
-            return x
-        return (F.silu(gate) if silu else gate) * x
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return x if gate is None else gate * x
 
     def scale_and_shift(self, x: Tensor) -> tuple[None, None]:
         return None, None
-
-    def takes_norms(self, *args) -> bool:
-        return False
 
 
 class WithoutDilated(Variant):

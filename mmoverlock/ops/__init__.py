@@ -13,7 +13,6 @@ from .excitation import Norm, excite_norms, squeeze_excite
 from .ffn import feed_forward
 from .grn import response_norm, response_scale
 from .layernorm import layer_norm
-from .pointwise import pointwise_conv, round_parameters
 from .prior import update_prior
 from .residual import scaled_residual
 
@@ -31,11 +30,9 @@ __all__ = [
     'is_compiling',
     'is_traced',
     'layer_norm',
-    'pointwise_conv',
     'residual_conv',
     'response_norm',
     'response_scale',
-    'round_parameters',
     'scaled_residual',
     'squeeze_excite',
     'sum_of_branches',
