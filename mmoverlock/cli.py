@@ -57,7 +57,9 @@ def config_of(path: str, filename: str) -> tuple[str, str | None]:
     return _get_cfg_path(path, filename)
 
 
-_get_cfg_path = Config._get_cfg_path
+# Not this module's own, where it is reloaded after a tool was set up
+_get_cfg_path = inspect.unwrap(Config._get_cfg_path)
+config_of.__wrapped__ = _get_cfg_path
 
 # Runner's arguments, and what else mm* packages read from the top level.
 TOP_LEVEL_KEYS = {
