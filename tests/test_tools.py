@@ -110,22 +110,6 @@ def test_fuse(monkeypatch, files, wrapped):
     torch.testing.assert_close(model(x), before)
 
 
-def test_tta_of_several_sets():
-    """All are read by the pipeline; what is around them is not."""
-    sets = [dict(type='CocoDataset', pipeline=[]) for _ in range(2)]
-    repeated = dict(type='RepeatDataset', dataset=sets[1])
-    outer = dict(type='ConcatDataset', datasets=[sets[0], repeated])
-    new = dict(tta_model=dict(type='B'), tta_pipeline=[dict(type='C')])
-    loader = dict(dataset=outer)
-    cfg = Config(dict(test_dataloader=loader, model=dict(type='A'), **new))
-    test.augment_test_time(cfg)
-    assert cfg.model == dict(type='B', module=dict(type='A'))
-    first, second = cfg.test_dataloader.dataset.datasets
-    for dataset in first, second.dataset:
-        assert dataset.pipeline == cfg.tta_pipeline
-    assert 'pipeline' not in cfg.test_dataloader.dataset
-
-
 def test_logged_twice():
     """Curves have points though the logger's interval is longer."""
     for iterations, interval in (1, 1), (7, 3), (1000, 50):
@@ -181,7 +165,7 @@ DATASET = 'train_dataloader.dataset'
         (f'train {ROOT}/LICENSE', 'no .py or .yml'),
         ('train FILES/baseless.py', 'nowhere.py'),
         (f'test {MASK_RCNN} no.pth', 'checkpoint no.pth does not exist'),
-        (f'{STOCK} --resume no.pth', 'checkpoint no.pth does not exist'),
+        (f'{STOCK} --resume no.pth', 'load_from: checkpoint no.pth does not'),
         (f'{OPTION} {INIT}.checkpoint=no.pth', 'checkpoint no.pth does not'),
         # Data that are missing, and how to get them
         (
@@ -193,7 +177,6 @@ DATASET = 'train_dataloader.dataset'
             'data: python tools/make_sample_data.py coco data/coco\n',
         ),
         ('train FILES/imagenet.py', 'data/imagenet/train does not exist'),
-        ('train FILES/mine.py', 'mine/ does not exist ('),
         ('train FILES/mine.py', f'({DATASET}.dataset.datasets.0)'),
         (f'{TRAIN} {DATASET}.ann_file=no.json', 'FILES/coco/no.json does not'),
         (f'{TRAIN} val_evaluator.ann_file=no.json', 'file no.json does not'),
@@ -211,7 +194,6 @@ DATASET = 'train_dataloader.dataset'
         (f'{OPTION} model.bakbone.arch._delete_=True', 'no bakbone in model'),
         (f'{OPTION} model.backbone.arch.depths=1', 'backbone.arch._delete_='),
         (f'{OPTION} param_scheduler.2.end=5', 'is a list of 2'),
-        (f'{OPTION} param_scheduler.x.end=5', 'is a list of 2'),
         (f'{OPTION} param_scheduler.0=5', 'is a list of 2'),
         (
             f'{OPTION} data_root=/data/coco/',
@@ -262,19 +244,18 @@ def test_good_options():
         'model.backbone.with_cp': True,
         'model.backbone.arch._delete_': True,
         'model.backbone.arch.depths': (1, 1, 1, 1),
-        'optim_wrapper.optimizer.type': 'torch.optim.SGD',
         'param_scheduler.1.milestones': [1],
         'randomness.seed': 0,
     }
     given = [f'{key}={value}' for key, value in options.items()]
     argv = [str(MASK_RCNN), '--cfg-options', *given]
     cfg = train.cli.load_config(train.build_parser().parse_args(argv))
+    for key in ('load_from', 'work_dir', 'find_unused_parameters'):
+        assert cfg[key] == options[key]
+    assert cfg.model.backbone.with_cp
     assert cfg.model.backbone.arch == {'depths': (1, 1, 1, 1)}
-    for key in options.keys() - {'model.backbone.arch._delete_'}:
-        value = cfg
-        for part in key.split('.'):
-            value = value[int(part) if part.isdecimal() else part]
-        assert value == options[key]
+    assert cfg.param_scheduler[1].milestones == [1]
+    assert cfg.randomness == {'seed': 0}
 
 
 def test_ops_missing(mistake, monkeypatch):
