@@ -3,7 +3,6 @@
 import os
 import pickle
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -25,13 +24,13 @@ class Attack:
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """A config, an image, and a config with data to train and test on."""
+    """A config, an image, and configs with data to train and test on."""
     folder = tmp_path_factory.mktemp('models')
     tiny.write_model('cls', folder)
     cfg = Config.fromfile(tiny.classifier(folder))
     cfg.model.head.init_cfg = dict(type='Pretrained', checkpoint='any.pth')
     cfg.dump(folder / 'pretrained.py')
-    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(folder / 'image.png')
+    Image.new('RGB', (64, 64)).save(folder / 'image.png')
     return folder
 
 
@@ -62,9 +61,8 @@ def test_checkpoints(folder, tmp_path, command):
     log.parent.mkdir(parents=True)
     log.write_text('{"step": 1, "loss": 1.0, "lr": 0.1, "time": 1.0}')
     file = work / 'epoch_1.pth'
-    weights = {'weight': torch.ones(1)}
     attack = Attack(tmp_path / 'marker')
-    torch.save({'state_dict': weights, 'a': attack}, file)
+    torch.save({'state_dict': {'a': torch.ones(1)}, 'b': attack}, file)
     Config.fromfile(folder / 'classifier.py').dump(work / 'config.py')
     argv = command.format(folder=folder, file=file, work=work).split()
     message = refused(tmp_path, *argv)

@@ -13,7 +13,6 @@ from tiny import ROOT
 
 pytestmark = pytest.mark.slow  # downloads some 60 MB
 CONFIG = 'upernet/overlock_xt_160k.py'
-OPENMIM, ONEDL = 'openmim==0.3.9', 'onedl-mim==0.5.1'
 SHARED = (  # what both import beside torch's requirements
     'pandas==2.2.3 python-dateutil pytz setuptools<82 six certifi '
     'charset-normalizer idna requests urllib3 click colorama markdown '
@@ -30,62 +29,53 @@ def install(folder, *requirements):
     )
 
 
-@pytest.fixture
-def mim(request, tmp_path):
-    """Runs a command of a mim; returns its output."""
+def is_installed_from_a_clone():
+    found = distributions(name='mmoverlock')
+    urls = [d.read_text('direct_url.json') or '{}' for d in found]
+    infos = [json.loads(url).get('dir_info', {}) for url in urls]
+    return any(info.get('editable') for info in infos)
+
+
+@pytest.mark.parametrize('pin', ['openmim==0.3.9', 'onedl-mim==0.5.1'])
+def test_mim(pin, tmp_path):
+    """It finds configs and runs tools, which say what is missing.
+
+    The first one with the package from a wheel. The other one with it from a
+    clone; it does not know configs by name.
+    """
     folders = [tmp_path / 'shared', tmp_path / 'mim']
-    for folder, pins in zip(folders, (SHARED, request.param), strict=True):
+    for folder, pins in zip(folders, (SHARED, pin), strict=True):
         done = install(folder, *pins.split())
         if done.returncode:
             pytest.skip(f'{pins} does not install: {done.stderr}')
-    env = os.environ | {'PYTHONPATH': os.pathsep.join(map(str, folders))}
+    if pin.startswith('openmim'):
+        config = Path(CONFIG).name
+        ignored = shutil.ignore_patterns('.[!m]*', 'build', '*egg-info')
+        clone = tmp_path / 'clone'  # building leaves files behind
+        shutil.copytree(ROOT, clone, symlinks=True, ignore=ignored)
+        done = install(folders[1], clone)
+        assert done.returncode == 0, done.stderr
+    else:
+        config = str(ROOT / 'configs' / CONFIG)
+        if not is_installed_from_a_clone():
+            pytest.skip('mmoverlock is not installed from a clone')
 
-    def run(*command):
+    def mim(*command):
         return subprocess.run(
             [sys.executable, '-m', 'mim', *command],
-            env=env,
+            env=os.environ | {'PYTHONPATH': ':'.join(map(str, folders))},
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         ).stdout
 
-    return run
-
-
-def check(mim, config):
-    """It finds configs and runs tools, which say what is missing."""
     out = mim('search', 'mmoverlock', '--model', 'upernet')
     for arch in 'xt', 't', 's', 'b':
         assert f'config id: upernet_overlock_{arch}_160k' in out
     name = 'mmoverlock::imagenet/overlock_xt_300e.py'
     out = mim('run', 'mmoverlock', 'get_flops', name)
     assert 'without auxiliary head     16.97 M' in out
-    gpus = '--gpus', '0'
-    out = mim('train', 'mmoverlock', config, *gpus)
-    assert '\ntrain.py: ' in f'\n{out}'
-    weights = '--checkpoint', 'no.pth'
-    out = mim('test', 'mmoverlock', config, *weights, *gpus)
-    assert '\ntest.py: ' in f'\n{out}'
-
-
-@pytest.mark.parametrize('mim', [OPENMIM], indirect=True)
-def test_openmim(mim, tmp_path):
-    """With the package from a wheel."""
-    ignored = shutil.ignore_patterns('.[!m]*', 'build', '*egg-info')
-    clone = tmp_path / 'clone'  # building leaves files behind
-    shutil.copytree(ROOT, clone, symlinks=True, ignore=ignored)
-    done = install(tmp_path / 'mim', clone)
-    assert done.returncode == 0, done.stderr
-    check(mim, Path(CONFIG).name)
-
-
-@pytest.mark.parametrize('mim', [ONEDL], indirect=True)
-def test_onedl_mim(mim):
-    """With the package from a clone; it does not know configs by name."""
-    found = distributions(name='mmoverlock')
-    urls = [d.read_text('direct_url.json') or '{}' for d in found]
-    infos = [json.loads(url).get('dir_info', {}) for url in urls]
-    if not any(info.get('editable') for info in infos):
-        pytest.skip('mmoverlock is not installed from a clone')
-    check(mim, str(ROOT / 'configs' / CONFIG))
+    for tool, *more in ('train',), ('test', '--checkpoint', 'no.pth'):
+        out = mim(tool, 'mmoverlock', config, *more, '--gpus', '0')
+        assert f'\n{tool}.py: ' in f'\n{out}'

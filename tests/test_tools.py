@@ -43,41 +43,20 @@ def test_main_sets_up_the_process(name, monkeypatch):
 # ------------------------------------------------------------------- runs
 
 
-def test_train_and_resume(trained, tmp_path):
-    """--resume goes on where the checkpoint stopped, in all its state."""
-    config, work_dir, log = trained('detector')
-    assert 'coco/segm_mAP' in log
-    assert (work_dir / 'curves.png').exists()
-    first = work_dir / 'epoch_1.pth'
-    log = tiny.run_tool(
-        *('train', config, '--work-dir', tmp_path, '--resume', first),
-        *('--auto-scale-lr', '--cfg-options', 'train_cfg.max_epochs=2'),
-    )
-    assert 'Scaling the original LR by 0.125' in log  # 2 images, not 16
-    assert 'resumed epoch: 1, iter: 2' in log
-    assert 'Epoch(train) [2][1/2]' in log
-    assert 'Epoch(train) [1]' not in log
-    for epoch, path in enumerate((first, tmp_path / 'epoch_2.pth'), 1):
-        state = torch.load(path, weights_only=False)
-        assert state['meta']['epoch'] == epoch
-        assert state['meta']['iter'] == 2 * epoch
-        assert state['optimizer']['state'][0]['step'] == 2 * epoch
-        assert 'param_schedulers' in state
-
-
 @pytest.mark.parametrize(
-    ('kind', 'checkpoint', 'metric'),
+    ('kind', 'metric'),
     [
-        ('detector', 'epoch_1.pth', 'coco/segm_mAP'),
-        ('segmentor', 'iter_2.pth', 'mIoU'),
-        ('classifier', 'epoch_2.pth', 'accuracy/top1'),
+        ('detector', 'coco/segm_mAP'),
+        ('segmentor', 'mIoU'),
+        ('classifier', 'accuracy/top1'),
     ],
 )
-def test_test(trained, tmp_path, kind, checkpoint, metric):
+def test_test(tmp_path, kind, metric):
     """It logs scores, saves results, and draws every image."""
-    config, work_dir, _ = trained(kind)
+    config = getattr(tiny, kind)(tmp_path)
+    tiny.save_model(Config.fromfile(config), tmp_path / 'model.pth')
     log = tiny.run_tool(
-        *('test', config, work_dir / checkpoint, '--work-dir', tmp_path),
+        *('test', config, tmp_path / 'model.pth', '--work-dir', tmp_path),
         *('--out', tmp_path / 'new' / 'out.pkl'),
         *('--show-dir', tmp_path / 'drawn'),
     )
@@ -120,7 +99,6 @@ def test_fuse(monkeypatch, files, wrapped):
     nn.init.ones_(average.ema_model.module[0].weight)
     x = torch.randn(2, 3, 4, 4)
     before, expected = model(x), average.ema_model.module(x)
-    assert not torch.allclose(before, expected)
     hooks = sorted((hook, average), key=lambda h: get_priority(h.priority))
     for each in hooks:
         each.before_test_epoch(runner)
@@ -129,50 +107,26 @@ def test_fuse(monkeypatch, files, wrapped):
     torch.testing.assert_close(tested(x), expected)
     for each in hooks:
         each.after_test_epoch(runner)
-    torch.testing.assert_close(tested(x), expected)
     torch.testing.assert_close(model(x), before)
 
 
-def test_tta_of_several_sets():
-    """All are read by the pipeline; what is around them is not."""
-    sets = [dict(type='CocoDataset', pipeline=[]) for _ in range(3)]
-    inner = dict(type='ConcatDataset', datasets=sets[1:])
-    repeated = dict(type='RepeatDataset', dataset=inner)
-    outer = dict(type='ConcatDataset', datasets=[sets[0], repeated])
-    cfg = Config(
-        dict(
-            test_dataloader=dict(dataset=outer),
-            model=dict(type='A'),
-            tta_model=dict(type='B'),
-            tta_pipeline=[dict(type='C')],
-        )
-    )
-    test.augment_test_time(cfg)
-    assert cfg.model == dict(type='B', module=dict(type='A'))
-    wrapped = cfg.test_dataloader.dataset
-    leaves = [wrapped.datasets[0], *wrapped.datasets[1].dataset.datasets]
-    assert [leaf.pipeline for leaf in leaves] == [cfg.tta_pipeline] * 3
-    assert 'pipeline' not in wrapped
-
-
-@pytest.mark.parametrize('iterations, interval', [(1, 1), (7, 3), (1000, 50)])
-def test_logged_twice(iterations, interval):
+def test_logged_twice():
     """Curves have points though the logger's interval is longer."""
-    logger = LoggerHook(interval=50)
-    runner = SimpleNamespace(max_iters=iterations, hooks=[logger])
-    CurvesHook().before_train(runner)
-    assert logger.interval == interval
+    for iterations, interval in (1, 1), (7, 3), (1000, 50):
+        logger = LoggerHook(interval=50)
+        runner = SimpleNamespace(max_iters=iterations, hooks=[logger])
+        CurvesHook().before_train(runner)
+        assert logger.interval == interval
 
 
 # --------------------------------------------------------------- mistakes
 
-ADE = dict(type='ADE20KDataset', data_root='data/ade')
-IMAGENET = dict(type='ImageNet', data_root='data/imagenet', split='train')
 MINE = dict(type='Mine', data_root='mine')
-SEVERAL = dict(type='ConcatDataset', datasets=[MINE])
-REPEATED = dict(type='RepeatDataset', dataset=SEVERAL)
+REPEATED = dict(
+    type='RepeatDataset', dataset=dict(type='ConcatDataset', datasets=[MINE])
+)
+IMAGENET = dict(type='ImageNet', data_root='data/imagenet', split='train')
 SMALL = {
-    'ade': dict(train_dataloader=dict(dataset=ADE)),
     'imagenet': dict(train_dataloader=dict(dataset=IMAGENET)),
     'mine': dict(train_dataloader=dict(dataset=REPEATED)),
     'untested': dict(test_dataloader=None),
@@ -199,16 +153,8 @@ STOCK = f'train {MASK_RCNN}'
 OPTION = f'{STOCK} --cfg-options'
 TRAIN = 'train FILES/detector.py --cfg-options'
 TEST = 'test FILES/detector.py FILES/empty.pth'
-CIFAR = 'test FILES/cifar.py FILES/empty.pth'
 INIT = 'model.backbone.init_cfg'
 DATASET = 'train_dataloader.dataset'
-DEEP = f'{DATASET}.dataset.datasets.0)'
-DATA_ROOT = (
-    'data_root is a variable of the config file, which is used while it is '
-    'read; set what is made from it: test_dataloader.dataset.data_root, '
-    'test_evaluator.ann_file, train_dataloader.dataset.data_root, '
-    'val_dataloader.dataset.data_root, val_evaluator.ann_file\n'
-)
 
 
 @pytest.mark.parametrize(
@@ -219,8 +165,7 @@ DATA_ROOT = (
         (f'train {ROOT}/LICENSE', 'no .py or .yml'),
         ('train FILES/baseless.py', 'nowhere.py'),
         (f'test {MASK_RCNN} no.pth', 'checkpoint no.pth does not exist'),
-        (f'{STOCK} --resume no.pth', 'checkpoint no.pth does not exist'),
-        (f'{OPTION} load_from=no.pth', 'checkpoint no.pth does not exist'),
+        (f'{STOCK} --resume no.pth', 'load_from: checkpoint no.pth does not'),
         (f'{OPTION} {INIT}.checkpoint=no.pth', 'checkpoint no.pth does not'),
         # Data that are missing, and how to get them
         (
@@ -231,9 +176,8 @@ DATA_ROOT = (
             'holds train2017/, val2017/ and annotations/, or draw sample '
             'data: python tools/make_sample_data.py coco data/coco\n',
         ),
-        ('train FILES/ade.py', 'make_sample_data.py ade20k data/ade\n'),
         ('train FILES/imagenet.py', 'data/imagenet/train does not exist'),
-        ('train FILES/mine.py', 'mine/ does not exist (' + DEEP),
+        ('train FILES/mine.py', f'({DATASET}.dataset.datasets.0)'),
         (f'{TRAIN} {DATASET}.ann_file=no.json', 'FILES/coco/no.json does not'),
         (f'{TRAIN} val_evaluator.ann_file=no.json', 'file no.json does not'),
         (
@@ -241,7 +185,6 @@ DATA_ROOT = (
             'test_dataloader.dataset.data_prefix.img=elsewhere',
             'FILES/coco/elsewhere does not exist (test_dataloader.dataset)',
         ),
-        ('test FILES/ade.py FILES/empty.pth', 'ade.py has no test set'),
         ('test FILES/untested.py FILES/empty.pth', 'd.py has no test set'),
         # Options
         (f'{OPTION} foo', "KEY=VALUE, not 'foo'"),
@@ -251,20 +194,28 @@ DATA_ROOT = (
         (f'{OPTION} model.bakbone.arch._delete_=True', 'no bakbone in model'),
         (f'{OPTION} model.backbone.arch.depths=1', 'backbone.arch._delete_='),
         (f'{OPTION} param_scheduler.2.end=5', 'is a list of 2'),
-        (f'{OPTION} param_scheduler.x.end=5', 'is a list of 2'),
         (f'{OPTION} param_scheduler.0=5', 'is a list of 2'),
-        (f'{OPTION} data_root=/data/coco/', DATA_ROOT),
+        (
+            f'{OPTION} data_root=/data/coco/',
+            'data_root is a variable of the config file, which is used while '
+            'it is read; set what is made from it: '
+            'test_dataloader.dataset.data_root, test_evaluator.ann_file, '
+            f'{DATASET}.data_root, val_dataloader.dataset.data_root, '
+            'val_evaluator.ann_file\n',
+        ),
         (f'{OPTION} train_pipeline.0.type=A', 'train_pipeline is a variable'),
         (f'{OPTION} {INIT}=None {INIT}.type=Constant', f'both {INIT} and'),
         (
             f'{OPTION} {DATASET}.metainfo.classes=[a_light,car]',
             'classes=[a light,car]: blanks in the elements of a list',
         ),
-        (f'{STOCK} --seed -1', '--seed -1 is not in [0, 2^32)'),
         (f'{STOCK} --seed {2**32}', f'--seed {2**32} is not in [0, 2^32)'),
         (f'{OPTION} auto_scale_lr=None --auto-scale-lr', '.base_batch_size'),
         (f'{TEST} --out out.json', 'out.json does not end in .pkl'),
-        (f'{CIFAR} --show-dir drawn', 'mmdet, mmseg, mmpretrain'),
+        (
+            'test FILES/cifar.py FILES/empty.pth --show-dir drawn',
+            'mmdet, mmseg, mmpretrain',
+        ),
     ],
 )
 def test_mistake(mistake, files, command, words):
@@ -293,19 +244,18 @@ def test_good_options():
         'model.backbone.with_cp': True,
         'model.backbone.arch._delete_': True,
         'model.backbone.arch.depths': (1, 1, 1, 1),
-        'optim_wrapper.optimizer.type': 'torch.optim.SGD',
         'param_scheduler.1.milestones': [1],
         'randomness.seed': 0,
     }
     given = [f'{key}={value}' for key, value in options.items()]
     argv = [str(MASK_RCNN), '--cfg-options', *given]
     cfg = train.cli.load_config(train.build_parser().parse_args(argv))
+    for key in ('load_from', 'work_dir', 'find_unused_parameters'):
+        assert cfg[key] == options[key]
+    assert cfg.model.backbone.with_cp
     assert cfg.model.backbone.arch == {'depths': (1, 1, 1, 1)}
-    for key in options.keys() - {'model.backbone.arch._delete_'}:
-        value = cfg
-        for part in key.split('.'):
-            value = value[int(part) if part.isdecimal() else part]
-        assert value == options[key]
+    assert cfg.param_scheduler[1].milestones == [1]
+    assert cfg.randomness == {'seed': 0}
 
 
 def test_ops_missing(mistake, monkeypatch):
@@ -348,9 +298,6 @@ def test_mistake_that_building_finds(files, tmp_path):
         message = tiny.run_tool('train', *argv, *options, status=2)
         assert 'Traceback' not in message
         assert re.search(words, message)
-
-
-def test_other_type_errors_keep_their_traceback():
-    with pytest.raises(TypeError, match='other'):
+    with pytest.raises(TypeError, match='other'):  # with its traceback
         with train.cli.explain_failures(Config(), {'model.x': 1}):
             raise TypeError("unexpected keyword argument 'other'")
