@@ -165,6 +165,7 @@ cli.set_up()
 print(*(one == other for one, other in zip(state(), before)))
 own = [m for name, m in sys.modules.items() if name.startswith('mmoverlock')]
 print(all(module.__file__.startswith(sys.argv[1]) for module in own))
+importlib.reload(cli).set_up()
 
 # mmengine looks only into the packages of this table.
 from mmengine.config.utils import MODULE2PACKAGE
