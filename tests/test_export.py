@@ -190,30 +190,3 @@ def test_disagreement(tmp_path, monkeypatch):
         tool.main(argv)
     monkeypatch.setattr(tool, 'write_file', lambda *_: None)
     assert 'not compared' in tiny.run_tool('export', *argv)
-
-
-@pytest.mark.parametrize(
-    'options, words',
-    [
-        ('--shape 0 96', '--shape takes a height'),
-        ('--dynamic --shape 224 250', 'multiples of 32 from 224'),
-        ('--dynamic --shape 192 224', 'multiples of 32 from 224'),
-        ('--format torch-export', 'writes .pt2 files, not'),
-        ('--cfg-options default_scope=mmpose', 'mmdet, mmseg, mmpretrai'),
-        (
-            '--format torchscript --dynamic --out m.pt',
-            'TorchScript files have a fixed size',
-        ),
-    ],
-)
-def test_mistakes(options, words, mistake):
-    config = tiny.ROOT / 'configs' / tiny.CONFIGS['cls'][0]
-    argv = config, '--out', 'm.onnx', *options.split()
-    assert words in mistake('export', *argv)
-
-
-def test_masks_are_no_logits():
-    config = 'configs/drop_in/overlock_t_mask2former_semantic.py'
-    argv = tiny.ROOT / config, '--out', 'm.onnx'
-    message = tiny.run_tool('export', *argv, status=2)
-    assert '--backbone-only works with it' in message

@@ -182,24 +182,3 @@ def test_failures_lose_nothing(photos, predict, tmp_path, monkeypatch):
         predict('cls', *images)
     found = json.loads((tmp_path / 'predictions.json').read_text())
     assert len(found['images']) == 1
-
-
-def test_mistakes(models, tmp_path):
-    """Inputs among results, which would replace them, are one."""
-    config, checkpoint = models['cls']
-    image = tmp_path / 'pictures' / 'a.png'
-    image.parent.mkdir()
-    image.touch()
-    for weights, given, option, words in (
-        ('no.pth', 'x', 'load_from=', 'checkpoint no.pth does not exist'),
-        (models['seg'][1], 'x', 'load_from=', 'does not fit the model'),
-        (checkpoint, 'x', f'{tiny.TEST_SET}.type=CustomDataset', 'classes'),
-        (checkpoint, 'x', 'default_scope=mmpose', 'default_scope mmpose'),
-        (checkpoint, image, 'load_from=', 'where results go'),
-        (checkpoint, tmp_path, 'load_from=', 'where results go'),
-    ):
-        argv = config, weights, given, '--out', tmp_path
-        argv += '--cfg-options', option
-        message = tiny.run_tool('predict', *argv, status=2).splitlines()[-1]
-        assert message.startswith('predict.py: ') and words in message
-    assert [*tmp_path.rglob('*.*')] == [image]

@@ -232,18 +232,3 @@ def test_principal_components():
     assert components[..., 2].abs().max() < 1e-6
     red = tool.as_colors(components)[..., 0].mean(1)
     assert (red.diff() > 0).all() and red[0] < 0.05 and red[-1] > 0.95
-
-
-def test_mistakes(files, tmp_path):
-    *model, photo = files['cls']
-    for command, image, option, words in (
-        ('kernels', photo, '--at=64,0', '64,0 is outside of photo, which'),
-        ('kernels', photo, '--block=1', '1: stage 3 has blocks 0 to 0'),
-        ('prior', 'none', '--device=cpu', 'none: there is no such file'),
-    ):
-        argv = command, *model, image, '--out', tmp_path, option
-        last = tiny.run_tool('visualize', *argv, status=2).splitlines()[-1]
-        assert last.startswith('visualize.py: ') and words in last
-    backbone = OverLoCK(tiny.ARCH, out_indices=(0, 1))
-    with pytest.raises(tool.cli.UserError, match='no sub_blocks3.*(0, 1)'):
-        tool.find_module(backbone, 'sub_blocks3')
