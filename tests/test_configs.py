@@ -1,6 +1,5 @@
 """Every config: what it builds, its recipe, and a run of every family."""
 
-import importlib.util
 import itertools
 import re
 from pathlib import Path
@@ -17,9 +16,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.structures import PixelData
-from torch import nn
 
-from mmoverlock.data.checks import Split, head_classes
 from mmoverlock.models import OverLoCK
 
 tiny.need_openmmlab()
@@ -93,7 +90,6 @@ def test_config(path):
     backbone.arch = tiny.ARCH
     with torch.device('meta'):
         model = MODELS.build(cfg.model)
-    check_classes(cfg, model)
     wrapper = cfg.optim_wrapper.to_dict()  # a ConfigDict takes long
     optimizer = build_optim_wrapper(model, wrapper).optimizer
     keys = cfg.optim_wrapper.get('paramwise_cfg', {}).get('custom_keys', {})
@@ -110,19 +106,6 @@ def test_config(path):
         expected = 0 if spared else decay
         assert decays.pop(id(parameter)) == expected, name
     assert not decays
-
-
-def check_classes(cfg, model):
-    """Heads have as many as the dataset, and one less would be told."""
-    dataset = cfg.test_dataloader.dataset
-    classes = dataset.get('metainfo', {}).get('classes')
-    with DATASETS.switch_scope_and_registry(cfg.default_scope) as registry:
-        classes = classes or registry.get(dataset.type).METAINFO['classes']
-    for some in (classes, classes[1:]):
-        dataset = nn.Module()
-        dataset.metainfo = dict(classes=some)
-        found = [*head_classes(Split({'key': dataset}, model=model))]
-        assert bool(found) == (some is not classes)
 
 
 def test_upernet_sizes():
@@ -268,43 +251,13 @@ def test_drop_in(path):
     assert_fuses(far(model), images, data['data_samples'], call=call)
 
 
-# Base configs, the lines of the heads, and what the backbone is told
-STOCK = {
-    'mmdet': ('faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', None, ''),
-    'mmseg': (
-        'upernet/upernet_r50_4xb4-160k_ade20k-512x512.py',
-        'pretrained=None,\n'
-        'decode_head=dict(in_channels=[64, 128, 384, 640]),\n'
-        'auxiliary_head=dict(in_channels=384),\n',
-        '',
-    ),
-    'mmpretrain': (
-        'resnet/resnet50_8xb32_in1k.py',
-        'head=dict(in_channels=640),\n',
-        ', out_indices=(3,)',
-    ),
-}
-
-
-@pytest.mark.parametrize('scope', STOCK)
-def test_recipe_of_readme(scope, tmp_path):
-    """What README says to write, over configs of the installed packages."""
-    name, heads, options = STOCK[scope]
+def test_recipe_of_readme(tmp_path):
+    """What README says to write, over a config of the installed package."""
     section = (ROOT / 'README.md').read_text().split('## In your own config')
     recipe = re.search('```python\n(.*?)```', section[1], re.DOTALL)[1]
-    if scope == 'mmdet':
-        assert f"_base_ = 'mmdet::{name}'\n" in recipe
-    else:
-        package = Path(importlib.util.find_spec(scope).origin).parent
-        base = package / '.mim' / 'configs' / name
-        recipe = re.sub("_base_ = '.*'", f'_base_ = {str(base)!r}', recipe)
-        recipe = re.sub('    neck=dict.*\n', heads, recipe)
-        recipe = recipe.replace("arch='t'", f"arch='t'{options}")
-    config = tmp_path / 'config.py'
-    config.write_text(recipe)
-    cfg = Config.fromfile(config)
-    assert cfg.default_scope == scope
-    init_default_scope(scope)
+    (tmp_path / 'config.py').write_text(recipe)
+    cfg = Config.fromfile(tmp_path / 'config.py')
+    init_default_scope(cfg.default_scope)
     assert_fits(cfg.model)
     with torch.device('meta'):
         model = MODELS.build(cfg.model)
