@@ -171,32 +171,3 @@ def test_operators(measured, dtype='bf16'):
     ):
         assert figures['ms'] > 0 and figures['rate'] > 0
     assert not torch.backends.cuda.matmul.allow_tf32
-
-
-def test_whole_model(measured, monkeypatch, backbone='Swin-T'):
-    """Its losses, of the real tool; a missing package is an ImportError."""
-    pytest.importorskip('mmseg')
-
-    def run_tool(folder, name, *arguments):  # which saves imports
-        monkeypatch.chdir(folder)
-        tiny.run_tool(name, *arguments)
-
-    monkeypatch.setattr(measured, '_run_tool', run_tool)
-    package, config, (layout, folder, _), heads = measured.MODELS['UperNet']
-    small = config, (layout, folder, 96), heads
-    monkeypatch.setitem(measured.MODELS, 'UperNet', (package, *small))
-    options = [
-        'train_dataloader.dataset.pipeline.2.scale=(128,64)',
-        'train_dataloader.dataset.pipeline.3.crop_size=(64,64)',
-        'train_dataloader.num_workers=0',
-        'train_dataloader.persistent_workers=False',
-        'model.data_preprocessor.size=(64,64)',
-        'model.decode_head.channels=8',
-        'model.auxiliary_head.channels=8',
-    ]
-    figures = measured.trained('UperNet', backbone, CPU, 3, options)
-    assert figures['ms'] > 0 and figures['finite'] is True
-    assert 0 < min(figures['loss']) < max(figures['loss']) < 50
-    monkeypatch.setitem(measured.MODELS, 'UperNet', ('no_package', *small))
-    with pytest.raises(ModuleNotFoundError):
-        measured.trained('UperNet', backbone, CPU)
