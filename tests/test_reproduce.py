@@ -227,8 +227,6 @@ def test_all_published():
     assert len(plain) == 4 + 6 + 3
     views = {job.name for job in jobs if job.tta}
     assert views == {name for name in plain if name.startswith('upernet')}
-    large = plain['mask_rcnn_overlock_s_3x']
-    assert large == {'box AP': 51.0, 'mask AP': 45.0}
     for job in jobs:
         assert job.published.keys() <= tool.METRICS.keys()
         assert job.arch in ('xt', 't', 's', 'b')
