@@ -212,7 +212,6 @@ def test_mistakes(reproduce, tmp_path, monkeypatch):
     monkeypatch.setattr('torch.hub.download_url_to_file', download)
     (tmp_path / 'results.json').write_text('{"results": []}')
     missing = tmp_path / 'nothing'
-    assert 'name the data' in said(data=[])
     assert 'no weights of arch xt' in said('--arch', 'xt', data=['coco'])
     # Before any test, that of other data included.
     assert f'{missing}/' in said('--coco', missing, data=['imagenet'])
