@@ -179,6 +179,15 @@ def test_order_of_channels(kind, key):
         assert tool.normalization(model)['channels'] == channels
 
 
+@pytest.mark.parametrize('size, shape', [(7, (14, 20)), (6, (9, 16))])
+def test_matrix_pool(size, shape):
+    maps = torch.randn(2, 3, *shape)
+    torch.testing.assert_close(
+        tool.MatrixPool(size)(maps),
+        nn.functional.adaptive_avg_pool2d(maps, size),
+    )
+
+
 def test_disagreement(tmp_path, monkeypatch):
     """A file that does not agree is reported, and so is no comparison."""
     config = tiny.ROOT / 'configs' / tiny.CONFIGS['cls'][0]
