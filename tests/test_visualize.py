@@ -112,6 +112,8 @@ def test_kernels(draw):
     # One scale for all
     ((low, high),) = {(cell.norm.vmin, cell.norm.vmax) for cell in cells}
     assert low == pytest.approx(1 / high)
+    figure, _ = draw('kernels', 'cls')  # where nobody says where
+    assert figure.axes[0].get_title() == 'x = 16, y = 32'
 
 
 def test_windows_in_the_picture():
