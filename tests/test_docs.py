@@ -65,29 +65,23 @@ def is_defined(name):
 
 
 def test_pages():
-    assert 'README.md' in PAGES
-    linked = {
-        target for _, target in LINK.findall(read(ROOT / 'docs/README.md'))
-    }
+    links = LINK.findall(read(ROOT / 'docs/README.md'))
     files = {path.name for path in (ROOT / 'docs').glob('*.md')}
-    assert files - {'README.md'} <= linked
+    assert files - {'README.md'} <= {target for _, target in links}
 
 
 def test_links(page):
-    for _, link in LINK.findall(FENCED.sub('', read(page))):
+    """And the files that are named without one."""
+    text = read(page)
+    for _, link in LINK.findall(FENCED.sub('', text)):
         if '://' in link:
             continue
         name, _, anchor = link.partition('#')
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
-
-
-def test_files(page):
-    pattern = (
-        r'(?<![\w/.-])(?:tools|configs|tests|dev|docs|benchmarks)/[\w./]+'
-    )
-    for name in re.findall(pattern, read(page)):
+    folders = 'tools|configs|tests|dev|docs|benchmarks'
+    for name in re.findall(rf'(?<![\w/.-])(?:{folders})/[\w./]+', text):
         name = name.rstrip('./')
         assert (page.parent / name).exists() or (ROOT / name).exists(), name
 
@@ -112,26 +106,20 @@ def test_commands(page):
             assert f"'{option}'" in code, line
 
 
-def test_names(page):
+def test_code(page):
+    """Names are there; OverLoCK takes the arguments of calls and configs."""
     names = re.findall(r'\bmmoverlock(?:\.(?!_)\w+)+', read(page))
-    for code in blocks(page, 'python'):
-        for node in ast.walk(ast.parse(code)):
-            if isinstance(node, ast.ImportFrom):
-                names += [f'{node.module}.{item.name}' for item in node.names]
-    for name in names:
-        assert not name.startswith('mmoverlock.') or is_defined(name), name
-
-
-def test_arguments(page):
-    """Calls of OverLoCK, and its configs, have arguments that it takes."""
-    for code in blocks(page, 'python'):
-        for node in ast.walk(ast.parse(code)):
-            if not isinstance(node, ast.Call):
-                continue
+    code = '\n'.join(blocks(page, 'python'))
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom):
+            names += [f'{node.module}.{item.name}' for item in node.names]
+        elif isinstance(node, ast.Call):
             given = {keyword.arg: keyword.value for keyword in node.keywords}
             kind = getattr(given.pop('type', node.func), 'value', None)
             if 'OverLoCK' in (kind, getattr(node.func, 'id', None)):
                 assert given.keys() - {'_delete_'} <= ARGUMENTS.keys()
+    for name in names:
+        assert not name.startswith('mmoverlock.') or is_defined(name), name
 
 
 def test_pins():

@@ -1,46 +1,46 @@
-"""tools/get_flops.py: what it counts, and how that fits the paper's table."""
+"""Parameters and FLOPs: what get_flops.py counts, and what pages say."""
 
 import os
+import re
 
 import pytest
 import tiny
 import torch
+import yaml
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from test_metafiles import METADATA
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmoverlock.models.blocks import FocusBlock
-from mmoverlock.models.layers import ResDWConv
+from mmoverlock.models.variants import MIXERS, REMOVALS
 from mmoverlock.ops import contmix
 
 tiny.need_openmmlab()
 
 tool = tiny.load_tool('get_flops')
-
-# Parameters in M, FLOPs in G.
-PAPER = {'xt': (16, 2.6), 't': (33, 5.5), 'b': (95, 16.7)}
-SIDES = {  # of the maps at 224 x 224
-    **{'patch_embed1': 56, 'blocks1': 56, 'patch_embed2': 28, 'blocks2': 28},
-    **{'patch_embed3': 14, 'blocks3': 14, 'sub_blocks3': 14},
-    **{'patch_embed4': 7, 'blocks4': 7, 'sub_blocks4': 7, 'patch_embedx': 7},
-}
+CONFIGS = tiny.ROOT / 'configs'
+CLASSIFIER = CONFIGS / 'imagenet/overlock_xt_300e.py'
 
 
-def contmix_flops(positions, groups, width, channels, kernel_size):
-    """Affinities, kernels and gathering, as the tool's docstring says."""
-    taps = 5**2 + kernel_size**2
-    return (
-        positions * groups * width * 7**2,
-        positions * groups * 7**2 * taps,
-        positions * channels // 2 * taps,
-    )
+def read(path):
+    """A config, from configs/ or by its whole path; it is the scope, too."""
+    cfg = Config.fromfile(CONFIGS / path)
+    init_default_scope(cfg.default_scope)
+    cfg.model.backbone.init_cfg = None
+    return cfg
+
+
+def quick(values, *few):
+    """All of some values as parameters, of which a few are quick."""
+    slow = pytest.mark.slow
+    return [pytest.param(v, marks=() if v in few else slow) for v in values]
+
+
+# --------------------------------------------------------------- the tool
 
 
 def test_contmix():
-    """The backend that is counted does what the formula says, no more."""
-    taps = 5**2 + 13**2
+    """The backend that is counted does what the docstring says, no more."""
+    taps, positions, groups = 5**2 + 13**2, 14 * 20, 4
     with torch.device('meta'), FlopCounterMode(display=False) as counter:
         contmix(
             torch.empty(1, 4 * 3, 14, 20),
@@ -51,53 +51,26 @@ def test_contmix():
             (torch.empty(4, 9, 9), torch.empty(4, 25, 25)),
             'reference',
         )
-    expected = contmix_flops(14 * 20, 4, 3, 24, 13)
-    assert counter.get_total_flops() == 2 * sum(expected)
+    affinities = positions * groups * 3 * 7**2
+    kernels = positions * groups * 7**2 * taps
+    gathering = positions * 24 // 2 * taps
+    expected = 2 * (affinities + kernels + gathering)
+    assert counter.get_total_flops() == expected
 
 
-def table_flops(arch, total):
-    """What the tool's docstring says the paper's table counts."""
-    with torch.device('meta'):
-        backbone = MODELS.build(
-            dict(type='OverLoCK', arch=arch, classifier=True, deploy=True)
-        )
-    for name, module in backbone.named_modules():
-        positions = SIDES.get(name.split('.')[0], 0) ** 2
-        if isinstance(module, ResDWConv):
-            total -= positions * module.weight.numel()
-        elif isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
-            total += 4 * positions * module.weight.numel()
-        elif isinstance(module, FocusBlock):
-            channels, groups = module.splits[0], len(module.rpb1)
-            affinities, _, gathering = contmix_flops(
-                *(positions, groups, channels // groups // 2),
-                *(channels, module.kernel_size),
-            )
-            total -= affinities + gathering
-    return total
-
-
-@pytest.mark.parametrize(
-    'arch',
-    ['xt', *(pytest.param(a, marks=pytest.mark.slow) for a in ('t', 'b'))],
-)
-def test_classifiers(arch):
+def test_classifier():
     """Without the auxiliary head, at 224 x 224, in deploy form."""
-    path = f'configs/imagenet/overlock_{arch}_300e.py'
-    cfg = Config.fromfile(tiny.ROOT / path)
+    cfg = read(CLASSIFIER)
     cfg.model.backbone.deploy = True
     parts, total, _ = tool.count(cfg, (224, 224))
     assert list(parts) == ['backbone', 'head.head', 'head.aux_head']
     auxiliary, skipped = parts.pop('head.aux_head')
     assert auxiliary > 300_000 and skipped == 0
     assert total == sum(flops for _, flops in parts.values())
-    assert total == METADATA[path]['FLOPs']
-    parameters = sum(parameters for parameters, _ in parts.values())
-    of_table = round(table_flops(arch, total) / 1e9, 1)
-    assert (round(parameters / 1e6), of_table) == PAPER[arch]
+    assert total == METADATA['imagenet/overlock_xt_300e.py']['FLOPs']
 
 
-def test_options(tmp_path):
+def test_options():
     """The form and the backend do not matter; each channel costs as much."""
     totals = []
     for channels, options in (
@@ -105,10 +78,10 @@ def test_options(tmp_path):
         (3, dict(contmix_backend='tiled', deploy=True)),
         (5, dict(in_channels=5)),
     ):
-        options['arch.kernel_sizes'] = (5, 5, 5, 5)
-        options = {f'model.backbone.{k}': v for k, v in options.items()}
-        config, _ = tiny.write_model('cls', tmp_path, options)
-        _, total, found = tool.count(Config.fromfile(config), (64, 96))
+        cfg = read(CLASSIFIER)
+        cfg.model.backbone.update(arch=tiny.ARCH, **options)
+        cfg.model.head.in_channels = [32, 40]
+        _, total, found = tool.count(cfg, (64, 96))
         assert found == channels
         totals.append(total)
     assert totals[0] == totals[1]
@@ -123,15 +96,14 @@ def test_options(tmp_path):
         ('seg', ['backbone', 'decode_head', 'auxiliary_head']),
     ],
 )
-def test_dense_predictors(task, names, tmp_path):
-    cfg = Config.fromfile(tiny.write_model(task, tmp_path)[0])
+def test_dense_predictors(task, names):
+    name, options = tiny.CONFIGS[task]
+    cfg = read(name)
+    cfg.model.backbone.arch = tiny.ARCH
+    cfg.merge_from_dict(options)
     parts, total, _ = tool.count(cfg, (64, 96))
     assert list(parts) == names
-    init_default_scope(cfg.default_scope)
-    model = MODELS.build(cfg.model)
-    for name, (parameters, flops) in parts.items():
-        part = getattr(model, name)
-        assert parameters == sum(p.numel() for p in part.parameters())
+    for name, (_, flops) in parts.items():
         assert (flops > 0) == (name != 'auxiliary_head')
     assert sum(flops for _, flops in parts.values()) == total
     if 'neck' in names:  # 1x1 and 3x3 convolutions at strides 4 to 32
@@ -152,10 +124,9 @@ def test_output(monkeypatch):
     }
     counted = parts, 42 * 10**8, 5
     monkeypatch.setattr(tool, 'count', lambda cfg, shape: counted)
-    config = tiny.ROOT / 'configs/imagenet/overlock_xt_300e.py'
-    out = tiny.run_tool('get_flops', config, '--shape', 64, 96)
+    out = tiny.run_tool('get_flops', CLASSIFIER, '--shape', 64, 96)
     assert out.splitlines() == [
-        f'{config}, 5 x 64 x 96',
+        f'{CLASSIFIER}, 5 x 64 x 96',
         '                        parameters       FLOPs',
         'backbone                   20.00 M      3.00 G',
         'head.head                   4.00 M      1.00 G',
@@ -163,25 +134,79 @@ def test_output(monkeypatch):
         'total                      24.50 M      4.20 G',
         'without auxiliary head     24.00 M      4.20 G',
     ]
-    other = config.parents[1] / 'upernet/overlock_xt_160k.py'
-    argv = os.path.relpath(other), config, '--table'
-    assert tiny.run_tool('get_flops', *argv).splitlines() == [
-        '| Config | Parameters (M) | FLOPs (G) |',
-        '| --- | --- | --- |',
+    other = CONFIGS / 'upernet/overlock_xt_160k.py'
+    argv = os.path.relpath(other), CLASSIFIER, '--table'
+    assert tiny.run_tool('get_flops', *argv).splitlines()[2:] == [
         f'| [{other.name}](../upernet/{other.name}) | 24.00 | 4.20 |',
-        f'| [{config.name}]({config.name}) | 24.00 | 4.20 |',
+        f'| [{CLASSIFIER.name}]({CLASSIFIER.name}) | 24.00 | 4.20 |',
     ]
 
 
+# -------------------------------------------------------------- metafiles
+
+METADATA = {
+    model['Config'].removeprefix('configs/'): model.get('Metadata', {})
+    for path in sorted(CONFIGS.glob('*/metafile.yml'))
+    if path.parent.name != 'ablation'
+    for model in yaml.safe_load(path.read_text())['Models']
+}
+COUNTED = [path for path in METADATA if 'FLOPs' in METADATA[path]]
+DETECTOR = 'mask_rcnn/overlock_xt_1x.py'
+
+
 @pytest.mark.parametrize(
-    'options, words',
-    [
-        (['--shape', '0', '96'], '--shape takes'),
-        (['--cfg-options', 'model.backbone.dept=1'], "argument 'dept'"),
-    ],
+    'path', quick(METADATA, DETECTOR, 'upernet/overlock_xt_160k.py')
 )
-def test_mistakes(options, words):
-    config = tiny.ROOT / 'configs/imagenet/overlock_xt_300e.py'
-    out = tiny.run_tool('get_flops', config, *options, status=2)
-    message = out.splitlines()[-1]  # mmengine logs what it builds
-    assert message.startswith('get_flops.py: ') and words in message
+def test_parameters(path):
+    with torch.device('meta'):
+        model = MODELS.build(read(path).model)
+    count = sum(weight.numel() for weight in model.parameters())
+    assert METADATA[path]['Parameters'] == count
+    # FLOPs of the paper's models are there; drop-ins are not counted.
+    assert (path in COUNTED) == ('mini' not in path and 'drop_in' not in path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', COUNTED)
+def test_flops(path):
+    cfg = read(path)
+    _, total, _ = tool.count(cfg, tool.SHAPES[cfg.default_scope])
+    assert METADATA[path]['FLOPs'] == total
+
+
+# -------------------------------------------------------------- ablations
+
+ABLATION = CONFIGS / 'ablation'
+README = (ABLATION / 'README.md').read_text()
+ROWS = re.findall(r'^\| \[.*\]\((.*)\) \| (.*) \| (.*) \|$', README, re.M)
+QUICK = [row for row in ROWS if 'neighborhood_attention_300e' in row[0]]
+
+
+def test_ablations():
+    """Every config and variant, once, by name, behind the full network."""
+    found = set()
+    for schedule, base in (('300e', 'imagenet'), ('160k', 'upernet')):
+        links = [link for link, *_ in ROWS if schedule in link]
+        names = sorted(p.name for p in ABLATION.glob(f'*_{schedule}.py'))
+        assert links == [f'../{base}/overlock_xt_{schedule}.py', *names]
+        for link in names:
+            backbone = read(ABLATION / link).model.backbone
+            name = re.fullmatch('overlock_xt_(.*)_[^_]*', link)[1]
+            mixer = backbone.get('mixer', name)
+            mixer = mixer if isinstance(mixer, str) else mixer.type
+            removed = [f'no_{part}' for part in backbone.get('remove', ())]
+            assert removed == [name] or name.startswith(mixer)
+            found.add(name)
+    assert found > {f'no_{name}' for name in REMOVALS}
+    assert found > {*MIXERS} - {'contmix'}
+
+
+@pytest.mark.parametrize('row', quick(ROWS, *QUICK))
+def test_rows(row):
+    """They are what the tool prints."""
+    link, parameters, flops = row
+    cfg = read(ABLATION / link)
+    with torch.device('meta'):
+        parts, total, _ = tool.count(cfg, tool.SHAPES[cfg.default_scope])
+    expected = f'| [{link.split("/")[-1]}]({link}) | {parameters} | {flops} |'
+    assert tool.table_row(link, parts, total) == expected

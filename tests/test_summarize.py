@@ -15,7 +15,7 @@ from mmengine.hooks import CheckpointHook
 from PIL import Image
 
 from mmoverlock import inference
-from mmoverlock.curves import draw_curves, read_scalars
+from mmoverlock.curves import draw_curves
 from mmoverlock.engine import CurvesHook
 
 tiny.need_openmmlab()
@@ -36,15 +36,12 @@ def training(step, **values):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are saved."""
+    """The figures that are saved, as they are."""
     saved = []
     save = Figure.savefig
-
-    def savefig(figure, *args, **kwargs):
-        saved.append(figure)
-        save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, 'savefig', savefig)
+    monkeypatch.setattr(
+        Figure, 'savefig', lambda *a, **k: saved.append(a[0]) or save(*a, **k)
+    )
     return saved
 
 
@@ -75,14 +72,14 @@ def test_curves(tmp_path, figures):
     assert lines(rates)['lr'][1] == [0.01, 0.005, 0.1 / 30]
     assert lines(speed)['images/s'][1] == [8.0, 16.0, 16.0]
     assert lines(memory)['memory'][1] == [100, 200, 300]
-    for axes in (losses, metrics):
-        legend = axes.get_legend().get_window_extent()
-        assert legend.x0 > axes.get_window_extent().x1  # hides no curve
     assert Image.open(tmp_path / 'curves.png').size == (1440, 900)
 
 
 def test_hook_of_epochs(tmp_path, figures):
-    """Without a GPU; COCO's detailed metrics are told, not drawn."""
+    """Without a GPU; COCO's detailed metrics are told, not drawn.
+
+    What a resumed run did again replaces what the first had done.
+    """
     logged = []
     runner = SimpleNamespace(
         work_dir=str(tmp_path),
@@ -91,34 +88,19 @@ def test_hook_of_epochs(tmp_path, figures):
     )
     CurvesHook().after_train(runner)
     assert not logged and not any(tmp_path.iterdir())
-    records = [training(step, epoch=step // 5) for step in (5, 10)]
+    records = [training(step, epoch=step // 5) for step in (5, 10, 12)]
     found = {'coco/bbox_mAP': 0.2, 'coco/bbox_mAP_s': 0.1, 'step': 2}
-    write_run(tmp_path, 'a', *records, found)
+    write_run(tmp_path, '1', *records, found)
+    write_run(tmp_path, '2', *(training(i, loss=9, epoch=2) for i in (12, 15)))
     CurvesHook().after_train(runner)
     assert logged == [
         f'{tmp_path}/curves.png: coco/bbox_mAP 0.2, coco/bbox_mAP_s 0.1, '
         'images/s 4'
     ]
-    _, metrics, _, _ = figures[0].axes
+    losses, metrics, _, _ = figures[0].axes
+    assert lines(losses)['loss'] == ([5, 10, 12, 15], [0.4, 0.2, 9, 9])
     assert [*lines(metrics)] == ['coco/bbox_mAP']
     assert metrics.get_xlabel() == 'epoch'
-
-
-def test_resumed_runs(tmp_path):
-    """What the second run did again replaces what the first had done."""
-    write_run(tmp_path, '1', *map(training, (1, 2, 3)), {'step': 3})
-    write_run(tmp_path, '2', training(3, loss=9), training(4, loss=9))
-    losses, evaluations = read_scalars(tmp_path)
-    assert [record['step'] for record in losses] == [1, 2, 3, 4]
-    assert [record['loss'] for record in losses] == [2, 1, 9, 9]
-    assert evaluations == [{'step': 3}]
-
-
-def test_colors_do_not_collide():
-    colors = np.array([*map(inference.color_of, range(150))])
-    distance = np.abs(colors[:, None] - colors).max(-1)
-    assert (distance + 255 * np.eye(150)).min() > 1
-    assert np.abs(np.diff(colors, axis=0)).max(1).min() > 50
 
 
 # --------------------------------------------------------------- work dirs
@@ -134,11 +116,6 @@ def write_work_dir(cfg, folder):
     return folder
 
 
-def assert_is_a_picture(path):
-    picture = np.asarray(Image.open(path))
-    assert len(np.unique(picture.reshape(-1, 4), axis=0)) > 50
-
-
 def test_classifier(tmp_path, figures, monkeypatch):
     """A picture of some images of the validation set, if there is one."""
     cfg = Config.fromfile(tiny.classifier(tmp_path))
@@ -150,7 +127,7 @@ def test_classifier(tmp_path, figures, monkeypatch):
     titles = [axes.get_title() for axes in figures[1].axes]
     assert titles == ['0.png', '0.png']  # of either class
     for name in ('curves.png', 'predictions.png'):
-        assert_is_a_picture(folder / name)
+        assert np.asarray(Image.open(folder / name)).std() > 10
     (folder / 'predictions.png').unlink()
     monkeypatch.setattr(tool, 'draw_curves', lambda *args: {'a': 1})
     cfg.val_dataloader = cfg.test_dataloader = None
@@ -164,26 +141,15 @@ def test_classifier(tmp_path, figures, monkeypatch):
 
 
 def test_segmentor(tmp_path, figures, monkeypatch):
-    """Of a test set only, with one channel for both of two classes."""
+    """Of a test set only."""
     monkeypatch.setattr(tool, 'draw_curves', lambda *args: {'a': 1})
     cfg = Config.fromfile(tiny.segmentor(tmp_path))
-    for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
-        head.update(num_classes=2, out_channels=1)
-        head.loss_decode.use_sigmoid = True
-    dataset = cfg.pop('val_dataloader').dataset
-    dataset.update(type='BaseSegDataset', reduce_zero_label=False)
-    dataset.pipeline[3].reduce_zero_label = False
-    dataset.metainfo = dict(classes=['ground', 'thing'])
-    cfg.test_dataloader.dataset = dataset
+    cfg.pop('val_dataloader')
     folder = write_work_dir(cfg, tmp_path / 'work')
-    for path in (tmp_path / 'ade20k/annotations/validation').iterdir():
-        labels = np.asarray(Image.open(path)) > 0
-        Image.fromarray(labels.astype(np.uint8)).save(path)
     tiny.run_tool('summarize', folder, '--images', 1)
     [drawn] = figures[0].axes[0].images
     truth, predicted = np.split(drawn.get_array(), 2, axis=1)
     assert (truth != predicted).any()
-    assert_is_a_picture(folder / 'predictions.png')
 
 
 def test_checkpoints_elsewhere(tmp_path):
