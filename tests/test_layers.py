@@ -35,10 +35,16 @@ def assert_equal_with_gradients(actual, expected, inputs):
 
 
 @pytest.mark.parametrize(
-    'batch, out_channels, bias',  # more positions than output channels or not
-    [(1, 4, True), (1, 40, False), (3, 40, True), (3, 4, False)],
+    'batch, out_channels, bias, operands',
+    [  # more positions than output channels, and fewer
+        (3, 4, True, ()),
+        (1, 4, True, ('scale',)),
+        (3, 4, True, ('scale', 'shift')),
+        (1, 4, False, ('scale', 'shift')),
+        (3, 40, False, ('scale',)),
+        (1, 40, True, ('scale', 'shift')),
+    ],
 )
-@pytest.mark.parametrize('operands', [(), ('scale',), ('scale', 'shift')])
 def test_pointwise_conv(batch, out_channels, bias, operands):
     conv = randomized(PointwiseConv(6, out_channels, bias))
     x = maps(batch, 6, 4, 5)
@@ -65,22 +71,16 @@ def test_scale_and_shift(kind):
 
 
 @pytest.mark.parametrize('squares', [1, 30, 1000])  # a row, two rows, all
-def test_grn_is_its_definition(squares, monkeypatch):
+def test_grn(squares, monkeypatch):
+    """Its definition; dead channels, or dead maps, have finite gradients."""
     monkeypatch.setattr(reference, 'SQUARES', squares)
-    grn = randomized(GRN(5))
-    x = maps(2, 5, 4, 3)
+    grn, x = randomized(GRN(5)), maps(2, 5, 4, 3)
     norm = x.square().sum((2, 3), keepdim=True).sqrt()
     ratio = norm / (norm.mean(1, keepdim=True) + 1e-6)
     expected = x * (grn.gamma * ratio + 1) + grn.beta
     assert_equal_with_gradients(grn(x), expected, [x, *grn.parameters()])
-
-
-def test_grn_of_nothing():
-    """Dead channels, or dead maps, have finite gradients."""
-    grn = randomized(GRN(3))
-    x = torch.zeros(2, 3, 4, 4, dtype=torch.float64)
-    x[0, 0] = 1
-    x.requires_grad_()
-    grn(x).sum().backward()
-    for tensor in (x, *grn.parameters()):
-        assert tensor.grad.isfinite().all()
+    dead = torch.zeros_like(x)
+    dead[0, 0] = 1
+    operands = [dead.requires_grad_(), *grn.parameters()]
+    for grad in torch.autograd.grad(grn(dead).sum(), operands):
+        assert grad.isfinite().all()
