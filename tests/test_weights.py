@@ -30,11 +30,10 @@ from mmoverlock.models.weights import (
 def messages(monkeypatch):
     """What weights.py logs: (level, text)."""
     logged = []
-
-    def log(text, logger, level):
-        logged.append((level, text))
-
-    monkeypatch.setattr(weights, 'print_log', log)
+    monkeypatch.setattr(
+        *(weights, 'print_log'),
+        lambda text, logger, level: logged.append((level, text)),
+    )
     return logged
 
 
@@ -63,9 +62,6 @@ def assert_loaded(model, state, left_alone=()):
             assert torch.equal(tensor, state[name]), name
 
 
-# --------------------------------------------------------------- backbones
-
-
 def test_released_classifier(save, messages):
     """As it is, into detectors, with one message."""
     state = state_dict(load('keys_cls_xt'))
@@ -82,8 +78,6 @@ def test_released_classifier(save, messages):
     assert messages == [(INFO, text)]
 
 
-DETECTOR = dict(fuse_overview=True)
-CLASSIFIER = dict(classifier=True)
 STEM = 'patch_embed1.0.weight'
 OVERVIEW = 'left out: extra_norm.* (2), h_proj.* (4)'
 LAST = 'left out: patch_embedx.* (12), sub_blocks4.* (109), extra_norm.* (2)'
@@ -94,16 +88,14 @@ IMAGES = f'of another shape: {STEM} (4, 3, 3, 3) instead of (4, 5, 3, 3)'
 @pytest.mark.parametrize(
     ('written', 'built', 'level', 'text', 'left_alone'),
     [
-        (DETECTOR, DETECTOR, INFO, '', ()),
-        (DETECTOR, {}, WARNING, OVERVIEW, ()),
+        (dict(fuse_overview=True), {}, WARNING, OVERVIEW, ()),
         ({}, dict(out_indices=(0, 1, 2)), WARNING, LAST, ()),
         ({}, dict(in_channels=5), WARNING, IMAGES, STEM),
-        (CLASSIFIER, CLASSIFIER, INFO, '', ()),
-        (CLASSIFIER, dict(deploy=True), INFO, NORMS, 'extra_norm'),
+        (dict(classifier=True), dict(deploy=True), INFO, NORMS, 'extra_norm'),
     ],
 )
 def test_fits(written, built, level, text, left_alone, save, messages):
-    """Detectors, classifiers, fewer maps, other images, merged on the way."""
+    """Of detectors, fewer maps, other images, merged on the way."""
     state = tiny(1, **written).state_dict()
     model = tiny(**built)
     load_pretrained(model, save(state))
@@ -115,7 +107,7 @@ def test_fits(written, built, level, text, left_alone, save, messages):
         assert torch.equal(model.state_dict()[name], before[name])
     [(said, message)] = messages
     assert said == level
-    assert message.partition(' tensors fit')[2] == ('; ' * bool(text) + text)
+    assert message.endswith(f' tensors fit; {text}')
 
 
 def test_forms_of_files(save, messages):
@@ -214,12 +206,9 @@ def test_other_init_cfgs(save):
     model.init_weights()
     assert_loaded(model, tiny(1).state_dict())
     assert model.init_cfg == init_cfg
-    model.blocks1[0].dwconv.bias.data.fill_(7)
+    bias = model.blocks1[0].dwconv.bias.data.fill_(7)
     model.init_weights()
-    assert (model.blocks1[0].dwconv.bias == 7).all()
-
-
-# ----------------------------------------------------------------- runners
+    assert (bias == 7).all()
 
 
 class Model(BaseModel):
@@ -278,15 +267,13 @@ def test_incomplete_checkpoint(load_into, messages):
             f'tensors fit; missing: backbone.{BIAS}; left out: more.weight; '
             'of another shape: neck.weight (3, 8) instead of (2, 8)'
         )
-
-
-def test_nothing_fits(load_into):
-    """Of models without OverLoCK too, which the tools take."""
-    state = {'conv.weight': torch.zeros(1)}
-    with pytest.raises(CheckpointError, match='no OverLoCK, but conv.weight'):
-        load_into(Model(), state, complete=False)
-    with pytest.raises(CheckpointError, match=': 0 of 2 tensors fit'):
-        load_into(Model(backbone=False), state, complete=False)
+    # Of models without OverLoCK too, which the tools take.
+    for other, words in (
+        (model, 'no OverLoCK, but conv.weight'),
+        (Model(backbone=False), ': 0 of 2 tensors fit'),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            load_into(other, {'conv.weight': torch.zeros(1)}, complete=False)
 
 
 def test_wrapped_models(load_into):
