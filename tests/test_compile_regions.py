@@ -8,7 +8,6 @@ import pytest
 import tiny
 import torch
 from functorch.compile import make_boxed_func
-from mmengine.config import Config
 from torch import Tensor, distributed, multiprocessing
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -33,7 +32,7 @@ ARCH = dict(
 GRAPHS = 4
 # As of multi-scale training. The square comes first: other sizes of a graph
 # need not be alike where its first ones were.
-SHAPES = (2, 3, 256, 256), (2, 3, 192, 256), (3, 3, 224, 288)
+SHAPES = (2, 3, 192, 192), (2, 3, 192, 256), (3, 3, 224, 288)
 
 
 @pytest.fixture
@@ -87,18 +86,6 @@ def test_many_sizes(make):
     assert not counters['graph_break']
 
 
-@pytest.mark.slow  # test_copies has a stage
-@torch.no_grad()
-def test_inference(make):
-    plain, compiled, counter = make()
-    plain.eval(), compiled.eval()
-    for shape in SHAPES:
-        x = images(shape, plain)
-        check(compiled(x), plain(x))
-        assert counter.frame_count == GRAPHS
-    assert not counters['graph_break']
-
-
 @torch.no_grad()
 def test_copies(make):
     """They run graphs that are there, with weights and sizes of their own."""
@@ -123,15 +110,13 @@ def test_what_changes_a_block(make):
     plain.eval(), compiled.eval()
     x = images((1, 3, 64, 96), plain)
     seen = []
-    for hooked in (False, True, False):
-        if hooked:
-            inner = compiled.blocks1[1].proj[2]
-            hook = inner.register_forward_hook(lambda *args: seen.append(1))
-        check(compiled(x), plain(x))
-        assert len(seen) == hooked
-        if hooked:
-            hook.remove()
-        seen.clear()
+    check(compiled(x), plain(x))
+    inner = compiled.blocks1[1].proj[2]
+    hook = inner.register_forward_hook(lambda *args: seen.append(args[0]))
+    check(compiled(x), plain(x))
+    hook.remove()
+    check(compiled(x), plain(x))
+    assert seen == [inner]
     graphs = counter.frame_count
     check(fuse(compiled)(x), plain(x))
     assert counter.frame_count > graphs
@@ -177,7 +162,7 @@ def test_kernels_are_operators_of_graphs(auto_is_triton):
 
     counter = CompileCounterWithBackend(aot_autograd(fw_compiler=never_run))
     model = OverLoCK(ARCH, out_indices=(2,), compile=dict(backend=counter))
-    for shape in SHAPES:
+    for shape in SHAPES[:2]:
         train(model, shape)
         assert counter.frame_count == GRAPHS
     assert not counters['graph_break']
@@ -185,27 +170,6 @@ def test_kernels_are_operators_of_graphs(auto_is_triton):
     assert operators['mmoverlock.contmix.default'] == 2
     assert operators['mmoverlock.sum_of_branches_backward.default'] == GRAPHS
     assert not any('aten.convolution' in name for name in operators)
-
-
-def test_config(tmp_path):
-    """MMEngine trains and tests with it."""
-    tiny.need_openmmlab()
-    torch.compiler.reset()
-    counters.clear()
-    config, work_dir = tiny.classifier(tmp_path), tmp_path / 'work'
-    cfg = Config.fromfile(config)
-    cfg.model.backbone.update(
-        arch=ARCH, out_indices=(0,), compile=dict(backend='eager')
-    )
-    cfg.model.head.in_channels = 8
-    cfg.train_cfg.max_epochs = 1
-    cfg.dump(config)
-    log = tiny.run_tool('train', config, '--work-dir', work_dir)
-    assert 'accuracy/top1' in log
-    torch.compiler.reset()
-    # With drops, without them, and in eval mode.
-    assert counters['stats']['unique_graphs'] == 3
-    assert not counters['graph_break']
 
 
 def run_rank(rank, folder):
