@@ -29,8 +29,22 @@ def test_it_is_the_dynamic_convolution_of_overlock():
     x, prior = z.split([16, 8], dim=1)
     expected = focus.dyconv_proj(focus.dynamic_conv(z, x))
     torch.testing.assert_close(block(x, prior), expected)
-    small = torch.ones(2, 16, 3, 5)  # a mean of equal values is that value
-    torch.testing.assert_close(block(small, prior), block.proj(small))
+
+
+@pytest.mark.parametrize(
+    'size, kernel_size',
+    [
+        ((3, 5), 7),
+        ((30, 4), 7),
+        ((11, 11), 15),
+    ],  # 15 / 11 * 11 is less than 15
+)
+@torch.no_grad()
+def test_maps_smaller_than_the_kernel(size, kernel_size):
+    """A mean of equal values is that value."""
+    block = ContMixBlock(8, kernel_size, groups=2).eval()
+    x = torch.ones(2, 8, *size)
+    torch.testing.assert_close(block(x), block.proj(x))
 
 
 def test_without_a_prior_the_map_is_its_own():
