@@ -30,25 +30,8 @@ def loss_of(outputs):
     )
 
 
-@pytest.mark.parametrize(
-    'name, channels, parameters',
-    [
-        ('Extreme-Tiny', (56, 112, 340, 420), 15657380),
-        ('tiny', (64, 128, 384, 640), 33127096),
-        ('small', (64, 128, 448, 640), 56446524),
-        ('base', (80, 160, 528, 720), 96091496),
-    ],
-)
-def test_archs(name, channels, parameters):
-    """The release's counts."""
-    with torch.device('meta'):
-        model = OverLoCK(name, fuse_overview=True)
-    assert model.out_channels == channels
-    assert sum(weight.numel() for weight in model.parameters()) == parameters
-
-
 def test_initialization():
-    model = OverLoCK('xt', fuse_overview=True)
+    model = OverLoCK('Extreme-Tiny', fuse_overview=True)
     for name, parameter in model.named_parameters():
         values = parameter.detach()
         if name == 'h_proj.1.weight':
@@ -95,37 +78,29 @@ def test_drop_path():
     [
         (dict(arch='huge'), "unknown arch 'huge'.*'xt'.*'base'"),
         (dict(arch=('t',)), r"unknown arch \('t',\)"),
-        (dict(arch=dict(depths=(1, 1, 1, 1))), "expected.*'focus_heads'"),
         (dict(arch=dict(TINY, heads=1)), "'heads'"),
         (dict(arch=dict(TINY, depths=(1, 1, 1))), r"'depths'.*\(1, 1, 1\)"),
-        (dict(arch=dict(TINY, depths=(1, 1, 1, 0))), "'depths'"),
         (dict(arch=dict(TINY, depths=(1, 1, 1, 1.5))), "'depths'.*1.5"),
         (dict(arch=dict(TINY, channels=(7, 8, 16, 32))), 'even.*7, 8'),
         (dict(arch=dict(TINY, channels=(8, 8, 12, 32))), '2 .*of 8 .*got 12'),
-        (dict(arch=dict(TINY, focus_heads=(2, 3))), '3 .*of 12 .*got 32'),
         (dict(arch=dict(TINY, kernel_sizes=[7])), r"'kernel_sizes'.*\[7\]"),
         (dict(arch=dict(TINY, kernel_sizes=(17, 15, 4, 7))), 'size 4.*17'),
         (dict(in_channels=0), 'in_channels.*got 0'),
         (dict(out_indices=(0, 4)), r'from 0 to 3, got \(0, 4\)'),
         (dict(out_indices=(1, 0)), r'increasing.*\(1, 0\)'),
-        (dict(out_indices=()), r'increasing.*\(\)'),
         (dict(out_indices=3), 'out_indices.*got 3'),
         (dict(frozen_stages=5), 'from -1 to 4, got 5'),
-        (dict(frozen_stages=1.0), 'frozen_stages.*got 1.0'),
         (dict(drop_path_rate=1.0), r'\[0, 1\), got 1.0'),
         (dict(drop_path_rate=math.nan), 'drop_path_rate.*got nan'),
-        (dict(drop_path_rate='0.1'), "drop_path_rate.*got '0.1'"),
         (dict(norm_cfg=dict(type='LN')), "'LN'.*'BN', 'SyncBN'"),
         (dict(norm_cfg='BN'), "norm_cfg.*got 'BN'"),
         (dict(norm_eval=None), 'norm_eval.*got None'),
         (dict(with_cp=(1, 1)), r'with_cp.*\(1, 1\)'),
-        (dict(with_cp=2), 'with_cp.*got 2'),
         (dict(contmix_backend='natten'), "'natten'"),
         (dict(depthwise_backend='cudnn'), "'cudnn'.*'auto', .*'triton'"),
         (dict(fuse_overview=True, out_indices=(0, 1)), 'output 3'),
         (dict(classifier=True, out_indices=(1, 3)), r'=True .*got \(1, 3\)'),
         (dict(classifier=True, fuse_overview=True), '=True .* and True'),
-        (dict(init_cfg='a.pth'), "init_cfg.*got 'a.pth'"),
         (dict(init_cfg=[dict(checkpoint='a.pth')]), 'init_cfg.*a.pth'),
     ],
 )
