@@ -111,22 +111,6 @@ def test_losses(tiny):
     torch.testing.assert_close(losses, expected, rtol=0.02, atol=0.02)
 
 
-def test_soft_labels(tiny):
-    """What mixup makes of labels, with the recipe's label smoothing."""
-    backbone, _, feats = tiny
-    loss = config('xt').model.head.loss
-    head = OverLoCKClsHead(5, backbone.out_channels, 0.25, loss)
-    scores = torch.tensor([[0.7, 0.3, 0, 0, 0], [0, 0, 0, 1.0, 0]])
-    mixed = [DataSample().set_gt_score(score) for score in scores]
-    smooth = 0.9 * scores + 0.1 / 5
-    main, aux = (
-        -(smooth * logits.log_softmax(1)).sum(1).mean()
-        for logits in (head(feats), head.aux_logits(feats))
-    )
-    expected = dict(loss_cls=main, loss_aux=0.25 * aux)
-    torch.testing.assert_close(head.loss(feats, mixed), expected)
-
-
 @torch.no_grad()
 def test_inference_does_without_the_auxiliary_head(tiny):
     _, head, feats = tiny
