@@ -154,11 +154,6 @@ def test_sequence(name):
     assert assert_fuses(far(build()), images(4, 9, 8)) == count
 
 
-def test_volumes():
-    model = far(nn.Sequential(nn.Conv3d(4, 4, 3), nn.BatchNorm3d(4)))
-    assert assert_fuses(model, images(4, 5, 6, 7)) == 1
-
-
 def test_fused_again():
     """What is fused can be copied, moved, and fused again."""
     norm = batch_norm()
