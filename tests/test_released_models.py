@@ -17,42 +17,33 @@ tiny.need_openmmlab()
 
 CONFIGS = tiny.ROOT / 'configs'
 CONV = 'weight', 'bias'
-BN = *CONV, 'running_mean', 'running_var', 'num_batches_tracked'
-CONV_BN = 'conv.weight', *(f'bn.{name}' for name in BN)
-# What mmdet 2.28 and mmseg 0.30 save beside the backbone: by the ends of
-# names, the modules.
+NORM = 'running_mean', 'running_var', 'num_batches_tracked', *CONV
+# What mmdet 2.28 and mmseg 0.30 save beside the backbone: modules with a
+# convolution, and how many; those of UPERNET have a norm.
 MASK_RCNN = {
-    CONV: [
-        *['neck.lateral_convs.N.conv', 'neck.fpn_convs.N.conv'] * 4,
-        *(f'rpn_head.rpn_{name}' for name in ('conv', 'cls', 'reg')),
-        *['roi_head.bbox_head.shared_fcs.N'] * 2,
-        *(f'roi_head.bbox_head.fc_{name}' for name in ('cls', 'reg')),
-        *['roi_head.mask_head.convs.N.conv'] * 4,
-        *(
-            f'roi_head.mask_head.{name}'
-            for name in ('upsample', 'conv_logits')
-        ),
-    ],
+    **{'neck.lateral_convs.N.conv': 4, 'neck.fpn_convs.N.conv': 4},
+    **{'rpn_head.rpn_conv': 1, 'rpn_head.rpn_cls': 1, 'rpn_head.rpn_reg': 1},
+    'roi_head.bbox_head.shared_fcs.N': 2,
+    **{'roi_head.bbox_head.fc_cls': 1, 'roi_head.bbox_head.fc_reg': 1},
+    'roi_head.mask_head.convs.N.conv': 4,
+    **{'roi_head.mask_head.upsample': 1, 'roi_head.mask_head.conv_logits': 1},
 }
+SEG_HEADS = {'decode_head.conv_seg': 1, 'auxiliary_head.conv_seg': 1}
 UPERNET = {
-    CONV: ['decode_head.conv_seg', 'auxiliary_head.conv_seg'],
-    CONV_BN: [
-        *['decode_head.psp_modules.N.1'] * 4,
-        *['decode_head.lateral_convs.N', 'decode_head.fpn_convs.N'] * 3,
-        *(f'decode_head.{name}' for name in ('bottleneck', 'fpn_bottleneck')),
-        'auxiliary_head.convs.N',
-    ],
+    **{'decode_head.psp_modules.N.1': 4, 'decode_head.lateral_convs.N': 3},
+    **{'decode_head.fpn_convs.N': 3, 'decode_head.fpn_bottleneck': 1},
+    **{'decode_head.bottleneck': 1, 'auxiliary_head.convs.N': 1},
 }
 
 
 @pytest.mark.parametrize(
-    'config, keys, parts',
+    'config, keys, convs, normed',
     [
-        ('mask_rcnn/overlock_t_3x.py', 'det_t', MASK_RCNN),
-        ('upernet/overlock_s_160k.py', 'seg_s', UPERNET),
+        ('mask_rcnn/overlock_t_3x.py', 'det_t', MASK_RCNN, {}),
+        ('upernet/overlock_s_160k.py', 'seg_s', SEG_HEADS, UPERNET),
     ],
 )
-def test_names(config, keys, parts):
+def test_names(config, keys, convs, normed):
     """All of a released model fits the config's, and fills it."""
     cfg = Config.fromfile(CONFIGS / config)
     init_default_scope(cfg.default_scope)
@@ -64,14 +55,14 @@ def test_names(config, keys, parts):
         }
     own = model.state_dict()
     rest = {k: own[k] for k in own if not k.startswith('backbone.')}
-    assert Counter(re.sub(r'\.\d+', '.N', name, count=1) for name in rest) == (
-        Counter(
-            f'{module}.{end}'
-            for ends, modules in parts.items()
-            for module in modules
-            for end in ends
-        )
-    )
+    expected = Counter()
+    for module, count in convs.items():
+        expected.update({f'{module}.{end}': count for end in CONV})
+    for module, count in normed.items():
+        expected[f'{module}.conv.weight'] = count
+        expected.update({f'{module}.bn.{end}': count for end in NORM})
+    found = Counter(re.sub(r'\.\d+', '.N', name, count=1) for name in rest)
+    assert found == expected
     assert fit({**state, **rest}, model, 'file', ()).keys() == own.keys()
 
 
