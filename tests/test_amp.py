@@ -174,28 +174,24 @@ def test_train(tmp_path, monkeypatch, device, wrapper):
         assert weight.dtype != torch.bfloat16
 
 
-@pytest.mark.parametrize('settings', [{}, dict(dtype='bfloat16')])
-def test_wrapper_on_gpus(monkeypatch, settings):
-    """mmengine's, which is for float16 unless told otherwise."""
-    train = tiny.load_tool('train')
-    monkeypatch.setattr(train, 'get_device', lambda: 'cuda')
-    cfg = Config(dict(optim_wrapper=dict(settings)))
-    train.mix_precision(cfg)
-    amp = dict(type='AmpOptimWrapper', loss_scale='dynamic')
-    assert cfg.optim_wrapper == amp | settings
-
-
 @pytest.mark.parametrize(
     'settings, device, message',
     [
+        (dict(), 'cuda', None),  # which is float16 unless told otherwise
+        (dict(dtype='bfloat16'), 'cuda', None),
         (dict(dtype='float16'), 'cpu', 'dtype float16'),
         (dict(type='OptimWrapperDict'), 'cpu', 'OptimWrapperDict'),
         (dict(), 'mps', 'mps'),
     ],
 )
-def test_refused(monkeypatch, settings, device, message):
+def test_wrappers(monkeypatch, settings, device, message):
     train = tiny.load_tool('train')
     monkeypatch.setattr(train, 'get_device', lambda: device)
-    cfg = Config(dict(optim_wrapper=settings))
+    cfg = Config(dict(optim_wrapper=dict(settings)))
+    if message is None:
+        train.mix_precision(cfg)
+        amp = dict(type='AmpOptimWrapper', loss_scale='dynamic')
+        assert cfg.optim_wrapper == amp | settings
+        return
     with pytest.raises(train.cli.UserError, match=message):
         train.mix_precision(cfg)
