@@ -88,6 +88,7 @@ def test_drop_path():
         (dict(in_channels=0), 'in_channels.*got 0'),
         (dict(out_indices=(0, 4)), r'from 0 to 3, got \(0, 4\)'),
         (dict(out_indices=(1, 0)), r'increasing.*\(1, 0\)'),
+        (dict(out_indices=()), r'increasing.*\(\)'),
         (dict(out_indices=3), 'out_indices.*got 3'),
         (dict(frozen_stages=5), 'from -1 to 4, got 5'),
         (dict(drop_path_rate=1.0), r'\[0, 1\), got 1.0'),
