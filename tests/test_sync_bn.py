@@ -4,6 +4,8 @@ Two processes train on maps of their own, of different sizes; the measure is
 one process with plain batch norms over all the values, in float64.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import distributed, multiprocessing, nn
@@ -12,6 +14,7 @@ from mmoverlock.models.reparam import DilatedReparamConv
 from mmoverlock.ops import sum_of_branches
 
 pytest.importorskip('mmoverlock.ops.depthwise.triton', exc_type=ImportError)
+debug = pytest.importorskip('torch.distributed.tensor.debug')
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 SHAPES = {
@@ -55,19 +58,22 @@ def run(rank, folder):
     distributed.init_process_group(
         'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2
     )
-    results = {}
-    for name in SHAPES:
-        maps, grads = draw(name)
-        conv = module('SyncBN', 'triton')
-        if 'compiled' in name:
-            conv.compile(backend='aot_eager')
-        results[name] = train(conv, maps[rank], grads[rank])
     groups = [distributed.new_group([i]) for i in (0, 1)]
-    conv = module('SyncBN')
-    for part in conv.modules():
-        part.process_group = groups[rank]
-    maps, grads = draw('other sizes')
-    results['alone'] = train(conv, maps[rank], grads[rank])
+    results = {}
+    for name in (*SHAPES, 'alone'):
+        maps, grads = draw('other sizes' if name == 'alone' else name)
+        conv = module('SyncBN', 'auto' if name == 'alone' else 'triton')
+        mode = debug.CommDebugMode()
+        if name == 'alone':
+            for part in conv.modules():
+                part.process_group = groups[rank]
+        elif 'compiled' in name:
+            conv.compile(backend='aot_eager')
+            mode = nullcontext()
+        with mode:
+            results[name] = train(conv, maps[rank], grads[rank])
+        if 'compiled' not in name:
+            results[name]['exchanges'] = mode.get_total_counts()
     torch.save(results, f'{folder}/{rank}.pth')
     distributed.destroy_process_group()
 
@@ -110,6 +116,7 @@ def test_statistics_are_those_of_all_maps(results, name):
     outs = over_all(conv, maps)
     torch.autograd.backward(outs, [grad.double() for grad in grads])
     ranks = [result[name] for result in results]
+    assert ranks[0].get('exchanges', 2) == 2  # one each way
     for rank, x, out in zip(ranks, maps, outs, strict=True):
         check(rank['out'].cpu(), out)
         check(rank['grad'].cpu(), x.grad)
@@ -126,6 +133,7 @@ def test_one_process(results):
     maps, grads = draw('other sizes')
     for result, x, grad in zip(results, maps, grads, strict=True):
         expected = train(module(), x, grad)
+        assert result['alone'].pop('exchanges') == 0
         check(result['alone'], expected)
         check(train(module('SyncBN'), x, grad), expected)
 
