@@ -282,7 +282,7 @@ def test_a_process_dies(tmp_path):
 
 @pytest.fixture
 def run_script(tmp_path):
-    """Run a script where python and srun are programs that show their words."""
+    """Run a script where python and srun only show their words."""
     folder = tmp_path / 'fake programs'
     folder.mkdir()
     for name in ('python', 'srun'):

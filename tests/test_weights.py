@@ -31,7 +31,8 @@ def messages(monkeypatch):
     """What weights.py logs: (level, text)."""
     logged = []
     monkeypatch.setattr(
-        *(weights, 'print_log'),
+        weights,
+        'print_log',
         lambda text, logger, level: logged.append((level, text)),
     )
     return logged
