@@ -190,6 +190,8 @@ def test_without_overview():
     rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
     assert rates == pytest.approx([i / 10 for i in range(7)])
     assert model.get_layer_depth('sub_blocks3.0.dwconv.weight') == (4, 9)
+    with pytest.raises(ValueError, match='no overview to add'):
+        build(remove=['overview'], fuse_overview=True)
 
 
 def test_without_small_kernel():
