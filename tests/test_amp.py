@@ -7,8 +7,6 @@ import tiny
 import torch
 from kernels import relative_error
 from mmengine.config import Config
-from mmengine.optim import build_optim_wrapper
-from mmengine.optim.optimizer import amp_optimizer_wrapper
 
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.blocks import FocusBlock, RepConvBlock
@@ -32,46 +30,44 @@ def draw(*shape, scale=1.0):
     return torch.randn(shape, generator=generator) * scale
 
 
+def build():
+    torch.manual_seed(0)
+    return tiny.randomize(OverLoCK(tiny.DEEPER, fuse_overview=True)).train()
+
+
 def loss_of(outputs):
     return sum(out.float().square().mean() for out in outputs)
 
 
+def assert_within(actual, expected, dtype, roundings):
+    """Errors of relative size eps grow in every layer."""
+    for out, wanted in zip(actual, expected, strict=True):
+        assert out.dtype == dtype
+        error = relative_error(out, wanted)
+        assert error < roundings * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize('dtype', tiny.HALF_FORMATS)
 def test_outputs_and_gradients(dtype):
-    """Within a few roundings of double precision."""
-    torch.manual_seed(0)
-    model = tiny.randomize(OverLoCK(tiny.DEEPER, fuse_overview=True)).train()
+    """Within a few roundings of double precision; converted models too."""
+    model = build()
     exact = copy.deepcopy(model).double()
     x = draw(2, 3, 64, 96)
     expected = exact(x.double())
     loss_of(expected).backward()
     with torch.autocast('cpu', dtype):
         outputs = model(x)
-    # What grows in every layer: roundings of relative size eps.
-    eps = torch.finfo(dtype).eps
-    for actual, wanted in zip(outputs, expected, strict=True):
-        assert actual.dtype == dtype
-        assert relative_error(actual, wanted) < 4 * eps
+    assert_within(outputs, expected, dtype, 4)
     loss_of(outputs).backward()
     gradients = [
         torch.cat([p.grad.double().flatten() for p in m.parameters()])
         for m in (model, exact)
     ]
-    assert relative_error(*gradients) < 16 * eps
-
-
-@pytest.mark.parametrize('dtype', tiny.HALF_FORMATS)
-@torch.no_grad()
-def test_converted_models(dtype):
-    """Inference without autocast, of a model converted with .to()."""
-    torch.manual_seed(0)
-    model = tiny.randomize(OverLoCK(tiny.DEEPER)).eval()
-    x = draw(1, 3, 64, 64)
-    expected = [out.double() for out in model(x)]
-    outputs = model.to(dtype)(x.to(dtype))
-    for actual, wanted in zip(outputs, expected, strict=True):
-        assert actual.dtype == dtype
-        assert relative_error(actual, wanted) < 16 * torch.finfo(dtype).eps
+    assert relative_error(*gradients) < 16 * torch.finfo(dtype).eps
+    converted = model.eval().to(dtype)
+    with torch.no_grad():
+        outputs, expected = converted(x.to(dtype)), exact.eval()(x.double())
+    assert_within(outputs, expected, dtype, 16)
 
 
 # What follows is hard in float16, whose numbers range from 6e-8 to 65504.
@@ -99,49 +95,20 @@ def test_large_and_small_activations(name, scale):
         if parameter.dim() == 4 and parameter.shape[1] > 1:
             torch.nn.init.trunc_normal_(parameter, std=0.02)
     exact = copy.deepcopy(layer).double()
-    channels = 16
-    rest = []
+    maps = [draw(2, 16, 20, 20, scale=scale)]
     if name == 'focus':
-        channels, rest = 24, [draw(2, 8, 20, 20)]
-    x = draw(2, channels, 20, 20, scale=scale).requires_grad_()
+        maps = draw(2, 24, 20, 20, scale=scale), draw(2, 8, 20, 20)
+    maps[0].requires_grad_()
     with torch.autocast('cpu', torch.float16):
-        out = layer(x.half(), *rest)
+        out = layer(*(x.half() for x in maps))
     out.float().mean().backward()
-    assert_near(out, exact(x.detach().double(), *(r.double() for r in rest)))
-    for tensor in (x, *layer.parameters()):
-        assert tensor.grad is None or tensor.grad.isfinite().all()
-
-
-def assert_near(actual, expected):
-    """But for what is below the format's normal numbers, which is lost."""
+    expected = exact(*(x.detach().double() for x in maps))
+    # But for what is below the format's normal numbers, which is lost.
     lost = torch.finfo(torch.half).tiny * expected.numel() ** 0.5
-    error = (actual.double() - expected).norm()
+    error = (out.double() - expected).norm()
     assert error < 4 * EPS * expected.norm() + lost
-
-
-def test_small_layer_scale():
-    """The initial 1e-5 reaches its output, and gets its gradient."""
-    torch.manual_seed(0)
-    model = OverLoCK(tiny.DEEPER, fuse_overview=True).train()
-    exact = copy.deepcopy(model).double()
-    outputs = []
-    for m in (model, exact):
-        m.h_proj[1].register_forward_hook(
-            lambda _, __, out: outputs.append(out)
-        )
-    x = draw(2, 3, 64, 96)
-    loss_of(exact(x.double())).backward()
-    with torch.autocast('cpu', torch.float16):
-        maps = model(x)
-    (loss_of(maps) * LOSS_SCALE).backward()
-    expected, actual = outputs
-    assert 0 < expected.abs().max() < 1e-4
-    assert_near(actual, expected)
-    for parameter, other in zip(
-        model.h_proj.parameters(), exact.h_proj.parameters(), strict=True
-    ):
-        gradient = parameter.grad / LOSS_SCALE
-        assert relative_error(gradient, other.grad) < 16 * EPS
+    for tensor in (maps[0], *layer.parameters()):
+        assert tensor.grad is None or tensor.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -173,8 +140,7 @@ def test_kernels_are_made_in_single_precision(backend, dtype):
 )
 def test_tiny_maps(poison, dtype, size):
     """They have finite gradients."""
-    torch.manual_seed(0)
-    model = tiny.randomize(OverLoCK(tiny.DEEPER, fuse_overview=True)).train()
+    model = build()
     with torch.autocast('cpu', dtype):
         loss = loss_of(model(draw(size[0], 3, *size[1:])))
     (loss * LOSS_SCALE).backward()
@@ -182,67 +148,50 @@ def test_tiny_maps(poison, dtype, size):
         assert parameter.grad.isfinite().all(), name
 
 
-# ---------------------------------------------------------- tools/train.py
+NEEDS_GPU = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason='needs a GPU'
+)
 
 
 @pytest.mark.parametrize(
     'device, wrapper',
     [
         ('cpu', 'CPUAmpOptimWrapper'),
-        pytest.param(
-            *('cuda', 'AmpOptimWrapper'),
-            marks=pytest.mark.skipif(
-                not torch.cuda.is_available(), reason='needs a GPU'
-            ),
-        ),
+        pytest.param('cuda', 'AmpOptimWrapper', marks=NEEDS_GPU),
     ],
 )
 def test_train(tmp_path, monkeypatch, device, wrapper):
     """--amp trains, detectors with mmcv's operators included."""
     tiny.need_openmmlab()
-    config = tiny.detector(tmp_path)
+    config, work_dir = tiny.detector(tmp_path), tmp_path / 'work'
     monkeypatch.setattr('mmengine.device.utils.DEVICE', device)
-    log = tiny.run_tool(
-        *('train', config, '--work-dir', tmp_path / 'work', '--seed', 1),
-        '--amp',
-    )
-    assert f"type='{wrapper}'" in log
-    checkpoint = torch.load(tmp_path / 'work/epoch_1.pth', weights_only=False)
+    argv = config, '--work-dir', work_dir, '--seed', 1, '--amp'
+    log = tiny.run_tool('train', *argv)
+    assert f"type='{wrapper}'" in log and 'nan' not in log
+    checkpoint = torch.load(work_dir / 'epoch_1.pth', weights_only=False)
     for name, weight in checkpoint['state_dict'].items():
         assert weight.isfinite().all(), name
         assert weight.dtype != torch.bfloat16
-    assert 'nan' not in log
-
-
-@pytest.mark.filterwarnings('ignore:.*CUDA is not available')
-@pytest.mark.parametrize('dtype', [None, 'bfloat16'])
-def test_wrapper_on_gpus(monkeypatch, dtype):
-    """mmengine's, which is for float16 unless told otherwise."""
-    train = tiny.load_tool('train')
-    monkeypatch.setattr(train, 'get_device', lambda: 'cuda')
-    monkeypatch.setattr(
-        amp_optimizer_wrapper, 'is_cuda_available', lambda: True
-    )
-    cfg = Config(dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=1))))
-    if dtype:
-        cfg.optim_wrapper.dtype = dtype
-    train.mix_precision(cfg)
-    wrapper = build_optim_wrapper(torch.nn.Linear(1, 1), cfg.optim_wrapper)
-    assert type(wrapper.loss_scaler).__name__ == 'GradScaler'
-    assert wrapper.cast_dtype == (torch.bfloat16 if dtype else None)
 
 
 @pytest.mark.parametrize(
     'settings, device, message',
     [
+        (dict(), 'cuda', None),  # which is float16 unless told otherwise
+        (dict(dtype='bfloat16'), 'cuda', None),
         (dict(dtype='float16'), 'cpu', 'dtype float16'),
         (dict(type='OptimWrapperDict'), 'cpu', 'OptimWrapperDict'),
         (dict(), 'mps', 'mps'),
     ],
 )
-def test_refused(monkeypatch, settings, device, message):
+def test_wrappers(monkeypatch, settings, device, message):
     train = tiny.load_tool('train')
     monkeypatch.setattr(train, 'get_device', lambda: device)
-    cfg = Config(dict(optim_wrapper=settings))
+    cfg = Config(dict(optim_wrapper=dict(settings)))
+    if message is None:
+        train.mix_precision(cfg)
+        amp = dict(type='AmpOptimWrapper', loss_scale='dynamic')
+        assert cfg.optim_wrapper == amp | settings
+        return
     with pytest.raises(train.cli.UserError, match=message):
         train.mix_precision(cfg)

@@ -1,63 +1,53 @@
-"""Blocks with all kernels, as on a GPU, against plain PyTorch in float64."""
+"""Blocks with all kernels, as on a GPU, against PyTorch in float64."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from kernels import draw, exact, relative_error
+from kernels import DEVICE, draw, exact, relative_error
+from tiny import ARCH
 from torch import nn
 
 from benchmarks import count
 from mmoverlock.models import OverLoCK
-from mmoverlock.models.blocks import (
-    FocusBlock,
-    RepConvBlock,
-    enlarged_size,
-)
+from mmoverlock.models.blocks import FocusBlock, RepConvBlock
 from mmoverlock.models.fuse import fuse
 
 pytest.importorskip('triton', '3.6')
-COMMON = dict(drop_path=0.0, norm_cfg=dict(type='BN'), deploy=False)
-BLOCKS = {  # with a batch size, which costs the interpreter most
-    'rep': (RepConvBlock, dict(kernel_size=5, layer_scale=True), [16], 2),
-    'focus': (
-        *(FocusBlock, dict(kernel_size=5, heads=2, first=False)),
-        *([16, 8], 1),
-    ),
+COMMON = dict(
+    kernel_size=5, drop_path=0.0, norm_cfg=dict(type='BN'), deploy=False
+)
+BLOCKS = {
+    'rep': partial(RepConvBlock, 16, layer_scale=True, **COMMON),
+    'focus': partial(FocusBlock, 16, 8, heads=2, first=False, **COMMON),
 }
 
 
 def make_block(name):
     torch.manual_seed(0)
-    kind, options, channels, batch = BLOCKS[name]
-    block = kind(*channels, **options, **COMMON)
+    block = BLOCKS[name]().to(DEVICE)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
-    block = block.to(draw(1).device)
-    maps = [draw(batch, sum(channels), 6, 7)]
-    if len(channels) > 1:
-        maps.append(draw(batch, channels[1], 6, 7))
-    return block, maps
+    if name == 'rep':
+        return block, [draw(2, 16, 6, 7)]
+    return block, [draw(1, 24, 6, 7), draw(1, 8, 6, 7)]
 
 
-@pytest.mark.parametrize('name', BLOCKS)
-def test_block(name, auto_is_triton):
-    """Value, gradients and statistics; then eval mode, merged."""
-    block, maps = make_block(name)
-    other = copy.deepcopy(block).double()  # which no kernel takes
-    maps = [x.requires_grad_() for x in maps]
-    others = [exact(x) for x in maps]
-    out, expected = block(*maps), other(*others)
-    node = 'FocusBlock' if len(maps) > 1 else 'feed_forward'
-    assert node in str(out.grad_fn)
+def test_rep_block(auto_is_triton):
+    """Value, gradients and statistics; then eval mode, merged.
+
+    Those of the other block are in test_focus_block.py.
+    """
+    block, [x] = make_block('rep')
+    other, x = copy.deepcopy(block).double(), x.requires_grad_()
+    y = exact(x)  # which no kernel takes
+    out, expected = block(x), other(y)
+    assert 'feed_forward' in str(out.grad_fn)
     assert relative_error(out, expected) < 2e-6
     grad = torch.randn_like(expected)
-    grads = torch.autograd.grad(
-        out, [*maps, *block.parameters()], grad.to(out.dtype)
-    )
-    expected = torch.autograd.grad(
-        expected, [*others, *other.parameters()], grad
-    )
+    grads = torch.autograd.grad(out, [x, *block.parameters()], grad.float())
+    expected = torch.autograd.grad(expected, [y, *other.parameters()], grad)
     largest = max(value.norm() for value in expected)
     for actual, value in zip(grads, expected, strict=True):
         if value.norm() < 1e-9 * largest:  # a bias before a batch norm
@@ -68,24 +58,15 @@ def test_block(name, auto_is_triton):
         torch.testing.assert_close(
             actual.double(), value.double(), rtol=1e-4, atol=1e-6
         )
-    maps = [x.detach() for x in make_block(name)[1]]
-    for model in (block, other):
-        fuse(model)
-    expected = other(*(x.double() for x in maps))
-    assert relative_error(block(*maps), expected) < 2e-6
+    expected = fuse(other)(y.detach())
+    assert relative_error(fuse(block)(x.detach()), expected) < 2e-6
 
 
 def test_network(auto_is_triton):
     """Every map is in channels_last on the way, and contiguous at the end."""
-    arch = dict(
-        depths=(1, 1, 1, 1),
-        channels=(8, 8, 16, 32),
-        focus_depths=(1, 1),
-        focus_heads=(2, 2),
-        kernel_sizes=(5, 7, 7, 5),
-    )
+    arch = ARCH | dict(channels=(8, 8, 16, 32), kernel_sizes=(5, 7, 7, 5))
     torch.manual_seed(0)
-    model = OverLoCK(arch, drop_path_rate=0.1).to(draw(1).device).eval()
+    model = OverLoCK(arch, drop_path_rate=0.1).to(DEVICE).eval()
     other = copy.deepcopy(model).double()
     x = draw(1, 3, 32, 32)
     strided = []
@@ -170,16 +151,3 @@ def test_nothing_takes_the_place_of_a_part():
     add_adapter(block.weight_proj, [])
     with pytest.raises(TypeError, match='weight_proj is a part.*Adapter'):
         block(*maps)
-
-
-@pytest.mark.parametrize(
-    ('size', 'kernel_size', 'expected'),
-    [
-        ((11, 11), 15, [15, 15]),  # 15 / 11 * 11 is less than 15
-        ((6, 9), 7, [7, 10]),
-        ((9, 6), 7, [10, 7]),
-        ((7, 3), 3, None),
-    ],
-)
-def test_enlarged_size(size, kernel_size, expected):
-    assert enlarged_size(size, kernel_size) == expected

@@ -26,39 +26,24 @@ def config(arch):
     return Config.fromfile(ROOT / f'configs/imagenet/overlock_{arch}_300e.py')
 
 
-# ----------------------------------------------------------------- parity
-
-
 def classifier(arch):
-    """The classifier of a config, without drop path or memory."""
+    """That of a config, in float64, with the weights of the golden figures.
+
+    With its two prefixes, the state dict is exactly the release's.
+    """
     init_default_scope('mmpretrain')
     cfg = config(arch).model
     cfg.backbone.drop_path_rate = 0.0
     with torch.device('meta'):
-        return MODELS.build(cfg)
-
-
-def drawn_classifier(arch):
-    """With the weights of the golden figures, in float64."""
-    model = classifier(arch)
+        model = MODELS.build(cfg)
     state = model.state_dict()
-    drawn = golden.state_dict(
-        {name: x.shape for name, x in remove_prefixes(state).items()}
-    )
-    model.load_state_dict(
-        dict(zip(state, drawn.values(), strict=True)), assign=True
-    )
-    return model
-
-
-@pytest.mark.parametrize('arch', ['xt', 't'])
-def test_names_and_shapes(arch):
-    """With its two prefixes, the state dict is exactly the release's."""
-    state = classifier(arch).state_dict()
     assert all(name.startswith(('backbone.', 'head.')) for name in state)
-    shapes = {k: list(x.shape) for k, x in remove_prefixes(state).items()}
-    assert shapes == golden.load(f'keys_cls_{arch}')
-    assert len(shapes) == len(state)
+    shapes = {k: [*v.shape] for k, v in remove_prefixes(state).items()}
+    if arch != 'b':
+        assert shapes == golden.load(f'keys_cls_{arch}')
+    drawn = golden.state_dict(shapes).values()
+    model.load_state_dict(dict(zip(state, drawn, strict=True)), assign=True)
+    return model
 
 
 @pytest.mark.parametrize('name', ['cls_t_160', 'cls_b_96'])
@@ -66,7 +51,7 @@ def test_names_and_shapes(arch):
 def test_inference(name):
     """That of xt, and of its merged form, is in test_plain.py."""
     figures = golden.load(name)
-    model = drawn_classifier(figures['arch']).eval()
+    model = classifier(figures['arch']).eval()
     logits = model(golden.image(figures['input']))
     golden.assert_outputs_agree([logits], figures)
 
@@ -74,16 +59,13 @@ def test_inference(name):
 def test_training():
     """Both logits, gradients and buffers of a training step."""
     figures = golden.load('cls_xt_train_4x64')
-    model = drawn_classifier('xt').train()
+    model = classifier('xt').train()
     x = golden.image(figures['input']).requires_grad_()
     feats = model.extract_feat(x)
     logits = model.head(feats), model.head.aux_logits(feats)
     named = [*model.named_parameters(), *model.named_buffers()]
     tensors = remove_prefixes(dict(named))
     golden.assert_training_agrees(logits, x, tensors, figures)
-
-
-# --------------------------------------------------------- backbone and head
 
 
 @pytest.fixture
@@ -108,22 +90,6 @@ def test_maps(tiny):
         head([*feats, *feats])
 
 
-def test_other_heads_read_the_last_map(tiny):
-    backbone, _, (_, focus) = tiny
-    init_default_scope('mmpretrain')
-    model = MODELS.build(
-        dict(
-            type='ImageClassifier',
-            backbone=dict(type='OverLoCK', arch=TINY, classifier=True),
-            neck=dict(type='GlobalAveragePooling'),
-            head=dict(type='LinearClsHead', num_classes=5, in_channels=40),
-        )
-    )
-    model.backbone = backbone
-    expected = model.head.fc(focus.mean((2, 3)))
-    torch.testing.assert_close(model(IMAGES), expected)
-
-
 def test_losses(tiny):
     """Cross entropies, from which every parameter gets a gradient."""
     backbone, head, feats = tiny
@@ -138,7 +104,6 @@ def test_losses(tiny):
     sum(losses.values()).backward()
     for module in (backbone, head):
         for name, parameter in module.named_parameters():
-            assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name
     # They are in single precision, whatever the head is in.
     feats = [output.bfloat16() for output in feats]
@@ -146,35 +111,15 @@ def test_losses(tiny):
     torch.testing.assert_close(losses, expected, rtol=0.02, atol=0.02)
 
 
-def test_soft_labels(tiny):
-    """What mixup makes of labels, with the recipe's label smoothing."""
-    backbone, _, feats = tiny
-    loss = config('xt').model.head.loss
-    head = OverLoCKClsHead(5, backbone.out_channels, 0.25, loss)
-    scores = torch.tensor([[0.7, 0.3, 0, 0, 0], [0, 0, 0, 1.0, 0]])
-    mixed = [DataSample().set_gt_score(score) for score in scores]
-    smooth = 0.9 * scores + 0.1 / 5
-    main, aux = (
-        -(smooth * logits.log_softmax(1)).sum(1).mean()
-        for logits in (head(feats), head.aux_logits(feats))
-    )
-    expected = dict(loss_cls=main, loss_aux=0.25 * aux)
-    torch.testing.assert_close(head.loss(feats, mixed), expected)
-
-
 @torch.no_grad()
 def test_inference_does_without_the_auxiliary_head(tiny):
     _, head, feats = tiny
     logits = head.eval()(feats)
     del head.aux_head
-    torch.testing.assert_close(head(feats), logits)
-    hidden = head.pre_logits(feats)
-    assert hidden.shape == (2, 1024)
-    last = head.head[-1](hidden[..., None, None])
+    last = head.head[-1](head.pre_logits(feats)[..., None, None])
     torch.testing.assert_close(last.flatten(1), logits)
     first, _ = head.predict(feats)
     torch.testing.assert_close(first.pred_score, logits[0].softmax(0))
-    assert first.pred_label == logits[0].argmax()
 
 
 def test_initialization(tiny):
@@ -187,16 +132,12 @@ def test_initialization(tiny):
             assert std == 0 and parameter[0] == norm_weight, name
 
 
-# ----------------------------------------------------------------- recipe
-
-
 def test_tools(tmp_path):
     """An iteration of the recipe on ImageNet's layout."""
     work_dir = tmp_path / 'work'
     log = run_tool('train', imagenet(tmp_path), '--work-dir', work_dir)
-    assert 'Epoch(train) [1][1/1]' in log
-    assert 'loss_cls' in log and 'loss_aux' in log and 'grad_norm' in log
-    assert 'accuracy/top5' in log
+    for word in ('loss_cls', 'loss_aux', 'grad_norm', 'accuracy/top5'):
+        assert word in log
     checkpoint = torch.load(work_dir / 'epoch_1.pth', weights_only=False)
     averaged, trained = checkpoint['state_dict'], checkpoint['ema_state_dict']
     names = {f'module.{name}' for name in averaged}

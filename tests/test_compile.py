@@ -4,33 +4,28 @@ import copy
 import re
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 
 from mmoverlock.models import OverLoCK
 from mmoverlock.ops import depthwise_conv2d
 
-ARCH = dict(
-    depths=(1, 1, 1, 1),
-    channels=(8, 8, 16, 16),
-    focus_depths=(1, 1),
-    focus_heads=(2, 2),
-    kernel_sizes=(5, 5, 7, 5),
-)
+ARCH = tiny.ARCH | dict(kernel_sizes=(5, 5, 5, 5))
 
 
 @pytest.mark.parametrize(
-    'training, backend',
+    'training, deploy, backend',
     [
-        (False, 'eager'),
-        (True, 'eager'),
+        (False, True, 'eager'),
+        (True, False, 'eager'),
         # The graph of both ways; of blocks, test_compile_regions.py has them.
-        pytest.param(True, 'aot_eager', marks=pytest.mark.slow),
+        pytest.param(True, False, 'aot_eager', marks=pytest.mark.slow),
     ],
 )
-def test_fullgraph(training, backend):
+def test_fullgraph(training, deploy, backend):
     torch.manual_seed(0)
-    plain = OverLoCK(ARCH).double().train(training)
+    plain = OverLoCK(ARCH, deploy=deploy).double().train(training)
     compiled = copy.deepcopy(plain)
     run = torch.compile(compiled, fullgraph=True, backend=backend)
     image = torch.rand(2, 3, 64, 64, dtype=torch.float64)

@@ -8,8 +8,7 @@ import pytest
 import tiny
 import torch
 from functorch.compile import make_boxed_func
-from mmengine.config import Config
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -33,7 +32,7 @@ ARCH = dict(
 GRAPHS = 4
 # As of multi-scale training. The square comes first: other sizes of a graph
 # need not be alike where its first ones were.
-SHAPES = (2, 3, 256, 256), (2, 3, 192, 256), (3, 3, 224, 288)
+SHAPES = (2, 3, 192, 192), (2, 3, 192, 256), (3, 3, 224, 288)
 
 
 @pytest.fixture
@@ -87,18 +86,6 @@ def test_many_sizes(make):
     assert not counters['graph_break']
 
 
-@pytest.mark.slow  # test_copies has a stage
-@torch.no_grad()
-def test_inference(make):
-    plain, compiled, counter = make()
-    plain.eval(), compiled.eval()
-    for shape in SHAPES:
-        x = images(shape, plain)
-        check(compiled(x), plain(x))
-        assert counter.frame_count == GRAPHS
-    assert not counters['graph_break']
-
-
 @torch.no_grad()
 def test_copies(make):
     """They run graphs that are there, with weights and sizes of their own."""
@@ -112,8 +99,10 @@ def test_copies(make):
     x = images((3, 3, 96, 64), plain)
     check(other(x), plain(x))
     assert counter.frame_count == 1
-    saved = pickle.dumps(OverLoCK(ARCH, out_indices=(0,), compile=True))
-    assert pickle.loads(saved).regions.compile is True
+    model = OverLoCK(ARCH, out_indices=(0,), compile=dict(backend='eager'))
+    model(x.float())  # what it has compiled is not in the file
+    saved = pickle.loads(pickle.dumps(model))
+    assert saved.regions.compile == dict(backend='eager')
 
 
 @torch.no_grad()
@@ -123,15 +112,13 @@ def test_what_changes_a_block(make):
     plain.eval(), compiled.eval()
     x = images((1, 3, 64, 96), plain)
     seen = []
-    for hooked in (False, True, False):
-        if hooked:
-            inner = compiled.blocks1[1].proj[2]
-            hook = inner.register_forward_hook(lambda *args: seen.append(1))
-        check(compiled(x), plain(x))
-        assert len(seen) == hooked
-        if hooked:
-            hook.remove()
-        seen.clear()
+    check(compiled(x), plain(x))
+    inner = compiled.blocks1[1].proj[2]
+    hook = inner.register_forward_hook(lambda *args: seen.append(args[0]))
+    check(compiled(x), plain(x))
+    hook.remove()
+    check(compiled(x), plain(x))
+    assert seen == [inner]
     graphs = counter.frame_count
     check(fuse(compiled)(x), plain(x))
     assert counter.frame_count > graphs
@@ -177,7 +164,7 @@ def test_kernels_are_operators_of_graphs(auto_is_triton):
 
     counter = CompileCounterWithBackend(aot_autograd(fw_compiler=never_run))
     model = OverLoCK(ARCH, out_indices=(2,), compile=dict(backend=counter))
-    for shape in SHAPES:
+    for shape in SHAPES[:2]:
         train(model, shape)
         assert counter.frame_count == GRAPHS
     assert not counters['graph_break']
@@ -187,52 +174,20 @@ def test_kernels_are_operators_of_graphs(auto_is_triton):
     assert not any('aten.convolution' in name for name in operators)
 
 
-def test_config(tmp_path):
-    """MMEngine trains and tests with it."""
-    tiny.need_openmmlab()
-    torch.compiler.reset()
-    counters.clear()
-    config, work_dir = tiny.classifier(tmp_path), tmp_path / 'work'
-    cfg = Config.fromfile(config)
-    cfg.model.backbone.update(
-        arch=ARCH, out_indices=(0,), compile=dict(backend='eager')
-    )
-    cfg.model.head.in_channels = 8
-    cfg.train_cfg.max_epochs = 1
-    cfg.dump(config)
-    log = tiny.run_tool('train', config, '--work-dir', work_dir)
-    assert 'accuracy/top1' in log
-    torch.compiler.reset()
-    # With drops, without them, and in eval mode.
-    assert counters['stats']['unique_graphs'] == 3
-    assert not counters['graph_break']
-
-
-def run_rank(rank, folder):
-    """A step of plain and compiled models in one of two processes."""
-    torch.set_num_threads(1)
+def test_under_ddp(make, tmp_path):
+    """Gradients come out of it as they do without."""
+    plain, compiled, _ = make(out_indices=(0,))
     distributed.init_process_group(
-        'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2
+        'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1
     )
-    results = []
-    for compile in (False, dict(backend='eager')):
-        torch.manual_seed(0)
-        model = OverLoCK(ARCH, out_indices=(0,), compile=compile)
-        results.append(
-            train(DistributedDataParallel(model), (2, 3, 64, 64 + 32 * rank))
-        )
-    torch.save(results, f'{folder}/{rank}.pth')
-    distributed.destroy_process_group()
-
-
-def test_distributed(tmp_path):
-    multiprocessing.start_processes(
-        run_rank, (tmp_path,), nprocs=2, start_method='fork'
-    )
-    ranks = [torch.load(tmp_path / f'{rank}.pth') for rank in (0, 1)]
-    for plain, compiled in ranks:
-        check(compiled, plain)
-    check(ranks[0][1][1], ranks[1][1][1])  # gradients are averaged
+    try:
+        wrapped = DistributedDataParallel(compiled)
+        _, gradients, _ = train(wrapped, (2, 3, 64, 64))
+    finally:
+        distributed.destroy_process_group()
+    train(plain, (2, 3, 64, 64))
+    for name, parameter in plain.named_parameters():
+        check(gradients[f'module.{name}'], parameter.grad)
 
 
 @pytest.mark.slow

@@ -1,15 +1,11 @@
-"""Layer-wise learning rate decay, under detectors and segmentors."""
+"""Layer-wise learning rate decay; its config is in test_configs.py."""
 
 import pytest
-import torch
-from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS
 from tiny import DEEPER as TINY
-from tiny import ROOT
 from torch import nn
 
-from mmoverlock.engine import LayerDecayOptimWrapperConstructor
+from mmoverlock.engine import LayerDecayOptimWrapperConstructor as Constructor
 from mmoverlock.models import OverLoCK
 
 RATE, LR, DECAY = 0.5, 1e-3, 0.05
@@ -23,22 +19,17 @@ POWERS = {
 }
 
 
-def build(model, **paramwise):
+def build(model, lr=LR, **paramwise):
     """Groups of the optimizer by name of their one parameter."""
+    rates = {} if lr is None else dict(lr=lr)
     cfg = dict(
-        constructor='LayerDecayOptimWrapperConstructor',
-        optimizer=dict(type='AdamW', lr=LR, weight_decay=DECAY),
+        constructor=Constructor.__name__,
+        optimizer=dict(type='AdamW', weight_decay=DECAY, **rates),
         paramwise_cfg=paramwise,
     )
-    return groups_of(model, cfg)
-
-
-def groups_of(model, cfg):
     names = {id(p): name for name, p in model.named_parameters()}
-    optimizer = build_optim_wrapper(model, cfg).optimizer
-    return {
-        names[id(*group['params'])]: group for group in optimizer.param_groups
-    }
+    groups = build_optim_wrapper(model, cfg).optimizer.param_groups
+    return {names[id(*group['params'])]: group for group in groups}
 
 
 def test_settings():
@@ -52,58 +43,40 @@ def test_settings():
         nn.ModuleDict(dict(student=student)),
         layer_decay_rate=RATE,
         custom_keys=dict(norm=dict(decay_mult=0.0), blocks2=dict(lr_mult=0.1)),
-        bias_lr_mult=2.0,
     )
     learnt = {k for k, p in student.named_parameters() if p.requires_grad}
     assert groups.keys() == {f'student.{name}' for name in learnt}
-    head, bias = groups.pop('student.head.weight'), 'blocks1.0.proj.4.bias'
-    assert head['lr'] == LR and head['weight_decay'] == DECAY
-    assert groups.pop('student.head.bias')['lr'] == 2 * LR
+    for name in ('student.head.weight', 'student.head.bias'):
+        head = groups.pop(name)
+        assert head['lr'] == LR and head['weight_decay'] == DECAY
     for name, group in groups.items():
         name = name.removeprefix('student.backbone.')
         [power] = [
             n for key, n in POWERS.items() if name.startswith(f'{key}.')
         ]
         lr = LR * RATE**power * (0.1 if 'blocks2' in name else 1)
-        if name == bias or not name.endswith('bias'):
-            assert group['lr'] == pytest.approx(lr * (1 + (name == bias)))
+        assert group['lr'] == pytest.approx(lr)
         assert group['weight_decay'] == (0 if 'norm' in name else DECAY)
 
 
-def test_config():
-    """The example of drop_in says what its comment says."""
-    path = ROOT / 'configs/drop_in/overlock_t_layer_decay.py'
-    cfg = Config.fromfile(path)
-    cfg.model.backbone.init_cfg = None
-    with torch.device('meta'):
-        backbone = MODELS.build(cfg.model.backbone)
-        model = nn.ModuleDict(dict(backbone=backbone, neck=nn.Linear(1, 1)))
-    lr = cfg.optim_wrapper.optimizer.lr
-    scales = {
-        name: group['lr'] / lr
-        for name, group in groups_of(model, cfg.optim_wrapper).items()
-    }
-    assert scales['neck.weight'] == 1
-    stem = scales['backbone.patch_embed1.0.weight']
-    assert stem == pytest.approx(0.98**31)
-    assert f'0.98^31 = {stem:.2f}' in path.read_text()
-    assert len(set(scales.values())) == 32
+NETS = dict(
+    none=nn.Linear(1, 1),
+    one=OverLoCK(TINY),
+    two=nn.ModuleDict(dict(teacher=OverLoCK(TINY), student=OverLoCK(TINY))),
+)
 
 
-@pytest.mark.parametrize('rate', [None, 0, 1.1])
-def test_bad_rate(rate):
-    paramwise = {} if rate is None else dict(layer_decay_rate=rate)
-    with pytest.raises(ValueError, match=rf'\(0, 1\], got {rate}'):
-        build(OverLoCK(TINY), **paramwise)
-
-
-def test_other_models():
-    with pytest.raises(ValueError, match='optimizer.lr'):
-        LayerDecayOptimWrapperConstructor(
-            dict(optimizer=dict(type='AdamW')), dict(layer_decay_rate=RATE)
-        )
-    with pytest.raises(ValueError, match='Linear has 0'):
-        build(nn.Linear(1, 1), layer_decay_rate=RATE)
-    two = nn.ModuleDict(dict(teacher=OverLoCK(TINY), student=OverLoCK(TINY)))
-    with pytest.raises(ValueError, match="has 2: .*'teacher', 'student'"):
-        build(two, layer_decay_rate=RATE)
+@pytest.mark.parametrize(
+    ('net', 'settings', 'words'),
+    [
+        ('one', {}, r'\(0, 1\], got None'),
+        ('one', dict(layer_decay_rate=0), r'\(0, 1\], got 0'),
+        ('one', dict(layer_decay_rate=1.1), r'\(0, 1\], got 1.1'),
+        ('one', dict(layer_decay_rate=RATE, lr=None), 'optimizer.lr'),
+        ('none', dict(layer_decay_rate=RATE), 'Linear has 0'),
+        ('two', dict(layer_decay_rate=RATE), "has 2: .*'teacher', 'student'"),
+    ],
+)
+def test_mistakes(net, settings, words):
+    with pytest.raises(ValueError, match=words):
+        build(NETS[net], **settings)

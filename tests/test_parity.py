@@ -23,7 +23,7 @@ def build(name, **kwargs):
     'name, backend, merged',
     [
         ('det_xt_64x64', 'reference', False),
-        ('det_xt_2x96x160', 'tiled', True),
+        ('det_xt_2x96x160', 'tiled', False),
         ('det_xt_224x224', 'reference', False),
         ('det_t_224x288', 'tiled', False),
         ('seg_xt_128x128', 'tiled', True),

@@ -54,14 +54,13 @@ def test_names():
 
 @torch.no_grad()
 def test_it_computes_what_the_release_computes():
-    """In float64, merged too; other archs: see test_classification.py."""
+    """In float64, fused too; other archs: see test_classification.py."""
     figures = golden.load('cls_xt_224')
     image = golden.image(figures['input'])
     model = overlock_xt().double().eval()
     model.load_state_dict(golden.state_dict(golden.load('keys_cls_xt')))
     golden.assert_outputs_agree([model(image)], figures)
-    model.switch_to_deploy()
-    golden.assert_outputs_agree([model(image)], figures)
+    golden.assert_outputs_agree([fuse(model)(image)], figures)
 
 
 def test_alone(file, tmp_path):
@@ -106,35 +105,27 @@ print(len(maps), *logits.shape)
     assert 'head.4.weight (1000, 1024, 1, 1) instead of (5, ' in done.stdout
 
 
-# ----------------------------------------------------------------- weights
-
-
 @pytest.mark.parametrize('change', [dict, add_prefixes, merge])
 @torch.no_grad()
-def test_pretrained_files(change, state, tmp_path, logits):
-    """Of the release and of MMPretrain, plain and merged; then fused."""
+def test_weights(change, state, tmp_path, logits):
+    """Of the release and of MMPretrain, plain and merged.
+
+    From files, and by load_state_dict, also of another model's part.
+    """
     path = str(tmp_path / 'file.pth')
     torch.save({'state_dict': change(state), 'meta': {}}, path)
-    model = overlock_xt(path, deploy=change is merge).eval()
+    options = dict(deploy=change is merge, aux_head=change is dict)
+    model = overlock_xt(path, **options).eval()
     torch.testing.assert_close(model(IMAGES), logits)
-    torch.testing.assert_close(fuse(model)(IMAGES), logits)
-
-
-@pytest.mark.parametrize(
-    'change, aux_head', [(dict, True), (add_prefixes, False)]
-)
-@torch.no_grad()
-def test_load_state_dict(change, aux_head, state, logits):
-    """As a part of another model too; nothing may be missing."""
-    model = overlock_xt(aux_head=aux_head).eval()
-    outer = torch.nn.ModuleDict(dict(inner=model))
+    model = overlock_xt(**options).eval()
+    model.load_state_dict(change(state))
+    torch.testing.assert_close(model(IMAGES), logits)
+    outer = torch.nn.ModuleDict(dict(inner=overlock_xt(**options)))
     part = {f'inner.{name}': value for name, value in change(state).items()}
     outer.load_state_dict(part)
-    assert torch.equal(model(IMAGES), logits)
-    model.load_state_dict(change(state))
-    assert torch.equal(model(IMAGES), logits)
-    part.popitem()
-    if aux_head:
+    torch.testing.assert_close(outer.inner.eval()(IMAGES), logits)
+    if options['aux_head']:
+        part.popitem()
         with pytest.raises(RuntimeError, match='Missing key'):
             outer.load_state_dict(part)
 
@@ -150,8 +141,7 @@ def test_load_state_dict_of_features(state):
     assert torch.equal(model.state_dict()[name], state[name])
     detector = add_prefixes(model.state_dict())
     detector['backbone.extra_norm.0.weight'] = torch.full_like(norm, 5)
-    detector['neck.weight'] = torch.zeros(1)
-    model.load_state_dict(detector)
+    model.load_state_dict(detector | {'neck.weight': torch.zeros(1)})
     assert norm.eq(5).all()
 
 
@@ -186,9 +176,6 @@ def test_what_does_not_fit_is_an_error(state, file):
         overlock_xt(drop_pth=0.1)
 
 
-# ------------------------------------------------------------------- heads
-
-
 @pytest.mark.parametrize('aux_head', [True, False])
 def test_training(aux_head):
     """Two logits with an auxiliary head; every weight gets a gradient."""
@@ -197,22 +184,26 @@ def test_training(aux_head):
     assert [x.shape for x in outputs] == [(2, 7)] * (1 + aux_head)
     sum(x.sum() for x in outputs).backward()
     assert all(weight.grad is not None for weight in model.parameters())
-    assert model.eval()(IMAGES).shape == (2, 7)
 
 
 @torch.no_grad()
 def test_parts_make_the_whole():
-    model = OverLoCKClassifier(TINY, 7).eval()
+    model = OverLoCKClassifier(TINY, 7, drop_rate=0.5).eval()
     features = model.forward_features(IMAGES)
-    assert features.shape == (2, model.num_features, 2, 3)
-    assert torch.equal(model.forward_head(features), model(IMAGES))
+    logits = model.forward_head(features)
+    assert torch.equal(logits, model(IMAGES))
     hidden = model.forward_head(features, pre_logits=True)
-    assert hidden.shape == (2, model.head_hidden_size)
-    expected = model.get_classifier()(hidden[..., None, None]).flatten(1)
-    torch.testing.assert_close(model(IMAGES), expected)
-    model.reset_classifier(0)
-    assert torch.equal(model(IMAGES), hidden)
-    for settings, shape in [((0, ''), (2, 1024, 2, 3)), ((3, 'avg'), (2, 3))]:
+    last = model.get_classifier()(hidden[..., None, None]).flatten(1)
+    torch.testing.assert_close(last, logits)
+    model.train()
+    dropped = model.forward_head(features, pre_logits=True).eq(0)
+    assert 0.4 < dropped.float().mean() < 0.6
+    model.eval()
+    for settings, shape in [
+        ((0,), (2, model.head_hidden_size)),
+        ((0, ''), (2, 1024, 2, 3)),
+        ((3, 'avg'), (2, 3)),
+    ]:
         model.reset_classifier(*settings)
         assert model.num_classes == settings[0]
         assert not any(module.training for module in model.modules())
@@ -221,12 +212,3 @@ def test_parts_make_the_whole():
         model.reset_classifier(3, 'max')
     model = OverLoCKClassifier(TINY, 0, aux_head=True).train()
     assert model(IMAGES).shape == (2, 1024)
-
-
-def test_dropout_is_before_the_last_layer():
-    model = OverLoCKClassifier(TINY, 7, drop_rate=0.5)
-    features = torch.rand(2, model.num_features, 2, 2)
-    for training, least, most in (True, 0.4, 0.6), (False, 0, 0):
-        model.train(training)
-        hidden = model.forward_head(features, pre_logits=True)
-        assert least <= hidden.eq(0).float().mean() <= most

@@ -24,70 +24,54 @@ def randomized(kernel_size):
     return conv.eval()
 
 
-@pytest.mark.parametrize('kernel_size', BRANCHES)
-def test_merging(kernel_size):
-    conv = randomized(kernel_size)
-    x = torch.randn(2, 3, 21, 24, dtype=torch.double)
-    with torch.no_grad():
-        expected = sum(
-            bn(branch(x))
-            for branch, bn in (
-                (conv.lk_origin, conv.origin_bn),
-                *(
-                    (
-                        conv.get_submodule(f'dil_conv_k{size}_{dilation}'),
-                        conv.get_submodule(f'dil_bn_k{size}_{dilation}'),
-                    )
-                    for size, dilation in BRANCHES[kernel_size]
-                ),
-            )
-        )
-        torch.testing.assert_close(conv(x), expected)
-        for _ in range(2):  # the second time, there is nothing to merge
-            conv.switch_to_deploy()
-            torch.testing.assert_close(conv(x), expected)
-    assert set(conv.state_dict()) == {'lk_origin.weight', 'lk_origin.bias'}
-    deployed = DilatedReparamConv(3, kernel_size, BN, deploy=True)
-    assert set(deployed.state_dict()) == set(conv.state_dict())
+def draw():
+    return torch.randn(2, 3, 21, 24).double().requires_grad_()
 
 
-def test_fixed_statistics_train_the_branches():
-    """In eval mode one merged convolution has every branch's gradients."""
-    conv = randomized(13)
-    x = torch.randn(2, 3, 9, 7, dtype=torch.double, requires_grad=True)
-    operands = [x, *conv.parameters()]
+def sum_of_branches(conv, x):
+    """By the names of the release."""
     names = [('lk_origin', 'origin_bn')] + [
         (f'dil_conv_k{size}_{dilation}', f'dil_bn_k{size}_{dilation}')
-        for size, dilation in BRANCHES[13]
+        for size, dilation in BRANCHES[conv.lk_origin.kernel_size[0]]
     ]
-    plain = sum(
-        conv.get_submodule(bn)(conv.get_submodule(name)(x))
-        for name, bn in names
+    return sum(
+        conv.get_submodule(norm)(conv.get_submodule(name)(x))
+        for name, norm in names
     )
-    for actual, expected in zip(
-        torch.autograd.grad(conv(x).sin().sum(), operands),
-        torch.autograd.grad(plain.sin().sum(), operands),
-        strict=True,
-    ):
-        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize('kernel_size', BRANCHES)
+def test_merging(kernel_size):
+    """One convolution in eval mode, with the gradients of every branch."""
+    conv, x = randomized(kernel_size), draw()
+    operands = [x, *conv.parameters()]
+    expected = sum_of_branches(conv, x)
+    torch.testing.assert_close(conv(x), expected)
+    torch.testing.assert_close(
+        *(
+            torch.autograd.grad(out.sin().sum(), operands)
+            for out in (conv(x), sum_of_branches(conv, x))
+        )
+    )
+    for _ in range(2):  # the second time, there is nothing to merge
+        conv.switch_to_deploy()
+        torch.testing.assert_close(conv(x), expected)
+    deployed = DilatedReparamConv(3, kernel_size, BN, deploy=True)
+    assert set(deployed.state_dict()) == set(conv.state_dict())
 
 
 @pytest.mark.parametrize('change', ['momentum', 'one in eval mode', 'type'])
 def test_other_batch_norms(change):
     """What the fast path does not cover is computed plainly."""
-    conv = randomized(5).train()
+    conv, x = randomized(5).train(), draw()
     if change == 'momentum':  # an average over all batches
         conv.origin_bn.momentum = None
     elif change == 'type':
         conv.origin_bn = nn.InstanceNorm2d(3, affine=True).double()
     else:
         conv.origin_bn.eval()
-    x = torch.randn(2, 3, 6, 7, dtype=torch.double)
     other = copy.deepcopy(conv)
-    plain = sum(
-        other.get_submodule(bn)(other.get_submodule(name)(x))
-        for name, bn in other.branches
+    torch.testing.assert_close(conv(x), sum_of_branches(other, x))
+    torch.testing.assert_close(
+        dict(conv.state_dict()), dict(other.state_dict())
     )
-    torch.testing.assert_close(conv(x), plain)
-    for key, expected in other.state_dict().items():
-        torch.testing.assert_close(conv.state_dict()[key], expected)

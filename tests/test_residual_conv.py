@@ -39,17 +39,12 @@ def test_gelu():
 
 @pytest.mark.parametrize('kernel', ['forward', 'backward'])
 def test_plan(kernel):
-    """Lanes and multiprocessors are busy, and every row has a strip."""
+    """Multiprocessors are busy, which no result would tell."""
     form = kernels.KNOBS[kernel]
     slots = 132 * form.resident
     for shape in ((128, 64, 56, 56), (2, 64, 200, 336), (128, 2048, 7, 7)):
-        lanes, rows, strips, blocks, splits = kernels.plan(shape, form, slots)
-        batch, channels, height, width = shape
-        assert lanes[0] * lanes[1] == 32 * form.warps * form.channels
-        assert lanes[1] * blocks == channels
-        across = -(-width // form.columns)
-        assert strips == -(-height // rows) * across
+        lanes, _, strips, blocks, splits = kernels.plan(shape, form, slots)
         assert splits * blocks <= slots
-        tiles = -(-batch * strips // lanes[0])
+        tiles = -(-shape[0] * strips // lanes[0])
         turns = -(-tiles // splits)
         assert tiles * blocks / slots / turns > 0.75, shape

@@ -12,7 +12,7 @@ from tiny import randomize
 from mmoverlock.models import OverLoCK
 
 repeatable = settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],  # looking for the smallest failure takes minutes
@@ -53,30 +53,18 @@ def assert_maps(model, outputs, shape):
         assert output.is_contiguous() and output.isfinite().all()
 
 
-def is_trainable(model, shape):
-    """Whether no batch norm in training mode sees a single value."""
-    stride = 4 * 2 ** min(model.out_indices[-1], 1)
-    if model.out_indices[-1] >= 2:
-        stride = 32
-    norms = [m for m in model.modules() if 'BatchNorm' in type(m).__name__]
-    return (
-        shape[0] > 1
-        or max(shape[2:]) > stride
-        or not any(norm.training for norm in norms)
-    )
-
-
 @repeatable
 @given(images, options)
 def test_training(shape, kwargs):
     """All sizes, channels and options; gradients are finite."""
     model = build(shape[1], **kwargs).train()
     x = image(shape).requires_grad_()
-    if not is_trainable(model, shape):
-        with pytest.raises(ValueError, match='larger images'):
-            model(x)
+    try:
+        outputs = model(x)
+    except ValueError as error:  # see test_one_small_image
+        assert 'use larger images' in str(error)
+        assert shape[0] == 1 and max(shape[2:]) <= 32
         return
-    outputs = model(x)
     assert_maps(model, outputs, shape)
     sum(output.square().mean() for output in outputs).backward()
     assert x.grad.isfinite().all()
@@ -108,7 +96,7 @@ def test_inference(shape, kwargs, layout):
                 torch.testing.assert_close(actual, wanted)
 
 
-@pytest.mark.parametrize('size', [(1, 1), (32, 1024)])
+@pytest.mark.parametrize('size', [(1, 1), (16, 400)])
 def test_extreme_sizes(size):
     """And a batch of nothing, as from a filter that leaves nothing."""
     model = build(fuse_overview=True).train()
@@ -121,63 +109,22 @@ def test_extreme_sizes(size):
 
 def test_one_small_image():
     """It trains where batch norms do not count it."""
-    with pytest.raises(ValueError, match=r'\(1, 3, 32, 32\).*stride 32.*norm'):
-        build().train()(image((1, 3, 32, 32)))
-    with pytest.raises(ValueError, match=r'\(0, 3, 64, 64\) is 0 at'):
-        build().train()(image((0, 3, 64, 64)))
     build().train()(image((1, 3, 33, 32)))
     build(out_indices=(0,)).train()(image((1, 3, 5, 1)))
     build(norm_eval=True).train()(image((1, 3, 32, 32)))
 
 
 @pytest.mark.parametrize(
-    'x, message',
+    'shape, dtype, message',
     [
-        (torch.zeros(3, 64, 64), r'\(B, 3, H, W\).*got \(3, 64, 64\)'),
-        (torch.zeros(1, 1, 3, 64, 64), r'got \(1, 1, 3, 64, 64\)'),
-        (torch.zeros(1, 4, 64, 64), r'got \(1, 4, 64, 64\)'),
-        (torch.zeros(1, 3, 0, 64), r'at least 1, got \(1, 3, 0, 64\)'),
-        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 'floating.*uint8'),
+        ((3, 64, 64), torch.float, r'\(B, 3, H, W\).*got \(3, 64, 64\)'),
+        ((1, 4, 64, 64), torch.float, r'got \(1, 4, 64, 64\)'),
+        ((1, 3, 0, 64), torch.float, r'at least 1, got \(1, 3, 0, 64\)'),
+        ((1, 3, 64, 64), torch.uint8, 'floating.*uint8'),
+        ((1, 3, 32, 32), torch.float, r'\(1, 3, 32, 32\).*stride 32.*norm'),
+        ((0, 3, 64, 64), torch.float, r'\(0, 3, 64, 64\) is 0 at'),
     ],
 )
-def test_bad_input(x, message):
+def test_bad_input(shape, dtype, message):
     with pytest.raises(ValueError, match=message):
-        build().eval()(x)
-
-
-BAD_ARGUMENTS = dict(
-    arch=[
-        *('', 5, None, ('t',), {}, dict(TINY, depths='1111')),
-        *(dict(TINY, depths=(1, 1, 1, n)) for n in (1.5, None)),
-        *(dict(TINY, channels=(8, 16, n, 32)) for n in (16.0, 0)),
-        dict(TINY, focus_heads=(2, 3)),
-    ],
-    in_channels=[0, 3.0, None],
-    out_indices=[3, None, '3', (0, 0), (-1,), (1.0,), {0}],
-    drop_path_rate=[-0.1, math.nan, '0.1', None],
-    fuse_overview=[1],
-    classifier=['no'],
-    frozen_stages=[-2, 1.0, None],
-    norm_cfg=['BN', dict(type=None)],
-    norm_eval=[None],
-    with_cp=[None, 2, (-1,) * 6, (0.5,) * 6],
-    deploy=['no'],
-    contmix_backend=['', None, ['tiled']],
-    depthwise_backend=[5],
-    init_cfg=['weights.pth', {}, [None], dict(checkpoint='weights.pth')],
-)
-
-
-@pytest.mark.parametrize(
-    'name, value',
-    [(name, value) for name, all_ in BAD_ARGUMENTS.items() for value in all_],
-)
-def test_bad_arguments(name, value):
-    """The error names the argument, or its part, and the value."""
-    with pytest.raises(ValueError) as caught:
-        OverLoCK(**{'arch': TINY, name: value})
-    message = str(caught.value)
-    if isinstance(value, dict):  # test_overlock.py has their messages
-        return
-    assert ('backend' if name.endswith('backend') else name) in message
-    assert repr(value) in message
+        build().train()(torch.zeros(shape, dtype=dtype))

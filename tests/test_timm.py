@@ -60,12 +60,8 @@ def test_classifier(create):
     features = model.forward_features(images)
     assert features.shape == (1, model.num_features, *cfg['pool_size'])
     assert model(images).shape == (1, 1000)
-    for num_classes, pool, shape in [
-        (0, '', (1, 1024, 7, 7)),
-        (5, 'avg', (1, 5)),
-    ]:
-        model = create(num_classes=num_classes, global_pool=pool)
-        assert model.eval().to('meta')(images).shape == shape
+    maps = create(num_classes=0, global_pool='').eval().to('meta')
+    assert maps(images).shape == (1, 1024, 7, 7)
     with pytest.raises(TypeError, match='not_an_argument'):
         create(not_an_argument=1)
 
@@ -76,20 +72,17 @@ def test_groups_and_recomputation(create):
     model = create()
     groups = group_parameters(model, model.group_matcher(), reverse=True)
     assert groups['patch_embed1.0.weight'] == 0
-    assert len(set(groups.values())) == sum(model.depths) + 2
     assert groups['head.4.weight'] == max(groups.values())
+    assert len(set(groups.values())) == sum(model.depths) + 2
     for enable in True, False:
         model.set_grad_checkpointing(enable)
         assert {*model.checkpointed.values()} == {int(enable)}
 
 
-@pytest.mark.parametrize(
-    'given, expected', [(2, (2, 3)), ([-1], (3,)), ((0, 1), (0, 1))]
-)
+@pytest.mark.parametrize('given, expected', [(2, (2, 3)), ([0, -1], (0, 3))])
 def test_features_only(create, given, expected):
     unused = dict(num_classes=0, global_pool='')
     model = create(features_only=True, out_indices=given, in_chans=4, **unused)
-    assert model.out_indices == expected
     widths = [(8, 16, 32, 40)[i] for i in expected]
     strides = [4 * 2**i for i in expected]
     assert model.feature_info.channels() == widths
@@ -106,29 +99,27 @@ def test_pretrained(change, create, state, tmp_path):
     path = str(tmp_path / 'file.pth')
     torch.save({'state_dict': change(state)}, path)
 
-    def load(**kwargs):
-        overlay = dict(file=path)
-        return create(
-            pretrained=True, pretrained_cfg_overlay=overlay, **kwargs
-        ).state_dict()
+    file = dict(pretrained=True, pretrained_cfg_overlay=dict(file=path))
 
-    own = load()
+    def assert_loaded(model, but=()):
+        own = model.state_dict()
+        for name in own.keys() - {*but}:
+            if not name.startswith('extra_norm'):
+                assert torch.equal(own[name], state[name]), name
+        return own
+
+    own = assert_loaded(create(**file))
     assert own.keys() == {n for n in state if not n.startswith('aux')}
-    assert all(torch.equal(own[name], state[name]) for name in own)
 
-    own = load(num_classes=5, in_chans=1, aux_head=True)
-    assert own['head.4.weight'].shape[0] == 5
-    assert own['aux_head.2.weight'].shape[0] == 5
-    assert torch.equal(own['aux_head.0.weight'], state['aux_head.0.weight'])
-    stem = state['patch_embed1.0.weight'].sum(1, keepdim=True)
-    torch.testing.assert_close(own['patch_embed1.0.weight'], stem)
+    stem, last = 'patch_embed1.0.weight', ('head.4', 'aux_head.2')
+    new = [f'{name}.{end}' for name in last for end in ('weight', 'bias')]
+    model = create(**file, num_classes=5, in_chans=1, aux_head=True)
+    own = assert_loaded(model, (stem, *new))
+    assert [len(own[name]) for name in new] == [5] * 4
+    gray = state[stem].sum(1, keepdim=True)
+    torch.testing.assert_close(own[stem], gray)
 
-    own = load(features_only=True, out_indices=(0, 1))
-    backbone = {name for name in own if not name.startswith('extra_norm')}
-    assert 'blocks2.0.dwconv.weight' in backbone
-    assert all(torch.equal(own[name], state[name]) for name in backbone)
-
+    assert_loaded(create(**file, features_only=True, out_indices=(0, 1)))
     for features_only in False, True:
-        own = create(checkpoint_path=path, features_only=features_only)
-        name = 'sub_blocks4.0.proj.1.weight'
-        assert torch.equal(own.state_dict()[name], state[name])
+        model = create(checkpoint_path=path, features_only=features_only)
+        assert_loaded(model)
