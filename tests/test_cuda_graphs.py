@@ -132,14 +132,13 @@ def backward_passes(model, *seeds):
     return [p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize('shapes', [(SIZE,), (SIZE, OTHER)])
 @pytest.mark.parametrize(
-    'options',
+    'shapes, options',
     [
-        {},
-        dict(drop_path_rate=0.5),
-        dict(classifier=True),
-        dict(frozen_stages=2, norm_eval=True),
+        ((SIZE, OTHER), {}),
+        ((SIZE,), dict(drop_path_rate=0.5)),
+        ((SIZE,), dict(classifier=True)),
+        ((SIZE,), dict(frozen_stages=2, norm_eval=True)),
     ],
 )
 def test_training(replays, shapes, options):
@@ -201,19 +200,15 @@ def test_autocast(replays):
 
 
 def test_gradients_add_up(replays):
+    """And what a pass has returned stays as it is."""
     model, plain = recorded()
-    actual, expected = (backward_passes(m, 1, 2, 3) for m in (model, plain))
-    assert replays == ['run', 'differentiate'] * 6
-    torch.testing.assert_close(actual, expected)
-
-
-def test_outputs_and_gradients_stay(replays):
-    model, _ = recorded()
-    outs = model(draw(1))
+    outs = model(draw(4))
     grads = torch.autograd.grad(loss_of(outs), [*model.parameters()])
     kept = [t.clone() for t in (*outs, *grads)]
-    backward_passes(model, 2)
-    assert len(replays) == 10
+    replays.clear()
+    actual, expected = (backward_passes(m, 1, 2, 3) for m in (model, plain))
+    assert replays == ['run', 'differentiate'] * 3
+    torch.testing.assert_close(actual, expected)
     torch.testing.assert_close([*outs, *grads], kept, rtol=0, atol=0)
 
 
@@ -297,8 +292,13 @@ def test_frozen_output(replays):
     check_same(*models)
 
 
-def test_parameters_that_change_before_a_backward(replays):
+def test_wrong_backward_passes(replays):
+    """One that comes twice, or when a parameter has changed."""
     model, _ = recorded()
+    loss = loss_of(model(draw(1)))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match='cuda_graphs=False'):
+        loss.backward()
     loss = loss_of(model(draw(1)))
     with torch.no_grad():
         model.extra_norm['0'].weight += 1
@@ -306,119 +306,89 @@ def test_parameters_that_change_before_a_backward(replays):
         loss.backward()
 
 
-def test_second_backward(replays):
-    model, _ = recorded()
-    loss = loss_of(model(draw(1)))
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match='cuda_graphs=False'):
-        loss.backward()
+def move(model):
+    model.to(torch.float64).to(torch.float32)
 
 
-def square(p):
-    return p.shape[0] == p.shape[1] > 1
+def freeze(model):
+    model.blocks1.requires_grad_(False)
 
 
-def transpose(p):
-    p.data = p.data.transpose(0, 1)
+def wrap(model):
+    norm = model.extra_norm['0']
+    norm.weight = nn.Parameter(norm.weight.data)
 
 
-@pytest.mark.parametrize(
-    'change',
-    [
-        lambda m: m.to(torch.float64).to(torch.float32),
-        lambda m: m.blocks1.requires_grad_(False),
-        lambda m: setattr(
-            m.patch_embed1[0],
-            'weight',
-            nn.Parameter(m.patch_embed1[0].weight + 1),
-        ),
-        lambda m: setattr(
-            m.extra_norm['0'],
-            'weight',
-            nn.Parameter(m.extra_norm['0'].weight.data),
-        ),
-        lambda m: setattr(
-            m.patch_embed1[1],
-            'running_var',
-            m.patch_embed1[1].running_var + 1,
-        ),
-        lambda m: transpose(
-            next(p for p in m.parameters() if p.ndim == 4 and square(p))
-        ),
-        lambda m: m.extra_norm['0'].register_buffer('other', None),
-    ],
-    ids=['moved', 'frozen', 'replaced', 'wrapped', 'buffer', 'strides']
-    + ['nothing'],
-)
-def test_changes(replays, change):
-    """Recordings of other parameters are not replayed."""
+def transpose(model):
+    weights = [p for p in model.parameters() if p.ndim == 4]
+    weight = next(p for p in weights if p.shape[0] == p.shape[1] > 1)
+    weight.data = weight.data.transpose(0, 1)
+
+
+def replace_buffer(model):
+    norm = model.patch_embed1[1]
+    norm.running_var = norm.running_var + 1
+
+
+def set_momentum(model):
+    model.patch_embed2[1].momentum = 0.5
+
+
+def activate(model):
+    model.patch_embed1[2] = nn.ReLU()
+
+
+def choose(model):
+    model.out_indices = (2, 3)
+
+
+def load(model):
+    model.load_state_dict({k: 0.9 * v for k, v in model.state_dict().items()})
+
+
+def register_nothing(model):
+    model.extra_norm['0'].register_buffer('other', None)
+
+
+def drop(model):
+    for part in model.modules():
+        if isinstance(part, DropPath):
+            part.drop_prob = 0.5
+
+
+def test_changes(replays):
+    """Recordings of other parameters and settings are not replayed."""
     model, plain = recorded()
-    replays.clear()
-    for each in (model, plain):
-        change(each)
-        train(each, STEPS)
-    same = 'other' in model.extra_norm['0']._buffers
-    assert replays == ['run', 'differentiate'] * (STEPS if same else 3)
-    check_same(model, plain)
-
-
-def test_settings_that_change(replays):
-    """Every drop rate, momentum or activation has recordings of its own."""
-    model, plain = recorded(drop_path_rate=0.1)
-
-    def drop(model):
-        for part in model.modules():
-            if isinstance(part, DropPath):
-                part.drop_prob = 0.0
-
-    def move(model):
-        model.patch_embed2[1].momentum = 0.5
-
-    def activate(model):
-        model.patch_embed1[2] = nn.ReLU()
-
-    def choose(model):
-        model.out_indices = (2, 3)
-
-    for change in (drop, move, activate, choose):
+    news = move, freeze, wrap, transpose, replace_buffer, set_momentum
+    for change in (*news, activate, choose, load, register_nothing, drop):
         replays.clear()
         for each in (model, plain):
             change(each)
             torch.manual_seed(0)
             train(each)
-        assert replays == ['run', 'differentiate'] * 3
-        if not ON_GPU:  # where a graph has drawn other numbers before
+        same = change in (load, register_nothing)
+        steps = STEPS if same else 3
+        assert replays == ['run', 'differentiate'] * steps, change
+        if change is not drop or not ON_GPU:  # graphs draw other numbers
             check_same(model, plain)
 
 
-def test_values_that_are_loaded(replays):
-    model, plain = recorded()
-    state = tiny.randomize(build()).state_dict()
-    state = {k: 0.9 * v for k, v in state.items()}
-    for each in (model, plain):
-        each.load_state_dict(state)
-        train(each)
-    assert len(replays) == 6 + 2 * STEPS
-    check_same(model, plain)
-
-
-@pytest.mark.parametrize('kind', ['forward', 'pre', 'backward'])
-def test_hooks_are_called(replays, kind):
+def test_hooks_are_called(replays):
     model, _ = recorded()
-    calls = []
     norm = model.extra_norm['3']
-    register = dict(
-        forward=norm.register_forward_hook,
-        pre=norm.register_forward_pre_hook,
-        backward=norm.register_full_backward_hook,
-    )[kind]
-    handle = register(lambda *_: calls.append(1))
-    replays.clear()
-    backward_passes(model, 1)
-    assert calls and not replays
-    handle.remove()
-    backward_passes(model, 1)
-    assert replays
+    for register in (
+        norm.register_forward_hook,
+        norm.register_forward_pre_hook,
+        norm.register_full_backward_hook,
+    ):
+        calls = []
+        handle = register(lambda *_, calls=calls: calls.append(1))
+        replays.clear()
+        backward_passes(model, 1)
+        assert calls and not replays
+        handle.remove()
+        backward_passes(model, 1)
+        assert replays
 
 
 def test_what_runs_as_it_is(replays):
@@ -437,7 +407,7 @@ def test_what_runs_as_it_is(replays):
     handle = register_module_forward_hook(lambda *_: None)
     model(draw(1))
     handle.remove()
-    torch.jit.trace(model.eval(), draw(1))
+    torch.jit.trace(model.eval(), draw(1), check_trace=False)
     assert not replays
 
 
@@ -532,16 +502,18 @@ def test_ddp(replays, tmp_path):
     check_same(model, plain)
 
 
-@pytest.mark.parametrize('value', [-1, 'yes', None, 2.5])
-def test_wrong_values(value):
-    with pytest.raises(ValueError, match='cuda_graphs must be True'):
-        OverLoCK(ARCH, cuda_graphs=value)
-
-
-@pytest.mark.parametrize('option', [dict(compile=True), dict(with_cp=True)])
-def test_wrong_combinations(option):
-    with pytest.raises(ValueError, match='neither compile nor with_cp'):
-        OverLoCK(ARCH, cuda_graphs=True, **option)
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(cuda_graphs=-1), 'cuda_graphs must be True'),
+        (dict(cuda_graphs=2.5), 'cuda_graphs must be True'),
+        (dict(cuda_graphs=True, compile=True), 'neither compile nor with_cp'),
+        (dict(cuda_graphs=True, with_cp=True), 'neither compile nor with_cp'),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        OverLoCK(ARCH, **options)
 
 
 @pytest.mark.skipif(ON_GPU, reason='for machines without a GPU')
