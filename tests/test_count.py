@@ -21,38 +21,34 @@ triton = pytest.importorskip('triton', '3.6')
 import triton.language as tl  # noqa: E402
 
 BACKEND = 'triton'
-# Of t in bf16 on 128 images of 224 x 224: operators of PyTorch and launches
-# of Triton, GB, and GB of mixed layouts, at most.
+# Of t with fewer blocks in bf16 on 128 images of 224 x 224: operators of
+# PyTorch, launches of Triton, GB, GB of mixed layouts, and GB at a time.
 BOUNDS = {
-    ('t', True): (553, 1238, 99.4, 1.0),
-    ('t', False): (174, 391, 24.1, 0.5),
-    ('RepConv block', True): (6, 33, 6.3, 0.0),
-    ('RepConv block', False): (2, 9, 1.5, 0.0),
-    ('Focus block', True): (25, 50, 3.4, 0.1),
-    ('Focus block', False): (7, 18, 0.9, 0.1),
+    ('network', True): (201, 290, 26.8, 0.9, 3.8),
+    ('network', False): (73, 91, 6.9, 0.5, 0.9),
+    ('RepConv block', True): (5, 33, 6.3, 0.0, 1.4),
+    ('RepConv block', False): (2, 9, 1.5, 0.0, 0.7),
+    ('Focus block', True): (25, 50, 3.4, 0.1, 0.8),
+    ('Focus block', False): (7, 18, 0.9, 0.1, 0.3),
 }
 
 
-MEMORY = {True: 11.6, False: 1.0}  # GB of t, at most
-
-
 @pytest.mark.parametrize('train', [True, False])
-def test_bounds(train):
+def test_bounds(train, monkeypatch):
+    arch = dict(OverLoCK.arch_zoo['t', 'tiny'], depths=(1, 1, 1, 1))
+    arch['focus_depths'] = 2, 1
+    monkeypatch.setattr(
+        counting, 'OverLoCK', lambda _, **options: OverLoCK(arch, **options)
+    )
     model = build(train, BACKEND)
     images = torch.empty(128, 3, 224, 224, device='meta')
-    counted = {'t': (model, images), **counting.blocks(model)}
+    counted = {'network': (model, images), **counting.blocks(model)}
     for name, (module, inputs) in counted.items():
         result = count_operators(module, inputs, train)
-        figures = (
-            result.operators,
-            result.launches,
-            result.bytes / 1e9,
-            result.mixed / 1e9,
-        )
+        sizes = result.bytes, result.mixed, result.memory
+        figures = result.operators, result.launches, *(s / 1e9 for s in sizes)
         for figure, bound in zip(figures, BOUNDS[name, train], strict=True):
             assert figure <= bound, (name, figures)
-        if name == 't':
-            assert result.memory / 1e9 <= MEMORY[train]
 
 
 class Operators(TorchDispatchMode):
@@ -144,7 +140,6 @@ def convolve(module, x):
         (lambda _, x: torch.empty_like(x).view(-1), [draw()], 0, 0),
         (lambda _, x, y: x + y, [draw(True), draw()], 3, 3),
         (lambda _, x: x[:, :8].sum(), [draw(True)], 0.5, 0.5),
-        (lambda _, x: x + x.sum(), [draw(True)], 3, 0),
         # As in cuDNN, results are in the layout of the map.
         (lambda m, x: convolve(m, x) + x, [draw(True)], 5, 0),
     ],
@@ -197,11 +192,9 @@ LOW, HIGH = torch.bfloat16, torch.float32
     [
         (convolve, HIGH, 2, LOW),
         (lambda m, x: convolve(m, convolve(m, x)), LOW, 1, LOW),  # once
-        (lambda m, x: F.linear(x, x[0, 0]), LOW, 0, LOW),
         (lambda m, x: F.layer_norm(x, (64,)), LOW, 1, HIGH),
         (lambda m, x: x.sum((2, 3)), LOW, 0, HIGH),
         (lambda m, x: torch.addcmul(x, x, m.weight[0, 0, 0]), LOW, 2, HIGH),
-        (lambda m, x: torch.addcmul(x, x, x), LOW, 0, LOW),
         (lambda m, x: F.gelu(x), LOW, 0, LOW),
         (lambda m, x: convolve(m.double(), x.double()), HIGH, 1, torch.double),
     ],
@@ -214,13 +207,9 @@ def test_autocast(run, dtype, copies, result):
         seen.append(out.dtype)
         return out
 
-    x = draw(dtype=dtype)
-    figures = count_function(watch, x, dtype=LOW)
+    figures = count_function(watch, draw(dtype=dtype), dtype=LOW)
     assert seen[-1] == result
     assert figures.rows.get('aten._to_copy.default', [0])[0] == copies
-    # Without autocast, nothing is cast.
-    if dtype == HIGH and result != torch.double:
-        assert 'aten._to_copy.default' not in count_function(watch, x).rows
 
 
 @triton.jit
