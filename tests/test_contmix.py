@@ -1,4 +1,4 @@
-"""ContMix: the oracle against a loop, what CPUs run against it.
+"""ContMix: what CPUs run against the oracle, and networks elsewhere.
 
 The kernels are in test_contmix_triton.py.
 """
@@ -36,53 +36,6 @@ def draw(batch, height, width, kernel_size, groups=2, channels=(3, 2)):
 def call(operands, backend):
     *rest, small, large = operands.values()
     return contmix(*rest, (small, large), backend=backend)
-
-
-def loop(query, key, value, weight, bias, small, large):
-    """The definition, one number at a time."""
-    batch, channels, height, width = value.shape
-    groups = len(small)
-    query = query.reshape(batch, groups, -1, height, width)
-    key = key.reshape(batch, groups, query.shape[2], -1)
-    out = torch.zeros_like(value)
-    offset = 0
-    for half, table in enumerate((small, large)):
-        k = (table.shape[-1] + 1) // 2
-        for b in range(batch):
-            for g in range(groups):
-                for i in range(height):
-                    for j in range(width):
-                        top = min(max(i - k // 2, 0), height - k)
-                        left = min(max(j - k // 2, 0), width - k)
-                        affinity = query[b, g, :, i, j] @ key[b, g]
-                        logits = []
-                        for u in range(k):
-                            for v in range(k):
-                                n = offset + u * k + v
-                                row = top + u - i + k - 1
-                                col = left + v - j + k - 1
-                                logits.append(
-                                    affinity @ weight[n]
-                                    + bias[n]
-                                    + table[g, row, col]
-                                )
-                        kernel = torch.stack(logits).softmax(0).view(k, k)
-                        width_g = channels // 2 // groups
-                        first = half * channels // 2 + g * width_g
-                        here = slice(first, first + width_g)
-                        window = value[b, here, top : top + k, left : left + k]
-                        out[b, here, i, j] = (window * kernel).sum((1, 2))
-        offset += k**2
-    return out
-
-
-@pytest.mark.parametrize('height, width', [(5, 5), (6, 9), (11, 5)])
-def test_reference_is_the_definition(height, width):
-    operands = draw(2, height, width, kernel_size=5)
-    detached = [v.detach() for v in operands.values()]
-    torch.testing.assert_close(
-        call(operands, 'reference').detach(), loop(*detached)
-    )
 
 
 def test_gradcheck():
