@@ -467,11 +467,16 @@ def test_empty_map(run, shape):
 
 
 @pytest.mark.parametrize(
-    'run', [squeeze_excite, scaled_residual, update_prior]
+    'run, without',
+    [
+        (run, without)
+        for run in (squeeze_excite, scaled_residual, update_prior)
+        for without in ['', *WITHOUT[run]]
+    ],
 )
-def test_reference_under_autocast(run):
+def test_reference_under_autocast(run, without):
     """Maps stay in half precision, whatever the weights are in."""
-    operands = draw_operands(run, (2, 6, 5, 4), BRAIN)
+    operands = draw_operands(run, (2, 6, 5, 4), BRAIN, without)
     with torch.autocast(DEVICE, BRAIN):
         y = run(**operands, backend='reference')
     assert y.dtype == BRAIN
