@@ -162,6 +162,8 @@ def test_shapes_that_disagree(name, shape, message):
         call(operands, 'auto')
 
 
-def test_map_smaller_than_kernel():
+def test_other_mistakes():
     with pytest.raises(ValueError, match='6 x 9 map is smaller than the 7 x'):
         call(draw(1, 6, 9, kernel_size=7), 'auto')
+    with pytest.raises(ValueError, match="'natten'.*reference.*tiled.*triton"):
+        call(draw(1, 9, 9, kernel_size=7), 'natten')
