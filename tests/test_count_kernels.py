@@ -5,31 +5,7 @@ import json
 import pytest
 from kernels import python
 
-from benchmarks.kernels import Loop, loops_of
-
 pytest.importorskip('triton', '3.6')
-
-SASS = """
-        /*0000*/                   MOV R1, c[0x0][0x28] ;
-.L_x_1:
-        /*0010*/                   LDG.E.128 R4, [R2.64] ;
-.L_x_0:
-        /*0020*/                   FFMA R4, R4, R5, R6 ;
-        /*0030*/              @!P0 BRA `(.L_x_0) ;
-        /*0040*/               @P1 BRA `(.L_x_1) ;
-        /*0050*/              @!P2 BRA `(.L_x_2) ;
-.L_x_2:
-        /*0060*/                   EXIT ;
-"""
-
-
-def test_loops():
-    root = loops_of(SASS)
-    counted = root.run([(3, [(5, [])])])
-    assert counted == dict(MOV=1, LDG=3, FFMA=15, BRA=15 + 3 + 1, EXIT=1)
-    with pytest.raises(ValueError, match='1 loops'):
-        root.run([])
-    assert Loop(0, 8).run([]) == {}
 
 
 def test_compiled_convolution(pytestconfig):

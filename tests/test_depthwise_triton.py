@@ -4,6 +4,7 @@ What other operators promise too is in test_operators.py.
 """
 
 import pytest
+import tiny
 import torch
 from kernels import DEVICE, draw, exact, relative_error
 from test_depthwise import (
@@ -27,7 +28,7 @@ FIVE = [(5, 1), *BRANCHES[5]]
     'shape, size, dilation',
     [
         ((1, 1, 1, 1), 7, 1),  # the map ends within the kernel
-        ((1, 3, 5, 6), 17, 1),
+        ((1, 3, 2, 6), 17, 1),
         ((2, 2, 6, 9), 5, 2),
         ((1, 3, 9, 16), 3, 4),
     ],
@@ -51,8 +52,7 @@ def test_options():
 @pytest.mark.parametrize(
     'shape, sizes, dtype, tolerance',
     [
-        ((2, 3, 6, 5), FIVE, SINGLE, 1e-5),
-        ((1, 9, 8, 4), [(3, 1), (3, 4)], SINGLE, 1e-5),
+        ((1, 9, 6, 5), FIVE, SINGLE, 1e-5),  # two blocks of channels
         ((2, 4, 6, 7), FIVE, BRAIN, 2e-2),
     ],
 )
@@ -86,7 +86,6 @@ def test_sum_of_branches(shape, sizes, dtype, tolerance, poison):
 
 def test_network():
     """The backend is that of all large convolutions."""
-    model = OverLoCK('xt', depthwise_backend='triton')
+    model = OverLoCK(tiny.ARCH, depthwise_backend='triton')
     convs = [m for m in model.modules() if isinstance(m, DilatedReparamConv)]
-    assert len(convs) == 17
-    assert {conv.backend for conv in convs} == {'triton'}
+    assert [conv.backend for conv in convs] == ['triton'] * 6

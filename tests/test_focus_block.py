@@ -4,7 +4,7 @@ Without a GPU, Triton's interpreter runs the kernels.
 """
 
 import copy
-from functools import cache, partial
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -78,15 +78,16 @@ def step(block, maps, run=None, kernels=True):
     return grads | dict(out=out.detach()), dict(block.named_buffers())
 
 
-@cache
-def train(first):
-    return step(draw_block(first), draw_maps(first))
-
-
 @pytest.mark.parametrize('first', [True, False])
 def test_value_gradients_and_statistics(first, calls, monkeypatch):
-    results, buffers = train(first)
+    """And the same bits where maps are computed again, counted once."""
+    results, buffers = step(draw_block(first), draw_maps(first))
     assert calls.call_count == 1
+    if not first:
+        block = draw_block(first)
+        again = step(block, draw_maps(first), partial(recompute, block, block))
+        assert calls.call_count == 3
+        torch.testing.assert_close(again, (results, buffers), rtol=0, atol=0)
     monkeypatch.undo()
     maps = [*map(exact, draw_maps(first))]
     expected, others = step(draw_block(first).double(), maps, kernels=False)
@@ -96,17 +97,6 @@ def test_value_gradients_and_statistics(first, calls, monkeypatch):
         else:
             assert relative_error(results[name], value) < 1e-4, name
     torch.testing.assert_close(buffers, others, check_dtype=False)
-
-
-def test_equal_bits_and_recomputation(calls):
-    """With its maps computed again, all is as it was, and counted once."""
-    expected = train(False)
-    calls.reset_mock()
-    block = draw_block(False)
-    again = partial(recompute, block, block)
-    results = step(block, draw_maps(False), again)
-    assert calls.call_count == 2
-    torch.testing.assert_close(results, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('size', [(9, 16), (3, 20)])
@@ -144,99 +134,71 @@ def test_inference(first, dtype, limit, calls, monkeypatch):
     assert relative_error(out, expected) < limit
 
 
-class Taken(Exception):
-    """What a form of the block is replaced by."""
-
-
-def watch(block, maps):
+def watch(block):
     block.gate[0].register_forward_hook(print)
 
 
-def watch_gradient(block, maps):
-    block.mlp[0].register_full_backward_hook(print)
-
-
-def watch_block(block, maps):
-    block.register_forward_hook(print)
-
-
-def freeze(block, maps):
+def freeze(block):
     block.gate[1].eval()
 
 
-def average(block, maps):
+def average(block):
     block.lepe[0].origin_bn.momentum = None
 
 
-def merge(block, maps):
+def replace(block):
+    block.contmix_backend = 'tiled'
+
+
+def merge(block):
     fuse(block)
     torch.set_grad_enabled(False)
 
 
-def merge_with_gradients(block, maps):
-    fuse(block)
+def merge_watched(block):
+    merge(block)
+    watch(block)
 
 
-def merge_watched(block, maps):
-    merge(block, maps)
-    watch(block, maps)
-
-
-def merge_but_one(block, maps):
-    watch(block, maps)  # which is left as it is
-    merge(block, maps)
+def merge_but_one(block):
+    watch(block)  # which is left as it is
+    merge(block)
     block.gate[0]._forward_hooks.clear()
 
 
-def merge_without_residual(block, maps):
+def merge_without_residual(block):
     watched = block.dwconv2.register_forward_hook(print)
-    merge(block, maps)
+    merge(block)
     watched.remove()
 
 
-def shrink(block, maps):
-    maps[:] = [x[..., :4] for x in maps]
-
-
-def widen(block, maps):
-    maps[0] = maps[0].double()
-
-
-def replace(block, maps):
-    block.contmix_backend = 'tiled'
+CHANGES = [
+    *(watch, freeze, average, replace),
+    *(lambda block: block.eval(), lambda block: fuse(block)),
+    *(merge_watched, merge_but_one, merge_without_residual),
+]
 
 
 @pytest.mark.parametrize(
-    'change, form',
+    'change, is_one',
     [
-        (lambda *_: None, 'focus_block'),
-        (watch_block, 'focus_block'),
-        (lambda block, _: block.eval(), 'conv_and_norm'),
-        (merge, 'focus_block'),
-        (merge_with_gradients, 'conv_and_norm'),
-        (merge_watched, 'conv_and_norm'),
-        (merge_but_one, 'conv_and_norm'),
-        (merge_without_residual, 'conv_and_norm'),
-        (watch, 'conv_and_norm'),
-        (watch_gradient, 'conv_and_norm'),
-        (freeze, 'conv_and_norm'),
-        (average, 'conv_and_norm'),
-        (shrink, 'conv_and_norm'),
-        (widen, 'conv_and_norm'),
-        (replace, 'conv_and_norm'),
+        (lambda block: None, True),
+        (lambda block: block.register_forward_hook(print), True),
+        (merge, True),
+        *((change, False) for change in CHANGES),
     ],
 )
-def test_when_it_is_one_node(change, form, auto_is_triton, monkeypatch):
-    def take(name, *args):
-        raise Taken(name)
-
-    for name in ('focus_block', 'conv_and_norm'):
-        monkeypatch.setattr(blocks, name, partial(take, name))
-    block, maps = draw_block(True), draw_maps(True)
+def test_when_it_is_one_node(change, is_one, auto_is_triton, monkeypatch):
+    monkeypatch.setattr(blocks, 'focus_block', mock.Mock(side_effect=KeyError))
+    monkeypatch.setattr(blocks, 'conv_and_norm', lambda *_: 1 / 0)
+    block, (z,) = draw_block(True), draw_maps(True)
     with torch.enable_grad():
-        change(block, maps)
-        with pytest.raises(Taken, match=form):
-            block(maps[0], None)
+        change(block)
+        with pytest.raises(KeyError if is_one else ZeroDivisionError):
+            block(z, None)
+        for other in (z[..., :4], z.double()):
+            with pytest.raises(ZeroDivisionError):
+                block(other, None)
 
 
 def test_synchronized_norms_are_no_part_of_it(auto_is_triton, monkeypatch):

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-triton = pytest.importorskip('triton')
 launching = pytest.importorskip('mmoverlock.ops.launching')
 
 
@@ -79,10 +78,8 @@ def test_what_is_compiled_again(compiled, changed):
     usual = dict(p_x=x, p_parts=(x, x), count=3, eps=0.1)
     constants = dict(SIZE=4, FLAG=False, num_warps=4)
     for arguments in ({}, changed, {}, changed):
-        args = [arguments.get(name, usual[name]) for name in usual]
-        kwargs = {
-            name: arguments.get(name, constants[name]) for name in constants
-        }
+        kwargs = usual | constants | arguments
+        args = [kwargs.pop(name) for name in usual]
         kernel[(1,)](*args, **kwargs)
     assert len(asked) == 2
 
@@ -118,12 +115,3 @@ def test_limit(compiled, monkeypatch):
         kernel[(1,)](x, (), count, 0.1, SIZE=4, FLAG=False)
         assert 0 < len(kernel.kept) <= 3
     assert len(asked) == 7
-
-
-def test_decorator():
-    kept = launching.jit(do_not_specialize=('count',))(kernel)
-    if type(triton.jit(kernel)) is triton.JITFunction:
-        assert type(kept) is launching.Kernel
-        assert kept.params[2].do_not_specialize
-    else:
-        assert type(kept) is type(triton.jit(kernel))
