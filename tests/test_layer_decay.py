@@ -59,6 +59,15 @@ def test_settings():
         assert group['weight_decay'] == (0 if 'norm' in name else DECAY)
 
 
+def test_backbone_by_itself():
+    groups = build(OverLoCK(TINY), layer_decay_rate=RATE)
+    for name, group in groups.items():
+        [power] = [
+            n for key, n in POWERS.items() if name.startswith(f'{key}.')
+        ]
+        assert group['lr'] == pytest.approx(LR * RATE**power)
+
+
 NETS = dict(
     none=nn.Linear(1, 1),
     one=OverLoCK(TINY),

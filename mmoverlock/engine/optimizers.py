@@ -111,10 +111,11 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 f'{list(backbones)}'
             )
         [(path, backbone)] = backbones.items()
+        path = f'{path}.' if path else ''  # of a backbone by itself
         rate = self.paramwise_cfg['layer_decay_rate']
         scales = {}
         for name, parameter in module.named_parameters():
-            depth, num_layers = backbone.get_layer_depth(name, f'{path}.')
+            depth, num_layers = backbone.get_layer_depth(name, path)
             scales[id(parameter)] = rate ** (num_layers - 1 - depth)
         for group in params:
             scale = scales[id(group['params'][0])]
