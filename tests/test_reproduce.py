@@ -180,6 +180,7 @@ def test_drawn(reproduce, monkeypatch):
     def run(command):
         assert command[0] == sys.executable
         assert command[1].endswith('tools/test.py')
+        tiny.forget_instances()  # named by the second in which they start
         tiny.load_tool('test').main(command[2:])
         return 0
 
