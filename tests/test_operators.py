@@ -17,7 +17,7 @@ from mmoverlock.ops import (
     Norm,
     conv_norm,
     depthwise_conv2d,
-    excite_norms,
+    excite_norm,
     feed_forward,
     layer_norm,
     partial_sums,
@@ -77,11 +77,10 @@ def branches(x, backend='auto', **parameters):
     return sum_of_branches(x, made, backend), *statistics(made)
 
 
-def excited(x, y, z, scales, shifts, backend='auto', **weights):
-    """What is behind norms of one map or three, and their statistics."""
-    maps = [t for t in (x, y, z) if t is not None]
-    norms = make_norms(scales, shifts)[: len(maps)]
-    out = excite_norms(maps, norms, **weights, backend=backend)
+def excited(x, scales, shifts, backend='auto', **weights):
+    """What is behind a norm, and its statistics."""
+    norms = make_norms(scales, shifts)
+    out = excite_norm(x, *norms, **weights, backend=backend)
     return out, *statistics(norms)
 
 
@@ -107,7 +106,7 @@ SPECS = {
     conv_norm: 'x BCHW, weight C133, bias C, scale C, shift C, residual',
     response_norm: 'x BCHW, gamma 1C11, beta 1C11',
     squeeze_excite: 'x BCHW, weight1 DC11, bias1 D, weight2 CD11, bias2 C, '
-    'gate BCHW, silu',
+    'gate BCHW',
     scaled_residual: 'x BCHW, y BCHW, weight C111, bias C, keep B',
     update_prior: 'z BCHW, initial BPHW, weight P111, bias P, '
     'initial_weight P111, initial_bias P',
@@ -116,7 +115,7 @@ SPECS = {
     'identity BOHW, gain O111, offset O, keep B',
     depthwise_conv2d: 'x BCHW, weight C133, bias C',
     branches: 'x BCHW, weight1 C133, weight2 C133, scales 2C, shifts 2C',
-    excited: 'x BCHW, y BCHW, z BCHW, scales 3C, shifts 3C, '
+    excited: 'x BCHW, scales 1C, shifts 1C, '
     'weight1 DC11, bias1 D, weight2 CD11, bias2 C',
 }
 SPECS = {
@@ -155,7 +154,7 @@ def definition_of(run):
 WITHOUT = {  # which operands an operator gets none of, case by case
     residual_conv: ['bias gelu squares', 'gelu residual'],
     conv_norm: ['bias residual'],
-    squeeze_excite: ['silu', 'gate silu'],
+    squeeze_excite: ['gate'],
     scaled_residual: ['keep', 'bias keep', 'weight bias', 'weight bias keep'],
     update_prior: ['bias'],
     feed_forward: [
@@ -164,7 +163,6 @@ WITHOUT = {  # which operands an operator gets none of, case by case
         'identity gain offset keep residual',
     ],
     depthwise_conv2d: ['bias'],
-    excited: ['y z'],
 }
 CASES = [(run, '') for run in SPECS]
 CASES += [(run, without) for run in WITHOUT for without in WITHOUT[run]]
@@ -509,7 +507,6 @@ def test_shapes_that_disagree():
     one = torch.ones(2, 1, 1, 1)
     two = torch.ones(2, 2, 1, 1)
     taps, beta = torch.ones(3, 1, 3, 3), torch.ones(1, 1, 1, 1)
-    weights = two, c, two, c
     for run, *operands, message in (
         (squeeze_excite, x, two, c, one, c, r'weight2.*\(2, 2, 1, 1\)'),
         (squeeze_excite, x, one, c, two, c, r'weight1.*\(2, 2, 1, 1\)'),
@@ -523,8 +520,6 @@ def test_shapes_that_disagree():
         (response_norm, x, one, one, r'gamma.*\(1, 2, 1, 1\)'),
         (response_norm, x, one.view(1, 2, 1, 1), beta, 'beta'),
         (residual_conv, x, taps, r'\(3, 1, 3, 3\).*\(2, 1, 3, 3\)'),
-        (excite_norms, [x, x], [], *weights, 'one map or three of one shape'),
-        (excite_norms, [x, x, x[:, :1]], [], *weights, 'three of one shape'),
     ):
         with pytest.raises(ValueError, match=message):
             run(*operands)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..ops import (
     Norm,
     conv_norm,
-    excite_norms,
+    excite_norm,
     is_compiling,
     layer_norm,
     residual_conv,
@@ -237,7 +237,7 @@ class SEModule(nn.Module):
         Returns:
             Tensor: (B, C, H, W).
         """
-        return excite_norms([x], [as_operand(norm)], *self.weights())
+        return excite_norm(x, as_operand(norm), *self.weights())
 
 
 class StridedConv(nn.Conv2d):

@@ -9,7 +9,7 @@ from .depthwise import (
 )
 from .dynamic_conv import contmix
 from .environment import is_compiling, is_traced
-from .excitation import Norm, excite_norms, squeeze_excite
+from .excitation import Norm, excite_norm, squeeze_excite
 from .ffn import feed_forward
 from .grn import response_norm, response_scale
 from .layernorm import layer_norm
@@ -25,7 +25,7 @@ __all__ = [
     'conv_norm',
     'convolution_dtype',
     'depthwise_conv2d',
-    'excite_norms',
+    'excite_norm',
     'feed_forward',
     'is_compiling',
     'is_traced',

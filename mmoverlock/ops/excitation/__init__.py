@@ -1,11 +1,10 @@
-"""Squeeze and excitation of a map, the gate behind it, and norms before."""
+"""Squeeze and excitation of a map, the gate behind it, the norm before."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from ..backends import check_backend, run, takes_triton
+from ..backends import run
 from . import reference
 
 
@@ -16,10 +15,9 @@ def squeeze_excite(
     weight2: Tensor,
     bias2: Tensor,
     gate: Tensor | None = None,
-    silu: bool = False,
     backend: str = 'auto',
 ) -> Tensor:
-    """``f(gate) * x * s``, ``s = sigmoid(W2 gelu(W1 mean(x) + b1) + b2)``.
+    """``gate * x * s``, ``s = sigmoid(W2 gelu(W1 mean(x) + b1) + b2)``.
 
     The mean is over H and W. On GPUs the maps are read in the dtypes that
     they have, under autocast too, and in ``torch.channels_last`` (another one
@@ -33,7 +31,6 @@ def squeeze_excite(
         weight2 (Tensor): (C, D, 1, 1).
         bias2 (Tensor): (C, ).
         gate (Tensor, optional): (B, C, H, W).
-        silu (bool): Whether f is SiLU. Defaults to False, the identity.
         backend (str): See :func:`mmoverlock.ops.backends.check_backend`.
             Defaults to 'auto'.
 
@@ -46,7 +43,7 @@ def squeeze_excite(
         ImportError: If the backend needs what is not installed.
     """
     _check_shapes(x, weight1, weight2, gate)
-    operands = x, weight1, bias1, weight2, bias2, gate, silu
+    operands = x, weight1, bias1, weight2, bias2, gate
     return run(backend, reference.squeeze_excite, _kernels, *operands)
 
 
@@ -84,53 +81,41 @@ class Norm(NamedTuple):
     eps: float
 
 
-def excite_norms(
-    maps: Sequence[Tensor],
-    norms: Sequence[Norm],
+def excite_norm(
+    x: Tensor,
+    norm: Norm,
     weight1: Tensor,
     bias1: Tensor,
     weight2: Tensor,
     bias2: Tensor,
     backend: str = 'auto',
 ) -> Tensor:
-    """:func:`squeeze_excite` of what batch norms make of maps.
+    """:func:`squeeze_excite` of what a batch norm makes of a map.
 
-    Of one map, without a gate; or of three: the norms of the first two are
-    added up, and the third is the gate of SiLU. Running statistics and numbers
-    of batches are updated in place.
+    Running statistics and the number of batches are updated in place.
 
     Args:
-        maps (Sequence[Tensor]): (B, C, H, W) each, with more than one value a
-            channel.
-        norms (Sequence[Norm]): Of each.
+        x (Tensor): (B, C, H, W), with more than one value a channel.
+        norm (Norm): Of C channels.
         weight1, bias1, weight2, bias2, backend: As above.
 
     Returns:
-        Tensor: (B, C, H, W), in the dtype of the first map.
+        Tensor: (B, C, H, W), in the dtype of x.
 
     Raises:
         ValueError: If the backend is unknown or cannot run, or the shapes
             disagree.
         ImportError: If the backend needs what is not installed.
     """
-    x, *others = maps
-    if len(others) not in (0, 2) or any(y.shape != x.shape for y in others):
-        raise ValueError(
-            'expected one map or three of one shape, got '
-            f'{[tuple(x.shape) for x in maps]}'
-        )
     _check_shapes(x, weight1, weight2, None)
-    check_backend(backend)
-    operands = maps, norms, weight1, bias1, weight2, bias2
-    if takes_triton(backend, x, _norm_kernels, x, *operands):
-        return _norm_kernels(x, *operands)
-    return reference.excite_norms(*operands)
+    operands = x, norm, weight1, bias1, weight2, bias2
+    return run(backend, reference.excite_norm, _norm_kernels, *operands)
 
 
-def _norm_kernels(_: Tensor, *operands) -> Tensor:
-    from .triton import excite_norms as kernels
+def _norm_kernels(*operands) -> Tensor:
+    from .triton import excite_norm as kernels
 
     return kernels(*operands)
 
 
-__all__ = ['Norm', 'excite_norms', 'squeeze_excite']
+__all__ = ['Norm', 'excite_norm', 'squeeze_excite']

@@ -1123,7 +1123,6 @@ def _squeeze_excite(
     weight2: Tensor,
     bias2: Tensor,
     gate: Tensor | None,
-    silu: bool,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`forward`."""
     partial_sums.check_device(x)
@@ -1133,11 +1132,11 @@ def _squeeze_excite(
     if gate is not None:
         gate = channels_last(gate)
     weights = (t.contiguous() for t in (weight1, bias1, weight2, bias2))
-    return forward(x, *weights, gate, silu)
+    return forward(x, *weights, gate)
 
 
 @_squeeze_excite.register_fake
-def _(x, weight1, bias1, weight2, bias2, gate, silu):
+def _(x, weight1, bias1, weight2, bias2, gate):
     return _empty_outputs(channels_last(x), weight1)
 
 
@@ -1151,7 +1150,6 @@ def _squeeze_excite_backward(
     bias2: Tensor,
     gate: Tensor | None,
     state: Tensor,
-    silu: bool,
 ) -> list[Tensor]:
     """See :func:`backward`."""
     weights = [t.contiguous() for t in (weight1, bias1, weight2, bias2)]
@@ -1161,11 +1159,11 @@ def _squeeze_excite_backward(
     if not x.numel():
         tensors = x, *weights, gate
         return [torch.zeros_like(t) for t in tensors if t is not None]
-    return backward(channels_last(grad), x, *weights, gate, state, silu)
+    return backward(channels_last(grad), x, *weights, gate, state)
 
 
 @_squeeze_excite_backward.register_fake
-def _(grad, x, weight1, bias1, weight2, bias2, gate, state, silu):
+def _(grad, x, weight1, bias1, weight2, bias2, gate, state):
     results = [torch.empty_like(channels_last(x))]
     for weight in (weight1, bias1, weight2, bias2):
         results.append(torch.empty_like(weight.contiguous()))
@@ -1175,16 +1173,15 @@ def _(grad, x, weight1, bias1, weight2, bias2, gate, state, silu):
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(*inputs, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, grad, _):
     if grad is None:
-        return (None,) * 7
-    grads = _squeeze_excite_backward(grad, *ctx.saved_tensors, ctx.silu)
-    return *[*grads, None][:6], None
+        return (None,) * 6
+    grads = _squeeze_excite_backward(grad, *ctx.saved_tensors)
+    return tuple([*grads, None][:6])
 
 
 _squeeze_excite.register_autograd(_differentiate, setup_context=_save)
@@ -1197,50 +1194,48 @@ def squeeze_excite(
     weight2: Tensor,
     bias2: Tensor,
     gate: Tensor | None = None,
-    silu: bool = False,
 ) -> Tensor:
     """See :func:`mmoverlock.ops.squeeze_excite`."""
     x = channels_last(x)
     if gate is not None:
         gate = channels_last(gate)
-    return _squeeze_excite(x, weight1, bias1, weight2, bias2, gate, silu)[0]
+    return _squeeze_excite(x, weight1, bias1, weight2, bias2, gate)[0]
 
 
 @custom_op(
-    'mmoverlock::measure_norms', mutates_args=('means', 'variances', 'batches')
+    'mmoverlock::measure_norm', mutates_args=('mean', 'variance', 'batches')
 )
-def _measure_norms(
-    maps: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    shifts: Sequence[Tensor],
-    means: Sequence[Tensor],
-    variances: Sequence[Tensor],
-    batches: Sequence[Tensor],
-    momenta: Sequence[float],
-    eps: Sequence[float],
+def _measure_norm(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    batches: Tensor,
+    momentum: float,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`measure`."""
-    partial_sums.check_device(maps[0])
-    return measure(
-        maps, scales, shifts, means, variances, batches, momenta, eps
-    )
+    partial_sums.check_device(x)
+    norm = scale, shift, mean, variance, batches, momentum, eps
+    return measure([x], *([field] for field in norm))
 
 
-@_measure_norms.register_fake
-def _(maps, scales, shifts, means, variances, batches, momenta, eps):
-    channels = maps[0].shape[1]
-    parts = maps[0].shape[0] * _split(maps[0])[0] * 2
+@_measure_norm.register_fake
+def _(x, *norm):
+    channels = x.shape[1]
+    parts = x.shape[0] * _split(x)[0] * 2
     return tuple(
-        maps[0].new_empty(len(maps), rows, channels, dtype=torch.float32)
+        x.new_empty(1, rows, channels, dtype=torch.float32)
         for rows in (parts, 4)
     )
 
 
-@custom_op('mmoverlock::excite_norms')
-def _excite_norms(
-    maps: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    shifts: Sequence[Tensor],
+@custom_op('mmoverlock::excite_norm')
+def _excite_norm(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
     weight1: Tensor,
     bias1: Tensor,
     weight2: Tensor,
@@ -1249,23 +1244,22 @@ def _excite_norms(
     norms: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`forward`."""
-    x, other, gate = [*maps, None, None][:3]
     weights = (t.contiguous() for t in (weight1, bias1, weight2, bias2))
-    return forward(x, *weights, gate, True, other, (parts, norms))
+    return forward(x, *weights, measured=(parts, norms))
 
 
-@_excite_norms.register_fake
-def _(maps, scales, shifts, weight1, *args):
-    batch, channels = maps[0].shape[:2]
-    size = (2 + _summands(maps)) * channels + weight1.shape[0]
-    state = maps[0].new_empty(batch, size, dtype=torch.float32)
-    return torch.empty_like(maps[0]), state
+@_excite_norm.register_fake
+def _(x, scale, shift, weight1, *args):
+    batch, channels = x.shape[:2]
+    size = 3 * channels + weight1.shape[0]
+    state = x.new_empty(batch, size, dtype=torch.float32)
+    return torch.empty_like(x), state
 
 
-@custom_op('mmoverlock::excite_norms_backward', differentiable=False)
-def _excite_norms_backward(
+@custom_op('mmoverlock::excite_norm_backward', differentiable=False)
+def _excite_norm_backward(
     grad: Tensor,
-    maps: Sequence[Tensor],
+    x: Tensor,
     weight1: Tensor,
     bias1: Tensor,
     weight2: Tensor,
@@ -1274,55 +1268,40 @@ def _excite_norms_backward(
     state: Tensor,
 ) -> list[Tensor]:
     """See :func:`backward`."""
-    x, other, gate = [*maps, None, None][:3]
     weights = [t.contiguous() for t in (weight1, bias1, weight2, bias2)]
-    grad = channels_last(grad)
-    return backward(grad, x, *weights, gate, state, True, other, norms)
+    return backward(channels_last(grad), x, *weights, None, state, norms=norms)
 
 
-@_excite_norms_backward.register_fake
-def _(grad, maps, weight1, bias1, weight2, bias2, norms, state):
-    grads = [
-        torch.empty_like(t)
-        for t in (maps[0], weight1, bias1, weight2, bias2, *maps[:0:-1])
-    ]
-    return [*grads, norms.new_empty(2 * len(maps), norms.shape[2])]
+@_excite_norm_backward.register_fake
+def _(grad, x, weight1, bias1, weight2, bias2, norms, state):
+    tensors = x, weight1, bias1, weight2, bias2
+    grads = [torch.empty_like(tensor) for tensor in tensors]
+    return [*grads, norms.new_empty(2, norms.shape[2])]
 
 
-def _save_norms(ctx, inputs, output):
-    maps, scales, shifts, *weights, _, norms = inputs
-    ctx.dtypes = [
-        t.dtype for pair in zip(scales, shifts, strict=True) for t in pair
-    ]
-    ctx.save_for_backward(*weights, norms, output[1], *maps)
+def _save_norm(ctx, inputs, output):
+    x, scale, shift, *weights, _, norms = inputs
+    ctx.dtypes = scale.dtype, shift.dtype
+    ctx.save_for_backward(x, *weights, norms, output[1])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_norms(ctx, grad, _):
+def _differentiate_norm(ctx, grad, _):
     if grad is None:
         return (None,) * 9
-    *tensors, state = ctx.saved_tensors[:6]
-    maps = ctx.saved_tensors[6:]
-    grad_x, *grads = _excite_norms_backward(grad, maps, *tensors, state)
-    *grad_maps, norms = grads[4:]
+    grad_x, *grads, norms = _excite_norm_backward(grad, *ctx.saved_tensors)
     rows = [row.to(t) for row, t in zip(norms, ctx.dtypes, strict=True)]
-    grad_maps = [grad_x, *reversed(grad_maps)]
-    return grad_maps, rows[::2], rows[1::2], *grads[:4], None, None
+    return grad_x, *rows, *grads, None, None
 
 
-_excite_norms.register_autograd(
-    _differentiate_norms, setup_context=_save_norms
-)
+_excite_norm.register_autograd(_differentiate_norm, setup_context=_save_norm)
 
 
-def excite_norms(
-    maps: Sequence[Tensor], norms: Sequence[Sequence], *weights: Tensor
-) -> Tensor:
-    """See :func:`mmoverlock.ops.excite_norms`."""
-    maps = [channels_last(x) for x in maps]
-    fields = [list(field) for field in zip(*norms, strict=True)]
-    fields[:2] = [contiguous(*field) for field in fields[:2]]
+def excite_norm(x: Tensor, norm: Sequence, *weights: Tensor) -> Tensor:
+    """See :func:`mmoverlock.ops.excite_norm`."""
+    x = channels_last(x)
+    scale, shift, *statistics = norm
+    affine = contiguous(scale, shift)
     with torch.no_grad():
-        measured = _measure_norms(maps, *fields)
-    weights = contiguous(*weights)
-    return _excite_norms(maps, *fields[:2], *weights, *measured)[0]
+        measured = _measure_norm(x, *affine, *statistics)
+    return _excite_norm(x, *affine, *contiguous(*weights), *measured)[0]
