@@ -532,13 +532,11 @@ def weight_grads(
         for o, i in zip(outputs, inputs, strict=True)
     ]
     # Each takes its share of those that run at a time.
-    work = sum(len(x) * count for x, count in zip(maps, blocks, strict=True))
+    rows = [x.shape[0] for x in maps]
+    work = sum(n * count for n, count in zip(rows, blocks, strict=True))
     splits = [
-        max(
-            1,
-            min(cdiv(len(x), knobs['pixels']), PROGRAMS * len(x) // work),
-        )
-        for x in maps
+        max(1, min(cdiv(n, knobs['pixels']), PROGRAMS * n // work))
+        for n in rows
     ]
     parts = [
         [
@@ -557,7 +555,7 @@ def weight_grads(
         maps,
         tuple(part for part, _ in parts),
         tuple(part for _, part in parts),
-        tuple(2 * len(x) + 1 for x in maps),
+        tuple(2 * n + 1 for n in rows),
         tuple(2 * count + 1 for count in splits),
         tuple(inputs),
         tuple(outputs),

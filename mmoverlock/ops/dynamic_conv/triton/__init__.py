@@ -73,7 +73,7 @@ class _Problem:
         self.batch, _, self.height, self.width = value.shape
         groups = len(small)
         self.units = self.batch * groups
-        self.sizes = [(len(table[0]) + 1) // 2 for table in (small, large)]
+        self.sizes = [(table.shape[1] + 1) // 2 for table in (small, large)]
         # There is no other number of classes than those few.
         self.forms = _forms(self.height, self.width, *self.sizes)
         self.taps = sum(size**2 for size in self.sizes)
@@ -256,7 +256,7 @@ def _empty_outputs(
     planes = 2 if query.element_size() == 2 else 1
     channels = query.shape[1] // groups
     b_filters = query.new_empty(batch, groups, planes, len(bias), channels)
-    sizes = [(len(table[0]) + 1) // 2 for table in (small, large)]
+    sizes = [(table.shape[1] + 1) // 2 for table in (small, large)]
     if classes.count_classes(height, width, max(sizes)) <= (
         classes.MOST_CLASSES
     ):
