@@ -185,7 +185,31 @@ def compile_sums(capability, dtype):
         torch.empty(25088, n, dtype=dtype, device='meta') for n in (384, 256)
     )
 
+    maps = [
+        draw(2, 320, *size, dtype=dtype).to('meta')
+        for size in ((8, 9), (17, 16))
+    ]
+    weight1, bias1, c, count = (
+        torch.empty(shape, device='meta')
+        for shape in ((40, 320, 1, 1), 40, 320, ())
+    )
+    weights = weight1, bias1, weight1, c
+    norms = [[t] * 3 for t in (c, c, c, c, count, 0.1, 1e-5)]
+
+    def excite(x):
+        """Three norms; and none, in inference."""
+        measured = focus.excitation.measure([x] * 3, *norms)
+        grad, state = focus.excitation.forward(
+            x, *weights, x, True, x, measured
+        )
+        focus.excitation.backward(
+            grad, x, *weights, x, state, True, x, measured[1]
+        )
+        focus.excitation.forward(x, *weights, x, True)
+
     def run():
+        for z in maps:
+            excite(z)
         parts = weight_grads((x, y), (y, y), (y, y), (y, x), (y, x[:, :256]))
         sums = [part for pair in parts for part in pair]
         partial_sums.add(*((part, part[0].clone()) for part in sums))
