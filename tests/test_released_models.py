@@ -95,8 +95,9 @@ def test_options_are_not_evaluated(tmp_path, monkeypatch):
     config = str(CONFIGS / 'mask_rcnn/overlock_xt_1x.py')
     train = tiny.load_tool('train')
     args = train.build_parser().parse_args(
-        [config, '--cfg-options', f'work_dir={value}']
+        [config, '--cfg-options', 'log_level=INFO', f'work_dir={value}']
     )
+    assert args.cfg_options['log_level'] == 'INFO'
     cfg = train.cli.load_config(args)
     cfg.dump('config.py')
     again = Config.fromfile('config.py')
