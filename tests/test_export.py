@@ -12,6 +12,7 @@ from torch import nn
 
 from mmoverlock.models.blocks import FocusBlock
 from mmoverlock.models.fuse import fuse
+from mmoverlock.models.reparam import DilatedReparamConv
 
 tiny.need_openmmlab()
 onnx = pytest.importorskip('onnx')
@@ -160,6 +161,20 @@ def test_contmix_onnx(tmp_path):
     path = tmp_path / 'model.onnx'
     tool.write_onnx(program, path, ['features'], {})
     compare(load_onnx(path)[0](image), wanted)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings('error:ONNX Preprocess')
+def test_branches_in_the_exporter_by_traces(tmp_path):
+    """They are merged in its graph; it leaves out changes that it may lose."""
+    torch.manual_seed(0)
+    conv = tiny.randomize(DilatedReparamConv(4, 7, dict(type='BN'))).eval()
+    image = torch.randn(1, 4, 9, 8)
+    path = tmp_path / 'model.onnx'
+    torch.onnx.export(conv, (image,), path, dynamo=False)
+    session = onnxruntime.InferenceSession(path)
+    (found,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    compare([torch.from_numpy(found)], [conv(image)])
 
 
 @pytest.mark.parametrize(

@@ -193,9 +193,8 @@ class DilatedReparamConv(nn.Module):
             # A dilated kernel is a large one with zeros between its taps.
             reach = conv.padding[0]
             taps = slice(centre - reach, centre + reach + 1, conv.dilation[0])
-            merged[..., taps, taps].addcmul_(
-                conv.weight, scale[:, None, None, None]
-            )
+            part = conv.weight * scale[:, None, None, None]
+            merged[..., taps, taps].add_(part)
         return merged, bias.to(merged.dtype)
 
     def drop_dilated(self) -> None:
