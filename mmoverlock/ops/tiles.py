@@ -109,9 +109,8 @@ def sum_rows(
     o_channel,
     m_channel,
     ROWS: tl.constexpr,
-    SILU: tl.constexpr = False,
 ):
-    """Sums (C, ) over rows, ``step`` apart, of ``x factor f(gate)``.
+    """Sums (C, ) over rows, ``step`` apart, of ``x factor gate``.
 
     Without those of the last two that are None.
     """
@@ -124,6 +123,6 @@ def sum_rows(
         if p_factor is not None:
             b_x *= load(p_factor, o_x, m_x)
         if p_gate is not None:
-            b_x *= open_gate(load(p_gate, o_x, m_x), SILU)[0]
+            b_x *= load(p_gate, o_x, m_x)
         acc += b_x
     return tl.sum(acc, 0)

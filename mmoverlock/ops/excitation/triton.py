@@ -90,7 +90,6 @@ def _pool_kernel(
     positions,
     splits,
     channels,
-    SILU: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -116,7 +115,6 @@ def _pool_kernel(
         o_channel,
         m_channel,
         ROWS,
-        SILU,
     )
     o_part = part.to(tl.int64) * channels + o_channel
     tl.store(p_parts + o_part, b_sum, mask=m_channel)
@@ -280,7 +278,6 @@ def _scale_kernel(
                 o_channel,
                 m_channel,
                 PARTS,
-                False,
             )
             b_mean /= positions
             if NORMS > 0:
@@ -458,7 +455,7 @@ def _sum_parts(
     """Sum n of an image, from :func:`_products_kernel`."""
     p_part = p_parts + n * channels
     return tiles.sum_rows(
-        p_part, None, None, parts, step, o_channel, m_channel, PARTS, False
+        p_part, None, None, parts, step, o_channel, m_channel, PARTS
     )
 
 
@@ -478,7 +475,6 @@ def _scale_grad_kernel(
     channels,
     hidden,
     NORMS: tl.constexpr,
-    SILU: tl.constexpr,
     PARTS: tl.constexpr,
     CHANNELS: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -517,7 +513,6 @@ def _scale_grad_kernel(
                 o_channel,
                 m_channel,
                 PARTS,
-                SILU,
             )
         else:
             t = tl.zeros((CHANNELS,), tl.float32)
@@ -673,7 +668,6 @@ def _weights_grad_kernel(
                 o_channel,
                 m_channel,
                 BATCH,
-                False,
             )
             tiles.store(p_grad_norms, o_sum, b_sum, m_channel)
 
@@ -819,7 +813,7 @@ def _split(x):
 
 
 def sum_positions(
-    x: Tensor, factor: Tensor | None, gate: Tensor | None, silu: bool = False
+    x: Tensor, factor: Tensor | None, gate: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
     """One launch where there are many positions, and none elsewhere.
 
@@ -841,7 +835,6 @@ def sum_positions(
         positions,
         splits,
         x.shape[1],
-        SILU=silu,
         **settings,
     )
     return parts, None, None, splits
@@ -1024,7 +1017,7 @@ def backward(
     sums = grad_norms = None
     count = rows = 0
     if norms is None:
-        *summed, parts = sum_positions(grad, x, gate, silu)
+        *summed, parts = sum_positions(grad, x, gate)
     else:
         count, rows = _summands(norms), 2 * len(norms)
         parts, programs, settings = _split(x)
@@ -1063,7 +1056,6 @@ def backward(
         channels,
         hidden,
         NORMS=count,
-        SILU=silu,
         **_knobs(hidden, parts),
     )
     grid = (

@@ -158,7 +158,8 @@ def _mix(
     Args:
         query (Tensor): (B, G * c, H, W).
         key (Tensor): (B, G * c, S, S).
-        weight (Tensor): (k^2 + K^2, S^2), contiguous as the next three.
+        weight (Tensor): (k^2 + K^2, S^2), or that of a 1x1 convolution,
+            contiguous as the next three.
         bias (Tensor): (k^2 + K^2, ).
         small, large (Tensor): (G, 2k - 1, 2k - 1), (G, 2K - 1, 2K - 1).
         value (Tensor): (B, C, H, W).
