@@ -1,7 +1,6 @@
 """The two blocks of OverLoCK."""
 
 from collections.abc import Sequence
-from itertools import chain
 from types import SimpleNamespace
 
 import torch
@@ -336,22 +335,32 @@ class FocusBlock(nn.Module):
                 return focus_block(*operands)
         z = self.read(z, initial_prior)
         identity, z = conv_and_norm(self.dwconv1, self.norm1, z)
-        fused = self.fusion(z)
-        y = self.dyconv_proj(self.dynamic_conv(z, fused)) + self.lepe(fused)
-        y = self.proj(self.se_layer(y, self.gate(fused)))
+        y = self.proj(self.mix_and_gate(z, initial_prior))
         z = add_residual(identity, y, keeps[0], self.ls1)
         z, y = conv_and_norm(self.dwconv2, self.norm2, z)
         return _feed_forward(self.mlp, y, z, keeps[1], self.ls2)
+
+    def mix_and_gate(self, z: Tensor, initial_prior: Tensor | None) -> Tensor:
+        """ContMix and the large convolution of the fused features, gated.
+
+        Args:
+            z (Tensor): Normalized features and prior, (B, C + P, H, W).
+            initial_prior (Tensor, optional): (B, P, H, W).
+
+        Returns:
+            Tensor: (B, C, H, W).
+        """
+        fused = self.fusion(z)
+        y = self.dyconv_proj(self.dynamic_conv(z, fused)) + self.lepe(fused)
+        return self.se_layer(y, self.gate(fused))
 
     def read(self, z: Tensor, initial_prior: Tensor | None) -> Tensor:
         """What the block works on, of its inputs."""
         if self.first:
             return z
         if self._has_plain_scales():
-            scales = self.x_scale, self.h_scale
-            return update_prior(
-                z, initial_prior, *chain(*map(pair_of, scales))
-            )
+            scales = *pair_of(self.x_scale), *pair_of(self.h_scale)
+            return update_prior(z, initial_prior, *scales)
         priors = initial_prior.shape[1]
         x, prior = z.split((z.shape[1] - priors, priors), dim=1)
         prior = self.x_scale(prior, self.h_scale(initial_prior))
@@ -432,9 +441,11 @@ class FocusBlock(nn.Module):
         out_norm, out = own.proj
         conv, branches_norm = own.lepe
         _, key, key_norm = own.weight_key
-        prior = () if self.first else (own.x_scale, own.h_scale)
+        prior = ()
+        if not self.first:
+            prior = *pair_of(own.x_scale), *pair_of(own.h_scale)
         return FocusParameters(
-            tuple(chain(*map(pair_of, prior))),
+            prior,
             pair_of(own.dwconv1),
             pair_of(own.norm1),
             pair_of(mix_conv),

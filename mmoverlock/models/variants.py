@@ -24,14 +24,11 @@ from .blocks import (
     SMALL_KERNEL_SIZE,
     FocusBlock,
     RepConvBlock,
-    _feed_forward,
 )
 from .layers import (
     PointwiseConv,
     SEModule,
-    add_residual,
     build_bn,
-    conv_and_norm,
 )
 from .overlock import OverLoCK
 from .reparam import DilatedReparamConv
@@ -42,30 +39,19 @@ class Variant:
 
 
 class VariantFocusBlock(Variant, FocusBlock):
-    """The block of the Focus-Net in plain steps, any of which may change.
+    """The block of the Focus-Net, with steps that may change.
 
     ``gate`` and ``lepe`` may be None.
     """
 
-    def forward(
-        self,
-        z: Tensor,
-        initial_prior: Tensor | None,
-        keeps: Sequence[Tensor | None] | None = None,
-    ) -> Tensor:
-        keeps = keeps or self.draw(z)
-        z = self.read(z, initial_prior)
-        identity, z = conv_and_norm(self.dwconv1, self.norm1, z)
+    def mix_and_gate(self, z: Tensor, initial_prior: Tensor | None) -> Tensor:
         fused = self.fusion(z)
         y = self.dynamic_conv(self.guides(z, initial_prior), fused)
         y = self.dyconv_proj(y)
         if self.lepe is not None:
             y = y + self.lepe(fused)
         gate = None if self.gate is None else self.gate(fused)
-        y = self.proj(self.se_layer(y, gate))
-        z = add_residual(identity, y, keeps[0], self.ls1)
-        z, y = conv_and_norm(self.dwconv2, self.norm2, z)
-        return _feed_forward(self.mlp, y, z, keeps[1], self.ls2)
+        return self.se_layer(y, gate)
 
     def guides(self, z: Tensor, initial_prior: Tensor | None) -> Tensor:
         """What queries and then keys are made from, as one map."""
