@@ -1236,7 +1236,7 @@ def _excite_norm(
     norms: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`forward`."""
-    weights = (t.contiguous() for t in (weight1, bias1, weight2, bias2))
+    weights = weight1, bias1, weight2, bias2
     return forward(x, *weights, measured=(parts, norms))
 
 
@@ -1260,7 +1260,7 @@ def _excite_norm_backward(
     state: Tensor,
 ) -> list[Tensor]:
     """See :func:`backward`."""
-    weights = [t.contiguous() for t in (weight1, bias1, weight2, bias2)]
+    weights = weight1, bias1, weight2, bias2
     return backward(channels_last(grad), x, *weights, None, state, norms=norms)
 
 
