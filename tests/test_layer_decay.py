@@ -32,6 +32,12 @@ def build(model, lr=LR, **paramwise):
     return {names[id(*group['params'])]: group for group in groups}
 
 
+def rate_of(name):
+    """Of a parameter of the backbone, by its power."""
+    [power] = [n for key, n in POWERS.items() if name.startswith(f'{key}.')]
+    return LR * RATE**power
+
+
 def test_settings():
     """Rates fall from layer to layer, at any depth; all else stays.
 
@@ -51,10 +57,7 @@ def test_settings():
         assert head['lr'] == LR and head['weight_decay'] == DECAY
     for name, group in groups.items():
         name = name.removeprefix('student.backbone.')
-        [power] = [
-            n for key, n in POWERS.items() if name.startswith(f'{key}.')
-        ]
-        lr = LR * RATE**power * (0.1 if 'blocks2' in name else 1)
+        lr = rate_of(name) * (0.1 if 'blocks2' in name else 1)
         assert group['lr'] == pytest.approx(lr)
         assert group['weight_decay'] == (0 if 'norm' in name else DECAY)
 
@@ -62,10 +65,7 @@ def test_settings():
 def test_backbone_by_itself():
     groups = build(OverLoCK(TINY), layer_decay_rate=RATE)
     for name, group in groups.items():
-        [power] = [
-            n for key, n in POWERS.items() if name.startswith(f'{key}.')
-        ]
-        assert group['lr'] == pytest.approx(LR * RATE**power)
+        assert group['lr'] == pytest.approx(rate_of(name))
 
 
 NETS = dict(
