@@ -41,8 +41,8 @@ from mmoverlock.ops import (
     residual_conv,
     sum_of_branches,
 )
+from mmoverlock.ops.blocks.triton import focus
 from mmoverlock.ops.dynamic_conv import triton as contmix
-from mmoverlock.ops.focus import triton as focus
 from mmoverlock.ops.pointwise.triton import weight_grads
 
 CUOBJDUMP = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'

@@ -21,7 +21,7 @@ from mmoverlock.models.layers import DropPath
 from mmoverlock.models.recomputation import recompute
 
 focus = pytest.importorskip(
-    'mmoverlock.ops.focus.triton', exc_type=ImportError
+    'mmoverlock.ops.blocks.triton.focus', exc_type=ImportError
 )
 SHAPE = 2, 12, 6, 5  # two of the kernel's size, so that it has two windows
 pytestmark = pytest.mark.usefixtures('poison')

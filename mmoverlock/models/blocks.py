@@ -16,7 +16,7 @@ from ..ops import (
     takes_triton,
     update_prior,
 )
-from ..ops.focus import FocusParameters, focus_block
+from ..ops.blocks import FocusParameters, focus_block
 from .layers import (
     GRN,
     DropPath,
@@ -371,7 +371,7 @@ class FocusBlock(nn.Module):
         return are_plain(scales, LayerScale, LayerScale)
 
     def _is_one_node(self, z: Tensor) -> bool:
-        """Whether it is :func:`mmoverlock.ops.focus_block`.
+        """Whether it is :func:`mmoverlock.ops.blocks.focus_block`.
 
         Its layers have to be what they are at first, but for norms in
         inference: those have to be fused. Nobody may watch the layers.

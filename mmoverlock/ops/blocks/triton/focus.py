@@ -12,23 +12,22 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_map_only
 
-from .. import partial_sums
-from ..common import channels_last, contiguous, flatten, lengths, nest
-from ..conv3x3 import triton as conv
-from ..depthwise.triton import branches as large_conv
-from ..depthwise.triton import depthwise_conv2d
-from ..dynamic_conv import triton as contmix
-from ..excitation import triton as excitation
-from ..ffn import triton as ffn
-from ..grn import triton as response_norm
-from ..layernorm import triton as layer_norm
-from ..pointwise import round_parameters, rows, to_map
-from ..pointwise.triton import product, weight_grads
-from ..prior import triton as prior
-from . import FocusParameters
+from ... import partial_sums
+from ...common import channels_last
+from ...conv3x3 import triton as conv
+from ...depthwise.triton import branches as large_conv
+from ...depthwise.triton import depthwise_conv2d
+from ...dynamic_conv import triton as contmix
+from ...excitation import triton as excitation
+from ...ffn import triton as ffn
+from ...grn import triton as response_norm
+from ...layernorm import triton as layer_norm
+from ...pointwise import round_parameters, rows, to_map
+from ...pointwise.triton import product, weight_grads
+from ...prior import triton as prior
+from .. import FocusParameters
+from .node import columns, contiguous_fields, run_node
 
 aten = torch.ops.aten
 
@@ -131,13 +130,13 @@ def _forward(z, initial, p, keeps, settings):
 
     values = _product(mixed[0], value)
     gates = _product(fused, gate)
-    fields = _fields(p.branches)
+    fields = columns(p.branches)
     running = large_conv._Running(*fields[3:6], fields[7])
     branches = large_conv._measure(
         fused, *fields[:3], fields[6], fields[8], running
     )
     branches_out = large_conv._forward(fused, branches)
-    fields = _fields([p.value_norm, p.branches_norm, p.gate_norm])
+    fields = columns([p.value_norm, p.branches_norm, p.gate_norm])
     others = p.mix_norm, p.query_norm, p.key_norm, p.out_norm
     fields[4] += [norm.batches for norm in others]
     parts, norms = excitation.measure([values, branches_out, gates], *fields)
@@ -253,13 +252,8 @@ def _pool(x, regions):
     return channels_last(F.adaptive_avg_pool2d(x, regions))
 
 
-def _fields(tuples):
-    """Lists of the fields of some tuples of one kind."""
-    return [list(field) for field in zip(*tuples, strict=True)]
-
-
 def _backward(grad, s, p, keeps, settings):
-    """Gradients of z, of initial, and of the parameters, as those are."""
+    """Gradients of the two maps; of the parameters, by field."""
     mix, _, query, key, value, gate, out, expand, _, reduce = s.rounded
     jobs, products = [], []
 
@@ -334,7 +328,7 @@ def _backward(grad, s, p, keeps, settings):
             *s.mixed,
         )
     )
-    fields = _fields(p.branches)
+    fields = columns(p.branches)
     statistics, taps, first = s.branches
     grad, norms, weights = large_conv._backward(
         grad_branches,
@@ -401,49 +395,7 @@ def _backward(grad, s, p, keeps, settings):
     for (*_, outs), sums in zip(products, parts, strict=True):
         jobs += zip(sums, outs, strict=False)
     partial_sums.add(*jobs)
-    return grad, grad_initial, grads
-
-
-def _leaves(p):
-    """The tensors among the parameters that have gradients, by name."""
-    leaves = []
-    for value in p:
-        if hasattr(value, 'running_mean'):
-            leaves += value[:2]
-        elif isinstance(value, list):
-            leaves += [t for branch in value for t in branch[:3]]
-        else:
-            leaves += value
-    return leaves
-
-
-class _FocusBlock(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z, initial, p, keeps, settings, *leaves) -> Tensor:
-        result, saved = _forward(z, initial, p, keeps, settings)
-        ctx.settings = p, keeps, settings
-        ctx.lengths = lengths(saved)
-        # The parameters, so that a change of them is noticed
-        ctx.save_for_backward(*flatten(saved), *leaves)
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad) -> tuple[Tensor | None, ...]:
-        saved = _Saved(*nest(ctx.saved_tensors, ctx.lengths))
-        p, keeps, settings = ctx.settings
-        with partial_sums.together():
-            grad, grad_initial, grads = _backward(
-                channels_last(grad), saved, p, keeps, settings
-            )
-        leaves = []
-        for name in p._fields:
-            value = grads[name]
-            if name == 'branches':
-                leaves += [t for branch in value for t in branch]
-            else:
-                leaves += value
-        return grad, grad_initial, None, None, None, *leaves
+    return (grad, grad_initial), grads
 
 
 def focus_block(
@@ -455,17 +407,13 @@ def focus_block(
     eps: tuple[float, float],
     regions: int,
 ) -> Tensor:
-    """See :func:`mmoverlock.ops.focus.focus_block`."""
+    """See :func:`mmoverlock.ops.blocks.focus_block`."""
     partial_sums.check_device(z)
     z = channels_last(z)
     if initial is not None:
         initial = channels_last(initial)
     settings = _Settings(scale, eps, regions)
     if parameters.mix_norm is None:
-        fields = (value and contiguous(*value) for value in parameters)
-        return _infer(z, initial, FocusParameters(*fields), settings)
-    leaves = _leaves(parameters)
-    if not all(leaf.is_contiguous() for leaf in leaves):
-        parameters = tree_map_only(Tensor, Tensor.contiguous, parameters)
-        leaves = _leaves(parameters)
-    return _FocusBlock.apply(z, initial, parameters, keeps, settings, *leaves)
+        return _infer(z, initial, contiguous_fields(parameters), settings)
+    maps = z, initial
+    return run_node(_forward, _backward, maps, parameters, keeps, settings)

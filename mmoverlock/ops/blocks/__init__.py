@@ -1,4 +1,4 @@
-"""The block of the Focus-Net in training, or fused, for GPUs."""
+"""The two blocks, in training or fused, for GPUs."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

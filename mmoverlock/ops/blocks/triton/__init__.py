@@ -1,0 +1,5 @@
+"""Blocks as one node: the launches of their parts, and their gradients."""
+
+from .focus import focus_block
+
+__all__ = ['focus_block']
