@@ -1,4 +1,4 @@
-"""Blocks with all kernels, as on a GPU, against PyTorch in float64."""
+"""Layers of blocks that run one by one, with kernels, as on a GPU."""
 
 import copy
 from functools import partial
@@ -12,7 +12,6 @@ from torch import nn
 from benchmarks import count
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.blocks import FocusBlock, RepConvBlock
-from mmoverlock.models.fuse import fuse
 
 pytest.importorskip('triton', '3.6')
 COMMON = dict(
@@ -32,34 +31,6 @@ def make_block(name):
     if name == 'rep':
         return block, [draw(2, 16, 6, 7)]
     return block, [draw(1, 24, 6, 7), draw(1, 8, 6, 7)]
-
-
-def test_rep_block(auto_is_triton):
-    """Value, gradients and statistics; then eval mode, merged.
-
-    Those of the other block are in test_focus_block.py.
-    """
-    block, [x] = make_block('rep')
-    other, x = copy.deepcopy(block).double(), x.requires_grad_()
-    y = exact(x)  # which no kernel takes
-    out, expected = block(x), other(y)
-    assert 'feed_forward' in str(out.grad_fn)
-    assert relative_error(out, expected) < 2e-6
-    grad = torch.randn_like(expected)
-    grads = torch.autograd.grad(out, [x, *block.parameters()], grad.float())
-    expected = torch.autograd.grad(expected, [y, *other.parameters()], grad)
-    largest = max(value.norm() for value in expected)
-    for actual, value in zip(grads, expected, strict=True):
-        if value.norm() < 1e-9 * largest:  # a bias before a batch norm
-            assert actual.norm() < 1e-4 * largest
-        else:
-            assert relative_error(actual, value) < 5e-5
-    for actual, value in zip(block.buffers(), other.buffers(), strict=True):
-        torch.testing.assert_close(
-            actual.double(), value.double(), rtol=1e-4, atol=1e-6
-        )
-    expected = fuse(other)(y.detach())
-    assert relative_error(fuse(block)(x.detach()), expected) < 2e-6
 
 
 def test_network(auto_is_triton):
@@ -85,15 +56,22 @@ def test_network(auto_is_triton):
         assert relative_error(out, value) < 1e-5
 
 
-def test_hooks(auto_is_triton):
+@pytest.mark.parametrize(
+    'name, watched, channels',
+    [
+        ('focus', ['weight_query', 'gate', 'proj.0'], [8, 16, 16]),
+        ('rep', ['proj.0'], [16]),
+    ],
+)
+def test_hooks(name, watched, channels, auto_is_triton):
     """They see what runs with kernels, too; batches are counted once."""
-    block, maps = make_block('focus')
+    block, maps = make_block(name)
     expected = copy.deepcopy(block).double()(*map(exact, maps))
     seen = []
-    for module in (block.weight_query, block.gate, block.proj[0]):
+    for module in map(block.get_submodule, watched):
         module.register_forward_hook(lambda *args: seen.append(args[2].shape))
     assert relative_error(block(*maps), expected) < 2e-6
-    assert [shape[1] for shape in seen] == [8, 16, 16]
+    assert [shape[1] for shape in seen] == channels
     for name, buffer in block.named_buffers():
         if name.endswith('num_batches_tracked'):
             assert buffer == 1, name

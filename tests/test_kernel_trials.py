@@ -121,6 +121,20 @@ def test_tried_once(launches):
     assert launches.names == [FORWARD]
 
 
+def test_batches_of_all_sizes_are_tried_once():
+    tried = []
+
+    def kernels(x, keep):
+        tried.append(len(x))
+        return x * keep[:, None, None, None]
+
+    for batch in (2, 3):
+        assert backends.run_here(
+            kernels, draw(batch, 3, 4, 5), torch.ones(batch)
+        )
+    assert tried == [2]
+
+
 # One of each operator, of the backward pass
 KERNELS = [
     'conv3x3.triton._backward_kernel',
@@ -165,6 +179,6 @@ def test_every_operator(launches):
     plain = [text.split()[2] for text in warned if 'do not run' in text]
     names = {kernel.split('.')[0] for kernel in KERNELS}
     # Operators whose kernels these run; squeeze-excite, with a norm before it
-    of_others = ['conv3x3_norm', 'ffn', 'focus', 'excitation']
+    of_others = [*2 * ['blocks'], 'conv3x3_norm', 'ffn', 'excitation']
     assert sorted(plain) == sorted([*names, *of_others])  # once each
     assert {name.split('.')[0] for name in launches.names} >= names

@@ -1,5 +1,6 @@
 """The two blocks of OverLoCK."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -16,7 +17,12 @@ from ..ops import (
     takes_triton,
     update_prior,
 )
-from ..ops.blocks import FocusParameters, focus_block
+from ..ops.blocks import (
+    FocusParameters,
+    RepConvParameters,
+    focus_block,
+    repconv_block,
+)
 from .layers import (
     GRN,
     DropPath,
@@ -76,7 +82,18 @@ def _feed_forward_layers(
 
 
 FEED_FORWARD = PointwiseConv, nn.GELU, ResDWConv, GRN, PointwiseConv
-FOCUS = {  # the layers of a Focus block, where None is a norm
+REPCONV = {  # the layers of a RepConv block, where None is a norm
+    'dwconv': ResDWConv,
+    'proj': (
+        LayerNorm2d,
+        DilatedReparamConv,
+        None,
+        SEModule,
+        *FEED_FORWARD,
+        DropPath,
+    ),
+}
+FOCUS = {  # the same of a Focus block
     'dwconv1': ResDWConv,
     'norm1': LayerNorm2d,
     'fusion': (DWConv, None, nn.GELU, PointwiseConv, GRN),
@@ -135,6 +152,63 @@ def _feed_forward(
     return add_residual(identity, x, keep, scale)
 
 
+def _layers_by_kind(
+    block: nn.Module, names: dict[str, type | tuple]
+) -> dict[type | None, list[nn.Module]] | None:
+    """The layers of a block; None if one of them computes something else."""
+    found = defaultdict(list)
+    for name, kinds in names.items():
+        # Several times as fast as attributes, for every step
+        layers = (block._modules[name],)
+        if isinstance(kinds, tuple):
+            if not is_plain(*layers, nn.Sequential):
+                return None
+            layers = layers[0]._modules.values()
+        else:
+            kinds = (kinds,)
+        if len(layers) != len(kinds):
+            return None
+        for layer, kind in zip(layers, kinds, strict=True):
+            if kind is not None and not is_plain(layer, kind):
+                return None
+            found[kind].append(layer)
+    return found
+
+
+def _is_one_node(
+    block: nn.Module, names: dict[str, type | tuple], x: Tensor
+) -> bool:
+    """Whether kernels may do in one node what the layers of a block do.
+
+    The layers have to be what they are at first, but for norms in inference:
+    those have to be fused. Nobody may watch the layers.
+    """
+    if is_compiling() or not takes_triton('auto', x):
+        return False
+    layers = _layers_by_kind(block, names)
+    if layers is None:
+        return False
+    norms = layers[None]
+    (conv,), (excite,) = layers[DilatedReparamConv], layers[SEModule]
+    if block.training:
+        norms += [norm for _, norm in conv._branches()]
+        is_whole = bool(conv.branches) and all(map(counts_batches, norms))
+    else:
+        is_whole = (
+            not torch.is_grad_enabled()
+            and not conv.branches
+            and all(is_plain(norm, nn.Identity) for norm in norms)
+            and not any(conv.residual for conv in layers[ResDWConv])
+        )
+    return (
+        is_whole
+        and conv.backend in ('auto', 'triton')
+        and x.numel() > x.shape[1]  # or there is no deviation
+        and excite.is_as_built()
+        and conv.is_as_built()
+    )
+
+
 class RepConvBlock(nn.Module):
     """The block of the Base-Net and the Overview-Net.
 
@@ -184,6 +258,11 @@ class RepConvBlock(nn.Module):
     ) -> Tensor:
         """(B, C, H, W) to (B, C, H, W), with what :meth:`draw` has drawn."""
         (keep,) = keeps or self.draw(x)
+        if self._is_one_node(x):
+            x = cast_as_convolutions(x)
+            operands = x, self._operands(), keep, self.proj[0].eps
+            if takes_triton('auto', x, repconv_block, *operands):
+                return repconv_block(*operands)
         norm, conv, bn, excite, *layers, _ = self.proj
         x, y = conv_and_norm(self.dwconv, norm, x)
         y = conv(y)
@@ -192,6 +271,33 @@ class RepConvBlock(nn.Module):
         else:
             y = bn(y)
         return _feed_forward(layers, y, x, keep, self.ls, excite)
+
+    def _is_one_node(self, x: Tensor) -> bool:
+        """Whether it is :func:`mmoverlock.ops.blocks.repconv_block`."""
+        return (
+            type(self) is RepConvBlock
+            and _is_one_node(self, REPCONV, x)
+            and is_plain_scale(self.ls)
+        )
+
+    def _operands(self) -> RepConvParameters:
+        own = self._modules
+        norm, conv, bn, excite, expand, _, conv2, response, reduce, _ = own[
+            'proj'
+        ]._modules.values()
+        scale = self.ls
+        return RepConvParameters(
+            pair_of(own['dwconv']),
+            pair_of(norm),
+            conv.as_operands() or pair_of(conv.lk_origin),
+            as_operand(bn),
+            excite.weights(),
+            pair_of(expand),
+            pair_of(conv2),
+            pair_of(response, 'gamma', 'beta'),
+            pair_of(reduce),
+            () if scale is None else pair_of(scale),
+        )
 
 
 class FocusBlock(nn.Module):
@@ -371,63 +477,15 @@ class FocusBlock(nn.Module):
         return are_plain(scales, LayerScale, LayerScale)
 
     def _is_one_node(self, z: Tensor) -> bool:
-        """Whether it is :func:`mmoverlock.ops.blocks.focus_block`.
-
-        Its layers have to be what they are at first, but for norms in
-        inference: those have to be fused. Nobody may watch the layers.
-        """
-        if (
-            type(self) is not FocusBlock
-            or is_compiling()
-            or not takes_triton('auto', z)
-        ):
-            return False
-        conv = self.lepe[0]
-        norms = self._norms()
-        if norms is None:
-            return False
-        if self.training:
-            norms += [norm for _, norm in conv._branches()]
-            is_whole = bool(conv.branches) and all(map(counts_batches, norms))
-        else:
-            convs = self.dwconv1, self.dwconv2, self.mlp[2]
-            is_whole = (
-                not torch.is_grad_enabled()
-                and not conv.branches
-                and all(is_plain(norm, nn.Identity) for norm in norms)
-                and not any(conv.residual for conv in convs)
-            )
+        """Whether it is :func:`mmoverlock.ops.blocks.focus_block`."""
         return (
-            is_whole
-            and {conv.backend, self.contmix_backend} <= {'auto', 'triton'}
+            type(self) is FocusBlock
+            and _is_one_node(self, FOCUS, z)
+            and self.contmix_backend in ('auto', 'triton')
             and (self.first or z.dtype == convolution_dtype(z))
             and enlarged_size(z.shape[2:], self.kernel_size) is None
-            and z.numel() > z.shape[1]
             and (self.first or self._has_plain_scales())
-            and self.se_layer.is_as_built()
-            and conv.is_as_built()
         )
-
-    def _norms(self) -> list[nn.Module] | None:
-        """All but those of branches; None if other layers have changed."""
-        norms = []
-        for name, kinds in FOCUS.items():
-            # Several times as fast as attributes, for every step
-            layers = (self._modules[name],)
-            if isinstance(kinds, tuple):
-                if not is_plain(*layers, nn.Sequential):
-                    return None
-                layers = layers[0]._modules.values()
-            else:
-                kinds = (kinds,)
-            if len(layers) != len(kinds):
-                return None
-            for layer, kind in zip(layers, kinds, strict=True):
-                if kind is None:
-                    norms.append(layer)
-                elif not is_plain(layer, kind):
-                    return None
-        return norms
 
     def _operands(self) -> FocusParameters:
         def weights(layer: nn.Module) -> tuple[Tensor, ...]:

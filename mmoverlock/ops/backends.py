@@ -181,11 +181,13 @@ def run_here(kernels: Callable, *operands) -> bool:
 
 
 def _describe(operand: object) -> object:
-    """An operand without the size of a map; of several alike, the first."""
+    """An operand without sizes of maps and batches; of several, the first."""
     if isinstance(operand, Tensor):
         shape = operand.shape
         if len(shape) == 4 and shape[1] > 1:
             shape = shape[1]
+        elif len(shape) == 1 and not operand.requires_grad:
+            shape = None  # it may be of images; channels are known anyway
         return operand.dtype, shape, operand.requires_grad
     if isinstance(operand, list):
         return len(operand), _describe(operand[0])

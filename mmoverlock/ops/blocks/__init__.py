@@ -12,6 +12,33 @@ Pair = tuple[Tensor, Tensor | None]
 Weights = tuple[Tensor] | Pair  # without a bias or with one
 
 
+class RepConvParameters(NamedTuple):
+    """What :func:`repconv_block` takes besides its map.
+
+    C channels, of which D are hidden. What is fused for inference is as in
+    :class:`FocusParameters`.
+    """
+
+    conv1: Pair  # (C, 1, 3, 3), (C, )
+    norm1: Pair  # (C, ), (C, )
+    branches: list[Branch] | Pair  # (C, 1, K, K), (C, )
+    branches_norm: Norm | None
+    excite: tuple[Tensor, Tensor, Tensor, Tensor]  # see squeeze_excite
+    expand: Pair  # (D, C, 1, 1), (D, )
+    conv2: Pair
+    response: Pair  # (1, D, 1, 1) each
+    reduce: Pair  # (C, D, 1, 1), (C, )
+    scale: Pair | tuple[()]  # (C, 1, 1, 1), (C, ), of the identity
+
+    def signature(self) -> tuple:
+        """What kernels are compiled for, in a few words."""
+        is_fused = self.branches_norm is None
+        large = self.branches[0] if is_fused else self.branches[0].weight
+        tensors = large, self.expand[0]
+        facts = [(t.shape, t.dtype, t.requires_grad) for t in tensors]
+        return is_fused, len(self.scale), *facts
+
+
 class FocusParameters(NamedTuple):
     """What :func:`focus_block` takes besides its maps.
 
@@ -95,4 +122,32 @@ def focus_block(
     return run(z, initial, parameters, keeps, scale, eps, regions)
 
 
-__all__ = ['FocusParameters', 'focus_block']
+def repconv_block(
+    x: Tensor,
+    parameters: RepConvParameters,
+    keep: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """All that a RepConv block does in training; see :func:`focus_block`.
+
+    Args:
+        x (Tensor): (B, C, H, W), in the dtype that convolutions take.
+        parameters (RepConvParameters): In single precision or half.
+        keep (Tensor, optional): What the samples of the residual branch are
+            scaled by in training, (B, ), in single precision.
+        eps (float): Of the layer norm.
+
+    Returns:
+        Tensor: (B, C, H, W).
+    """
+    from .triton import repconv_block as run
+
+    return run(x, parameters, keep, eps)
+
+
+__all__ = [
+    'FocusParameters',
+    'RepConvParameters',
+    'focus_block',
+    'repconv_block',
+]

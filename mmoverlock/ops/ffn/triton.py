@@ -50,15 +50,15 @@ def feed_forward(
     offset: Tensor | None,
     keep: Tensor | None,
     residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The result; h, y, the norms and the scales; both weights, rounded.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The result; h, y, the norms and the scales; what was rounded.
 
-    The weights are empty if they are what they were, and so is h if it will be
-    made again.
+    That is both weights and the first bias. They are empty if they are what
+    they were, and so is h if it will be made again.
     """
     x = channels_last(x)
     if not x.numel():
-        return _empty_outputs(x, weight1, weight2, identity)
+        return _empty_outputs(x, weight1, weight2, bias1, identity)
     rounded = round_parameters(x.dtype, weight1, weight2, bias1)
     h = _expand(x, rounded[0], rounded[2])
     y, squares = conv.forward(
@@ -81,8 +81,8 @@ def feed_forward(
     if x.shape[1] <= MAX_REPEATED:
         h = x.new_empty(0)
     if x.dtype == weight1.dtype:
-        rounded = [x.new_empty(0) for _ in range(2)]
-    return out, h, y, norm, scale, *rounded[:2]
+        rounded = [x.new_empty(0) for _ in rounded]
+    return out, h, y, norm, scale, *rounded
 
 
 def _expand(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -90,7 +90,11 @@ def _expand(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _empty_outputs(
-    x: Tensor, weight1: Tensor, weight2: Tensor, identity: Tensor | None
+    x: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    bias1: Tensor,
+    identity: Tensor | None,
 ) -> tuple[Tensor, ...]:
     batch, _, height, width = x.shape
     dtypes = x.dtype if identity is None else identity.dtype, x.dtype, x.dtype
@@ -106,7 +110,7 @@ def _empty_outputs(
     same = x.dtype == weight1.dtype
     rounded = (
         x.new_empty(0) if same else torch.empty_like(weight, dtype=x.dtype)
-        for weight in (weight1, weight2)
+        for weight in (weight1, weight2, bias1)
     )
     out, h, y = (t.permute(0, 3, 1, 2) for t in (out, h, y))
     if x.shape[1] <= MAX_REPEATED:
@@ -116,9 +120,9 @@ def _empty_outputs(
 
 @feed_forward.register_fake
 def _(
-    x: Tensor, weight1: Tensor, *args
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_outputs(x, weight1, args[5], args[7])
+    x: Tensor, weight1: Tensor, bias1: Tensor, *args
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty_outputs(x, weight1, args[4], bias1, args[6])
 
 
 @custom_op('mmoverlock::feed_forward_backward', differentiable=False)
@@ -131,6 +135,7 @@ def _feed_forward_backward(
     scale: Tensor,
     rounded1: Tensor,
     rounded2: Tensor,
+    rounded_bias: Tensor,
     weight1: Tensor,
     bias1: Tensor,
     conv_weight: Tensor,
@@ -180,9 +185,9 @@ def _feed_forward_backward(
         grad_others.insert(0, grad_identity)
     grad = grad.to(x.dtype)
     if not rounded1.numel():
-        rounded1, rounded2 = weight1, weight2
+        rounded1, rounded2, rounded_bias = weight1, weight2, bias1
     if not h.numel():
-        h = _expand(x, rounded1, bias1.to(x.dtype))
+        h = _expand(x, rounded1, rounded_bias)
     grad_scaled, sums = product(
         grad, rounded2, transposed=True, factor=y, keep=keep
     )
@@ -231,6 +236,7 @@ def _(
     scale: Tensor,
     rounded1: Tensor,
     rounded2: Tensor,
+    rounded_bias: Tensor,
     *args,
 ) -> list[Tensor]:
     *parameters, identity, gain, offset, _, _ = args

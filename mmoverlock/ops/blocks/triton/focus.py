@@ -254,7 +254,8 @@ def _pool(x, regions):
 
 def _backward(grad, s, p, keeps, settings):
     """Gradients of the two maps; of the parameters, by field."""
-    mix, _, query, key, value, gate, out, expand, _, reduce = s.rounded
+    mix, _, query, key, value, gate, out = s.rounded[:-3]
+    expand, expand_bias, reduce = s.rounded[-3:]
     jobs, products = [], []
 
     def empty(tensors, parts, *more):
@@ -273,7 +274,15 @@ def _backward(grad, s, p, keeps, settings):
     hidden = *p.expand, *p.conv3, *p.response2, *p.reduce
     others = None, None, None, keeps[1]
     grad_y, *results = ffn._feed_forward_backward.function(
-        grad, s.x2, *s.ffn, expand, reduce, *hidden, *others, True
+        grad,
+        s.x2,
+        *s.ffn,
+        expand,
+        reduce,
+        expand_bias,
+        *hidden,
+        *others,
+        True,
     )
     names = 'expand', 'conv3', 'response2', 'reduce'
     for i, name in enumerate(names):

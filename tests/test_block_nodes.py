@@ -1,4 +1,4 @@
-"""A Focus block in one node of autograd, against its layers in float64.
+"""Blocks in one node of autograd, against their layers in float64.
 
 Without a GPU, Triton's interpreter runs the kernels.
 """
@@ -15,7 +15,7 @@ from kernels import DEVICE, draw, exact, relative_error
 from torch import nn
 
 from mmoverlock.models import blocks
-from mmoverlock.models.blocks import FocusBlock
+from mmoverlock.models.blocks import FocusBlock, RepConvBlock
 from mmoverlock.models.fuse import fuse
 from mmoverlock.models.layers import DropPath
 from mmoverlock.models.recomputation import recompute
@@ -27,40 +27,54 @@ SHAPE = 2, 12, 6, 5  # two of the kernel's size, so that it has two windows
 pytestmark = pytest.mark.usefixtures('poison')
 
 
+NODES = {'RepConvBlock': 'repconv_block', 'FocusBlock': 'focus_block'}
+COMMON = dict(kernel_size=5, drop_path=0.25, deploy=False)
+FOCUS = partial(FocusBlock, 8, 4, heads=1, **COMMON)
+BLOCKS = {  # of 12 channels; a Focus block has two maps, but for the first
+    'rep': partial(RepConvBlock, 12, layer_scale=False, **COMMON),
+    'rep, scaled': partial(RepConvBlock, 12, layer_scale=True, **COMMON),
+    'focus, first': partial(FOCUS, first=True),
+    'focus': partial(FOCUS, first=False),
+}
+
+
 @pytest.fixture
 def calls(auto_is_triton, monkeypatch):
-    """How often the node ran."""
-    calls = mock.Mock(side_effect=blocks.focus_block)
-    monkeypatch.setattr(blocks, 'focus_block', calls)
+    """Runs of nodes."""
+    calls = mock.Mock()
+    for name in NODES.values():
+        node = getattr(blocks, name)
+
+        def run(*args, node=node):
+            calls()
+            return node(*args)
+
+        monkeypatch.setattr(blocks, name, run)
     return calls
 
 
-def draw_block(first, norm='BN'):
+def draw_block(name, norm='BN'):
     torch.manual_seed(0)
-    block = FocusBlock(
-        8,
-        4,
-        kernel_size=5,
-        heads=1,
-        first=first,
-        drop_path=0.25,
-        norm_cfg=dict(type=norm),
-        deploy=False,
-    )
+    block = BLOCKS[name](norm_cfg=dict(type=norm))
     for name, parameter in block.named_parameters():
         nn.init.normal_(parameter, std=0.5)
         if name.startswith('ls'):
             nn.init.normal_(parameter, 1, 0.3)
-    if first:  # a weight that lies in memory otherwise
-        conv = block.dwconv1
-        conv.weight = nn.Parameter(conv.weight.mT.contiguous().mT)
+    # A weight that lies in memory otherwise
+    conv = block.dwconv1 if hasattr(block, 'dwconv1') else block.dwconv
+    conv.weight = nn.Parameter(conv.weight.mT.contiguous().mT)
     return block.to(DEVICE)
 
 
-def draw_maps(first):
+def draw_maps(name):
     torch.manual_seed(1)
-    z, initial = draw(*SHAPE), draw(SHAPE[0], 4, *SHAPE[2:])
-    return [x.requires_grad_() for x in ([z] if first else [z, initial])]
+    maps = [draw(*SHAPE), draw(SHAPE[0], 4, *SHAPE[2:])]
+    return [x.requires_grad_() for x in maps[: 1 + (name == 'focus')]]
+
+
+def arguments(block, maps):
+    """Of a call; a Focus block that is the first reads no prior."""
+    return [*maps, None][:2] if isinstance(block, FocusBlock) else maps
 
 
 def step(block, maps, run=None, kernels=True):
@@ -68,8 +82,10 @@ def step(block, maps, run=None, kernels=True):
     torch.manual_seed(2)
     grad = draw(*SHAPE, dtype=maps[0].dtype)
     keeps = torch.tensor([[0, 2], [0.5, 0]]).to(maps[0])
-    with mock.patch.object(DropPath, 'draw', lambda *_: keeps.unbind()):
-        out = (run or block)(*[*maps, None][:2])
+    with mock.patch.object(
+        DropPath, 'draw', lambda _, x, count: keeps[:count].unbind()
+    ):
+        out = (run or block)(*arguments(block, maps))
         for buffer in block.buffers() if kernels else ():
             buffer.add_(0)  # as the next batch does
         out.backward(grad)
@@ -78,19 +94,19 @@ def step(block, maps, run=None, kernels=True):
     return grads | dict(out=out.detach()), dict(block.named_buffers())
 
 
-@pytest.mark.parametrize('first', [True, False])
-def test_value_gradients_and_statistics(first, calls, monkeypatch):
+@pytest.mark.parametrize('name', BLOCKS)
+def test_value_gradients_and_statistics(name, calls, monkeypatch):
     """And the same bits where maps are computed again, counted once."""
-    results, buffers = step(draw_block(first), draw_maps(first))
+    results, buffers = step(draw_block(name), draw_maps(name))
     assert calls.call_count == 1
-    if not first:
-        block = draw_block(first)
-        again = step(block, draw_maps(first), partial(recompute, block, block))
+    if name != 'focus, first':
+        block = draw_block(name)
+        again = step(block, draw_maps(name), partial(recompute, block, block))
         assert calls.call_count == 3
         torch.testing.assert_close(again, (results, buffers), rtol=0, atol=0)
     monkeypatch.undo()
-    maps = [*map(exact, draw_maps(first))]
-    expected, others = step(draw_block(first).double(), maps, kernels=False)
+    maps = [*map(exact, draw_maps(name))]
+    expected, others = step(draw_block(name).double(), maps, kernels=False)
     for name, value in expected.items():
         if value.abs().max() < 1e-9:  # of a bias before a norm; others: 100
             assert results[name].abs().max() < 1e-3, name
@@ -115,39 +131,56 @@ def test_gradient_of_means(size):
 
 
 @pytest.mark.parametrize(
-    'first, dtype, limit',
-    [(False, torch.float32, 1e-4), (True, torch.float16, 1e-2)],
+    'name, dtype, limit',
+    [
+        ('rep', torch.float16, 1e-2),
+        ('rep, scaled', torch.float32, 1e-4),
+        ('focus, first', torch.float16, 1e-2),
+        ('focus', torch.float32, 1e-4),
+    ],
 )
 @torch.no_grad()
-def test_inference(first, dtype, limit, calls, monkeypatch):
+def test_inference(name, dtype, limit, calls, monkeypatch):
     """Fused, in one call, against the layers before."""
-    block = far(draw_block(first))
-    maps = [x.to(dtype) for x in draw_maps(first)]
+    block = far(draw_block(name))
+    maps = [x.to(dtype) for x in draw_maps(name)]
     maps[-1] = maps[-1].contiguous()  # another layout
     fused = fuse(copy.deepcopy(block).float())
     with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-        out = fused(*[*maps, None][:2])
+        out = fused(*arguments(fused, maps))
     assert calls.call_count == 1
     assert out.dtype == dtype
     monkeypatch.undo()
-    expected = block(*[*map(exact, maps), None][:2])
+    expected = block(*arguments(block, [*map(exact, maps)]))
     assert relative_error(out, expected) < limit
 
 
+def excitation(block):
+    return block.se_layer if isinstance(block, FocusBlock) else block.proj[3]
+
+
+def branches(block):
+    return block.lepe[0] if isinstance(block, FocusBlock) else block.proj[1]
+
+
+def norm(block):
+    return block.gate[1] if isinstance(block, FocusBlock) else block.proj[2]
+
+
 def watch(block):
-    block.gate[0].register_forward_hook(print)
+    excitation(block).register_forward_hook(print)
 
 
 def freeze(block):
-    block.gate[1].eval()
+    norm(block).eval()
 
 
 def average(block):
-    block.lepe[0].origin_bn.momentum = None
+    branches(block).origin_bn.momentum = None
 
 
 def replace(block):
-    block.contmix_backend = 'tiled'
+    branches(block).backend = 'reference'
 
 
 def merge(block):
@@ -161,13 +194,14 @@ def merge_watched(block):
 
 
 def merge_but_one(block):
-    watch(block)  # which is left as it is
+    norm(block).register_forward_hook(print)  # which is left as it is
     merge(block)
-    block.gate[0]._forward_hooks.clear()
+    norm(block)._forward_hooks.clear()
 
 
 def merge_without_residual(block):
-    watched = block.dwconv2.register_forward_hook(print)
+    conv = block.mlp[2] if isinstance(block, FocusBlock) else block.dwconv
+    watched = conv.register_forward_hook(print)
     merge(block)
     watched.remove()
 
@@ -179,6 +213,7 @@ CHANGES = [
 ]
 
 
+@pytest.mark.parametrize('name', ['rep, scaled', 'focus, first'])
 @pytest.mark.parametrize(
     'change, is_one',
     [
@@ -188,24 +223,46 @@ CHANGES = [
         *((change, False) for change in CHANGES),
     ],
 )
-def test_when_it_is_one_node(change, is_one, auto_is_triton, monkeypatch):
-    monkeypatch.setattr(blocks, 'focus_block', mock.Mock(side_effect=KeyError))
+def test_when_it_is_one_node(
+    name, change, is_one, auto_is_triton, monkeypatch
+):
+    for node in NODES.values():
+        monkeypatch.setattr(blocks, node, mock.Mock(side_effect=KeyError))
     monkeypatch.setattr(blocks, 'conv_and_norm', lambda *_: 1 / 0)
-    block, (z,) = draw_block(True), draw_maps(True)
+    block, (z,) = draw_block(name), draw_maps(name)
+    others = [z.double()]
+    if name == 'focus, first':
+        others.append(z[..., :4])  # smaller than a kernel
     with torch.enable_grad():
         change(block)
         with pytest.raises(KeyError if is_one else ZeroDivisionError):
-            block(z, None)
-        for other in (z[..., :4], z.double()):
+            block(*arguments(block, [z]))
+        for other in others:
             with pytest.raises(ZeroDivisionError):
-                block(other, None)
+                block(*arguments(block, [other]))
+
+
+@pytest.mark.parametrize(
+    'name, change',
+    [
+        ('focus, first', dict(contmix_backend='tiled')),
+        ('rep, scaled', dict(ls=nn.Identity())),
+    ],
+)
+def test_changes_of_one_block(name, change, auto_is_triton, monkeypatch):
+    monkeypatch.setattr(blocks, 'conv_and_norm', lambda *_: 1 / 0)
+    block = draw_block(name)
+    for attribute, value in change.items():
+        setattr(block, attribute, value)
+    with pytest.raises(ZeroDivisionError):
+        block(*arguments(block, draw_maps(name)))
 
 
 def test_synchronized_norms_are_no_part_of_it(auto_is_triton, monkeypatch):
     monkeypatch.setattr(blocks, 'focus_block', None)
     monkeypatch.setattr(blocks, 'conv_and_norm', lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        draw_block(True, 'SyncBN')(*draw_maps(True), None)
+        draw_block('focus, first', 'SyncBN')(*draw_maps('focus, first'), None)
 
 
 def test_paths_are_dropped_in_one_launch(monkeypatch):

@@ -1,0 +1,142 @@
+"""A RepConv block as one node; see the Focus block's beside it.
+
+Both maps that the block adds to are read once backward: the gradient of the
+scaled identity is made in the pass of the norm behind it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import partial_sums
+from ...common import channels_last
+from ...conv3x3 import triton as conv
+from ...depthwise.triton import branches as large_conv
+from ...depthwise.triton import depthwise_conv2d
+from ...excitation import triton as excitation
+from ...ffn import triton as ffn
+from ...layernorm import triton as layer_norm
+from .. import RepConvParameters
+from .node import columns, contiguous_fields, run_node
+
+
+class _Saved(NamedTuple):
+    """Maps that are kept, and what else the backward pass needs."""
+
+    x: Tensor
+    identity: Tensor
+    y: Tensor
+    branches: tuple  # statistics, taps, the first one's output
+    branches_out: Tensor
+    norms: Tensor
+    state: Tensor
+    excited: Tensor
+    ffn: tuple
+
+
+def _forward(x, p, keep, eps):
+    """The result, and what to keep."""
+    identity, _ = conv.forward(x, *p.conv1)
+    y = layer_norm.forward(identity, *p.norm1, eps)
+    fields = columns(p.branches)
+    running = large_conv._Running(*fields[3:6], fields[7])
+    branches = large_conv._measure(
+        y, *fields[:3], fields[6], fields[8], running
+    )
+    branches_out = large_conv._forward(y, branches)
+    parts, norms = excitation.measure(
+        [branches_out], *columns([p.branches_norm])
+    )
+    excited, state = excitation.forward(
+        branches_out, *p.excite, measured=(parts, norms)
+    )
+    result, *kept = _feed_forward(excited, p, identity, keep, True)
+    saved = _Saved(
+        x,
+        identity,
+        y,
+        branches[:3],
+        branches_out,
+        norms,
+        state,
+        excited,
+        tuple(kept),
+    )
+    return result, saved
+
+
+def _feed_forward(x, p, identity, keep, residual):
+    return ffn.feed_forward.function(
+        x,
+        *p.expand,
+        *p.conv2,
+        *p.response,
+        *p.reduce,
+        identity,
+        *(p.scale or (None, None)),
+        keep,
+        residual,
+    )
+
+
+def _infer(x, p, eps):
+    """The result where norms are parts of convolutions."""
+    identity, _ = conv.forward(x, *p.conv1, residual=False)
+    x = layer_norm.forward(identity, *p.norm1, eps)
+    x = depthwise_conv2d(x, *p.branches)
+    x, _ = excitation.forward(x, *p.excite)
+    return _feed_forward(x, p, identity, None, False)[0]
+
+
+def _backward(grad, s, p, keep, eps):
+    """Gradients of the map; of the parameters, by field."""
+    grads = {}
+    hidden = *p.expand, *p.conv2, *p.response, *p.reduce
+    others = None, None, None, keep
+    grad_y, *results = ffn._feed_forward_backward.function(
+        grad, s.excited, *s.ffn, *hidden, *others, True
+    )
+    for i, name in enumerate(('expand', 'conv2', 'response', 'reduce')):
+        grads[name] = results[2 * i : 2 * i + 2]
+    grad_y, *grads['excite'], grads['branches_norm'] = excitation.backward(
+        grad_y, s.branches_out, *p.excite, None, s.state, norms=s.norms
+    )
+    fields = columns(p.branches)
+    statistics, taps, first = s.branches
+    grad_y, norms, weights = large_conv._backward(
+        grad_y,
+        s.y,
+        first,
+        taps,
+        statistics,
+        *fields[:2],
+        fields[6],
+        fields[8],
+    )
+    grads['branches'] = [*zip(weights, *norms, strict=True)]
+    gain = p.scale[0] if p.scale else None
+    grad, parts = layer_norm.backward(
+        grad_y, s.identity, p.norm1[0], eps, grad, gain
+    )
+    results = [torch.empty_like(t) for t in (*p.norm1, *p.scale)]
+    partial_sums.add((parts, *results))
+    grads['norm1'], grads['scale'] = results[:2], results[2:]
+    grad, parts = conv.backward(grad, s.x, p.conv1[0])
+    grads['conv1'] = [torch.empty_like(t) for t in p.conv1]
+    partial_sums.add((parts, *grads['conv1']))
+    return (grad,), grads
+
+
+def repconv_block(
+    x: Tensor,
+    parameters: RepConvParameters,
+    keep: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """See :func:`mmoverlock.ops.blocks.repconv_block`."""
+    partial_sums.check_device(x)
+    x = channels_last(x)
+    if parameters.branches_norm is None:
+        return _infer(x, contiguous_fields(parameters), eps)
+    return run_node(_forward, _backward, (x,), parameters, keep, eps)
