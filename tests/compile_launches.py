@@ -26,6 +26,7 @@ from test_operators import (
     kernels_of,
     outputs,
 )
+from torch import distributed
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -41,6 +42,7 @@ from mmoverlock.ops import (
     residual_conv,
     sum_of_branches,
 )
+from mmoverlock.ops.batch_norm import triton as batch_norm
 from mmoverlock.ops.blocks.triton import focus
 from mmoverlock.ops.dynamic_conv import triton as contmix
 from mmoverlock.ops.pointwise.triton import weight_grads
@@ -101,6 +103,9 @@ def compile_launches(run, capability):
         patch.object(type(driver), 'active', Driver(capability)),
         # As many for two images as a GPU has for a batch
         patch.object(partial_sums, 'programs', lambda device, most: most),
+        patch.object(distributed, 'get_world_size', lambda group: 2),
+        patch.object(distributed, 'all_gather', lambda *args: None),
+        patch.object(distributed, 'all_reduce', lambda *args, **kwargs: None),
     ]
     with count._on_gpu('meta', patches):
         run()
@@ -162,8 +167,9 @@ def compile_branches(capability, dtype, sizes, channels, height):
     operands = [x.requires_grad_(), *parameters_of(norms)]
 
     def run():
-        out = sum_of_branches(x, norms, 'triton')
-        torch.autograd.grad(out.sum(), operands)
+        for group in (None, 'two processes'):
+            out = sum_of_branches(x, norms, 'triton', group)
+            torch.autograd.grad(out.sum(), operands)
 
     return compile_launches(run, capability)
 
@@ -197,7 +203,7 @@ def compile_sums(capability, dtype):
     norms = [[t] * 3 for t in (c, c, c, c, count, 0.1, 1e-5)]
 
     def excite(x):
-        """Three norms; and none, in inference."""
+        """Three norms; none, in inference; and a norm by itself."""
         measured = focus.excitation.measure([x] * 3, *norms)
         grad, state = focus.excitation.forward(
             x, *weights, x, True, x, measured
@@ -206,6 +212,8 @@ def compile_sums(capability, dtype):
             grad, x, *weights, x, state, True, x, measured[1]
         )
         focus.excitation.forward(x, *weights, x, True)
+        one = [field[0] for field in norms]
+        batch_norm.backward(x, *batch_norm.forward(x, one))
 
     def run():
         for z in maps:

@@ -1,4 +1,5 @@
 from .backends import check_backend, takes_triton, why_not_triton
+from .batch_norm import Norm
 from .common import cast_as_convolutions, convolution_dtype
 from .conv3x3 import residual_conv
 from .conv3x3_norm import conv_norm
@@ -9,7 +10,7 @@ from .depthwise import (
 )
 from .dynamic_conv import contmix
 from .environment import is_compiling, is_traced
-from .excitation import Norm, excite_norm, squeeze_excite
+from .excitation import excite_norm, squeeze_excite
 from .ffn import feed_forward
 from .grn import response_norm, response_scale
 from .layernorm import layer_norm

@@ -127,10 +127,18 @@ def together() -> Iterator[None]:
         yield
     finally:
         _thread.jobs = None
-    add(*jobs)
+    add_now(*jobs)
 
 
 def add(*jobs: tuple[Tensor | None, ...]) -> None:
+    """See :func:`add_now`; or at the end of :func:`together`, within it."""
+    if getattr(_thread, 'jobs', None) is not None:
+        _thread.jobs += jobs
+    else:
+        add_now(*jobs)
+
+
+def add_now(*jobs: tuple[Tensor | None, ...]) -> None:
     """Write sums of partial sums, all in one launch.
 
     Args:
@@ -138,9 +146,6 @@ def add(*jobs: tuple[Tensor | None, ...]) -> None:
             precision, and what takes them: an output (C, ...) takes as many
             sums as it has values a channel, None leaves one out.
     """
-    if getattr(_thread, 'jobs', None) is not None:
-        _thread.jobs += jobs
-        return
     outs, parts, sizes = [], [], []
     for partial, *targets in jobs:
         count, sums, channels = partial.shape

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..batch_norm import Norm
 from ..depthwise import Branch
-from ..excitation import Norm
 
 Pair = tuple[Tensor, Tensor | None]
 Weights = tuple[Tensor] | Pair  # without a bias or with one

@@ -1,10 +1,9 @@
 """Squeeze and excitation of a map, the gate behind it, the norm before."""
 
-from typing import NamedTuple
-
 from torch import Tensor
 
 from ..backends import run
+from ..batch_norm import Norm
 from . import reference
 
 
@@ -69,18 +68,6 @@ def _kernels(*operands) -> Tensor:
     return kernels(*operands)
 
 
-class Norm(NamedTuple):
-    """A batch norm in training mode; of C channels."""
-
-    scale: Tensor  # (C, ), as the next three
-    shift: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-    batches: Tensor  # (): their number
-    momentum: float
-    eps: float
-
-
 def excite_norm(
     x: Tensor,
     norm: Norm,
@@ -118,4 +105,4 @@ def _norm_kernels(*operands) -> Tensor:
     return kernels(*operands)
 
 
-__all__ = ['Norm', 'excite_norm', 'squeeze_excite']
+__all__ = ['excite_norm', 'squeeze_excite']

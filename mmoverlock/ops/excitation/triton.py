@@ -32,9 +32,17 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, distributed
 
 from .. import partial_sums, tiles
+from ..batch_norm.triton import (
+    load_norm,
+    load_normal,
+    measure,
+    split,
+    store_norm_grad,
+    total,
+)
 from ..common import (
     cdiv,
     channels_last,
@@ -42,7 +50,6 @@ from ..common import (
     custom_op,
     next_power_of_2,
 )
-from ..depthwise.triton.common import move
 from ..gelu import gelu, gelu_slope
 from ..launching import jit
 from ..pointwise.triton import PRECISION
@@ -55,30 +62,6 @@ PARTS = 128  # positions or partial sums that it adds at a time
 WARPS = 8
 REGISTERS = 128  # at most: left to itself, ptxas spills to have fewer
 WEIGHTS = dict(BATCH=16, CHANNELS=32, HIDDEN=16)  # a tile of their gradients
-NORMS = dict(PARTS=64, BLOCK=32)  # a tile of partial statistics
-
-
-@triton.jit
-def _load_norm(p_norms, n: tl.constexpr, o_channel, m_channel, channels):
-    """Scale, shift, mean and r of norm n; norms (N, 4, C)."""
-    p_norm = p_norms + n * 4 * channels + o_channel
-    b_scale = tl.load(p_norm, mask=m_channel, other=0)
-    b_shift = tl.load(p_norm + channels, mask=m_channel, other=0)
-    b_mean = tl.load(p_norm + 2 * channels, mask=m_channel, other=0)
-    b_rstd = tl.load(p_norm + 3 * channels, mask=m_channel, other=0)
-    return b_scale, b_shift, b_mean, b_rstd
-
-
-@triton.jit
-def _load_normal(
-    p_x, o_x, m_x, p_norms, n: tl.constexpr, o_channel, m_channel, channels
-):
-    """A map normalized by norm n, and then scaled and shifted."""
-    b_scale, b_shift, b_mean, b_rstd = _load_norm(
-        p_norms, n, o_channel, m_channel, channels
-    )
-    b_x = (tiles.load(p_x, o_x, m_x) - b_mean[None]) * b_rstd[None]
-    return b_x, tl.fma(b_x, b_scale[None], b_shift[None])
 
 
 @jit(do_not_specialize=SIZES)
@@ -121,117 +104,6 @@ def _pool_kernel(
 
 
 @jit(do_not_specialize=SIZES)
-def _statistics_kernel(
-    maps,
-    p_parts,
-    positions,
-    splits,
-    length,
-    channels,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Parts of sums, and of squared deviations from the mean of a part.
-
-    N maps (B, P, C), parts (N, B splits, 2, C), of ``length`` positions each,
-    the last one of an image of what is left; grid (B splits blocks of C, N).
-    Differences from the first value are summed.
-    """
-    part, o_channel, m_channel = tiles.place(channels, BLOCK)
-    first = part % splits * length
-    rows = tl.minimum(length, positions - first)
-    o_first = ((part // splits).to(tl.int64) * positions + first) * channels
-    blocks = tl.cdiv(channels, BLOCK)
-    o_part = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // blocks)
-    p_part = p_parts + (o_part + part) * 2 * channels + o_channel
-    for n in tl.static_range(len(maps)):
-        if tl.program_id(1) == n:
-            p_x = maps[n] + o_first
-            b_first = tiles.load(p_x, o_channel, m_channel)
-            total = tl.zeros((ROWS, BLOCK), tl.float32)
-            squares = tl.zeros((ROWS, BLOCK), tl.float32)
-            for start in range(0, rows, ROWS):
-                row = start + tl.arange(0, ROWS)[:, None]
-                m_x = (row < rows) & m_channel[None]
-                b_x = tiles.load(p_x, row * channels + o_channel[None], m_x)
-                b_x = tl.where(m_x, b_x - b_first[None], 0.0)
-                total += b_x
-                squares = tl.fma(b_x, b_x, squares)
-            b_sum = tl.sum(total, 0)
-            b_squares = tl.sum(squares, 0) - b_sum * (b_sum / rows)
-            tl.store(p_part, b_sum + rows * b_first, mask=m_channel)
-            tl.store(p_part + channels, b_squares, mask=m_channel)
-
-
-@jit(do_not_specialize=SIZES)
-def _norms_kernel(
-    p_parts,
-    scales,
-    shifts,
-    means,
-    variances,
-    batches,
-    p_norms,
-    positions,
-    splits,
-    length,
-    parts,
-    channels,
-    MOMENTA: tl.constexpr,
-    EPS: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Norms from parts of statistics; moves the running ones.
-
-    parts (N, B splits, 2, C), see above; scales, shifts, means and variances
-    (C, ) each, batches () each, norms (N, 4, C): scale, shift, mean, r; grid
-    (blocks of C, N).
-    """
-    o_channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_channel = o_channel < channels
-    p_parts += tl.program_id(1).to(tl.int64) * parts * 2 * channels
-    total = tl.zeros((PARTS, BLOCK), tl.float64)
-    for start in range(0, parts, PARTS):
-        part = start + tl.arange(0, PARTS)[:, None]
-        m_part = (part < parts) & m_channel[None]
-        o_part = part * 2 * channels + o_channel[None]
-        total += tl.load(p_parts + o_part, mask=m_part, other=0)
-    count = (parts // splits * positions).to(tl.float64)
-    mean = tl.sum(total, 0) / count
-    squares = tl.zeros((PARTS, BLOCK), tl.float64)
-    for start in range(0, parts, PARTS):
-        part = start + tl.arange(0, PARTS)[:, None]
-        m_part = (part < parts) & m_channel[None]
-        o_part = part * 2 * channels + o_channel[None]
-        rows = tl.minimum(length, positions - part % splits * length)
-        b_sum = tl.load(p_parts + o_part, mask=m_part, other=0)
-        deviation = b_sum.to(tl.float64) / rows - mean[None]
-        b_squares = tl.load(p_parts + channels + o_part, mask=m_part, other=0)
-        b_squares += rows * deviation * deviation
-        squares += tl.where(m_part, b_squares, 0.0)
-    b_squares = tl.sum(squares, 0)
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        for n in tl.static_range(len(batches)):
-            tl.store(batches[n], tl.load(batches[n]) + 1)
-    p_norm = p_norms + tl.program_id(1) * 4 * channels + o_channel
-    tl.store(p_norm + 2 * channels, mean.to(tl.float32), mask=m_channel)
-    for n in tl.static_range(len(MOMENTA)):
-        if tl.program_id(1) == n:
-            rstd = 1 / tl.sqrt(b_squares / count + EPS[n])
-            b_scale = tiles.load(scales[n], o_channel, m_channel)
-            b_shift = tiles.load(shifts[n], o_channel, m_channel)
-            tl.store(p_norm, b_scale, mask=m_channel)
-            tl.store(p_norm + channels, b_shift, mask=m_channel)
-            p_rstd = p_norm + 3 * channels
-            tl.store(p_rstd, rstd.to(tl.float32), mask=m_channel)
-            p_mean = means[n] + o_channel
-            move(p_mean, mean, MOMENTA[n], m_channel)
-            p_variance = variances[n] + o_channel
-            move(p_variance, b_squares / (count - 1), MOMENTA[n], m_channel)
-
-
-@jit(do_not_specialize=SIZES)
 def _scale_kernel(
     p_x,
     p_norms,
@@ -251,12 +123,13 @@ def _scale_kernel(
 ):
     """Mean, scale and hidden values of an image; grid (B, ).
 
-    x (B, parts, C) is added up; with NORMS, it is (NORMS, B, parts, 2, C), of
-    which the former of the two are. norms (N, 4, C); state (B, (2 + NORMS) C
-    + D): m, s, the mean of n of each norm, h.
+    x (B, parts, C) is added up; with NORMS that are added up, it is (B,
+    parts, 3 N, C): statistics for norms (N, 5, C), of which there is one more
+    if NORMS is not 1. state (B, (2 + NORMS) C + D): m, s, the mean of n of
+    each norm, h.
     """
     image = tl.program_id(0).to(tl.int64)
-    step = channels if NORMS == 0 else 2 * channels
+    step = channels if NORMS == 0 else (9 if NORMS > 1 else 3) * channels
     p_x += image * parts * step
     p_state += image * ((2 + NORMS) * channels + hidden)
     o_hidden = tl.arange(0, HIDDEN)
@@ -268,10 +141,13 @@ def _scale_kernel(
         m_channel = o_channel < channels
         mean = tl.zeros((CHANNELS,), tl.float32)
         for n in tl.static_range(1 if NORMS == 0 else NORMS):
-            o_map = n * tl.cast(tl.num_programs(0), tl.int64) * parts * step
+            p_sum, p_count = p_x, None
+            if NORMS > 0:  # a mean times a number
+                p_count = p_x + n * 3 * channels
+                p_sum = p_count + channels
             b_mean = tiles.sum_rows(
-                p_x + o_map,
-                None,
+                p_sum,
+                p_count,
                 None,
                 parts,
                 step,
@@ -281,7 +157,7 @@ def _scale_kernel(
             )
             b_mean /= positions
             if NORMS > 0:
-                b_scale, b_shift, b_center, b_rstd = _load_norm(
+                b_scale, b_shift, b_center, b_rstd = load_norm(
                     p_norms, n, o_channel, m_channel, channels
                 )
                 b_mean = (b_mean - b_center) * b_rstd
@@ -324,15 +200,15 @@ def _load_maps(
         if p_gate is not None:
             b_gate = tiles.load(p_gate, o_x, m_x)
     else:
-        n_x, b_x = _load_normal(
+        n_x, b_x = load_normal(
             p_x, o_x, m_x, p_norms, 0, o_channel, m_channel, channels
         )
         b_gate, n_other, n_gate = b_x, b_x, b_x
         if p_gate is not None:
-            n_other, b_other = _load_normal(
+            n_other, b_other = load_normal(
                 p_other, o_x, m_x, p_norms, 1, o_channel, m_channel, channels
             )
-            n_gate, b_gate = _load_normal(
+            n_gate, b_gate = load_normal(
                 p_gate, o_x, m_x, p_norms, 2, o_channel, m_channel, channels
             )
             b_x += b_other
@@ -358,7 +234,7 @@ def _apply_kernel(
     """``out = x f(gate) s[image]``.
 
     Maps (B, P, C), state (B, state); grid (B count blocks of C, ). With norms
-    (N, 4, C), x is a norm of x or, where there is a gate, the sum of one of x
+    (N, 5, C), x is a norm of x or, where there is a gate, the sum of one of x
     and one of other, and the gate is a norm of gate.
     """
     image, o_channel, m_channel, o_x, m_x = tiles.locate(
@@ -392,7 +268,7 @@ def _products_kernel(
     """Parts of sums over an image of u n and u and, where there is a gate,
     of u n of the other map, v n of the gate and v.
 
-    u = grad f(gate), v = grad x f'(gate); maps (B, P, C), norms (N, 4, C),
+    u = grad f(gate), v = grad x f'(gate); maps (B, P, C), norms (N, 5, C),
     see above; parts (B, splits, 2 or 5, C); grid (B splits blocks of C, ).
     """
     part, o_channel, m_channel = tiles.place(channels, BLOCK)
@@ -484,7 +360,7 @@ def _scale_grad_kernel(
     The product of grad (B, parts, C), x and gate, if there are those two, is
     added up to t. With NORMS, grad is the parts (B, parts, 2 or 5, C) of
     :func:`_products_kernel`, and sums (B, 2 N, C) are those over the image of
-    d n and d for each of the N norms (N, 4, C). state as in
+    d n and d for each of the N norms (N, 5, C). state as in
     :func:`_scale_kernel`, grads (B, 2 C + D).
     """
     image = tl.program_id(0).to(tl.int64)
@@ -530,7 +406,7 @@ def _scale_grad_kernel(
                     channels,
                     PARTS,
                 )
-                b_scale, b_shift, _, _ = _load_norm(
+                b_scale, b_shift, _, _ = load_norm(
                     p_norms, n, o_channel, m_channel, channels
                 )
                 t += b_scale * sum_n + b_shift * sum_u
@@ -672,32 +548,6 @@ def _weights_grad_kernel(
             tiles.store(p_grad_norms, o_sum, b_sum, m_channel)
 
 
-@triton.jit
-def _store_norm_grad(
-    p_grad,
-    d,
-    b_n,
-    o_x,
-    m_x,
-    p_norms,
-    p_sums,
-    n: tl.constexpr,
-    values,
-    o_channel,
-    m_channel,
-    channels,
-):
-    """Gradient of the map of norm n from those, d, of the norm's result."""
-    b_scale, _, _, b_rstd = _load_norm(
-        p_norms, n, o_channel, m_channel, channels
-    )
-    p_sum = p_sums + 2 * n * channels
-    b_product = tiles.load(p_sum, o_channel, m_channel) / values
-    b_sum = tiles.load(p_sum + channels, o_channel, m_channel) / values
-    d = d - tl.fma(b_n, b_product[None], b_sum[None])
-    tiles.store(p_grad, o_x, d * (b_scale * b_rstd)[None], m_x)
-
-
 @jit(do_not_specialize=SIZES)
 def _apply_grad_kernel(
     p_grad,
@@ -722,8 +572,8 @@ def _apply_grad_kernel(
 ):
     """Gradients of the maps; arguments as in :func:`_apply_kernel`.
 
-    sums (2 N, C), over all images, of d n and d for each of N norms; grads
-    (B, 2 C + D).
+    sums (2 N, C), over all images and processes, of d n and d for each of N
+    norms; grads (B, 2 C + D).
     """
     image, o_channel, m_channel, o_x, m_x = tiles.locate(
         positions, count, channels, ROWS, BLOCK
@@ -746,10 +596,7 @@ def _apply_grad_kernel(
         if p_gate is not None:
             tiles.store(p_grad_gate, o_x, d_gate, m_x)
     else:
-        blocks = tl.cdiv(channels, BLOCK)
-        images = tl.num_programs(0) // blocks // count
-        values = images.to(tl.float32) * positions
-        _store_norm_grad(
+        store_norm_grad(
             p_grad_x,
             d,
             n_x,
@@ -758,13 +605,12 @@ def _apply_grad_kernel(
             p_norms,
             p_sums,
             0,
-            values,
             o_channel,
             m_channel,
             channels,
         )
         if p_gate is not None:
-            _store_norm_grad(
+            store_norm_grad(
                 p_grad_other,
                 d,
                 n_other,
@@ -773,12 +619,11 @@ def _apply_grad_kernel(
                 p_norms,
                 p_sums,
                 1,
-                values,
                 o_channel,
                 m_channel,
                 channels,
             )
-            _store_norm_grad(
+            store_norm_grad(
                 p_grad_gate,
                 d_gate,
                 n_gate,
@@ -787,29 +632,10 @@ def _apply_grad_kernel(
                 p_norms,
                 p_sums,
                 2,
-                values,
                 o_channel,
                 m_channel,
                 channels,
             )
-
-
-def _split(x):
-    """How many parts an image is cut into, none of them empty, for a launch.
-
-    Returns:
-        tuple[int, int, dict]: Parts; programs; settings of the kernel.
-    """
-    batch, channels, height, width = x.shape
-    positions = height * width
-    rows, block = tiles.form(channels)
-    blocks = cdiv(channels, block)
-    slots = partial_sums.programs(x.device, tiles.KNOBS['resident'])
-    # Not min, which would make a graph for every size of a map.
-    splits = torch.sym_min(cdiv(positions, rows), cdiv(slots, batch * blocks))
-    splits = cdiv(positions, cdiv(positions, splits))
-    settings = dict(ROWS=rows, BLOCK=block, num_warps=tiles.KNOBS['warps'])
-    return splits, batch * splits * blocks, settings
 
 
 def sum_positions(
@@ -825,7 +651,7 @@ def sum_positions(
     positions = x.shape[2:].numel()
     if positions <= FEW:
         return x, factor, gate, positions
-    splits, programs, settings = _split(x)
+    splits, programs, settings = split(x)
     parts = x.new_empty(len(x), splits, x.shape[1], dtype=torch.float32)
     _pool_kernel[(programs,)](
         x,
@@ -850,62 +676,6 @@ def _knobs(hidden, parts):
         num_warps=WARPS,
         maxnreg=REGISTERS,
     )
-
-
-def measure(
-    maps: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    shifts: Sequence[Tensor],
-    means: Sequence[Tensor],
-    variances: Sequence[Tensor],
-    batches: Sequence[Tensor],
-    momenta: Sequence[float],
-    eps: Sequence[float],
-) -> tuple[Tensor, Tensor]:
-    """Two launches, which move running statistics and count the batch, too.
-
-    Args:
-        maps (Sequence[Tensor]): (B, C, H, W) each, in channels_last, not
-            empty.
-        scales, shifts, means, variances (Sequence[Tensor]): (C, ) each, of
-            the norms of the maps.
-        batches (Sequence[Tensor]): () each, and of any norms besides.
-        momenta, eps (Sequence[float]): Of each norm.
-
-    Returns:
-        tuple[Tensor, Tensor]: Parts of sums and of squared deviations, (N, B
-        * splits * 2, C); scales, shifts, means and reciprocal deviations, (N,
-        4, C).
-    """
-    batch, channels, height, width = maps[0].shape
-    positions = height * width
-    splits, programs, settings = _split(maps[0])
-    length = cdiv(positions, splits)
-    parts = maps[0].new_empty(
-        len(maps), batch * splits * 2, channels, dtype=torch.float32
-    )
-    norms = parts.new_empty(len(maps), 4, channels)
-    _statistics_kernel[programs, len(maps)](
-        tuple(maps), parts, positions, splits, length, channels, **settings
-    )
-    _norms_kernel[cdiv(channels, NORMS['BLOCK']), len(maps)](
-        parts,
-        tuple(scales),
-        tuple(shifts),
-        tuple(means),
-        tuple(variances),
-        tuple(batches),
-        norms,
-        positions,
-        splits,
-        length,
-        batch * splits,
-        channels,
-        MOMENTA=tuple(momenta),
-        EPS=tuple(eps),
-        **NORMS,
-    )
-    return parts, norms
 
 
 def forward(
@@ -943,7 +713,7 @@ def forward(
         summed, _, _, parts = sum_positions(x, None, None)
     else:
         summed, norms = measured
-        parts, _, _ = _split(x)
+        parts, _, _ = split(x)
         count = _summands(norms)
     state = x.new_empty(
         batch, (2 + count) * channels + hidden, dtype=torch.float32
@@ -996,8 +766,11 @@ def backward(
     silu: bool = False,
     other: Tensor | None = None,
     norms: Tensor | None = None,
+    group: 'distributed.ProcessGroup | None' = None,
 ) -> list[Tensor]:
     """Three launches, and one more where there are many positions or norms.
+
+    Norms of a group of processes have their sums exchanged.
 
     Returns:
         list[Tensor]: The gradients of x, the weights and biases in their
@@ -1020,7 +793,7 @@ def backward(
         *summed, parts = sum_positions(grad, x, gate)
     else:
         count, rows = _summands(norms), 2 * len(norms)
-        parts, programs, settings = _split(x)
+        parts, programs, settings = split(x)
         summed = [
             grads.new_empty(
                 batch, parts * (2 if gate is None else 5), channels
@@ -1083,7 +856,7 @@ def backward(
         other,
         gate,
         norms,
-        grad_norms,
+        None if norms is None else total(grad_norms, group),
         state,
         grads,
         results[0],
@@ -1215,11 +988,10 @@ def _measure_norm(
 
 @_measure_norm.register_fake
 def _(x, *norm):
-    channels = x.shape[1]
-    parts = x.shape[0] * _split(x)[0] * 2
+    shapes = (x.shape[0] * split(x)[0], 3), (1, 5)
     return tuple(
-        x.new_empty(1, rows, channels, dtype=torch.float32)
-        for rows in (parts, 4)
+        x.new_empty(*shape, x.shape[1], dtype=torch.float32)
+        for shape in shapes
     )
 
 

@@ -29,9 +29,10 @@ import triton.language as tl
 from torch import Tensor
 from triton import constexpr_function
 
+from ...batch_norm.triton import store_statistics
 from ...common import cdiv
 from ...launching import jit
-from .common import SIZES, store_statistics
+from .common import SIZES
 from .weight_grads import WINDOW, by_channel, dot, matrices, own_channels
 
 SIZE = 13  # of the smallest kernel, without dilation

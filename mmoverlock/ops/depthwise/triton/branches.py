@@ -43,6 +43,7 @@ import triton.language as tl
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
+from ...batch_norm.triton import combine, gather, move, store_statistics
 from ...common import cdiv, contiguous, custom_op, next_power_of_2
 from ...launching import jit
 from ...partial_sums import add
@@ -53,8 +54,6 @@ from .common import (
     autocast,
     convolve,
     load_rows,
-    move,
-    store_statistics,
     tap_at,
     tile_of,
     zeros,
@@ -178,64 +177,6 @@ def _statistics_kernel(
         p_part += 3 * channels
 
 
-@jit(do_not_specialize=SIZES)
-def _combine_kernel(
-    p_parts, p_out, splits, channels, SPLITS: tl.constexpr, N: tl.constexpr
-):
-    """Statistics of a process from those of parts.
-
-    parts (splits, N * 3, C), out (N, 3, C) in float64; grid (blocks of
-    channels, N).
-    """
-    channel, m_channel = _channels(channels, FEW)
-    b = tl.program_id(1)
-    count, mean, squares = _combine(
-        p_parts, b, splits, channel, channels, m_channel, SPLITS, N
-    )
-    p_out += b * 3 * channels + channel
-    store_statistics(p_out, count, mean, squares, channels, m_channel)
-
-
-@triton.jit
-def _combine(
-    p_parts,
-    b,
-    splits,
-    channel,
-    channels,
-    m_channel,
-    SPLITS: tl.constexpr,
-    N: tl.constexpr,
-):
-    """Count (), mean and sum of squared deviations of branch b, in float64.
-
-    Deviations are from the mean of the first part, then moved.
-    """
-    p_parts += b * 3 * channels
-    p_mean = p_parts + channels + channel
-    origin = tl.load(p_mean, mask=m_channel, other=0).to(tl.float64)
-    count = tl.zeros((SPLITS, 1), tl.float64)
-    total = tl.zeros((SPLITS, channel.shape[0]), tl.float64)
-    squares = tl.zeros((SPLITS, channel.shape[0]), tl.float64)
-    for start in range(0, splits, SPLITS):
-        split = start + tl.arange(0, SPLITS)[:, None]
-        m_part = (split < splits) & m_channel[None]
-        o_split = split.to(tl.int64) * (N * 3 * channels)
-        b_count = tl.load(p_parts + o_split, mask=split < splits, other=0)
-        p_part = p_mean[None] + o_split
-        b_mean = tl.load(p_part, mask=m_part, other=0)
-        b_squares = tl.load(p_part + channels, mask=m_part, other=0)
-        b_count = b_count.to(tl.float64)
-        deviation = b_mean.to(tl.float64) - origin[None]
-        count += b_count
-        total += b_count * deviation
-        squares += b_squares.to(tl.float64) + b_count * deviation * deviation
-    count = tl.sum(count)
-    total = tl.sum(total, 0)
-    shift = total / tl.maximum(count, 1.0)
-    return count, origin + shift, tl.sum(squares, 0) - total * shift
-
-
 @triton.jit
 def _rstd(p_statistics, b: tl.constexpr, channel, channels, m_channel, EPS):
     """Mean and reciprocal standard deviation of branch b."""
@@ -284,13 +225,13 @@ def _merge_kernel(
     bias = tl.zeros((FEW,), tl.float64)
     row = tl.zeros((COLUMNS, FEW), tl.float64)
     for b in tl.static_range(len(BRANCHES)):
-        count, mean, squares = _combine(
+        count, mean, squares = combine(
             p_parts,
             b,
             splits,
             channel,
-            channels,
             m_channel,
+            channels,
             SPLITS,
             len(BRANCHES),
         )
@@ -569,11 +510,7 @@ def _measure(
     )
     parts = _statistics(x, taps, first, plan.branches)
     if group is not None:
-        local = _combine_parts(parts)
-        parts = local.new_empty(
-            distributed.get_world_size(group), 3 * n, channels
-        )
-        distributed.all_gather([*parts], local.flatten(0, 1), group)
+        parts = gather(parts, group)
     _merge_kernel[cdiv(channels, FEW.value), plan.size](
         parts,
         taps,
@@ -624,16 +561,6 @@ def _statistics(x, taps, first, branches):
         LANES=layout.lanes,
     )
     return parts
-
-
-def _combine_parts(parts):
-    """Statistics of the whole from those of parts (parts, branches * 3, C)."""
-    splits, rows, channels = parts.shape
-    out = parts.new_empty(rows // 3, 3, channels, dtype=torch.float64)
-    _combine_kernel[cdiv(channels, FEW.value), len(out)](
-        parts, out, splits, channels, SPLITS=64, N=len(out)
-    )
-    return out
 
 
 def _forward(x, measured):

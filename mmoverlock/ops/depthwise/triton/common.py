@@ -224,23 +224,6 @@ def tap_at(
     return FIRST + y // D * K + x // D, met
 
 
-@triton.jit
-def store_statistics(p_out, count, mean, squares, channels, m_channel):
-    """Rows of number, mean and sum of squared deviations, by channel."""
-    tl.store(p_out, tl.zeros_like(mean) + count, mask=m_channel)
-    tl.store(p_out + channels, mean, mask=m_channel)
-    tl.store(p_out + 2 * channels, squares, mask=m_channel)
-
-
-@triton.jit
-def move(p_running, b_new, momentum, m_channel):
-    """Move running statistics towards those of a batch, float64."""
-    b_old = tl.load(p_running, mask=m_channel, other=0)
-    b_moved = b_old.to(tl.float64)
-    b_moved += momentum * (b_new - b_moved)
-    tl.store(p_running, b_moved.to(b_old.dtype), mask=m_channel)
-
-
 class Layout(NamedTuple):
     """How a map is cut into tiles."""
 
