@@ -204,7 +204,7 @@ def compile_sums(capability, dtype):
 
     def excite(x):
         """Three norms; none, in inference; and a norm by itself."""
-        measured = focus.excitation.measure([x] * 3, *norms)
+        measured = batch_norm.measure([x] * 3, *norms)
         grad, state = focus.excitation.forward(
             x, *weights, x, True, x, measured
         )

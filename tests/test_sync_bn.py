@@ -1,17 +1,23 @@
-"""Branches whose batch norms share statistics among processes.
+"""Batch norms that share statistics among processes, of branches and blocks.
 
-Two processes train on maps of their own, of different sizes; the measure is
-one process with plain batch norms over all the values, in float64.
+Two processes train on maps of their own, of different sizes. Branches are
+compared with one process and plain batch norms over all the values, blocks
+with their layers in both processes, in float64.
 """
 
+import copy
 from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
+from kernels import exact, relative_error
+from test_block_nodes import BLOCKS, draw_block, draw_maps, step
 from torch import distributed, multiprocessing, nn
+from torch.distributed.nn.functional import all_reduce
 
 from mmoverlock.models.reparam import DilatedReparamConv
-from mmoverlock.ops import sum_of_branches
+from mmoverlock.ops import backends, sum_of_branches
 
 pytest.importorskip('mmoverlock.ops.depthwise.triton', exc_type=ImportError)
 debug = pytest.importorskip('torch.distributed.tensor.debug')
@@ -52,6 +58,74 @@ def train(conv, x, grad):
     )
 
 
+class Norm(nn.Module):
+    """A batch norm over the values of all processes, step by step."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+        for name, buffer in norm.named_buffers():
+            self.register_buffer(name, buffer)
+
+    def forward(self, x):
+        channels = 1, -1, 1, 1
+        count = all_reduce(x.new_tensor(x.numel() / x.shape[1]))
+        mean = all_reduce(x.sum((0, 2, 3))) / count
+        x = x - mean.view(channels)
+        squares = all_reduce(x.square().sum((0, 2, 3)))
+        self.running_mean.lerp_(mean.detach(), 0.1)
+        self.running_var.lerp_(squares.detach() / (count - 1), 0.1)
+        self.num_batches_tracked += 1
+        x = x * (squares / count + 1e-5).rsqrt().view(channels)
+        return x * self.weight.view(channels) + self.bias.view(channels)
+
+
+def replace_norms(block):
+    """In double precision, which no kernel takes."""
+    block = copy.deepcopy(block).double()
+    for parent in [*block.modules()]:
+        for name, child in [*parent.named_children()]:
+            if isinstance(child, nn.SyncBatchNorm):
+                setattr(parent, name, Norm(child))
+    return block
+
+
+def compare_blocks(rank):
+    """Blocks in one node, whose exchanges are counted, and their layers."""
+    counts = {}
+    patches = [
+        mock.patch.object(backends, 'why_not_triton', lambda device: None),
+        mock.patch.object(backends, '_try', lambda *args: None),
+    ]
+    for name in BLOCKS:
+        block = draw_block(name, 'SyncBN')
+        layers = replace_norms(block)
+        maps = draw_maps(name)
+        if rank:  # smaller than the kernel, with other values
+            maps = [x[:1, :, 1:5] * 2 - 1 for x in maps]
+            maps = [x.detach().requires_grad_() for x in maps]
+        others = [*map(exact, maps)]
+        gathered, reduced = (
+            mock.patch.object(distributed, name, wraps=call)
+            for name, call in (
+                ('all_gather', distributed.all_gather),
+                ('all_reduce', distributed.all_reduce),
+            )
+        )
+        with patches[0], patches[1], gathered as each, reduced as way:
+            results, buffers = step(block, maps)
+        counts[name] = each.call_count, way.call_count
+        expected, others = step(layers, others, kernels=False)
+        for key, value in expected.items():
+            if value.abs().max() < 1e-9:  # of a bias before a norm
+                assert results[key].abs().max() < 1e-3, key
+            else:
+                error = relative_error(results[key].cpu(), value.cpu())
+                assert error < 1e-4, (name, key, error)
+        check(buffers, others)
+    return counts
+
+
 def run(rank, folder):
     """What each of the processes does."""
     torch.set_num_threads(1)
@@ -74,6 +148,7 @@ def run(rank, folder):
             results[name] = train(conv, maps[rank], grads[rank])
         if 'compiled' not in name:
             results[name]['exchanges'] = mode.get_total_counts()
+    results['exchanges'] = compare_blocks(rank)
     torch.save(results, f'{folder}/{rank}.pth')
     distributed.destroy_process_group()
 
@@ -126,6 +201,14 @@ def test_statistics_are_those_of_all_maps(results, name):
     for key, parameter in conv.named_parameters():
         share, other = (rank['grads'][key].cpu() for rank in ranks)
         check(share + other, parameter.grad)
+
+
+def test_blocks(results):
+    """Compared where they run; one exchange each way for norms side by side."""
+    for result in results:
+        for name, counts in result['exchanges'].items():
+            each = 2 if name.startswith('rep') else 6
+            assert counts == (each, each), name
 
 
 def test_one_process(results):

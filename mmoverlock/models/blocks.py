@@ -12,6 +12,7 @@ from ..ops import (
     cast_as_convolutions,
     contmix,
     convolution_dtype,
+    enlarged_size,
     feed_forward,
     is_compiling,
     takes_triton,
@@ -39,6 +40,7 @@ from .layers import (
     computes_as,
     conv_and_norm,
     counts_batches,
+    group_of,
     is_plain,
     is_plain_scale,
     pair_of,
@@ -47,26 +49,6 @@ from .reparam import DilatedReparamConv
 
 SMALL_KERNEL_SIZE = 5  # of the dynamic kernels
 NUM_REGIONS = 7  # region centres per axis that dynamic kernels are made from
-
-
-def enlarged_size(size: Sequence[int], kernel_size: int) -> list[int] | None:
-    """The size that a map is enlarged to for the kernels of ContMix.
-
-    Args:
-        size (Sequence[int]): Height and width.
-        kernel_size (int): Size of the large kernel.
-
-    Returns:
-        list[int] | None: The shorter side is the kernel's, the other one in
-        proportion; None if neither is shorter than the kernel.
-    """
-    short = min(size)
-    if short >= kernel_size:
-        return None
-    factor = kernel_size / short
-    return [
-        kernel_size if side == short else int(factor * side) for side in size
-    ]
 
 
 def _feed_forward_layers(
@@ -192,7 +174,14 @@ def _is_one_node(
     (conv,), (excite,) = layers[DilatedReparamConv], layers[SEModule]
     if block.training:
         norms += [norm for _, norm in conv._branches()]
-        is_whole = bool(conv.branches) and all(map(counts_batches, norms))
+        groups = {*map(group_of, norms)}
+        is_whole = (
+            bool(conv.branches)
+            and all(map(counts_batches, norms))
+            and len(groups) == 1
+            # Processes have to take the same way, whatever their maps are.
+            and (x.numel() > x.shape[1] or groups != {None})
+        )
     else:
         is_whole = (
             not torch.is_grad_enabled()
@@ -203,7 +192,6 @@ def _is_one_node(
     return (
         is_whole
         and conv.backend in ('auto', 'triton')
-        and x.numel() > x.shape[1]  # or there is no deviation
         and excite.is_as_built()
         and conv.is_as_built()
     )
@@ -262,7 +250,7 @@ class RepConvBlock(nn.Module):
             x = cast_as_convolutions(x)
             operands = x, self._operands(), keep, self.proj[0].eps
             if takes_triton('auto', x, repconv_block, *operands):
-                return repconv_block(*operands)
+                return repconv_block(*operands, group_of(self.proj[2]))
         norm, conv, bn, excite, *layers, _ = self.proj
         x, y = conv_and_norm(self.dwconv, norm, x)
         y = conv(y)
@@ -438,7 +426,7 @@ class FocusBlock(nn.Module):
                 NUM_REGIONS,
             )
             if takes_triton('auto', operands[0], focus_block, *operands):
-                return focus_block(*operands)
+                return focus_block(*operands, group_of(self.lepe[1]))
         z = self.read(z, initial_prior)
         identity, z = conv_and_norm(self.dwconv1, self.norm1, z)
         y = self.proj(self.mix_and_gate(z, initial_prior))
@@ -483,7 +471,6 @@ class FocusBlock(nn.Module):
             and _is_one_node(self, FOCUS, z)
             and self.contmix_backend in ('auto', 'triton')
             and (self.first or z.dtype == convolution_dtype(z))
-            and enlarged_size(z.shape[2:], self.kernel_size) is None
             and (self.first or self._has_plain_scales())
         )
 

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import check_backend, contmix
+from ..ops import check_backend, contmix, enlarged_size
 from ..ops.dynamic_conv import BACKENDS
-from .blocks import NUM_REGIONS, SMALL_KERNEL_SIZE, enlarged_size
+from .blocks import NUM_REGIONS, SMALL_KERNEL_SIZE
 from .layers import PointwiseConv, build_bn
 
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ..ops import (
     Norm,
@@ -20,6 +21,8 @@ from ..ops import (
     squeeze_excite,
     takes_triton,
 )
+
+NORMS = nn.BatchNorm2d, nn.SyncBatchNorm
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -224,6 +227,7 @@ class SEModule(nn.Module):
             and is_plain(self, SEModule)
             and self.is_as_built()
             and counts_batches(norm)
+            and group_of(norm) is None
             and x.numel() > x.shape[1]  # or there is no deviation
         )
 
@@ -418,10 +422,20 @@ def is_plain_scale(scale: nn.Module | None) -> bool:
     return scale is None or is_plain(scale, LayerScale)
 
 
+def group_of(norm: nn.Module) -> Any:
+    """The processes that a batch norm has statistics of, None for its own."""
+    if type(norm) is nn.SyncBatchNorm and distributed.is_available():
+        if distributed.is_initialized():
+            group = norm.process_group or distributed.group.WORLD
+            if distributed.get_world_size(group) > 1:
+                return group
+    return None
+
+
 def counts_batches(layer: nn.Module) -> bool:
     """Whether a layer is a batch norm of which no more than that is asked."""
     return (
-        type(layer) is nn.BatchNorm2d
+        type(layer) in NORMS
         and layer.training
         and layer.track_running_stats
         and layer.momentum is not None

@@ -1,14 +1,13 @@
 """The dilated reparameterized convolution (UniRepLKNet, CVPR 2024)."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from ..ops import Branch, depthwise_conv2d, sum_of_branches, takes_triton
 from ..ops.depthwise import sum_by_kernels
-from .layers import as_operand, build_bn, is_plain
+from .layers import NORMS, as_operand, build_bn, group_of, is_plain
 
 # Kernel size: (size, dilation) of the branches beside the large kernel.
 BRANCHES = {
@@ -21,19 +20,6 @@ BRANCHES = {
     7: ((5, 1), (3, 1), (3, 2), (3, 3)),
     5: ((3, 1), (3, 2)),
 }
-
-
-def _group(norm: nn.Module) -> Any:
-    """The processes that a batch norm has statistics of, None for its own."""
-    if type(norm) is nn.SyncBatchNorm and distributed.is_available():
-        if distributed.is_initialized():
-            group = norm.process_group or distributed.group.WORLD
-            if distributed.get_world_size(group) > 1:
-                return group
-    return None
-
-
-NORMS = nn.BatchNorm2d, nn.SyncBatchNorm
 
 
 class DilatedReparamConv(nn.Module):
@@ -113,7 +99,7 @@ class DilatedReparamConv(nn.Module):
         norms = [norm for _, norm in self._branches()]
         if not any(norm.training for norm in norms):
             return self._convolve(x, *self.merge())
-        groups = {*map(_group, norms)}
+        groups = {*map(group_of, norms)}
         branches, backend = self._summable_branches(x, norms, groups)
         if backend:
             return sum_of_branches(x, branches, backend, *groups)

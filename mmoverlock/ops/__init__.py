@@ -8,7 +8,7 @@ from .depthwise import (
     depthwise_conv2d,
     sum_of_branches,
 )
-from .dynamic_conv import contmix
+from .dynamic_conv import contmix, enlarged_size
 from .environment import is_compiling, is_traced
 from .excitation import excite_norm, squeeze_excite
 from .ffn import feed_forward
@@ -26,6 +26,7 @@ __all__ = [
     'conv_norm',
     'convolution_dtype',
     'depthwise_conv2d',
+    'enlarged_size',
     'excite_norm',
     'feed_forward',
     'is_compiling',

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, distributed
 
 from ..batch_norm import Norm
 from ..depthwise import Branch
@@ -94,6 +94,7 @@ def focus_block(
     scale: float,
     eps: tuple[float, float],
     regions: int,
+    group: 'distributed.ProcessGroup | None' = None,
 ) -> Tensor:
     """All that a Focus block does in training, in one node of autograd.
 
@@ -104,8 +105,8 @@ def focus_block(
     inference, without a gradient.
 
     Args:
-        z (Tensor): (B, T, H, W), in the dtype that convolutions take, no side
-            shorter than a dynamic kernel.
+        z (Tensor): (B, T, H, W), not empty, in the dtype that convolutions
+            take.
         initial (Tensor, optional): (B, P, H, W), if there is a ``prior``.
         parameters (FocusParameters): In single precision or half.
         keeps (Sequence[Tensor | None]): What the samples of both branches are
@@ -113,13 +114,16 @@ def focus_block(
         scale (float): Of the queries.
         eps (tuple[float, float]): Of the two layer norms.
         regions (int): Along each axis, that the keys are of.
+        group (ProcessGroup, optional): The processes whose norms have
+            statistics in common, as in :class:`torch.nn.SyncBatchNorm`; their
+            maps may have different sizes. Defaults to None: one process.
 
     Returns:
         Tensor: (B, T, H, W).
     """
     from .triton import focus_block as run
 
-    return run(z, initial, parameters, keeps, scale, eps, regions)
+    return run(z, initial, parameters, keeps, scale, eps, regions, group)
 
 
 def repconv_block(
@@ -127,22 +131,25 @@ def repconv_block(
     parameters: RepConvParameters,
     keep: Tensor | None,
     eps: float,
+    group: 'distributed.ProcessGroup | None' = None,
 ) -> Tensor:
     """All that a RepConv block does in training; see :func:`focus_block`.
 
     Args:
-        x (Tensor): (B, C, H, W), in the dtype that convolutions take.
+        x (Tensor): (B, C, H, W), not empty, in the dtype that convolutions
+            take.
         parameters (RepConvParameters): In single precision or half.
         keep (Tensor, optional): What the samples of the residual branch are
             scaled by in training, (B, ), in single precision.
         eps (float): Of the layer norm.
+        group (ProcessGroup, optional): As there.
 
     Returns:
         Tensor: (B, C, H, W).
     """
     from .triton import repconv_block as run
 
-    return run(x, parameters, keep, eps)
+    return run(x, parameters, keep, eps, group)
 
 
 __all__ = [

@@ -10,6 +10,7 @@ triton    kernels for NVIDIA GPUs
 (benchmarks/NOTES.md).
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -104,6 +105,26 @@ def contmix(
     )
     with exact:
         return BACKENDS[backend](query, key, value, weight, bias, tuple(rpb))
+
+
+def enlarged_size(size: Sequence[int], kernel_size: int) -> list[int] | None:
+    """The size that a map is enlarged to for the kernels of ContMix.
+
+    Args:
+        size (Sequence[int]): Height and width.
+        kernel_size (int): Size of the large kernel.
+
+    Returns:
+        list[int] | None: The shorter side is the kernel's, the other one in
+        proportion; None if neither is shorter than the kernel.
+    """
+    short = min(size)
+    if short >= kernel_size:
+        return None
+    factor = kernel_size / short
+    return [
+        kernel_size if side == short else int(factor * side) for side in size
+    ]
 
 
 def _check_shapes(

@@ -7,17 +7,19 @@ parts are made in the end, in one launch.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ... import partial_sums
+from ...batch_norm import triton as batch_norm
 from ...common import channels_last
 from ...conv3x3 import triton as conv
 from ...depthwise.triton import branches as large_conv
 from ...depthwise.triton import depthwise_conv2d
+from ...dynamic_conv import enlarged_size
 from ...dynamic_conv import triton as contmix
 from ...excitation import triton as excitation
 from ...ffn import triton as ffn
@@ -36,6 +38,8 @@ class _Settings(NamedTuple):
     scale: float
     eps: tuple[float, float]
     regions: int
+    size: Sequence[int] | None  # that maps are enlarged to for the kernels
+    group: Any
 
 
 class _Saved(NamedTuple):
@@ -49,9 +53,11 @@ class _Saved(NamedTuple):
     mix: tuple  # before the norm, before GELU, before the product, behind it
     response: tuple  # norm and scale
     fused: Tensor
+    sources: tuple  # of queries and keys, of values; enlarged
     query: tuple  # before the norm, behind it
     key: tuple  # pooled, before the norm, behind it
     mixed: tuple  # the result, and what is with it
+    pooled: Tensor  # of the size of the map
     value: Tensor
     branches: tuple  # statistics, taps, the first one's output
     branches_out: Tensor
@@ -60,7 +66,10 @@ class _Saved(NamedTuple):
     state: Tensor
     excited: Tensor
     projected: Tensor
-    statistics: tuple  # of the four norms: means and reciprocal deviations
+    mix_norm: tuple  # what the four norms keep
+    query_norm: tuple
+    key_norm: tuple
+    out_norm: tuple
     middle: Tensor
     identity2: Tensor
     x2: Tensor
@@ -79,30 +88,56 @@ def _product_grad(grad, weight):
     return to_map(rows(grad) @ weight.flatten(1), grad)
 
 
-def _norm(x, norm):
-    """A batch norm in training mode; the map, mean and deviation."""
+def _norm(x, norm, group):
+    """A batch norm in training mode; the map, and what its gradient needs."""
+    if group is not None:
+        y, *kept = batch_norm.forward(x, norm, group)
+        return y, *kept
     scale, shift, mean, variance, _, momentum, eps = norm
     return torch.native_batch_norm(
         x, scale, shift, mean, variance, True, momentum, eps
     )
 
 
-def _norm_grad(grad, x, norm, statistics):
+def _norm_grad(grad, x, norm, kept, group):
+    """Gradients of the map, of scale and of shift."""
+    grad = channels_last(grad)
+    if group is not None:
+        grad, sums = batch_norm.backward(grad, x, *kept, group)
+        return grad, *sums
     return aten.native_batch_norm_backward(
-        channels_last(grad),
+        grad,
         x,
         norm.scale,
         None,
         None,
-        *statistics,
+        *kept,
         True,
         norm.eps,
         [True, True, True],
     )
 
 
+def _enlarge(maps, size):
+    """Maps of another size, if there is one."""
+    if size is None:
+        return maps
+    return [
+        channels_last(F.interpolate(x, size, mode='bilinear').to(x.dtype))
+        for x in maps
+    ]
+
+
+def _enlarge_grad(grad, x, size):
+    """The gradient of a map from that of the enlarged one."""
+    return channels_last(
+        aten.upsample_bilinear2d_backward(grad, size, x.shape, False)
+    )
+
+
 def _forward(z, initial, p, keeps, settings):
     """The result, and what to keep."""
+    group = settings.group
     updated = z
     if p.prior:
         updated = prior.forward(z, initial, *p.prior)
@@ -113,37 +148,43 @@ def _forward(z, initial, p, keeps, settings):
     x = layer_norm.forward(identity, *p.norm1, settings.eps[0])
 
     neighbors, _ = conv.forward(x, *p.mix_conv, residual=False)
-    normal, *mix_statistics = _norm(neighbors, p.mix_norm)
+    normal, *mix_norm = _norm(neighbors, p.mix_norm, group)
     active = F.gelu(normal)
     products = _product(active, mix, mix_bias)
     fused, *response = response_norm.forward(products, *p.response)
 
-    features, guide = x.split([query.shape[1], key.shape[1]], 1)
+    source, mixable = _enlarge((x, fused), settings.size)
+    features, guide = source.split([query.shape[1], key.shape[1]], 1)
     queries = _product(features, query)
-    normal_queries, *query_statistics = _norm(queries, p.query_norm)
-    pooled = _pool(guide, settings.regions)
-    keys = _product(pooled, key)
-    normal_keys, *key_statistics = _norm(keys, p.key_norm)
+    normal_queries, *query_norm = _norm(queries, p.query_norm, group)
+    means = _pool(guide, settings.regions)
+    keys = _product(means, key)
+    normal_keys, *key_norm = _norm(keys, p.key_norm, group)
     mixed = contmix._mix.function(
-        normal_queries, normal_keys, *p.kernels, fused, settings.scale
+        normal_queries, normal_keys, *p.kernels, mixable, settings.scale
     )
+    pooled = mixed[0]
+    if settings.size is not None:
+        pooled = channels_last(F.adaptive_avg_pool2d(pooled, x.shape[2:]))
 
-    values = _product(mixed[0], value)
+    values = _product(pooled, value)
     gates = _product(fused, gate)
     fields = columns(p.branches)
     running = large_conv._Running(*fields[3:6], fields[7])
     branches = large_conv._measure(
-        fused, *fields[:3], fields[6], fields[8], running
+        fused, *fields[:3], fields[6], fields[8], running, group
     )
     branches_out = large_conv._forward(fused, branches)
     fields = columns([p.value_norm, p.branches_norm, p.gate_norm])
-    others = p.mix_norm, p.query_norm, p.key_norm, p.out_norm
-    fields[4] += [norm.batches for norm in others]
-    parts, norms = excitation.measure([values, branches_out, gates], *fields)
+    if group is None:  # PyTorch's do not count batches
+        others = p.mix_norm, p.query_norm, p.key_norm, p.out_norm
+        fields[4] += [norm.batches for norm in others]
+    maps = values, branches_out, gates
+    parts, norms = batch_norm.measure(maps, *fields, group)
     excited, state = excitation.forward(
         values, *p.excite, gates, True, branches_out, (parts, norms)
     )
-    projected, *out_statistics = _norm(excited, p.out_norm)
+    projected, *out_norm = _norm(excited, p.out_norm, group)
     gain, offset = p.scale1
     middle, _ = product(
         projected,
@@ -180,9 +221,11 @@ def _forward(z, initial, p, keeps, settings):
         (neighbors, normal, active, products),
         response,
         fused,
+        (source, mixable),
         (queries, normal_queries),
-        (pooled, keys, normal_keys),
+        (means, keys, normal_keys),
         mixed,
+        pooled,
         values,
         branches[:3],
         branches_out,
@@ -191,7 +234,10 @@ def _forward(z, initial, p, keeps, settings):
         state,
         excited,
         projected,
-        (*mix_statistics, *query_statistics, *key_statistics, *out_statistics),
+        tuple(mix_norm),
+        tuple(query_norm),
+        tuple(key_norm),
+        tuple(out_norm),
         middle,
         identity2,
         x2,
@@ -215,12 +261,15 @@ def _infer(z, initial, p, settings):
     y, _ = conv.forward(x, *p.mix_conv, residual=False, activate=True)
     y = _product(y, *mix)
     fused, *_ = response_norm.forward(y, *p.response)
-    features, guide = x.split([query[0].shape[1], key[0].shape[1]], 1)
-    pooled = _pool(guide, settings.regions)
-    queries, keys = _product(features, *query), _product(pooled, *key)
+    source, mixable = _enlarge((x, fused), settings.size)
+    features, guide = source.split([query[0].shape[1], key[0].shape[1]], 1)
+    means = _pool(guide, settings.regions)
+    queries, keys = _product(features, *query), _product(means, *key)
     mixed, *_ = contmix._mix.function(
-        queries, keys, *p.kernels, fused, settings.scale
+        queries, keys, *p.kernels, mixable, settings.scale
     )
+    if settings.size is not None:
+        mixed = channels_last(F.adaptive_avg_pool2d(mixed, x.shape[2:]))
     y = depthwise_conv2d(fused, *p.branches)
     y, _ = product(mixed, value, p.value[1], identity=y)
     y, _ = excitation.forward(y, *p.excite, _product(fused, *gate), True)
@@ -256,6 +305,7 @@ def _backward(grad, s, p, keeps, settings):
     """Gradients of the two maps; of the parameters, by field."""
     mix, _, query, key, value, gate, out = s.rounded[:-3]
     expand, expand_bias, reduce = s.rounded[-3:]
+    group = settings.group
     jobs, products = [], []
 
     def empty(tensors, parts, *more):
@@ -301,11 +351,8 @@ def _backward(grad, s, p, keeps, settings):
         grad_y = grad_middle
 
     grads['out'] = differentiate(grad_y, s.projected, *p.out)
-    mix_statistics, query_statistics, key_statistics, out_statistics = (
-        s.statistics[i : i + 2] for i in range(0, 8, 2)
-    )
     grad, *grads['out_norm'] = _norm_grad(
-        _product_grad(grad_y, out), s.excited, p.out_norm, out_statistics
+        _product_grad(grad_y, out), s.excited, p.out_norm, s.out_norm, group
     )
     results = excitation.backward(
         grad,
@@ -316,6 +363,7 @@ def _backward(grad, s, p, keeps, settings):
         True,
         s.branches_out,
         s.norms,
+        group,
     )
     grad_value, *grads['excite'], grad_gate, grad_branches, norms = results
     norms = norms.unbind()
@@ -325,18 +373,24 @@ def _backward(grad, s, p, keeps, settings):
         norms[4:],
     )
     grads['gate'] = differentiate(grad_gate, s.fused, *p.gate)
-    grads['value'] = differentiate(grad_value, s.mixed[0], *p.value)
+    grads['value'] = differentiate(grad_value, s.pooled, *p.value)
+    grad = _product_grad(grad_value, value)
+    size, (source, mixable) = settings.size, s.sources
+    if size is not None:
+        grad = aten._adaptive_avg_pool2d_backward(grad, s.mixed[0])
     grad_query, grad_key, *grads['kernels'], grad_fused = (
         contmix._mix_backward.function(
-            _product_grad(grad_value, value),
+            channels_last(grad),
             s.query[1],
             s.key[2],
             *p.kernels,
-            s.fused,
+            mixable,
             settings.scale,
             *s.mixed,
         )
     )
+    if size is not None:
+        grad_fused = _enlarge_grad(grad_fused, s.fused, size)
     fields = columns(p.branches)
     statistics, taps, first = s.branches
     grad, norms, weights = large_conv._backward(
@@ -348,6 +402,7 @@ def _backward(grad, s, p, keeps, settings):
         *fields[:2],
         fields[6],
         fields[8],
+        group,
         other=channels_last(grad_fused),
     )
     grads['branches'] = [*zip(weights, *norms, strict=True)]
@@ -361,21 +416,31 @@ def _backward(grad, s, p, keeps, settings):
     grads['mix'] = differentiate(grad, active, *p.mix)
     grad, _ = product(grad, mix, transposed=True, gelu_input=normal)
     grad, *grads['mix_norm'] = _norm_grad(
-        grad, neighbors, p.mix_norm, mix_statistics
+        grad, neighbors, p.mix_norm, s.mix_norm, group
     )
     grad, parts = conv.backward(grad, s.x, p.mix_conv[0], residual=False)
     grads['mix_conv'] = empty(p.mix_conv, parts)
-    features = s.x[:, : query.shape[1]]
     grad_query, *grads['query_norm'] = _norm_grad(
-        grad_query, s.query[0], p.query_norm, query_statistics
+        grad_query, s.query[0], p.query_norm, s.query_norm, group
     )
-    grads['query'] = differentiate(grad_query, features, *p.query)
-    grad_features = rows(grad)[:, : query.shape[1]]
-    grad_features.addmm_(rows(grad_query), query.flatten(1))
+    channels = query.shape[1]
+    grads['query'] = differentiate(grad_query, source[:, :channels], *p.query)
     grad_key, *grads['key_norm'] = _norm_grad(
-        grad_key, s.key[1], p.key_norm, key_statistics
+        grad_key, s.key[1], p.key_norm, s.key_norm, group
     )
     grads['key'] = differentiate(grad_key, s.key[0], *p.key)
+    grad_means = channels_last(_product_grad(grad_key, key))
+    if size is None:
+        grad_features = rows(grad)[:, :channels]
+        grad_features.addmm_(rows(grad_query), query.flatten(1))
+    else:
+        grad_source = torch.empty_like(source)
+        grad_source[:, :channels] = _product_grad(grad_query, query)
+        grad_source[:, channels:] = aten._adaptive_avg_pool2d_backward(
+            grad_means, source[:, channels:]
+        )
+        grad += _enlarge_grad(grad_source, s.x, size)
+        grad_means = None
     grad, parts = layer_norm.backward(
         grad,
         s.identity,
@@ -383,7 +448,7 @@ def _backward(grad, s, p, keeps, settings):
         settings.eps[0],
         grad_middle,
         p.scale1[0],
-        channels_last(_product_grad(grad_key, key)),
+        grad_means,
     )
     results = empty((*p.norm1, *p.scale1), parts)
     grads['norm1'], grads['scale1'] = results[:2], results[2:]
@@ -415,13 +480,16 @@ def focus_block(
     scale: float,
     eps: tuple[float, float],
     regions: int,
+    group: Any = None,
 ) -> Tensor:
     """See :func:`mmoverlock.ops.blocks.focus_block`."""
     partial_sums.check_device(z)
     z = channels_last(z)
     if initial is not None:
         initial = channels_last(initial)
-    settings = _Settings(scale, eps, regions)
+    kernel_size = (parameters.kernels[3].shape[-1] + 1) // 2
+    size = enlarged_size(z.shape[2:], kernel_size)
+    settings = _Settings(scale, eps, regions, size, group)
     if parameters.mix_norm is None:
         return _infer(z, initial, contiguous_fields(parameters), settings)
     maps = z, initial

@@ -45,6 +45,11 @@ def run_node(
             branches.
         settings: Whatever else they take.
     """
+    if not maps[0].numel():
+        raise ValueError(
+            'a block with batch norms in training mode takes no empty map, '
+            f'got one of shape {tuple(maps[0].shape)}'
+        )
     leaves = _leaves(parameters)
     if not all(leaf.is_contiguous() for leaf in leaves):
         parameters = tree_map_only(Tensor, Tensor.contiguous, parameters)

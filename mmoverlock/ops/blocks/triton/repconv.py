@@ -4,12 +4,13 @@ Both maps that the block adds to are read once backward: the gradient of the
 scaled identity is made in the pass of the norm behind it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import partial_sums
+from ...batch_norm import triton as batch_norm
 from ...common import channels_last
 from ...conv3x3 import triton as conv
 from ...depthwise.triton import branches as large_conv
@@ -35,18 +36,18 @@ class _Saved(NamedTuple):
     ffn: tuple
 
 
-def _forward(x, p, keep, eps):
+def _forward(x, p, keep, eps, group):
     """The result, and what to keep."""
     identity, _ = conv.forward(x, *p.conv1)
     y = layer_norm.forward(identity, *p.norm1, eps)
     fields = columns(p.branches)
     running = large_conv._Running(*fields[3:6], fields[7])
     branches = large_conv._measure(
-        y, *fields[:3], fields[6], fields[8], running
+        y, *fields[:3], fields[6], fields[8], running, group
     )
     branches_out = large_conv._forward(y, branches)
-    parts, norms = excitation.measure(
-        [branches_out], *columns([p.branches_norm])
+    parts, norms = batch_norm.measure(
+        [branches_out], *columns([p.branches_norm]), group
     )
     excited, state = excitation.forward(
         branches_out, *p.excite, measured=(parts, norms)
@@ -89,7 +90,7 @@ def _infer(x, p, eps):
     return _feed_forward(x, p, identity, None, False)[0]
 
 
-def _backward(grad, s, p, keep, eps):
+def _backward(grad, s, p, keep, eps, group):
     """Gradients of the map; of the parameters, by field."""
     grads = {}
     hidden = *p.expand, *p.conv2, *p.response, *p.reduce
@@ -100,7 +101,13 @@ def _backward(grad, s, p, keep, eps):
     for i, name in enumerate(('expand', 'conv2', 'response', 'reduce')):
         grads[name] = results[2 * i : 2 * i + 2]
     grad_y, *grads['excite'], grads['branches_norm'] = excitation.backward(
-        grad_y, s.branches_out, *p.excite, None, s.state, norms=s.norms
+        grad_y,
+        s.branches_out,
+        *p.excite,
+        None,
+        s.state,
+        norms=s.norms,
+        group=group,
     )
     fields = columns(p.branches)
     statistics, taps, first = s.branches
@@ -113,6 +120,7 @@ def _backward(grad, s, p, keep, eps):
         *fields[:2],
         fields[6],
         fields[8],
+        group,
     )
     grads['branches'] = [*zip(weights, *norms, strict=True)]
     gain = p.scale[0] if p.scale else None
@@ -133,10 +141,11 @@ def repconv_block(
     parameters: RepConvParameters,
     keep: Tensor | None,
     eps: float,
+    group: Any = None,
 ) -> Tensor:
     """See :func:`mmoverlock.ops.blocks.repconv_block`."""
     partial_sums.check_device(x)
     x = channels_last(x)
     if parameters.branches_norm is None:
         return _infer(x, contiguous_fields(parameters), eps)
-    return run_node(_forward, _backward, (x,), parameters, keep, eps)
+    return run_node(_forward, _backward, (x,), parameters, keep, eps, group)
