@@ -42,6 +42,7 @@ from mmoverlock.ops import (
     residual_conv,
     sum_of_branches,
 )
+from mmoverlock.ops.batch_norm import Norm
 from mmoverlock.ops.batch_norm import triton as batch_norm
 from mmoverlock.ops.blocks.triton import focus
 from mmoverlock.ops.dynamic_conv import triton as contmix
@@ -104,7 +105,9 @@ def compile_launches(run, capability):
         # As many for two images as a GPU has for a batch
         patch.object(partial_sums, 'programs', lambda device, most: most),
         patch.object(distributed, 'get_world_size', lambda group: 2),
-        patch.object(distributed, 'all_gather', lambda *args: None),
+        patch.object(
+            distributed, 'all_gather_into_tensor', lambda *args: None
+        ),
         patch.object(distributed, 'all_reduce', lambda *args, **kwargs: None),
     ]
     with count._on_gpu('meta', patches):
@@ -200,11 +203,11 @@ def compile_sums(capability, dtype):
         for shape in ((40, 320, 1, 1), 40, 320, ())
     )
     weights = weight1, bias1, weight1, c
-    norms = [[t] * 3 for t in (c, c, c, c, count, 0.1, 1e-5)]
+    norms = [Norm(c, c, c, c, count, 0.1, 1e-5)] * 3
 
     def excite(x):
         """Three norms; none, in inference; and a norm by itself."""
-        measured = batch_norm.measure([x] * 3, *norms)
+        measured = batch_norm.measure([x] * 3, norms)
         grad, state = focus.excitation.forward(
             x, *weights, x, True, x, measured
         )
@@ -212,8 +215,8 @@ def compile_sums(capability, dtype):
             grad, x, *weights, x, state, True, x, measured[1]
         )
         focus.excitation.forward(x, *weights, x, True)
-        one = [field[0] for field in norms]
-        batch_norm.backward(x, *batch_norm.forward(x, one))
+        ((y, facts),) = batch_norm.forward([x], norms[:1])
+        batch_norm.backward([y], [x], [facts])
 
     def run():
         for z in maps:

@@ -16,6 +16,7 @@ torch.nn.SyncBatchNorm.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -25,8 +26,9 @@ from torch import Tensor, distributed
 from .. import partial_sums, tiles
 from ..common import cdiv
 from ..launching import jit
+from . import Norm
 
-SIZES = ('positions', 'parts', 'splits', 'length', 'count')
+SIZES = ('positions', 'parts', 'step', 'splits', 'length', 'count')
 KNOBS = dict(PARTS=64, BLOCK=16)  # a tile of statistics of parts
 FACTS = tl.constexpr(5)  # scale, shift, mean, r, number of values
 
@@ -53,16 +55,16 @@ def combine(
     p_parts,
     n,
     parts,
+    step,
     o_channel,
     m_channel,
     channels,
     PARTS: tl.constexpr,
-    N: tl.constexpr,
 ):
     """Count (), mean and sum of squared deviations of map n, in float64.
 
-    parts (parts, N * 3, C). Deviations are from the mean of the first part,
-    then moved.
+    parts (parts, N * 3, C), ``step`` apart. Deviations are from the mean of
+    the first part, then moved.
     """
     p_parts += n * 3 * channels
     p_mean = p_parts + channels + o_channel
@@ -73,7 +75,7 @@ def combine(
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)[:, None]
         m_part = (part < parts) & m_channel[None]
-        o_part = part.to(tl.int64) * (N * 3 * channels)
+        o_part = part.to(tl.int64) * step
         b_count = tl.load(p_parts + o_part, mask=part < parts, other=0)
         p_part = p_mean[None] + o_part
         b_mean = tl.load(p_part, mask=m_part, other=0)
@@ -95,7 +97,6 @@ def _combine_kernel(
     p_out,
     parts,
     channels,
-    N: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -106,8 +107,9 @@ def _combine_kernel(
     o_channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_channel = o_channel < channels
     n = tl.program_id(1)
+    step = tl.num_programs(1) * 3 * channels
     count, mean, squares = combine(
-        p_parts, n, parts, o_channel, m_channel, channels, PARTS, N
+        p_parts, n, parts, step, o_channel, m_channel, channels, PARTS
     )
     p_out += n * 3 * channels + o_channel
     store_statistics(p_out, count, mean, squares, channels, m_channel)
@@ -220,6 +222,7 @@ def _norms_kernel(
     batches,
     p_norms,
     parts,
+    step,
     channels,
     MOMENTA: tl.constexpr,
     EPS: tl.constexpr,
@@ -228,9 +231,9 @@ def _norms_kernel(
 ):
     """Norms from statistics of parts; moves the running ones.
 
-    parts (parts, N * 3, C), of a map or of processes; scales, shifts, means
-    and variances (C, ) each, batches () each, norms (N, 5, C): scale, shift,
-    mean, r, number of values; grid (blocks of C, N).
+    parts (parts, N * 3, C), ``step`` apart, of a map or of processes; scales,
+    shifts, means and variances (C, ) each, batches () each, norms (N, 5, C):
+    scale, shift, mean, r, number of values; grid (blocks of C, N).
     """
     o_channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_channel = o_channel < channels
@@ -238,11 +241,11 @@ def _norms_kernel(
         p_parts,
         tl.program_id(1),
         parts,
+        step,
         o_channel,
         m_channel,
         channels,
         PARTS,
-        len(scales),
     )
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         for n in tl.static_range(len(batches)):
@@ -382,39 +385,38 @@ def split(x: Tensor) -> tuple[int, int, dict]:
 
 def measure(
     maps: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    shifts: Sequence[Tensor],
-    means: Sequence[Tensor],
-    variances: Sequence[Tensor],
-    batches: Sequence[Tensor],
-    momenta: Sequence[float],
-    eps: Sequence[float],
-    group: 'distributed.ProcessGroup | None' = None,
+    norms: Sequence[Norm],
+    group: Any = None,
+    batches: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """Two launches, which move running statistics and count the batch, too.
 
     Args:
         maps (Sequence[Tensor]): (B, C, H, W) each, in channels_last, not
             empty.
-        scales, shifts, means, variances (Sequence[Tensor]): (C, ) each, of
-            the norms of the maps.
-        batches (Sequence[Tensor]): () each, and of any norms besides.
-        momenta, eps (Sequence[float]): Of each norm.
+        norms (Sequence[Norm]): Of the maps.
         group (ProcessGroup, optional): The processes that have statistics in
             common. Defaults to None: this one has its own.
+        batches (Sequence[Tensor]): () each, of other norms, to count.
 
     Returns:
         tuple[Tensor, Tensor]: Statistics of parts of this process's maps, (B
-        splits, N * 3, C); norms, (N, 5, C): scales, shifts, means, reciprocal
-        deviations and numbers of values.
+        splits, N * 3, C); facts of the norms, (N, 5, C): scales, shifts,
+        means, reciprocal deviations and numbers of values.
     """
+    parts = _statistics(maps)
+    (whole,) = [parts] if group is None else gather([parts], group)
+    return parts, _facts(whole, norms, batches)
+
+
+def _statistics(maps):
+    """Those of parts of maps of one shape, (B splits, N * 3, C)."""
     batch, channels, height, width = maps[0].shape
     positions, n = height * width, len(maps)
     splits, programs, settings = split(maps[0])
     parts = maps[0].new_empty(
         batch * splits, n * 3, channels, dtype=torch.float32
     )
-    norms = parts.new_empty(n, FACTS.value, channels)
     _statistics_kernel[programs, n](
         tuple(maps),
         parts,
@@ -424,44 +426,70 @@ def measure(
         channels,
         **settings,
     )
-    whole = parts if group is None else gather(parts, group)
-    _norms_kernel[cdiv(channels, KNOBS['BLOCK']), n](
-        whole,
-        tuple(scales),
-        tuple(shifts),
-        tuple(means),
-        tuple(variances),
-        tuple(batches),
-        norms,
-        len(whole),
+    return parts
+
+
+def _facts(parts, norms, batches=()):
+    """Facts of norms (N, 5, C), whose running statistics are moved."""
+    scales, shifts, means, variances, counts, momenta, eps = zip(
+        *norms, strict=True
+    )
+    count, _, channels = parts.shape
+    facts = torch.empty(
+        len(norms),
+        FACTS.value,
         channels,
-        MOMENTA=tuple(momenta),
-        EPS=tuple(eps),
+        dtype=torch.float32,
+        device=parts.device,
+    )
+    _norms_kernel[cdiv(channels, KNOBS['BLOCK']), len(norms)](
+        parts,
+        scales,
+        shifts,
+        means,
+        variances,
+        (*counts, *batches),
+        facts,
+        count,
+        parts.stride(0),
+        channels,
+        MOMENTA=momenta,
+        EPS=eps,
         **KNOBS,
     )
-    return parts, norms
+    return facts
 
 
-def gather(parts: Tensor, group: 'distributed.ProcessGroup') -> Tensor:
-    """Statistics of all processes from those of parts, (parts, N * 3, C).
+def gather(parts: Sequence[Tensor], group: Any) -> list[Tensor]:
+    """Statistics of all processes from those of parts, in one exchange.
+
+    Args:
+        parts (Sequence[Tensor]): (parts, N * 3, C) each.
+        group (ProcessGroup): The processes.
 
     Returns:
-        Tensor: (processes, N * 3, C), in double precision.
+        list[Tensor]: (processes, N * 3, C) each, in double precision, with
+        other values between the processes.
     """
-    count, rows, channels = parts.shape
-    own = parts.new_empty(rows, channels, dtype=torch.float64)
-    _combine_kernel[cdiv(channels, KNOBS['BLOCK']), rows // 3](
-        parts, own, count, channels, N=rows // 3, **KNOBS
-    )
+    shapes = [each.shape[1:] for each in parts]
+    sizes = [shape.numel() for shape in shapes]
+    own = parts[0].new_empty(sum(sizes), dtype=torch.float64)
+    for each, out in zip(parts, own.split(sizes), strict=True):
+        count, rows, channels = each.shape
+        _combine_kernel[cdiv(channels, KNOBS['BLOCK']), rows // 3](
+            each, out, count, channels, **KNOBS
+        )
     world = distributed.get_world_size(group)
-    whole = own.new_empty(world, rows, channels)
-    distributed.all_gather([*whole], own, group)
-    return whole
+    whole = own.new_empty(world * len(own))
+    distributed.all_gather_into_tensor(whole, own, group)
+    whole = whole.unflatten(0, (world, -1))
+    return [
+        each.unflatten(1, shape)
+        for each, shape in zip(whole.split(sizes, 1), shapes, strict=True)
+    ]
 
 
-def total(
-    sums: Tensor, group: 'distributed.ProcessGroup | None' = None
-) -> Tensor:
+def total(sums: Tensor, group: Any = None) -> Tensor:
     """Sums over all processes; those of one process are left as they are."""
     if group is None:
         return sums
@@ -471,44 +499,68 @@ def total(
 
 
 def forward(
-    x: Tensor, norm: tuple, group: 'distributed.ProcessGroup | None' = None
-) -> tuple[Tensor, Tensor]:
-    """A map (B, C, H, W) in channels_last, normalized; three launches.
+    maps: Sequence[Tensor], norms: Sequence[Norm], group: Any = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Normalize maps; three launches a map, and one exchange.
+
+    Args:
+        maps (Sequence[Tensor]): (B, C, H, W) each, of any shapes, in
+            channels_last, not empty.
+        norms, group: As in :func:`measure`.
 
     Returns:
-        tuple[Tensor, Tensor]: The result, and the norm, see :func:`measure`.
+        list[tuple[Tensor, Tensor]]: Of each, the result and its facts, (1, 5,
+        C).
     """
-    _, norms = measure([x], *([field] for field in norm), group)
-    y = torch.empty_like(x)
-    tiles.launch(_normalize_kernel, x, x, norms, y)
-    return y, norms
+    parts = [_statistics([x]) for x in maps]
+    whole = parts if group is None else gather(parts, group)
+    results = []
+    for x, norm, each in zip(maps, norms, whole, strict=True):
+        facts, y = _facts(each, [norm]), torch.empty_like(x)
+        tiles.launch(_normalize_kernel, x, x, facts, y)
+        results.append((y, facts))
+    return results
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    norms: Tensor,
-    group: 'distributed.ProcessGroup | None' = None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the map, and of scale and shift, (2, C); three launches."""
-    batch, channels, height, width = x.shape
-    positions = height * width
-    splits, programs, settings = split(x)
-    parts = norms.new_empty(batch * splits, 2, channels)
-    sums = norms.new_empty(2, channels)
-    _products_kernel[(programs,)](
-        grad,
-        x,
-        norms,
-        parts,
-        positions,
-        splits,
-        cdiv(positions, splits),
-        channels,
-        **settings,
-    )
-    partial_sums.add_now((parts, *sums))
-    grad_x = torch.empty_like(x)
-    whole = total(sums, group)
-    tiles.launch(_grad_kernel, x, grad, x, norms, whole, grad_x)
-    return grad_x, sums
+    grads: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    facts: Sequence[Tensor],
+    group: Any = None,
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Two launches a map and one for all, and one exchange.
+
+    Returns:
+        list[tuple[Tensor, Tensor, Tensor]]: Of each map, the gradients of
+        it, of scale and of shift.
+    """
+    jobs, sizes = [], [2 * x.shape[1] for x in maps]
+    sums = facts[0].new_empty(sum(sizes))
+    for grad, x, fact, out in zip(
+        grads, maps, facts, sums.split(sizes), strict=True
+    ):
+        batch, channels, height, width = x.shape
+        positions = height * width
+        splits, programs, settings = split(x)
+        parts = fact.new_empty(batch * splits, 2, channels)
+        _products_kernel[(programs,)](
+            grad,
+            x,
+            fact,
+            parts,
+            positions,
+            splits,
+            cdiv(positions, splits),
+            channels,
+            **settings,
+        )
+        jobs.append((parts, *out.view(2, channels)))
+    partial_sums.add_now(*jobs)
+    results = []
+    for grad, x, fact, whole, (_, *own) in zip(
+        grads, maps, facts, total(sums, group).split(sizes), jobs, strict=True
+    ):
+        grad_x = torch.empty_like(x)
+        tiles.launch(_grad_kernel, x, grad, x, fact, whole, grad_x)
+        results.append((grad_x, *own))
+    return results

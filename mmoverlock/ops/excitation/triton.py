@@ -28,13 +28,15 @@ sum(d) = s sum(u) + P dm, sum(d n) = s sum(u n) + dm sum(n).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, distributed
+from torch import Tensor
 
 from .. import partial_sums, tiles
+from ..batch_norm import Norm
 from ..batch_norm.triton import (
     load_norm,
     load_normal,
@@ -766,7 +768,7 @@ def backward(
     silu: bool = False,
     other: Tensor | None = None,
     norms: Tensor | None = None,
-    group: 'distributed.ProcessGroup | None' = None,
+    group: Any = None,
 ) -> list[Tensor]:
     """Three launches, and one more where there are many positions or norms.
 
@@ -983,7 +985,7 @@ def _measure_norm(
     """See :func:`measure`."""
     partial_sums.check_device(x)
     norm = scale, shift, mean, variance, batches, momentum, eps
-    return measure([x], *([field] for field in norm))
+    return measure([x], [Norm(*norm)])
 
 
 @_measure_norm.register_fake

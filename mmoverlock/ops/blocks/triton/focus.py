@@ -88,34 +88,47 @@ def _product_grad(grad, weight):
     return to_map(rows(grad) @ weight.flatten(1), grad)
 
 
-def _norm(x, norm, group):
-    """A batch norm in training mode; the map, and what its gradient needs."""
+def _norms(maps, norms, group):
+    """Batch norms in training mode: maps, and what their gradients need."""
     if group is not None:
-        y, *kept = batch_norm.forward(x, norm, group)
-        return y, *kept
-    scale, shift, mean, variance, _, momentum, eps = norm
-    return torch.native_batch_norm(
-        x, scale, shift, mean, variance, True, momentum, eps
-    )
+        return batch_norm.forward(maps, norms, group)
+    return [
+        torch.native_batch_norm(
+            x,
+            norm.scale,
+            norm.shift,
+            norm.running_mean,
+            norm.running_var,
+            True,
+            norm.momentum,
+            norm.eps,
+        )
+        for x, norm in zip(maps, norms, strict=True)
+    ]
 
 
-def _norm_grad(grad, x, norm, kept, group):
-    """Gradients of the map, of scale and of shift."""
-    grad = channels_last(grad)
+def _norm_grads(grads, maps, norms, kept, group):
+    """Gradients of the maps, each with those of scale and shift."""
+    grads = [channels_last(grad) for grad in grads]
     if group is not None:
-        grad, sums = batch_norm.backward(grad, x, *kept, group)
-        return grad, *sums
-    return aten.native_batch_norm_backward(
-        grad,
-        x,
-        norm.scale,
-        None,
-        None,
-        *kept,
-        True,
-        norm.eps,
-        [True, True, True],
-    )
+        facts = [fact for (fact,) in kept]
+        return batch_norm.backward(grads, maps, facts, group)
+    return [
+        aten.native_batch_norm_backward(
+            grad,
+            x,
+            norm.scale,
+            None,
+            None,
+            *statistics,
+            True,
+            norm.eps,
+            [True, True, True],
+        )
+        for grad, x, norm, statistics in zip(
+            grads, maps, norms, kept, strict=True
+        )
+    ]
 
 
 def _enlarge(maps, size):
@@ -148,18 +161,22 @@ def _forward(z, initial, p, keeps, settings):
     x = layer_norm.forward(identity, *p.norm1, settings.eps[0])
 
     neighbors, _ = conv.forward(x, *p.mix_conv, residual=False)
-    normal, *mix_norm = _norm(neighbors, p.mix_norm, group)
+    (source,) = _enlarge([x], settings.size)
+    features, guide = source.split([query.shape[1], key.shape[1]], 1)
+    queries = _product(features, query)
+    means = _pool(guide, settings.regions)
+    keys = _product(means, key)
+    side_by_side = _norms(
+        (neighbors, queries, keys),
+        (p.mix_norm, p.query_norm, p.key_norm),
+        group,
+    )
+    normal, normal_queries, normal_keys = (y for y, *_ in side_by_side)
     active = F.gelu(normal)
     products = _product(active, mix, mix_bias)
     fused, *response = response_norm.forward(products, *p.response)
 
-    source, mixable = _enlarge((x, fused), settings.size)
-    features, guide = source.split([query.shape[1], key.shape[1]], 1)
-    queries = _product(features, query)
-    normal_queries, *query_norm = _norm(queries, p.query_norm, group)
-    means = _pool(guide, settings.regions)
-    keys = _product(means, key)
-    normal_keys, *key_norm = _norm(keys, p.key_norm, group)
+    (mixable,) = _enlarge([fused], settings.size)
     mixed = contmix._mix.function(
         normal_queries, normal_keys, *p.kernels, mixable, settings.scale
     )
@@ -175,16 +192,18 @@ def _forward(z, initial, p, keeps, settings):
         fused, *fields[:3], fields[6], fields[8], running, group
     )
     branches_out = large_conv._forward(fused, branches)
-    fields = columns([p.value_norm, p.branches_norm, p.gate_norm])
-    if group is None:  # PyTorch's do not count batches
-        others = p.mix_norm, p.query_norm, p.key_norm, p.out_norm
-        fields[4] += [norm.batches for norm in others]
-    maps = values, branches_out, gates
-    parts, norms = batch_norm.measure(maps, *fields, group)
-    excited, state = excitation.forward(
-        values, *p.excite, gates, True, branches_out, (parts, norms)
+    others = p.mix_norm, p.query_norm, p.key_norm, p.out_norm
+    measured = batch_norm.measure(
+        (values, branches_out, gates),
+        (p.value_norm, p.branches_norm, p.gate_norm),
+        group,
+        # Which PyTorch does not count
+        [norm.batches for norm in others] if group is None else (),
     )
-    projected, *out_norm = _norm(excited, p.out_norm, group)
+    excited, state = excitation.forward(
+        values, *p.excite, gates, True, branches_out, measured
+    )
+    ((projected, *out_norm),) = _norms([excited], [p.out_norm], group)
     gain, offset = p.scale1
     middle, _ = product(
         projected,
@@ -230,13 +249,11 @@ def _forward(z, initial, p, keeps, settings):
         branches[:3],
         branches_out,
         gates,
-        norms,
+        measured[1],
         state,
         excited,
         projected,
-        tuple(mix_norm),
-        tuple(query_norm),
-        tuple(key_norm),
+        *(tuple(kept) for _, *kept in side_by_side),
         tuple(out_norm),
         middle,
         identity2,
@@ -351,8 +368,12 @@ def _backward(grad, s, p, keeps, settings):
         grad_y = grad_middle
 
     grads['out'] = differentiate(grad_y, s.projected, *p.out)
-    grad, *grads['out_norm'] = _norm_grad(
-        _product_grad(grad_y, out), s.excited, p.out_norm, s.out_norm, group
+    ((grad, *grads['out_norm']),) = _norm_grads(
+        [_product_grad(grad_y, out)],
+        [s.excited],
+        [p.out_norm],
+        [s.out_norm],
+        group,
     )
     results = excitation.backward(
         grad,
@@ -415,19 +436,21 @@ def _backward(grad, s, p, keeps, settings):
     neighbors, normal, active, _ = s.mix
     grads['mix'] = differentiate(grad, active, *p.mix)
     grad, _ = product(grad, mix, transposed=True, gelu_input=normal)
-    grad, *grads['mix_norm'] = _norm_grad(
-        grad, neighbors, p.mix_norm, s.mix_norm, group
+    side_by_side = _norm_grads(
+        (grad, grad_query, grad_key),
+        (neighbors, s.query[0], s.key[1]),
+        (p.mix_norm, p.query_norm, p.key_norm),
+        (s.mix_norm, s.query_norm, s.key_norm),
+        group,
+    )
+    (grad, *grads['mix_norm']), *side_by_side = side_by_side
+    (grad_query, *grads['query_norm']), (grad_key, *grads['key_norm']) = (
+        side_by_side
     )
     grad, parts = conv.backward(grad, s.x, p.mix_conv[0], residual=False)
     grads['mix_conv'] = empty(p.mix_conv, parts)
-    grad_query, *grads['query_norm'] = _norm_grad(
-        grad_query, s.query[0], p.query_norm, s.query_norm, group
-    )
     channels = query.shape[1]
     grads['query'] = differentiate(grad_query, source[:, :channels], *p.query)
-    grad_key, *grads['key_norm'] = _norm_grad(
-        grad_key, s.key[1], p.key_norm, s.key_norm, group
-    )
     grads['key'] = differentiate(grad_key, s.key[0], *p.key)
     grad_means = channels_last(_product_grad(grad_key, key))
     if size is None:

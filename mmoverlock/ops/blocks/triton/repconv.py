@@ -46,11 +46,9 @@ def _forward(x, p, keep, eps, group):
         y, *fields[:3], fields[6], fields[8], running, group
     )
     branches_out = large_conv._forward(y, branches)
-    parts, norms = batch_norm.measure(
-        [branches_out], *columns([p.branches_norm]), group
-    )
+    measured = batch_norm.measure([branches_out], [p.branches_norm], group)
     excited, state = excitation.forward(
-        branches_out, *p.excite, measured=(parts, norms)
+        branches_out, *p.excite, measured=measured
     )
     result, *kept = _feed_forward(excited, p, identity, keep, True)
     saved = _Saved(
@@ -59,7 +57,7 @@ def _forward(x, p, keep, eps, group):
         y,
         branches[:3],
         branches_out,
-        norms,
+        measured[1],
         state,
         excited,
         tuple(kept),

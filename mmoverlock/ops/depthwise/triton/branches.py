@@ -229,11 +229,11 @@ def _merge_kernel(
             p_parts,
             b,
             splits,
+            len(BRANCHES) * 3 * channels,
             channel,
             m_channel,
             channels,
             SPLITS,
-            len(BRANCHES),
         )
         scale = tl.load(scales[b] + channel, mask=m_channel, other=0)
         shift = tl.load(shifts[b] + channel, mask=m_channel, other=0)
@@ -510,7 +510,7 @@ def _measure(
     )
     parts = _statistics(x, taps, first, plan.branches)
     if group is not None:
-        parts = gather(parts, group)
+        (parts,) = gather([parts], group)
     _merge_kernel[cdiv(channels, FEW.value), plan.size](
         parts,
         taps,
