@@ -7,6 +7,7 @@ with their layers in both processes, in float64.
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -16,13 +17,17 @@ from test_block_nodes import BLOCKS, draw_block, draw_maps, step
 from torch import distributed, multiprocessing, nn
 from torch.distributed.nn.functional import all_reduce
 
+from mmoverlock.models.layers import run_layers
 from mmoverlock.models.reparam import DilatedReparamConv
 from mmoverlock.ops import backends, sum_of_branches
 
-pytest.importorskip('mmoverlock.ops.depthwise.triton', exc_type=ImportError)
+batch_norm = pytest.importorskip(
+    'mmoverlock.ops.batch_norm.triton', exc_type=ImportError
+)
 debug = pytest.importorskip('torch.distributed.tensor.debug')
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+EXCHANGES = dict(stem=1, rep=2, focus=4)
 SHAPES = {
     'other sizes': ((1, 2, 6, 5), (1, 2, 4, 7)),
     'no maps, compiled': ((1, 2, 5, 4), (0, 2, 5, 4)),
@@ -97,23 +102,28 @@ def compare_blocks(rank):
         mock.patch.object(backends, 'why_not_triton', lambda device: None),
         mock.patch.object(backends, '_try', lambda *args: None),
     ]
-    for name in BLOCKS:
-        block = draw_block(name, 'SyncBN')
+    for name in (*BLOCKS, 'stem'):
+        run = None
+        if name == 'stem':
+            conv = nn.Conv2d(12, 12, 3, padding=1)
+            block = nn.Sequential(conv, nn.SyncBatchNorm(12), nn.GELU())
+            run = partial(run_layers, block.to(DEVICE))
+        else:
+            block = draw_block(name, 'SyncBN')
         layers = replace_norms(block)
         maps = draw_maps(name)
         if rank:  # smaller than the kernel, with other values
             maps = [x[:1, :, 1:5] * 2 - 1 for x in maps]
             maps = [x.detach().requires_grad_() for x in maps]
         others = [*map(exact, maps)]
-        gathered, reduced = (
-            mock.patch.object(distributed, name, wraps=call)
-            for name, call in (
-                ('all_gather_into_tensor', distributed.all_gather_into_tensor),
-                ('all_reduce', distributed.all_reduce),
-            )
+        gathered = mock.patch.object(
+            batch_norm, '_all_gather', wraps=batch_norm._all_gather
+        )
+        reduced = mock.patch.object(
+            distributed, 'all_reduce', wraps=distributed.all_reduce
         )
         with patches[0], patches[1], gathered as each, reduced as way:
-            results, buffers = step(block, maps)
+            results, buffers = step(block, maps, run)
         counts[name] = each.call_count, way.call_count
         expected, others = step(layers, others, kernels=False)
         for key, value in expected.items():
@@ -207,7 +217,7 @@ def test_blocks(results):
     """Compared where they run; norms side by side exchange once each way."""
     for result in results:
         for name, counts in result['exchanges'].items():
-            each = 2 if name.startswith('rep') else 4
+            each = EXCHANGES[name.split(',')[0]]
             assert counts == (each, each), name
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 
 from ..ops import (
     Norm,
+    batch_norm,
     conv_norm,
     excite_norm,
     is_compiling,
@@ -383,6 +384,19 @@ def conv_and_norm(
         return conv_norm(*operands)
     x = conv(x)
     return x, norm(x)
+
+
+def run_layers(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """``layers(x)``, where norms of several processes are kernels."""
+    if not is_plain(layers, nn.Sequential) or not takes_triton('auto', x):
+        return layers(x)
+    for layer in layers:
+        group = group_of(layer) if counts_batches(layer) else None
+        if group is None:
+            x = layer(x)
+        else:
+            x = batch_norm(x, as_operand(layer), group)
+    return x
 
 
 def has_no_hooks(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from ..ops.dynamic_conv import BACKENDS
 from .blocks import FocusBlock, RepConvBlock
 from .compilation import Regions
 from .graphs import Graphs
-from .layers import LayerNorm2d, LayerScale, StridedConv, build_bn
+from .layers import LayerNorm2d, LayerScale, StridedConv, build_bn, run_layers
 from .recomputation import recompute
 from .reparam import DilatedReparamConv
 from .weights import load_pretrained
@@ -565,17 +565,18 @@ class OverLoCK(BaseModule):
         The map of stage 2 is normalized, unless for a classifier: in the
         released dense predictors, stage 3 reads it after its output norm.
         """
-        maps = [self._run('blocks1', self.patch_embed1(x))]
+        maps = [self._run('blocks1', run_layers(self.patch_embed1, x))]
         if self.out_indices[-1] >= 1:
-            x = self._run('blocks2', self.patch_embed2(maps[0]))
+            x = self._run('blocks2', run_layers(self.patch_embed2, maps[0]))
             maps.append(x if self.classifier else self.extra_norm['1'](x))
         if self.out_indices[-1] >= 2:
-            maps.append(self._run('blocks3', self.patch_embed3(maps[1])))
+            x = run_layers(self.patch_embed3, maps[1])
+            maps.append(self._run('blocks3', x))
         return maps
 
     def overview_net(self, x: Tensor) -> Tensor:
         """The stride 16 map of the Base-Net to the overview at stride 32."""
-        return self._run('blocks4', self.patch_embed4(x))
+        return self._run('blocks4', run_layers(self.patch_embed4, x))
 
     def focus_net(self, x: Tensor, overview: Tensor) -> list[Tensor]:
         """Look again, knowing what is there.
@@ -596,8 +597,8 @@ class OverLoCK(BaseModule):
         maps = [self._run('sub_blocks3', z, upsampled)]
         if self.out_indices[-1] >= 3:
             x, updated = maps[0].split([x.shape[1], prior.shape[1]], dim=1)
-            x = self.patch_embedx['x_proj'](x)
-            updated = self.patch_embedx['h_proj'](updated)
+            x = run_layers(self.patch_embedx['x_proj'], x)
+            updated = run_layers(self.patch_embedx['h_proj'], updated)
             z = torch.cat([x, updated], dim=1)
             maps.append(self._run('sub_blocks4', z, prior))
         return maps

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, distributed
 
 
 class Norm(NamedTuple):
@@ -17,4 +17,30 @@ class Norm(NamedTuple):
     eps: float
 
 
-__all__ = ['Norm']
+def batch_norm(
+    x: Tensor, norm: Norm, group: 'distributed.ProcessGroup'
+) -> Tensor:
+    """A batch norm over the maps of several processes, for GPUs.
+
+    As :class:`torch.nn.SyncBatchNorm`, which waits for the GPU to see whose
+    maps are empty. Kernels alone. Running statistics and the number of batches
+    are updated in place.
+
+    Args:
+        x (Tensor): (B, C, H, W), not empty; its size may differ from process
+            to process.
+        norm (Norm): Of C channels.
+        group (ProcessGroup): The processes.
+
+    Returns:
+        Tensor: (B, C, H, W).
+
+    Raises:
+        ValueError: If the map is empty.
+    """
+    from .triton import batch_norm as run
+
+    return run(x, norm, group)
+
+
+__all__ = ['Norm', 'batch_norm']

@@ -22,9 +22,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
 
 from .. import partial_sums, tiles
-from ..common import cdiv
+from ..common import cdiv, channels_last, contiguous
 from ..launching import jit
 from . import Norm
 
@@ -481,12 +482,19 @@ def gather(parts: Sequence[Tensor], group: Any) -> list[Tensor]:
         )
     world = distributed.get_world_size(group)
     whole = own.new_empty(world * len(own))
-    distributed.all_gather_into_tensor(whole, own, group)
+    _all_gather(whole, own, group)
     whole = whole.unflatten(0, (world, -1))
     return [
         each.unflatten(1, shape)
         for each, shape in zip(whole.split(sizes, 1), shapes, strict=True)
     ]
+
+
+def _all_gather(whole, own, group):
+    """As torch.distributed.all_gather_single, whose name was another one."""
+    names = 'all_gather_single', 'all_gather_into_tensor'
+    name, *_ = (name for name in names if hasattr(distributed, name))
+    getattr(distributed, name)(whole, own, group)
 
 
 def total(sums: Tensor, group: Any = None) -> Tensor:
@@ -564,3 +572,43 @@ def backward(
         tiles.launch(_grad_kernel, x, grad, x, fact, whole, grad_x)
         results.append((grad_x, *own))
     return results
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, norm, group, *affine) -> Tensor:
+        ((y, facts),) = forward([x], [norm], group)
+        ctx.group = group
+        ctx.save_for_backward(x, facts)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad) -> tuple[Tensor | None, ...]:
+        x, facts = ctx.saved_tensors
+        ((grad, *grads),) = backward(
+            [channels_last(grad)], [x], [facts], ctx.group
+        )
+        return grad, None, None, *grads
+
+
+@torch.compiler.disable  # an exchange in the middle of a graph breaks it
+def batch_norm(x: Tensor, norm: Norm, group: Any) -> Tensor:
+    """See :func:`mmoverlock.ops.batch_norm.batch_norm`."""
+    partial_sums.check_device(x)
+    check_map(x)
+    norm = Norm(*contiguous(*norm[:2]), *norm[2:])
+    return _BatchNorm.apply(channels_last(x), norm, group, *norm[:2])
+
+
+def check_map(x: Tensor) -> None:
+    """Check that there are values to norm.
+
+    Raises:
+        ValueError: If the map is empty.
+    """
+    if not x.numel():
+        raise ValueError(
+            'batch norms in training mode take no empty map, got one of shape '
+            f'{tuple(x.shape)}'
+        )

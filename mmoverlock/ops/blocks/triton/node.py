@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from ... import partial_sums
+from ...batch_norm.triton import check_map
 from ...common import channels_last, contiguous, flatten, lengths, nest
 
 
@@ -45,11 +46,7 @@ def run_node(
             branches.
         settings: Whatever else they take.
     """
-    if not maps[0].numel():
-        raise ValueError(
-            'a block with batch norms in training mode takes no empty map, '
-            f'got one of shape {tuple(maps[0].shape)}'
-        )
+    check_map(maps[0])
     leaves = _leaves(parameters)
     if not all(leaf.is_contiguous() for leaf in leaves):
         parameters = tree_map_only(Tensor, Tensor.contiguous, parameters)
