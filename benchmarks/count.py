@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 import torch._dynamo  # noqa: F401, which looks at what is replaced below
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import DispatchKey
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -45,6 +45,7 @@ FREE = 'empty', 'as_strided', 'lift_fresh', '_unsafe_view', 'promote_types'
 PROPERTIES = SimpleNamespace(
     name='none', major=9, minor=0, multi_processor_count=132
 )
+PROCESSES = 8  # that a SyncBN has statistics of
 LARGE = 2**18  # elements of a map whose layout matters
 
 
@@ -261,8 +262,32 @@ def _step(model, inputs, train, dtype, mode):
         torch.autograd.backward(outs, [torch.empty_like(o) for o in outs])
 
 
+def _exchanges(result):
+    """Exchanges of processes, which are counted and do nothing."""
+
+    def exchange(name, *tensors, **options):
+        result.operators += 1
+        result.add(name, _tensors(tensors))
+
+    distributed = dict(
+        is_initialized=lambda: True,
+        get_world_size=lambda group: PROCESSES,
+        all_reduce=partial(exchange, 'all_reduce'),
+    )
+    return [
+        mock.patch.multiple('torch.distributed', **distributed),
+        mock.patch(
+            'mmoverlock.ops.batch_norm.triton._all_gather',
+            partial(exchange, 'all_gather'),
+        ),
+    ]
+
+
 def count_operators(model, inputs, train, dtype=torch.bfloat16):
     """Count what a step of a model runs on a GPU.
+
+    A SyncBN has its statistics in common with those of as many GPUs as
+    ``PROCESSES``, if it has a group of processes.
 
     Args:
         model (nn.Module): In the mode that is to be counted; it is left as
@@ -288,10 +313,13 @@ def count_operators(model, inputs, train, dtype=torch.bfloat16):
             name.removeprefix('mmoverlock.ops.'), _tensors(args, kwargs)
         )
 
-    launches = [mock.patch.object(kind, 'run', run) for kind in _kernels()]
-    with _on_gpu('meta', launches):
+    patches = [mock.patch.object(kind, 'run', run) for kind in _kernels()]
+    result = Count()
+    if _kernels():
+        patches += _exchanges(result)
+    with _on_gpu('meta', patches):
         for _ in range(2):  # the first step makes constants that are kept
-            result = Count()
+            vars(result).update(vars(Count()))
             for leaf in (*inputs, *model.parameters()):
                 leaf.grad = None
             tensors = *inputs, *model.parameters(), *model.buffers()
@@ -367,6 +395,7 @@ def host_seconds(model, inputs, train, repeats=5):
             mock.patch.object(type(driver), 'active', _Driver()),
             mock.patch.object(jit, '_do_compile', _do_not_compile),
             mock.patch.object(interpreted, 'run', lambda *_, **__: None),
+            *_exchanges(Count()),
         ]
     times = []
     with _on_gpu('cpu', patches):
@@ -378,10 +407,11 @@ def host_seconds(model, inputs, train, repeats=5):
     return min(times[2:])
 
 
-def build(train, backend='auto', channels=None):
+def build(train, backend='auto', channels=None, norm='BN'):
     """t without data, fused for inference.
 
-    With other channels, it is on the CPU, for :func:`host_seconds`.
+    With other channels, it is on the CPU, for :func:`host_seconds`. Its norms
+    may be 'SyncBN'.
     """
     arch = 't'
     if channels:
@@ -393,7 +423,11 @@ def build(train, backend='auto', channels=None):
             drop_path_rate=0.1,
             contmix_backend=backend,
             depthwise_backend=backend,
+            norm_cfg=dict(type=norm),
         )
+    for part in model.modules():
+        if isinstance(part, nn.SyncBatchNorm):
+            part.process_group = f'{PROCESSES} processes'
     return model.train() if train else fuse(model)
 
 
@@ -496,8 +530,11 @@ def main(args=None):
         what = 'training' if train else 'inference'
         for name, make in (
             ('t', partial(build, train, args.backend)),
+            ('t, SyncBN', partial(build, train, args.backend, norm='SyncBN')),
             ('ConvNeXt-T', partial(build_peer, train)),
         ):
+            if 'SyncBN' in name and not train:
+                continue  # there, it is as the other
             try:
                 model = make()
             except ImportError as error:

@@ -25,6 +25,7 @@ BACKEND = 'triton'
 # PyTorch, launches of Triton, GB, GB of mixed layouts, and GB at a time.
 BOUNDS = {
     ('network', True): (201, 280, 26.8, 0.9, 3.8),
+    ('network, SyncBN', True): (232, 442, 28.3, 0.9, 3.8),
     ('network', False): (73, 91, 6.9, 0.5, 0.9),
     ('RepConv block', True): (5, 31, 6.3, 0.0, 1.4),
     ('RepConv block', False): (2, 9, 1.5, 0.0, 0.7),
@@ -43,6 +44,9 @@ def test_bounds(train, monkeypatch):
     model = build(train, BACKEND)
     images = torch.empty(128, 3, 224, 224, device='meta')
     counted = {'network': (model, images), **counting.blocks(model)}
+    if train:
+        synchronized = build(train, BACKEND, norm='SyncBN')
+        counted['network, SyncBN'] = synchronized, images
     for name, (module, inputs) in counted.items():
         result = count_operators(module, inputs, train)
         sizes = result.bytes, result.mixed, result.memory
@@ -248,7 +252,7 @@ def test_table(monkeypatch, capsys):
     def missing(train, channels=None):
         raise ModuleNotFoundError("No module named 'mmpretrain'")
 
-    def build(*args, channels=None):
+    def build(*args, channels=None, norm='BN'):
         with torch.device('cpu' if channels else 'meta'):
             return OverLoCK(tiny.ARCH)
 
@@ -263,4 +267,6 @@ def test_table(monkeypatch, capsys):
         for what in ('training', 'inference'):
             assert f'\n{name}, {what} ' in out
     assert "ConvNeXt-T, inference: No module named 'mmpretrain'" in out
-    assert len(re.findall(r'^  \S', out, re.M)) == 4
+    assert '\nt, SyncBN, training ' in out
+    assert '\nt, SyncBN, inference ' not in out  # there, it is as the other
+    assert len(re.findall(r'^  \S', out, re.M)) == 6
