@@ -261,6 +261,33 @@ def test_changes_of_one_block(name, change, auto_is_triton, monkeypatch):
         block(*arguments(block, draw_maps(name)))
 
 
+@pytest.mark.parametrize('name', ['rep, scaled', 'focus, first'])
+def test_groups_of_processes(name, auto_is_triton, monkeypatch):
+    """All norms have to be of one; it takes the same way for every map."""
+    for node in NODES.values():
+        monkeypatch.setattr(blocks, node, mock.Mock(side_effect=KeyError))
+    monkeypatch.setattr(blocks, 'conv_and_norm', lambda *_: 1 / 0)
+    block, (z,) = draw_block(name), draw_maps(name)
+    call = arguments(block, [z[:1, :, :1, :1]])  # which has no deviation
+    with pytest.raises(ZeroDivisionError):
+        block(*call)
+    monkeypatch.setattr(blocks, 'group_of', lambda norm: norm.eps)
+    with pytest.raises(KeyError):
+        block(*call)
+    norm(block).eps = 1
+    with pytest.raises(ZeroDivisionError):
+        block(*call)
+
+
+@pytest.mark.parametrize('name', ['rep, scaled', 'focus, first'])
+def test_empty_maps(name, auto_is_triton, monkeypatch):
+    """Of a group: others would wait for it."""
+    monkeypatch.setattr(blocks, 'group_of', lambda norm: 'some')
+    block, (z,) = draw_block(name), draw_maps(name)
+    with pytest.raises(ValueError, match=r'no empty map, .*\(0, 12, 6, 5\)'):
+        block(*arguments(block, [z[:0]]))
+
+
 def test_paths_are_dropped_in_one_launch(monkeypatch):
     """With the values that they have elsewhere."""
     monkeypatch.setattr(torch.Tensor, 'is_cuda', True)
