@@ -21,7 +21,6 @@ from test_operators import (
     SPECS,
     branches,
     draw_operands,
-    excited,
     is_tensor,
     kernels_of,
     outputs,
@@ -204,14 +203,15 @@ def compile_sums(capability, dtype):
     norms = [Norm(c, c, c, c, count, 0.1, 1e-5)] * 3
 
     def excite(x):
-        """Three norms; none, in inference; and a norm by itself."""
-        measured = batch_norm.measure([x] * 3, norms)
-        grad, state = focus.excitation.forward(
-            x, *weights, x, True, x, measured
-        )
-        focus.excitation.backward(
-            grad, x, *weights, x, state, True, x, measured[1]
-        )
+        """Three norms, and one; none, in inference; and one by itself."""
+        for gate, n in ((x, 3), (None, 1)):
+            measured = batch_norm.measure([x] * n, norms[:n])
+            grad, state = focus.excitation.forward(
+                x, *weights, gate, True, gate, measured
+            )
+            focus.excitation.backward(
+                grad, x, *weights, gate, state, True, gate, measured[1]
+            )
         focus.excitation.forward(x, *weights, x, True)
         ((y, facts),) = batch_norm.forward([x], norms[:1])
         batch_norm.backward([y], [x], [facts])
@@ -260,12 +260,12 @@ def compile_all(capability, dtype, every_shape=True):
     where = capability, dtype
     # What others launch, too
     others = [residual_conv, conv_norm, depthwise_conv2d]
-    wide = [run for run in SPECS if run not in (excited, branches, *others)]
+    wide = [run for run in SPECS if run not in (branches, *others)]
     maps = [(14, 14, 13)]
-    narrow = [(56, [branches]), (320, [excited])]
+    narrow = [(56, [branches])]
     if every_shape:
         wide += others
-        narrow += [(64, [excited, feed_forward])]
+        narrow += [(64, [feed_forward])]
         maps += [(50, 84, 13)]
     kinds = [(640, wide), *narrow]
     large = [(64, 14), (56, 28)] if every_shape else [(64, 14)]

@@ -12,7 +12,6 @@ from torch import nn
 from benchmarks import count
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.blocks import FocusBlock, RepConvBlock
-from mmoverlock.models.layers import SEModule
 
 pytest.importorskip('triton', '3.6')
 COMMON = dict(
@@ -76,14 +75,6 @@ def test_hooks(name, watched, channels, auto_is_triton):
     for name, buffer in block.named_buffers():
         if name.endswith('num_batches_tracked'):
             assert buffer == 1, name
-
-
-def test_norm_of_several_processes(auto_is_triton, monkeypatch):
-    """It runs by itself, as its statistics are not those of the map alone."""
-    layers = SEModule(16), nn.BatchNorm2d(16), draw(2, 16, 3, 3)
-    assert SEModule.takes_norm(*layers)
-    monkeypatch.setattr('mmoverlock.models.layers.group_of', lambda _: 'some')
-    assert not SEModule.takes_norm(*layers)
 
 
 def add_hook(layer, seen):

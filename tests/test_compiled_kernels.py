@@ -29,6 +29,10 @@ SPILLED = (  # so that twice as many warps fit a multiprocessor
     'depthwise.triton.banded',
     'depthwise.triton.weight_grads._units',
 )
+A_FEW = {  # bytes are spilled, by capability
+    100: ('dynamic_conv', 'layernorm'),
+    120: ('prior',),
+}
 CONTMIX = dict(filters=('prepare', 'finish'), mix=('forward', 'backward'))
 
 
@@ -80,9 +84,7 @@ print(json.dumps([uses, others, [*all_kernels()]]))
             if kind == 'contmix' and dtype == 'float32':
                 continue
             few = 128 if name.startswith(SPILLED) else 0
-            if capability == 100 and (
-                kind == 'contmix' or name.startswith('layernorm')
-            ):
+            if name.startswith(A_FEW.get(capability, ())):
                 few = 16  # at 168 registers, and 128
             assert use['spills'] <= few, (name, use)
             if capability == 90 and not name.startswith(MANY):

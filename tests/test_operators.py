@@ -17,7 +17,6 @@ from mmoverlock.ops import (
     Norm,
     conv_norm,
     depthwise_conv2d,
-    excite_norm,
     feed_forward,
     layer_norm,
     partial_sums,
@@ -77,13 +76,6 @@ def branches(x, backend='auto', **parameters):
     return sum_of_branches(x, made, backend), *statistics(made)
 
 
-def excited(x, scales, shifts, backend='auto', **weights):
-    """What is behind a norm, and its statistics."""
-    norms = make_norms(scales, shifts)
-    out = excite_norm(x, *norms, **weights, backend=backend)
-    return out, *statistics(norms)
-
-
 LOOSE = {
     layer_norm: 3,
     residual_conv: 1.2,
@@ -91,9 +83,7 @@ LOOSE = {
     feed_forward: 6,
     depthwise_conv2d: 2,
     branches: 5,
-    excited: 5,
 }
-NORMS = branches, excited
 CASTS = residual_conv, conv_norm, feed_forward, depthwise_conv2d, branches
 
 
@@ -115,8 +105,6 @@ SPECS = {
     'identity BOHW, gain O111, offset O, keep B',
     depthwise_conv2d: 'x BCHW, weight C133, bias C',
     branches: 'x BCHW, weight1 C133, weight2 C133, scales 2C, shifts 2C',
-    excited: 'x BCHW, scales 1C, shifts 1C, '
-    'weight1 DC11, bias1 D, weight2 CD11, bias2 C',
 }
 SPECS = {
     run: [operand.split() for operand in spec.split(', ')]
@@ -203,7 +191,7 @@ def draw_operands(run, shape, dtype=SINGLE, without='', other=None):
             is_map = letters[0].endswith('HW')
             tensor = draw(*dims, dtype=dtype if is_map else SINGLE)
             if not operands:  # with a mean that is no small one
-                tensor += 3 if run in NORMS else 1
+                tensor += 3 if run is branches else 1
             elif is_map:
                 tensor = tensor.to(other or dtype)
             elif len(dims) == 4:
@@ -304,11 +292,6 @@ SHAPES = dict.fromkeys(
         ((1, 6, 4, 3), BRAIN),
     ],
     branches: [],  # which test_depthwise_triton.py has
-    excited: [
-        ((3, 70, 2, 3), SINGLE),  # two blocks of channels
-        ((2, 5, 33, 31), SINGLE),  # images in parts
-        ((5, 3, 1, 2), BRAIN),
-    ],
 }
 SHAPES[layer_norm] = [*SHAPES[layer_norm], ((1, 1024, 1, 3), SINGLE)]
 
@@ -335,11 +318,10 @@ def test_one_of_two_outputs_has_a_gradient(run, used, poison):
     assert_right(run, operands, used=[used])
 
 
-@pytest.mark.parametrize('run', [squeeze_excite, excited])
-def test_many_images(run, monkeypatch, poison):
+def test_many_images(monkeypatch, poison):
     """More than the gradients of the weights of SE take at a time."""
     monkeypatch.setitem(squeeze.WEIGHTS, 'BATCH', 16)
-    assert_right(run, draw_operands(run, (17, 3, 1, 2), without='y z'))
+    assert_right(squeeze_excite, draw_operands(squeeze_excite, (17, 3, 1, 2)))
 
 
 @pytest.mark.parametrize(
@@ -418,7 +400,7 @@ def test_autocast(run):
     'run',
     [  # test_compile_regions.py has these in blocks
         pytest.param(run, marks=pytest.mark.slow)
-        if run in (conv_norm, feed_forward, *NORMS)
+        if run in (conv_norm, feed_forward, branches)
         else run
         for run in SPECS
     ],
@@ -449,10 +431,10 @@ def test_registered(never_the_same, run, without):
         sum(y.sum() for y in results).backward()
     # Nothing runs backward where all gradients are that of the sum.
     both_ways = 1 + (without != 'weight bias keep')
-    assert len(calls) == both_ways + (run in NORMS)  # which are measured
+    assert len(calls) == both_ways + (run is branches)  # which are measured
 
 
-@pytest.mark.parametrize('run', [run for run in SPECS if run not in NORMS])
+@pytest.mark.parametrize('run', [run for run in SPECS if run is not branches])
 @pytest.mark.parametrize('shape', [(0, 3, 4, 5), (2, 3, 0, 5)])
 def test_empty_map(run, shape):
     operands = draw_operands(run, shape)

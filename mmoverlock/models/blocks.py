@@ -253,11 +253,7 @@ class RepConvBlock(nn.Module):
                 return repconv_block(*operands, group_of(self.proj[2]))
         norm, conv, bn, excite, *layers, _ = self.proj
         x, y = conv_and_norm(self.dwconv, norm, x)
-        y = conv(y)
-        if type(excite) is SEModule and excite.takes_norm(bn, y):
-            y, excite = excite.run_norm(bn, y), None
-        else:
-            y = bn(y)
+        y = bn(conv(y))
         return _feed_forward(layers, y, x, keep, self.ls, excite)
 
     def _is_one_node(self, x: Tensor) -> bool:

@@ -12,7 +12,6 @@ from ..ops import (
     Norm,
     batch_norm,
     conv_norm,
-    excite_norm,
     is_compiling,
     layer_norm,
     residual_conv,
@@ -220,29 +219,6 @@ class SEModule(nn.Module):
             PointwiseConv,
             nn.Sigmoid,
         )
-
-    def takes_norm(self, norm: nn.Module, x: Tensor) -> bool:
-        """Whether :meth:`run_norm` does what both modules do to a map."""
-        return (
-            takes_triton('auto', x)
-            and is_plain(self, SEModule)
-            and self.is_as_built()
-            and counts_batches(norm)
-            and group_of(norm) is None
-            and x.numel() > x.shape[1]  # or there is no deviation
-        )
-
-    def run_norm(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-        """A norm in training mode, and squeeze and excitation of its result.
-
-        Args:
-            norm (nn.BatchNorm2d): Of C channels.
-            x (Tensor): (B, C, H, W).
-
-        Returns:
-            Tensor: (B, C, H, W).
-        """
-        return excite_norm(x, as_operand(norm), *self.weights())
 
 
 class StridedConv(nn.Conv2d):

@@ -10,7 +10,7 @@ from .depthwise import (
 )
 from .dynamic_conv import contmix, enlarged_size
 from .environment import is_compiling, is_traced
-from .excitation import excite_norm, squeeze_excite
+from .excitation import squeeze_excite
 from .ffn import feed_forward
 from .grn import response_norm, response_scale
 from .layernorm import layer_norm
@@ -28,7 +28,6 @@ __all__ = [
     'convolution_dtype',
     'depthwise_conv2d',
     'enlarged_size',
-    'excite_norm',
     'feed_forward',
     'is_compiling',
     'is_traced',

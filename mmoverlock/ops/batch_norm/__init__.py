@@ -18,9 +18,9 @@ class Norm(NamedTuple):
 
 
 def batch_norm(
-    x: Tensor, norm: Norm, group: 'distributed.ProcessGroup'
+    x: Tensor, norm: Norm, group: 'distributed.ProcessGroup | None' = None
 ) -> Tensor:
-    """A batch norm over the maps of several processes, for GPUs.
+    """A batch norm in training mode, over the maps of several processes.
 
     As :class:`torch.nn.SyncBatchNorm`, which waits for the GPU to see whose
     maps are empty. Kernels alone. Running statistics and the number of batches
@@ -30,7 +30,8 @@ def batch_norm(
         x (Tensor): (B, C, H, W), not empty; its size may differ from process
             to process.
         norm (Norm): Of C channels.
-        group (ProcessGroup): The processes.
+        group (ProcessGroup, optional): The processes. Defaults to None: this
+            one alone.
 
     Returns:
         Tensor: (B, C, H, W).

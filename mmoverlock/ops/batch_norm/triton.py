@@ -593,7 +593,7 @@ class _BatchNorm(torch.autograd.Function):
 
 
 @torch.compiler.disable  # an exchange in the middle of a graph breaks it
-def batch_norm(x: Tensor, norm: Norm, group: Any) -> Tensor:
+def batch_norm(x: Tensor, norm: Norm, group: Any = None) -> Tensor:
     """See :func:`mmoverlock.ops.batch_norm.batch_norm`."""
     partial_sums.check_device(x)
     check_map(x)

@@ -1,9 +1,8 @@
-"""Squeeze and excitation of a map, the gate behind it, the norm before."""
+"""Squeeze and excitation of a map, and the gate behind it."""
 
 from torch import Tensor
 
 from ..backends import run
-from ..batch_norm import Norm
 from . import reference
 
 
@@ -68,41 +67,4 @@ def _kernels(*operands) -> Tensor:
     return kernels(*operands)
 
 
-def excite_norm(
-    x: Tensor,
-    norm: Norm,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    backend: str = 'auto',
-) -> Tensor:
-    """:func:`squeeze_excite` of what a batch norm makes of a map.
-
-    Running statistics and the number of batches are updated in place.
-
-    Args:
-        x (Tensor): (B, C, H, W), with more than one value a channel.
-        norm (Norm): Of C channels.
-        weight1, bias1, weight2, bias2, backend: As above.
-
-    Returns:
-        Tensor: (B, C, H, W), in the dtype of x.
-
-    Raises:
-        ValueError: If the backend is unknown or cannot run, or the shapes
-            disagree.
-        ImportError: If the backend needs what is not installed.
-    """
-    _check_shapes(x, weight1, weight2, None)
-    operands = x, norm, weight1, bias1, weight2, bias2
-    return run(backend, reference.excite_norm, _norm_kernels, *operands)
-
-
-def _norm_kernels(*operands) -> Tensor:
-    from .triton import excite_norm as kernels
-
-    return kernels(*operands)
-
-
-__all__ = ['excite_norm', 'squeeze_excite']
+__all__ = ['squeeze_excite']

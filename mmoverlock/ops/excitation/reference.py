@@ -1,7 +1,5 @@
 """The definition, in plain PyTorch."""
 
-from collections.abc import Sequence
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,11 +18,3 @@ def squeeze_excite(
     scale = F.linear(hidden, weight2.flatten(1), bias2).sigmoid()
     y = x * scale.to(x.dtype)[..., None, None]
     return y if gate is None else (gate * y).to(x.dtype)
-
-
-def excite_norm(x: Tensor, norm: Sequence, *weights: Tensor) -> Tensor:
-    """See :func:`mmoverlock.ops.excite_norm`."""
-    scale, shift, mean, variance, batches, momentum, eps = norm
-    batches += 1
-    x = F.batch_norm(x, mean, variance, scale, shift, True, momentum, eps)
-    return squeeze_excite(x, *weights)

@@ -27,7 +27,6 @@ and u n have all that is needed for t and for both means, whatever dm will be:
 sum(d) = s sum(u) + P dm, sum(d n) = s sum(u n) + dm sum(n).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,11 +35,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import partial_sums, tiles
-from ..batch_norm import Norm
 from ..batch_norm.triton import (
     load_norm,
     load_normal,
-    measure,
     split,
     store_norm_grad,
     total,
@@ -48,7 +45,6 @@ from ..batch_norm.triton import (
 from ..common import (
     cdiv,
     channels_last,
-    contiguous,
     custom_op,
     next_power_of_2,
 )
@@ -967,107 +963,3 @@ def squeeze_excite(
     if gate is not None:
         gate = channels_last(gate)
     return _squeeze_excite(x, weight1, bias1, weight2, bias2, gate)[0]
-
-
-@custom_op(
-    'mmoverlock::measure_norm', mutates_args=('mean', 'variance', 'batches')
-)
-def _measure_norm(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    batches: Tensor,
-    momentum: float,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """See :func:`measure`."""
-    partial_sums.check_device(x)
-    norm = scale, shift, mean, variance, batches, momentum, eps
-    return measure([x], [Norm(*norm)])
-
-
-@_measure_norm.register_fake
-def _(x, *norm):
-    shapes = (x.shape[0] * split(x)[0], 3), (1, 5)
-    return tuple(
-        x.new_empty(*shape, x.shape[1], dtype=torch.float32)
-        for shape in shapes
-    )
-
-
-@custom_op('mmoverlock::excite_norm')
-def _excite_norm(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    parts: Tensor,
-    norms: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """See :func:`forward`."""
-    weights = weight1, bias1, weight2, bias2
-    return forward(x, *weights, measured=(parts, norms))
-
-
-@_excite_norm.register_fake
-def _(x, scale, shift, weight1, *args):
-    batch, channels = x.shape[:2]
-    size = 3 * channels + weight1.shape[0]
-    state = x.new_empty(batch, size, dtype=torch.float32)
-    return torch.empty_like(x), state
-
-
-@custom_op('mmoverlock::excite_norm_backward', differentiable=False)
-def _excite_norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    norms: Tensor,
-    state: Tensor,
-) -> list[Tensor]:
-    """See :func:`backward`."""
-    weights = weight1, bias1, weight2, bias2
-    return backward(channels_last(grad), x, *weights, None, state, norms=norms)
-
-
-@_excite_norm_backward.register_fake
-def _(grad, x, weight1, bias1, weight2, bias2, norms, state):
-    tensors = x, weight1, bias1, weight2, bias2
-    grads = [torch.empty_like(tensor) for tensor in tensors]
-    return [*grads, norms.new_empty(2, norms.shape[2])]
-
-
-def _save_norm(ctx, inputs, output):
-    x, scale, shift, *weights, _, norms = inputs
-    ctx.dtypes = scale.dtype, shift.dtype
-    ctx.save_for_backward(x, *weights, norms, output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate_norm(ctx, grad, _):
-    if grad is None:
-        return (None,) * 9
-    grad_x, *grads, norms = _excite_norm_backward(grad, *ctx.saved_tensors)
-    rows = [row.to(t) for row, t in zip(norms, ctx.dtypes, strict=True)]
-    return grad_x, *rows, *grads, None, None
-
-
-_excite_norm.register_autograd(_differentiate_norm, setup_context=_save_norm)
-
-
-def excite_norm(x: Tensor, norm: Sequence, *weights: Tensor) -> Tensor:
-    """See :func:`mmoverlock.ops.excite_norm`."""
-    x = channels_last(x)
-    scale, shift, *statistics = norm
-    affine = contiguous(scale, shift)
-    with torch.no_grad():
-        measured = _measure_norm(x, *affine, *statistics)
-    return _excite_norm(x, *affine, *contiguous(*weights), *measured)[0]

@@ -1,0 +1,150 @@
+"""Batch norms as kernels, by themselves and before squeeze and excitation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernels import draw, exact
+from test_operators import make_norms
+
+from mmoverlock.ops import Norm, batch_norm, partial_sums, squeeze_excite
+
+kernels = pytest.importorskip(
+    'mmoverlock.ops.batch_norm.triton', exc_type=ImportError
+)
+excitation = pytest.importorskip('mmoverlock.ops.excitation.triton')
+pytestmark = pytest.mark.usefixtures('poison')
+
+SINGLE, BRAIN = torch.float32, torch.bfloat16
+SHAPES = [
+    ((3, 70, 2, 3), SINGLE),  # two blocks of channels
+    ((2, 5, 33, 31), SINGLE),  # images in parts
+    ((17, 3, 1, 2), SINGLE),  # more than are summed at a time
+    ((1, 2, 1, 2), SINGLE),
+    ((5, 3, 1, 2), BRAIN),
+]
+
+
+class Excited(torch.autograd.Function):
+    """Squeeze and excitation of a norm, or a gated one of two, as in blocks.
+
+    Operands are one map or three, scales and shifts, and four weights.
+    """
+
+    @staticmethod
+    def forward(ctx, norms, *operands):
+        maps, weights = operands[: len(norms)], operands[-4:]
+        x, other, gate = [*maps, None, None][:3]
+        measured = kernels.measure(maps, norms)
+        out, state = excitation.forward(
+            x, *weights, gate, True, other, measured
+        )
+        ctx.save_for_backward(*maps, *weights, state, measured[1])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        *maps, w1, b1, w2, b2, state, facts = ctx.saved_tensors
+        x, other, gate = [*maps, None, None][:3]
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_x, *results, norms = excitation.backward(
+            grad, x, w1, b1, w2, b2, gate, state, True, other, facts
+        )
+        weights, others = results[:4], reversed(results[4:])
+        return None, grad_x, *others, *norms, *weights
+
+
+def excite(maps, norms, weights):
+    affine = [t for norm in norms for t in norm[:2]]
+    return Excited.apply(norms, *maps, *affine, *weights)
+
+
+def normalize(maps, norms, weights):
+    return batch_norm(*maps, *norms)
+
+
+def define(run, maps, norms, weights):
+    """The same in plain PyTorch."""
+    maps = [
+        F.batch_norm(x, mean, variance, *affine, True, momentum, eps)
+        for x, (*affine, mean, variance, _, momentum, eps) in zip(
+            maps, norms, strict=True
+        )
+    ]
+    if run is normalize:
+        return maps[0]
+    x = maps[0] if len(maps) == 1 else maps[0] + maps[1]
+    gate = None if len(maps) == 1 else F.silu(maps[2])
+    return squeeze_excite(x, *weights, gate, backend='reference')
+
+
+def draw_operands(count, shape, dtype):
+    """Maps, whose means are not small, norms and weights."""
+    torch.manual_seed(0)
+    channels = shape[1]
+    maps = [draw(*shape, dtype=dtype) + 3 - i for i in range(count)]
+    norms = make_norms(draw(count, channels), draw(count, channels))
+    weights = draw(4, channels, 1, 1), draw(4), draw(channels, 4, 1, 1)
+    weights = *weights, draw(channels)
+    for tensor in (*maps, *(t for n in norms for t in n[:2]), *weights):
+        tensor.requires_grad_()
+    return maps, norms, weights
+
+
+def leaves(maps, norms, weights):
+    return [*maps, *(t for norm in norms for t in norm[:2]), *weights]
+
+
+def exact_norm(norm):
+    """In double precision; what is changed in place is copied."""
+    *floats, batches, momentum, eps = norm
+    scale, shift, mean, variance = map(exact, floats)
+    statistics = mean.detach(), variance.detach(), batches.clone()
+    return Norm(scale, shift, *statistics, momentum, eps)
+
+
+RUNS = (normalize, 1), (excite, 1), (excite, 3)
+
+
+@pytest.mark.parametrize('shape, dtype', SHAPES)
+@pytest.mark.parametrize('run, count', RUNS)
+def test_values_gradients_and_statistics(run, count, shape, dtype):
+    operands = maps, norms, weights = draw_operands(count, shape, dtype)
+    kinds = exact, exact_norm, exact
+    others = [[*map(*pair)] for pair in zip(kinds, operands, strict=True)]
+
+    def check(actual, expected):
+        atol = 1e-5 if dtype == SINGLE else 2e-2
+        atol *= max(1, expected.abs().max().item())
+        torch.testing.assert_close(
+            actual.double(), expected, rtol=0, atol=atol
+        )
+
+    out, expected = run(*operands), define(run, *others)
+    check(out, expected)
+    used = None if run is excite else 3
+    grad = torch.randn_like(expected)
+    grads, values = (
+        torch.autograd.grad(y, leaves(*tensors)[:used], grad.to(y))
+        for y, tensors in ((out, operands), (expected, others))
+    )
+    for actual, value in zip(grads, values, strict=True):
+        check(actual, value)
+    for norm, other in zip(norms, others[1], strict=True):
+        check(norm.running_mean, other.running_mean)
+        check(norm.running_var, other.running_var)
+        assert norm.batches == 1
+
+
+@pytest.mark.parametrize('run, count', RUNS[::2])
+def test_deterministic(run, count, monkeypatch):
+    """Equal bits twice; close ones with another number of programs."""
+    results = []
+    for number in (3, 3, 1):
+        monkeypatch.setattr(partial_sums, 'programs', lambda *_, n=number: n)
+        operands = draw_operands(count, (2, 20, 9, 8), SINGLE)
+        out = run(*operands)
+        some = leaves(*operands)[: None if run is excite else 3]
+        results.append([out, *torch.autograd.grad(out.sin().sum(), some)])
+    for first, second, other in zip(*results, strict=True):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, other, rtol=1e-4, atol=1e-4)
