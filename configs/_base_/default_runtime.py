@@ -1,5 +1,5 @@
 custom_imports = dict(
-    imports=['mmoverlock.models'], allow_failed_imports=False
+    imports=['mmoverlock.engine'], allow_failed_imports=False
 )
 
 default_hooks = dict(

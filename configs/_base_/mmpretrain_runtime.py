@@ -1,7 +1,8 @@
 _base_ = 'default_runtime.py'
 
 custom_imports = dict(
-    imports=['mmoverlock.models.classification'], allow_failed_imports=False
+    imports=['mmoverlock.engine', 'mmoverlock.models.classification'],
+    allow_failed_imports=False,
 )
 default_scope = 'mmpretrain'
 default_hooks = dict(visualization=dict(type='VisualizationHook'))

@@ -1,7 +1,5 @@
 _base_ = '../mask_rcnn/overlock_b_1x.py'
 
-custom_imports = dict(imports=['mmoverlock.engine'])
-
 runner_type = 'FlexibleRunner'
 strategy = dict(
     type='ResumableFSDPStrategy',

@@ -1,7 +1,7 @@
 _base_ = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
 
 custom_imports = dict(
-    imports=['mmoverlock.models'], allow_failed_imports=False
+    imports=['mmoverlock.engine'], allow_failed_imports=False
 )
 
 model = dict(
@@ -20,4 +20,8 @@ model = dict(
     neck=dict(in_channels=[128, 384, 640]),
 )
 
+optim_wrapper = dict(
+    constructor='GroupedOptimWrapperConstructor',
+    optimizer=dict(fused=True),
+)
 sync_bn = 'torch'

@@ -1,7 +1,7 @@
 _base_ = 'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py'
 
 custom_imports = dict(
-    imports=['mmoverlock.models'], allow_failed_imports=False
+    imports=['mmoverlock.engine'], allow_failed_imports=False
 )
 
 model = dict(
@@ -19,4 +19,8 @@ model = dict(
     panoptic_head=dict(in_channels=[64, 128, 384, 640]),
 )
 
+optim_wrapper = dict(
+    constructor='GroupedOptimWrapperConstructor',
+    optimizer=dict(fused=True),
+)
 sync_bn = 'torch'

@@ -1,7 +1,7 @@
 # Needs mmdet too, for the pixel decoder and the matching.
 _base_ = '../upernet/overlock_t_160k.py'
 
-custom_imports = dict(imports=['mmoverlock.models', 'mmdet.models'])
+custom_imports = dict(imports=['mmoverlock.engine', 'mmdet.models'])
 
 num_classes = 150
 attention = dict(embed_dims=256, num_heads=8, batch_first=True)

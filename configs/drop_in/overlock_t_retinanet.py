@@ -1,7 +1,7 @@
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 
 custom_imports = dict(
-    imports=['mmoverlock.models'], allow_failed_imports=False
+    imports=['mmoverlock.engine'], allow_failed_imports=False
 )
 
 # This FPN has no use for the map at stride 4: it is not made.
@@ -22,12 +22,14 @@ model = dict(
 )
 
 optim_wrapper = dict(
+    constructor='GroupedOptimWrapperConstructor',
     optimizer=dict(
         _delete_=True,
         type='AdamW',
         lr=1e-4,
         betas=(0.9, 0.999),
         weight_decay=0.05,
+        fused=True,
     ),
     paramwise_cfg=dict(custom_keys=dict(norm=dict(decay_mult=0.0))),
 )

@@ -1,7 +1,7 @@
 _base_ = 'mmdet::rtmdet/rtmdet-ins_l_8xb32-300e_coco.py'
 
 custom_imports = dict(
-    imports=['mmoverlock.models'], allow_failed_imports=False
+    imports=['mmoverlock.engine'], allow_failed_imports=False
 )
 
 model = dict(
@@ -26,5 +26,9 @@ model = dict(
     neck=dict(in_channels=[128, 384, 640]),
 )
 
+optim_wrapper = dict(
+    constructor='GroupedOptimWrapperConstructor',
+    optimizer=dict(fused=True),
+)
 sync_bn = 'torch'
 auto_scale_lr = dict(base_batch_size=256)  # 8 GPUs with 32 images each

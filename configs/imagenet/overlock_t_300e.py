@@ -44,6 +44,7 @@ optim_wrapper = dict(
 custom_hooks = [
     dict(
         type='EMAHook',
+        ema_type='ForeachExponentialMovingAverage',
         momentum=1e-4,
         update_buffers=True,
         priority='ABOVE_NORMAL',

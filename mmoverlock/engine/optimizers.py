@@ -59,13 +59,54 @@ def _in_single_precision(function: Callable) -> Callable:
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module(force=True)
-class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """mmengine's constructor, with a group for each setting in use.
+
+    Where there is a ``paramwise_cfg``, mmengine's makes a group of every
+    parameter. Optimizers of PyTorch run group by group: a step of AdamW for
+    the 1,755 parameters of OverLoCK-T is 21,000 operators on a GPU, and with
+    parameters of equal settings in one group, and ``fused=True``, it is 6.
+
+    Arguments are those of mmengine's.
+    """
+
+    def add_params(
+        self,
+        params: list[dict],
+        module: nn.Module,
+        prefix: str = '',
+        is_dcn_module: int | float | None = None,
+    ) -> None:
+        """Add the parameters of a module to ``params``, by their settings."""
+        super().add_params(params, module, prefix, is_dcn_module)
+        if prefix:  # of the recursion; what follows is for the whole model
+            return
+        self.adapt(params, module)
+        merged = {}
+        for group in params:
+            parameters = group.pop('params')
+            key = tuple(sorted(group.items()))
+            merged.setdefault(key, group | dict(params=[]))
+            merged[key]['params'] += parameters
+        params[:] = merged.values()
+
+    def adapt(self, params: list[dict], model: nn.Module) -> None:
+        """Change settings before groups are merged; here, none.
+
+        Args:
+            params (list[dict]): A group for every parameter.
+            model (nn.Module): All of it.
+        """
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module(force=True)
+class LayerDecayOptimWrapperConstructor(GroupedOptimWrapperConstructor):
     """Learning rates that fall from the last layer to the first.
 
     A parameter of layer ``d`` of ``n``, as counted by
     :meth:`OverLoCK.get_layer_depth`, gets the learning rate times
     ``layer_decay_rate ** (n - 1 - d)``: neck and heads get all of it. In
-    every other respect, this is mmengine's default constructor.
+    every other respect, this is :class:`GroupedOptimWrapperConstructor`.
 
     Args:
         optim_wrapper_cfg (dict): The optimizer wrapper; its ``optimizer``
@@ -88,33 +129,24 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if self.base_lr is None:
             raise ValueError('layer-wise decay needs optimizer.lr, got None')
 
-    def add_params(
-        self,
-        params: list[dict],
-        module: nn.Module,
-        prefix: str = '',
-        is_dcn_module: int | float | None = None,
-    ) -> None:
-        """Add the parameters of a module to ``params``, a group for each."""
-        super().add_params(params, module, prefix, is_dcn_module)
-        if prefix:  # of the recursion; what follows is for the whole model
-            return
+    def adapt(self, params: list[dict], model: nn.Module) -> None:
+        """Scale the learning rate of every parameter."""
         backbones = {
             name: child
-            for name, child in module.named_modules()
+            for name, child in model.named_modules()
             if isinstance(child, OverLoCK)
         }
         if len(backbones) != 1:
             raise ValueError(
                 'layer-wise decay is for models with one OverLoCK, but '
-                f'{type(module).__name__} has {len(backbones)}: '
+                f'{type(model).__name__} has {len(backbones)}: '
                 f'{list(backbones)}'
             )
         [(path, backbone)] = backbones.items()
         path = f'{path}.' if path else ''  # of a backbone by itself
         rate = self.paramwise_cfg['layer_decay_rate']
         scales = {}
-        for name, parameter in module.named_parameters():
+        for name, parameter in model.named_parameters():
             depth, num_layers = backbone.get_layer_depth(name, path)
             scales[id(parameter)] = rate ** (num_layers - 1 - depth)
         for group in params:
