@@ -262,32 +262,25 @@ def _step(model, inputs, train, dtype, mode):
         torch.autograd.backward(outs, [torch.empty_like(o) for o in outs])
 
 
-def _exchanges(result):
-    """Exchanges of processes, which are counted and do nothing."""
-
-    def exchange(name, *tensors, **options):
-        result.operators += 1
-        result.add(name, _tensors(tensors))
-
+def _exchanges(run):
+    """Exchanges of processes, in place of which a function runs."""
     distributed = dict(
         is_initialized=lambda: True,
         get_world_size=lambda group: PROCESSES,
-        all_reduce=partial(exchange, 'all_reduce'),
+        all_reduce=partial(run, 'all_reduce'),
     )
+    gather = 'mmoverlock.ops.batch_norm.triton._all_gather'
     return [
         mock.patch.multiple('torch.distributed', **distributed),
-        mock.patch(
-            'mmoverlock.ops.batch_norm.triton._all_gather',
-            partial(exchange, 'all_gather'),
-        ),
+        mock.patch(gather, partial(run, 'all_gather')),
     ]
 
 
 def count_operators(model, inputs, train, dtype=torch.bfloat16):
     """Count what a step of a model runs on a GPU.
 
-    A SyncBN has its statistics in common with those of as many GPUs as
-    ``PROCESSES``, if it has a group of processes.
+    Exchanges of a SyncBN that has a ``process_group`` count as operators, as
+    among ``PROCESSES`` GPUs.
 
     Args:
         model (nn.Module): In the mode that is to be counted; it is left as
@@ -313,13 +306,16 @@ def count_operators(model, inputs, train, dtype=torch.bfloat16):
             name.removeprefix('mmoverlock.ops.'), _tensors(args, kwargs)
         )
 
+    def exchange(name, *tensors, **options):
+        result.operators += 1
+        result.add(name, _tensors(tensors))
+
     patches = [mock.patch.object(kind, 'run', run) for kind in _kernels()]
-    result = Count()
     if _kernels():
-        patches += _exchanges(result)
+        patches += _exchanges(exchange)
     with _on_gpu('meta', patches):
         for _ in range(2):  # the first step makes constants that are kept
-            vars(result).update(vars(Count()))
+            result = Count()
             for leaf in (*inputs, *model.parameters()):
                 leaf.grad = None
             tensors = *inputs, *model.parameters(), *model.buffers()
@@ -395,7 +391,7 @@ def host_seconds(model, inputs, train, repeats=5):
             mock.patch.object(type(driver), 'active', _Driver()),
             mock.patch.object(jit, '_do_compile', _do_not_compile),
             mock.patch.object(interpreted, 'run', lambda *_, **__: None),
-            *_exchanges(Count()),
+            *_exchanges(lambda *_, **__: None),
         ]
     times = []
     with _on_gpu('cpu', patches):

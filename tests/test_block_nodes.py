@@ -19,6 +19,7 @@ from mmoverlock.models.blocks import FocusBlock, RepConvBlock
 from mmoverlock.models.fuse import fuse
 from mmoverlock.models.layers import DropPath
 from mmoverlock.models.recomputation import recompute
+from mmoverlock.ops import backends
 
 focus = pytest.importorskip(
     'mmoverlock.ops.blocks.triton.focus', exc_type=ImportError
@@ -27,6 +28,7 @@ SHAPE = 2, 12, 6, 5  # two of the kernel's size, so that it has two windows
 pytestmark = pytest.mark.usefixtures('poison')
 
 
+TRY = backends._try
 NODES = {'RepConvBlock': 'repconv_block', 'FocusBlock': 'focus_block'}
 COMMON = dict(kernel_size=5, drop_path=0.25, deploy=False)
 FOCUS = partial(FocusBlock, 8, 4, heads=1, **COMMON)
@@ -281,11 +283,16 @@ def test_groups_of_processes(name, auto_is_triton, monkeypatch):
 
 @pytest.mark.parametrize('name', ['rep, scaled', 'focus, first'])
 def test_empty_maps(name, auto_is_triton, monkeypatch):
-    """Of a group: others would wait for it."""
-    monkeypatch.setattr(blocks, 'group_of', lambda norm: 'some')
+    """Of a group they are errors, as others wait; kernels are not given up."""
+    monkeypatch.setattr(backends, '_try', tried := mock.Mock(wraps=TRY))
     block, (z,) = draw_block(name), draw_maps(name)
-    with pytest.raises(ValueError, match=r'no empty map, .*\(0, 12, 6, 5\)'):
-        block(*arguments(block, [z[:0]]))
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, 'group_of', lambda norm: 'some')
+        with pytest.raises(ValueError, match=r'empty.*\(0, 12, 6, 5\)'):
+            block(*arguments(block, [z[:0]]))
+    assert not tried.called
+    fused = fuse(block)
+    assert fused(*arguments(fused, [z[:0]])).shape == z[:0].shape
 
 
 def test_paths_are_dropped_in_one_launch(monkeypatch):

@@ -11,6 +11,7 @@ banded = pytest.importorskip(
 branches_module = pytest.importorskip(
     'mmoverlock.ops.depthwise.triton.branches'
 )
+batch_norm = pytest.importorskip('mmoverlock.ops.batch_norm.triton')
 conv2d = pytest.importorskip('mmoverlock.ops.depthwise.triton.conv2d')
 weight_grads = pytest.importorskip(
     'mmoverlock.ops.depthwise.triton.weight_grads'
@@ -101,8 +102,10 @@ def test_statistics(case, size, programs, monkeypatch, poison):
     parts = branches_module._statistics(x, taps, first, branches)
     ys = [convolve(x, taps, branch) for branch in branches]
     assert relative_error(first, ys[0]) < TOLERANCES[dtype]
+    rows = x.new_empty(parts.shape[1:], dtype=torch.float64)
+    batch_norm.combine_parts(parts, rows)
     for (count, mean, squares), y in zip(
-        branches_module._combine_parts(parts), ys, strict=True
+        rows.unflatten(0, (-1, 3)), ys, strict=True
     ):
         variance, average = torch.var_mean(y, (0, 2, 3), correction=0)
         assert (count == y[:, 0].numel()).all()

@@ -122,9 +122,9 @@ def compare_blocks(rank):
         reduced = mock.patch.object(
             distributed, 'all_reduce', wraps=distributed.all_reduce
         )
-        with patches[0], patches[1], gathered as each, reduced as way:
+        with patches[0], patches[1], gathered as gathers, reduced as sums:
             results, buffers = step(block, maps, run)
-        counts[name] = each.call_count, way.call_count
+        counts[name] = gathers.call_count, sums.call_count
         expected, others = step(layers, others, kernels=False)
         for key, value in expected.items():
             if value.abs().max() < 1e-9:  # of a bias before a norm

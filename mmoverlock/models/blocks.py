@@ -185,6 +185,7 @@ def _is_one_node(
     else:
         is_whole = (
             not torch.is_grad_enabled()
+            and x.numel() > 0
             and not conv.branches
             and all(is_plain(norm, nn.Identity) for norm in norms)
             and not any(conv.residual for conv in layers[ResDWConv])

@@ -370,8 +370,10 @@ def run_layers(layers: nn.Sequential, x: Tensor) -> Tensor:
         group = group_of(layer) if counts_batches(layer) else None
         if group is None:
             x = layer(x)
-        else:
+        elif takes_triton('auto', x, batch_norm, x, as_operand(layer)):
             x = batch_norm(x, as_operand(layer), group)
+        else:
+            x = layer(x)
     return x
 
 
@@ -423,7 +425,10 @@ def group_of(norm: nn.Module) -> Any:
 
 
 def counts_batches(layer: nn.Module) -> bool:
-    """Whether a layer is a batch norm of which no more than that is asked."""
+    """Whether a layer is a batch norm in training, with running averages.
+
+    They are exponential ones, and nobody watches it.
+    """
     return (
         type(layer) in NORMS
         and layer.training

@@ -145,14 +145,14 @@ def run_here(kernels: Callable, *operands) -> bool:
     copies: forward and, where there is a gradient, backward. What runs for
     one size of a map is taken to run for all, so that no image of a training
     is computed twice or goes another way; so is what cannot be tried, since
-    it is traced or recorded.
+    it is traced or recorded, or empty.
 
     Args:
         kernels (callable): Of the operands, to a tensor or a tuple.
         operands: A tensor, then tensors, numbers, None, and tuples and lists
             of these.
     """
-    if is_traced():
+    if is_traced() or not operands[0].numel():
         return True
     key = (
         kernels,

@@ -37,6 +37,26 @@ def place(channels, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def part_of(positions, splits, channels, BLOCK: tl.constexpr):
+    """The part of an image of this program, of as many as ``splits``.
+
+    Grid (B splits blocks of C, ).
+
+    Returns:
+        tuple: Its number among those of all images; channels and their mask
+        (BLOCK, ); the offset of its first position in a map (B, positions, C),
+        and how many positions it has.
+    """
+    part, o_channel, m_channel = place(channels, BLOCK)
+    length = tl.cdiv(positions, splits)
+    first = part % splits * length
+    image = (part // splits).to(tl.int64)
+    o_first = (image * positions + first) * channels
+    rows = tl.minimum(length, positions - first)
+    return part.to(tl.int64), o_channel, m_channel, o_first, rows
+
+
+@triton.jit
 def locate(
     positions, count, channels, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):

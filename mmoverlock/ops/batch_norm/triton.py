@@ -1,10 +1,9 @@
 """Statistics of maps in channels_last, and batch norms that they make.
 
-Statistics of a channel are the number of its values, their mean, and the sum
-of squared deviations from it. Those of parts of a map are combined into those
-of the map, in double precision and a fixed order, and those of maps of several
-processes, each with as many values as it has, into those of all (SyncBN): they
-exchange them once each way.
+A channel's statistics are its number of values, their mean and the sum of
+squared deviations from it. Those of parts are combined in double precision and
+a fixed order: first over a process's map, then over processes (SyncBN), which
+exchange once each way.
 
 With N values a channel in all processes, n = (x - mean) r, r = 1 / sqrt(var +
 eps), y = a n + b, and d the gradient of y::
@@ -29,7 +28,7 @@ from ..common import cdiv, channels_last, contiguous
 from ..launching import jit
 from . import Norm
 
-SIZES = ('positions', 'parts', 'step', 'splits', 'length', 'count')
+SIZES = ('positions', 'parts', 'step', 'splits', 'count')
 KNOBS = dict(PARTS=64, BLOCK=16)  # a tile of statistics of parts
 FACTS = tl.constexpr(5)  # scale, shift, mean, r, number of values
 
@@ -175,22 +174,19 @@ def _statistics_kernel(
     p_parts,
     positions,
     splits,
-    length,
     channels,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Statistics of parts of N maps, of ``length`` positions of an image each.
+    """Statistics of parts of N maps.
 
-    Maps (B, P, C), parts (B splits, N * 3, C), the last one of an image of
-    what is left; grid (B splits blocks of C, N). Differences from the first
-    value are summed.
+    Maps (B, P, C), parts (B splits, N * 3, C); grid (B splits blocks of C, N).
+    Differences from the first value are summed.
     """
-    part, o_channel, m_channel = tiles.place(channels, BLOCK)
-    first = part % splits * length
-    rows = tl.minimum(length, positions - first)
-    o_first = ((part // splits).to(tl.int64) * positions + first) * channels
-    o_part = part.to(tl.int64) * len(maps) + tl.program_id(1)
+    part, o_channel, m_channel, o_first, rows = tiles.part_of(
+        positions, splits, channels, BLOCK
+    )
+    o_part = part * len(maps) + tl.program_id(1)
     p_part = p_parts + o_part * 3 * channels + o_channel
     for n in tl.static_range(len(maps)):
         if tl.program_id(1) == n:
@@ -281,7 +277,10 @@ def _normalize_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Maps (B, P, C), norms (1, 5, C); grid (B count blocks of C, )."""
+    """Normalize maps (B, P, C) by norms (1, 5, C).
+
+    Grid (B count blocks of C, ).
+    """
     _, o_channel, m_channel, o_x, m_x = tiles.locate(
         positions, count, channels, ROWS, BLOCK
     )
@@ -299,7 +298,6 @@ def _products_kernel(
     p_parts,
     positions,
     splits,
-    length,
     channels,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -309,10 +307,9 @@ def _products_kernel(
     Maps (B, P, C), norms (1, 5, C), parts (B splits, 2, C); grid as in
     :func:`_statistics_kernel`.
     """
-    part, o_channel, m_channel = tiles.place(channels, BLOCK)
-    first = part % splits * length
-    rows = tl.minimum(length, positions - first)
-    o_first = ((part // splits).to(tl.int64) * positions + first) * channels
+    part, o_channel, m_channel, o_first, rows = tiles.part_of(
+        positions, splits, channels, BLOCK
+    )
     products = tl.zeros((ROWS, BLOCK), tl.float32)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, rows, ROWS):
@@ -325,7 +322,7 @@ def _products_kernel(
         d = tiles.load(p_grad, o_x, m_x)
         products = tl.fma(d, b_n, products)
         total += d
-    p_part = p_parts + part.to(tl.int64) * 2 * channels + o_channel
+    p_part = p_parts + part * 2 * channels + o_channel
     tl.store(p_part, tl.sum(products, 0), mask=m_channel)
     tl.store(p_part + channels, tl.sum(total, 0), mask=m_channel)
 
@@ -343,7 +340,10 @@ def _grad_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Maps (B, P, C), norms (1, 5, C), sums (2, C), of all processes."""
+    """Gradient of a map (B, P, C) from that of its norm (1, 5, C).
+
+    sums (2, C), of all processes; grid as in :func:`_normalize_kernel`.
+    """
     _, o_channel, m_channel, o_x, m_x = tiles.locate(
         positions, count, channels, ROWS, BLOCK
     )
@@ -390,7 +390,9 @@ def measure(
     group: Any = None,
     batches: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Two launches, which move running statistics and count the batch, too.
+    """Two launches; in a group, three and one exchange.
+
+    Running statistics are moved and batches counted.
 
     Args:
         maps (Sequence[Tensor]): (B, C, H, W) each, in channels_last, not
@@ -423,7 +425,6 @@ def _statistics(maps):
         parts,
         positions,
         splits,
-        cdiv(positions, splits),
         channels,
         **settings,
     )
@@ -476,10 +477,7 @@ def gather(parts: Sequence[Tensor], group: Any) -> list[Tensor]:
     sizes = [shape.numel() for shape in shapes]
     own = parts[0].new_empty(sum(sizes), dtype=torch.float64)
     for each, out in zip(parts, own.split(sizes), strict=True):
-        count, rows, channels = each.shape
-        _combine_kernel[cdiv(channels, KNOBS['BLOCK']), rows // 3](
-            each, out, count, channels, **KNOBS
-        )
+        combine_parts(each, out)
     world = distributed.get_world_size(group)
     whole = own.new_empty(world * len(own))
     _all_gather(whole, own, group)
@@ -490,11 +488,18 @@ def gather(parts: Sequence[Tensor], group: Any) -> list[Tensor]:
     ]
 
 
+def combine_parts(parts: Tensor, out: Tensor) -> None:
+    """Statistics of a process (N * 3 C), from those of parts."""
+    count, rows, channels = parts.shape
+    _combine_kernel[cdiv(channels, KNOBS['BLOCK']), rows // 3](
+        parts, out, count, channels, **KNOBS
+    )
+
+
 def _all_gather(whole, own, group):
-    """As torch.distributed.all_gather_single, whose name was another one."""
-    names = 'all_gather_single', 'all_gather_into_tensor'
-    name, *_ = (name for name in names if hasattr(distributed, name))
-    getattr(distributed, name)(whole, own, group)
+    """all_gather_single, which was all_gather_into_tensor."""
+    run = getattr(distributed, 'all_gather_single', None)
+    (run or distributed.all_gather_into_tensor)(whole, own, group)
 
 
 def total(sums: Tensor, group: Any = None) -> Tensor:
@@ -509,7 +514,9 @@ def total(sums: Tensor, group: Any = None) -> Tensor:
 def forward(
     maps: Sequence[Tensor], norms: Sequence[Norm], group: Any = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Normalize maps; three launches a map, and one exchange.
+    """Normalize maps: three launches each.
+
+    In a group, four, and one exchange for all maps.
 
     Args:
         maps (Sequence[Tensor]): (B, C, H, W) each, of any shapes, in
@@ -536,7 +543,7 @@ def backward(
     facts: Sequence[Tensor],
     group: Any = None,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Two launches a map and one for all, and one exchange.
+    """Two launches a map and one for all; in a group, one exchange.
 
     Returns:
         list[tuple[Tensor, Tensor, Tensor]]: Of each map, the gradients of
@@ -558,7 +565,6 @@ def backward(
             parts,
             positions,
             splits,
-            cdiv(positions, splits),
             channels,
             **settings,
         )

@@ -52,7 +52,7 @@ from ..gelu import gelu, gelu_slope
 from ..launching import jit
 from ..pointwise.triton import PRECISION
 
-SIZES = ('positions', 'parts', 'splits', 'length', 'count', 'batch')
+SIZES = ('positions', 'parts', 'splits', 'count', 'batch')
 FEW = 256  # positions that one program an image adds up by itself
 WEIGHT = 4096  # values of a weight that it has at a time
 CHANNELS = 64  # most channels that it has at a time
@@ -78,10 +78,9 @@ def _pool_kernel(
 
     Maps (B, P, C), parts (B, splits, C); grid (B splits blocks of C, ).
     """
-    part, o_channel, m_channel = tiles.place(channels, BLOCK)
-    length = tl.cdiv(positions, splits)
-    first = part % splits * length
-    o_x = ((part // splits).to(tl.int64) * positions + first) * channels
+    part, o_channel, m_channel, o_x, rows = tiles.part_of(
+        positions, splits, channels, BLOCK
+    )
     p_x += o_x
     if p_factor is not None:
         p_factor += o_x
@@ -91,13 +90,13 @@ def _pool_kernel(
         p_x,
         p_factor,
         p_gate,
-        tl.minimum(length, positions - first),
+        rows,
         channels,
         o_channel,
         m_channel,
         ROWS,
     )
-    o_part = part.to(tl.int64) * channels + o_channel
+    o_part = part * channels + o_channel
     tl.store(p_parts + o_part, b_sum, mask=m_channel)
 
 
@@ -269,11 +268,9 @@ def _products_kernel(
     u = grad f(gate), v = grad x f'(gate); maps (B, P, C), norms (N, 5, C),
     see above; parts (B, splits, 2 or 5, C); grid (B splits blocks of C, ).
     """
-    part, o_channel, m_channel = tiles.place(channels, BLOCK)
-    length = tl.cdiv(positions, splits)
-    first = part % splits * length
-    rows = tl.minimum(length, positions - first)
-    o_first = ((part // splits).to(tl.int64) * positions + first) * channels
+    part, o_channel, m_channel, o_first, rows = tiles.part_of(
+        positions, splits, channels, BLOCK
+    )
     sum_n = tl.zeros((ROWS, BLOCK), tl.float32)
     sum_u = tl.zeros((ROWS, BLOCK), tl.float32)
     sum_other = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -305,7 +302,7 @@ def _products_kernel(
         sum_u += u
         sum_n = tl.fma(u, n_x, sum_n)
     COUNT: tl.constexpr = 2 if p_gate is None else 5
-    p_part = p_parts + part.to(tl.int64) * COUNT * channels + o_channel
+    p_part = p_parts + part * COUNT * channels + o_channel
     tl.store(p_part, tl.sum(sum_n, 0), mask=m_channel)
     tl.store(p_part + channels, tl.sum(sum_u, 0), mask=m_channel)
     if p_gate is not None:
@@ -695,8 +692,9 @@ def forward(
         gate (Tensor, optional): (B, C, H, W), in channels_last.
         silu (bool): Whether f is SiLU. Defaults to False.
         other (Tensor, optional): (B, C, H, W), in channels_last.
-        measured (tuple, optional): What :func:`measure` returned for x or, if
-            there is a gate, for x, other and gate, whose norms are taken.
+        measured (tuple, optional): The result of
+            :func:`mmoverlock.ops.batch_norm.triton.measure` for x or, if there
+            is a gate, for x, other and gate, which are normalized then.
             Defaults to None: x and gate are taken as they are.
 
     Returns:
@@ -792,22 +790,19 @@ def backward(
     else:
         count, rows = _summands(norms), 2 * len(norms)
         parts, programs, settings = split(x)
-        summed = [
-            grads.new_empty(
-                batch, parts * (2 if gate is None else 5), channels
-            )
-        ]
-        summed += None, None
+        products = grads.new_empty(
+            batch, parts * (2 if gate is None else 5), channels
+        )
+        summed = products, None, None
         sums = grads.new_empty(batch, rows, channels)
         grad_norms = grads.new_empty(rows, channels)
-    if norms is not None:
         _products_kernel[(programs,)](
             grad,
             x,
             other,
             gate,
             norms,
-            summed[0],
+            products,
             height * width,
             parts,
             channels,

@@ -29,7 +29,7 @@ from ...pointwise import round_parameters, rows, to_map
 from ...pointwise.triton import product, weight_grads
 from ...prior import triton as prior
 from .. import FocusParameters
-from .node import columns, contiguous_fields, run_node
+from .node import contiguous_fields, run_node
 
 aten = torch.ops.aten
 
@@ -143,9 +143,11 @@ def _enlarge(maps, size):
 
 def _enlarge_grad(grad, x, size):
     """The gradient of a map from that of the enlarged one."""
-    return channels_last(
-        aten.upsample_bilinear2d_backward(grad, size, x.shape, False)
+    # Added up in single precision
+    grad_x = aten.upsample_bilinear2d_backward(
+        grad.float(), size, x.shape, False
     )
+    return channels_last(grad_x.to(x.dtype))
 
 
 def _forward(z, initial, p, keeps, settings):
@@ -186,18 +188,13 @@ def _forward(z, initial, p, keeps, settings):
 
     values = _product(pooled, value)
     gates = _product(fused, gate)
-    fields = columns(p.branches)
-    running = large_conv._Running(*fields[3:6], fields[7])
-    branches = large_conv._measure(
-        fused, *fields[:3], fields[6], fields[8], running, group
-    )
-    branches_out = large_conv._forward(fused, branches)
+    branches_out, branches = large_conv.forward(fused, p.branches, group)
     others = p.mix_norm, p.query_norm, p.key_norm, p.out_norm
     measured = batch_norm.measure(
         (values, branches_out, gates),
         (p.value_norm, p.branches_norm, p.gate_norm),
         group,
-        # Which PyTorch does not count
+        # native_batch_norm does not count these
         [norm.batches for norm in others] if group is None else (),
     )
     excited, state = excitation.forward(
@@ -246,7 +243,7 @@ def _forward(z, initial, p, keeps, settings):
         mixed,
         pooled,
         values,
-        branches[:3],
+        branches,
         branches_out,
         gates,
         measured[1],
@@ -412,21 +409,14 @@ def _backward(grad, s, p, keeps, settings):
     )
     if size is not None:
         grad_fused = _enlarge_grad(grad_fused, s.fused, size)
-    fields = columns(p.branches)
-    statistics, taps, first = s.branches
-    grad, norms, weights = large_conv._backward(
+    grad, grads['branches'] = large_conv.backward(
         grad_branches,
         s.fused,
-        first,
-        taps,
-        statistics,
-        *fields[:2],
-        fields[6],
-        fields[8],
+        s.branches,
+        p.branches,
         group,
-        other=channels_last(grad_fused),
+        channels_last(grad_fused),
     )
-    grads['branches'] = [*zip(weights, *norms, strict=True)]
     rows(grad).addmm_(rows(grad_gate), gate.flatten(1))
     grad, parts = response_norm.backward(
         grad, s.mix[3], p.response[0], *s.response

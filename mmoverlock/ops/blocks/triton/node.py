@@ -1,6 +1,6 @@
 """A block as one node of autograd, of launches that it makes itself."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,13 +9,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from ... import partial_sums
+from ...batch_norm import Norm
 from ...batch_norm.triton import check_map
 from ...common import channels_last, contiguous, flatten, lengths, nest
-
-
-def columns(tuples: Iterable[tuple]) -> list[list]:
-    """Lists of the fields of some tuples of one kind."""
-    return [list(field) for field in zip(*tuples, strict=True)]
 
 
 def contiguous_fields(parameters: tuple) -> tuple:
@@ -59,7 +55,7 @@ def _leaves(parameters: tuple) -> list[Tensor]:
     """The tensors among the parameters that have gradients, in order."""
     leaves = []
     for value in parameters:
-        if hasattr(value, 'running_mean'):
+        if isinstance(value, Norm):
             leaves += value[:2]
         elif isinstance(value, list):
             leaves += [t for branch in value for t in branch[:3]]

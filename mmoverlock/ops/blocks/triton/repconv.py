@@ -19,7 +19,7 @@ from ...excitation import triton as excitation
 from ...ffn import triton as ffn
 from ...layernorm import triton as layer_norm
 from .. import RepConvParameters
-from .node import columns, contiguous_fields, run_node
+from .node import contiguous_fields, run_node
 
 
 class _Saved(NamedTuple):
@@ -40,12 +40,7 @@ def _forward(x, p, keep, eps, group):
     """The result, and what to keep."""
     identity, _ = conv.forward(x, *p.conv1)
     y = layer_norm.forward(identity, *p.norm1, eps)
-    fields = columns(p.branches)
-    running = large_conv._Running(*fields[3:6], fields[7])
-    branches = large_conv._measure(
-        y, *fields[:3], fields[6], fields[8], running, group
-    )
-    branches_out = large_conv._forward(y, branches)
+    branches_out, branches = large_conv.forward(y, p.branches, group)
     measured = batch_norm.measure([branches_out], [p.branches_norm], group)
     excited, state = excitation.forward(
         branches_out, *p.excite, measured=measured
@@ -55,7 +50,7 @@ def _forward(x, p, keep, eps, group):
         x,
         identity,
         y,
-        branches[:3],
+        branches,
         branches_out,
         measured[1],
         state,
@@ -107,20 +102,9 @@ def _backward(grad, s, p, keep, eps, group):
         norms=s.norms,
         group=group,
     )
-    fields = columns(p.branches)
-    statistics, taps, first = s.branches
-    grad_y, norms, weights = large_conv._backward(
-        grad_y,
-        s.y,
-        first,
-        taps,
-        statistics,
-        *fields[:2],
-        fields[6],
-        fields[8],
-        group,
+    grad_y, grads['branches'] = large_conv.backward(
+        grad_y, s.y, s.branches, p.branches, group
     )
-    grads['branches'] = [*zip(weights, *norms, strict=True)]
     gain = p.scale[0] if p.scale else None
     grad, parts = layer_norm.backward(
         grad_y, s.identity, p.norm1[0], eps, grad, gain

@@ -644,6 +644,51 @@ def _backward(
     return grad_x, norm_grads, grads
 
 
+def columns(tuples: Sequence[tuple]) -> list[list]:
+    """Lists of the fields of some tuples of one kind."""
+    return [list(field) for field in zip(*tuples, strict=True)]
+
+
+def forward(
+    x: Tensor, branches: Sequence, group: Any = None
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The sum, and what :func:`backward` needs.
+
+    Args:
+        x (Tensor): (B, C, H, W), in channels_last, not empty.
+        branches (Sequence[Branch]): Contiguous.
+        group (ProcessGroup, optional): The processes that have statistics in
+            common. Defaults to None: this one has its own.
+    """
+    *norms, means, variances, batches, dilations, momenta, eps = columns(
+        branches
+    )
+    running = _Running(means, variances, batches, momenta)
+    measured = _measure(x, *norms, dilations, eps, running, group)
+    return _forward(x, measured), measured[:3]
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    kept: Sequence[Tensor],
+    branches: Sequence,
+    group: Any = None,
+    other: Tensor | None = None,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+    """Gradients of x, added to another one, and of every branch's parameters.
+
+    Those of scales and shifts are this process's share.
+    """
+    weights, scales, *_, dilations, _, eps = columns(branches)
+    statistics, taps, first = kept
+    settings = weights, scales, dilations, eps, group, other
+    grad, norms, weights = _backward(
+        grad, x, first, taps, statistics, *settings
+    )
+    return grad, [*zip(weights, *norms, strict=True)]
+
+
 @custom_op(
     'mmoverlock::measure_branches',
     mutates_args=('means', 'variances', 'batches'),
@@ -803,7 +848,7 @@ def sum_of_branches(
 ) -> Tensor:
     """See :func:`mmoverlock.ops.sum_of_branches`."""
     x = autocast(x)
-    fields = [list(field) for field in zip(*branches, strict=True)]
+    fields = columns(branches)
     norms, kept, (dilations, momenta, eps) = (
         [contiguous(*field) for field in fields[:3]],
         fields[3:6],
