@@ -45,7 +45,7 @@ default_cfgs = generate_default_cfgs(
 
 
 class _TimmModel:
-    """What timm asks of any model."""
+    """The interface that timm asks of any model."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute all blocks in the backward pass, or none."""

@@ -53,9 +53,12 @@ class Excited(torch.autograd.Function):
         return None, grad_x, *others, *norms, *weights
 
 
+def leaves(maps, norms, weights):
+    return [*maps, *(t for norm in norms for t in norm[:2]), *weights]
+
+
 def excite(maps, norms, weights):
-    affine = [t for norm in norms for t in norm[:2]]
-    return Excited.apply(norms, *maps, *affine, *weights)
+    return Excited.apply(norms, *leaves(maps, norms, weights))
 
 
 def normalize(maps, norms, weights):
@@ -85,13 +88,9 @@ def draw_operands(count, shape, dtype):
     norms = make_norms(draw(count, channels), draw(count, channels))
     weights = draw(4, channels, 1, 1), draw(4), draw(channels, 4, 1, 1)
     weights = *weights, draw(channels)
-    for tensor in (*maps, *(t for n in norms for t in n[:2]), *weights):
+    for tensor in leaves(maps, norms, weights):
         tensor.requires_grad_()
     return maps, norms, weights
-
-
-def leaves(maps, norms, weights):
-    return [*maps, *(t for norm in norms for t in norm[:2]), *weights]
 
 
 def exact_norm(norm):
@@ -148,3 +147,14 @@ def test_deterministic(run, count, monkeypatch):
     for first, second, other in zip(*results, strict=True):
         assert torch.equal(first, second)
         torch.testing.assert_close(first, other, rtol=1e-4, atol=1e-4)
+
+
+def test_what_it_does_not_take():
+    (x,), (norm,), _ = draw_operands(1, (2, 3, 4, 5), SINGLE)
+    for other, message in (
+        (x[:0], r'no empty map, got one of shape \(0, 3, 4, 5\)'),
+        (x.double(), 'takes float32, float16 and bfloat16, got torch.float64'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            batch_norm(other, norm)
+    assert norm.batches == 0

@@ -446,7 +446,7 @@ class FocusBlock(nn.Module):
         return self.se_layer(y, self.gate(fused))
 
     def read(self, z: Tensor, initial_prior: Tensor | None) -> Tensor:
-        """What the block works on, of its inputs."""
+        """The map that the block works on, of its inputs."""
         if self.first:
             return z
         if self._has_plain_scales():

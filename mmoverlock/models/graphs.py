@@ -317,7 +317,7 @@ def is_on_gpu(x: Tensor) -> bool:
 
 
 def _describe(x: Tensor) -> tuple:
-    """What makes a difference, but for the module."""
+    """All that makes a difference, but for the module."""
     return (
         x.device,
         x.dtype,

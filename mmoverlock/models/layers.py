@@ -149,7 +149,7 @@ class GRN(nn.Module):
         return response_norm(x, self.gamma, self.beta)
 
     def scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the module scales its input by, and adds to it.
+        """Scale and shift of the input.
 
         Args:
             x (Tensor): (B, C, H, W).
@@ -194,7 +194,7 @@ class SEModule(nn.Module):
         return x if gate is None else gate * x
 
     def scale_and_shift(self, x: Tensor) -> tuple[Tensor, None]:
-        """What the module scales its input by.
+        """Scale of the input, and no shift.
 
         Args:
             x (Tensor): (B, C, H, W).
@@ -283,7 +283,7 @@ class DropPath(nn.Module):
         return _scale_samples(x, keep)
 
     def draw(self, x: Tensor, count: int) -> Sequence[Tensor | None]:
-        """What to scale the samples of so many branches by.
+        """Scales of the samples of so many branches.
 
         Args:
             x (Tensor): (B, C, H, W).

@@ -133,7 +133,7 @@ class DilatedReparamConv(nn.Module):
     def _summable_branches(
         self, x: Tensor, norms: list[nn.Module], groups: set
     ) -> tuple[list[Branch] | None, str | None]:
-        """What one operator sums up, and of which backend, None if none."""
+        """Branches that one operator sums up, and its backend; or None."""
         if not all(type(norm) in NORMS and norm.training for norm in norms):
             return None, None
         branches = self.as_operands()

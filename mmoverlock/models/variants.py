@@ -35,7 +35,7 @@ from .reparam import DilatedReparamConv
 
 
 class Variant:
-    """What a class changes of the block that it is mixed into."""
+    """Changes to the block that a class is mixed into."""
 
 
 class VariantFocusBlock(Variant, FocusBlock):
@@ -54,7 +54,7 @@ class VariantFocusBlock(Variant, FocusBlock):
         return self.se_layer(y, gate)
 
     def guides(self, z: Tensor, initial_prior: Tensor | None) -> Tensor:
-        """What queries and then keys are made from, as one map."""
+        """One map that queries and then keys are made from."""
         return z
 
 

@@ -1,4 +1,4 @@
-"""What operators on maps have in common."""
+"""Helpers that operators on maps share."""
 
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -30,7 +30,7 @@ def convolution_dtype(x: Tensor) -> torch.dtype:
 
 
 def cast_as_convolutions(x: Tensor) -> Tensor:
-    """What autocast does before a convolution, if it is on."""
+    """Cast a map as autocast, if it is on, does before a convolution."""
     return x.to(convolution_dtype(x))
 
 

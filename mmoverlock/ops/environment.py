@@ -1,4 +1,4 @@
-"""What depends on who is calling, and on what is installed."""
+"""Facts that depend on the caller, and on installed packages."""
 
 from types import SimpleNamespace
 from typing import Any

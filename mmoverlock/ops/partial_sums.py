@@ -131,7 +131,7 @@ def together() -> Iterator[None]:
 
 
 def add(*jobs: tuple[Tensor | None, ...]) -> None:
-    """See :func:`add_now`; or at the end of :func:`together`, within it."""
+    """As :func:`add_now`; within :func:`together`, when that ends."""
     if getattr(_thread, 'jobs', None) is not None:
         _thread.jobs += jobs
     else:

@@ -22,9 +22,10 @@ def batch_norm(
 ) -> Tensor:
     """A batch norm in training mode, over the maps of several processes.
 
-    As :class:`torch.nn.SyncBatchNorm`, which waits for the GPU to see whose
-    maps are empty. Kernels alone. Running statistics and the number of batches
-    are updated in place.
+    Computes what :class:`torch.nn.SyncBatchNorm` does, by kernels alone and
+    without waiting for the GPU. (That one waits to find empty maps, which are
+    refused here.) Running statistics and the number of batches are updated in
+    place.
 
     Args:
         x (Tensor): (B, C, H, W), not empty; its size may differ from process
@@ -37,7 +38,7 @@ def batch_norm(
         Tensor: (B, C, H, W).
 
     Raises:
-        ValueError: If the map is empty.
+        ValueError: If the map is empty, not on a GPU or in double precision.
     """
     from .triton import batch_norm as run
 

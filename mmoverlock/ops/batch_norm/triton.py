@@ -24,6 +24,7 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from .. import partial_sums, tiles
+from ..backends import takes_triton
 from ..common import cdiv, channels_last, contiguous
 from ..launching import jit
 from . import Norm
@@ -602,6 +603,7 @@ class _BatchNorm(torch.autograd.Function):
 def batch_norm(x: Tensor, norm: Norm, group: Any = None) -> Tensor:
     """See :func:`mmoverlock.ops.batch_norm.batch_norm`."""
     partial_sums.check_device(x)
+    takes_triton('triton', x)
     check_map(x)
     norm = Norm(*contiguous(*norm[:2]), *norm[2:])
     return _BatchNorm.apply(channels_last(x), norm, group, *norm[:2])

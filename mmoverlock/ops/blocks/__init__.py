@@ -13,7 +13,7 @@ Weights = tuple[Tensor] | Pair  # without a bias or with one
 
 
 class RepConvParameters(NamedTuple):
-    """What :func:`repconv_block` takes besides its map.
+    """Operands of :func:`repconv_block` besides its map.
 
     C channels, of which D are hidden. What is fused for inference is as in
     :class:`FocusParameters`.
@@ -31,7 +31,7 @@ class RepConvParameters(NamedTuple):
     scale: Pair | tuple[()]  # (C, 1, 1, 1), (C, ), of the identity
 
     def signature(self) -> tuple:
-        """What kernels are compiled for, in a few words."""
+        """Facts that kernels are compiled for."""
         is_fused = self.branches_norm is None
         large = self.branches[0] if is_fused else self.branches[0].weight
         tensors = large, self.expand[0]
@@ -40,7 +40,7 @@ class RepConvParameters(NamedTuple):
 
 
 class FocusParameters(NamedTuple):
-    """What :func:`focus_block` takes besides its maps.
+    """Operands of :func:`focus_block` besides its maps.
 
     C channels are features and P the prior, T = C + P; D are hidden. Fused for
     inference, there is None in place of every norm, one convolution in place
@@ -79,7 +79,7 @@ class FocusParameters(NamedTuple):
     scale2: Pair
 
     def signature(self) -> tuple:
-        """What kernels are compiled for, in a few words."""
+        """Facts that kernels are compiled for."""
         tensors = self.key[0], self.expand[0], *self.kernels
         facts = [(t.shape, t.dtype, t.requires_grad) for t in tensors]
         is_fused = self.mix_norm is None
@@ -109,8 +109,8 @@ def focus_block(
             take.
         initial (Tensor, optional): (B, P, H, W), if there is a ``prior``.
         parameters (FocusParameters): In single precision or half.
-        keeps (Sequence[Tensor | None]): What the samples of both branches are
-            scaled by in training, (B, ) each, in single precision.
+        keeps (Sequence[Tensor | None]): Scales of the samples of both branches
+            in training, (B, ) each, in single precision.
         scale (float): Of the queries.
         eps (tuple[float, float]): Of the two layer norms.
         regions (int): Along each axis, that the keys are of.
@@ -120,6 +120,9 @@ def focus_block(
 
     Returns:
         Tensor: (B, T, H, W).
+
+    Raises:
+        ValueError: If the map is not on a GPU, or in training is empty.
     """
     from .triton import focus_block as run
 
@@ -139,13 +142,16 @@ def repconv_block(
         x (Tensor): (B, C, H, W), not empty, in the dtype that convolutions
             take.
         parameters (RepConvParameters): In single precision or half.
-        keep (Tensor, optional): What the samples of the residual branch are
-            scaled by in training, (B, ), in single precision.
+        keep (Tensor, optional): Scales of the samples of the residual branch
+            in training, (B, ), in single precision.
         eps (float): Of the layer norm.
         group (ProcessGroup, optional): As there.
 
     Returns:
         Tensor: (B, C, H, W).
+
+    Raises:
+        ValueError: If the map is not on a GPU, or in training is empty.
     """
     from .triton import repconv_block as run
 

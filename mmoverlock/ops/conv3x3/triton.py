@@ -45,7 +45,7 @@ SIZES = ('height', 'width', 'rows', 'strips')
 
 
 class Form(NamedTuple):
-    """What a program works on."""
+    """The share of a program."""
 
     channels: int  # of a thread, next to each other
     columns: int  # of a strip

@@ -135,7 +135,7 @@ def sum_by_kernels(*operands) -> Tensor:
 
 
 def _autocast(*tensors) -> Sequence[Tensor | None]:
-    """What autocast does before an operator of PyTorch, on a CPU."""
+    """Cast as autocast does before an operator of PyTorch, on a CPU."""
     dtype = _autocast_dtype()
     if not dtype:
         return tensors
@@ -143,7 +143,7 @@ def _autocast(*tensors) -> Sequence[Tensor | None]:
 
 
 def _autocast_dtype() -> torch.dtype | bool:
-    """What autocast casts to on a CPU, if it is on."""
+    """The dtype that autocast casts to on a CPU, if it is on."""
     if hasattr(torch, 'get_autocast_dtype'):
         on, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
         return on('cpu') and dtype('cpu')
@@ -262,7 +262,7 @@ def _weight_grad(x: Tensor, grad: Tensor, size: int, dilation: int) -> Tensor:
 def _weight_grad_of_any_size(
     x: Tensor, grad: Tensor, size: int, dilation: int
 ) -> Tensor:
-    """What graphs for maps of all sizes have in them."""
+    """The weight gradient in graphs for maps of all sizes."""
     return _weight_grad(x, grad, size, dilation)
 
 

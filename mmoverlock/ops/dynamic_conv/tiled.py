@@ -233,7 +233,7 @@ def _repeat(index: Tensor, count: int, length: int) -> Tensor:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """What can be moved in place of ``x``: 16-bit floats move by copies."""
+    """``x``, or integers of its bits: 16-bit floats move by copies."""
     if x.element_size() != 2 or torch.jit.is_tracing():
         return x
     return x.view(torch.int16)

@@ -220,7 +220,7 @@ def _feed_forward_backward(
 def _scaled(
     identity: Tensor | None, gain: Tensor | None, offset: Tensor | None
 ) -> list[Tensor]:
-    """What gets gradients of its own in the sum."""
+    """The operands of the sum that get gradients of their own."""
     if gain is None:
         return []
     return [t for t in (identity, gain, offset) if t is not None]

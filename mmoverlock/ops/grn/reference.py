@@ -18,7 +18,7 @@ def response_norm(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 
 def response_scale(x: Tensor, gamma: Tensor) -> Tensor:
-    """What x is scaled by, (B, C, 1, 1), in single precision at least."""
+    """The scale of x, (B, C, 1, 1), in single precision at least."""
     response = apply(_L2Norm, x)
     response = response / (response.mean(1, keepdim=True) + EPS)
     return gamma * response + 1

@@ -128,7 +128,7 @@ def _scale_grad_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """What the norm adds to the gradient of x, ``x coef``; grid (B, ).
+    """The norm's share of the gradient of x, ``x coef``; grid (B, ).
 
     sums (B, parts, 2 C) of the gradients ds of the scale and dt of the shift;
     with x (B, parts, C), they are made of it and of the gradient of the
@@ -276,7 +276,7 @@ def scales(
 def scale_grads(
     sums: Tensor, x: Tensor | None, gamma: Tensor, norm: Tensor, parts: int
 ) -> tuple[Tensor, Tensor]:
-    """What the norm adds to the gradient of the map, in one launch.
+    """The norm's share of the gradient of the map, in one launch.
 
     Args:
         sums (Tensor): B x parts x 2 C values, of the gradients of scale and

@@ -1,4 +1,4 @@
-"""What a Focus block does to the context prior first, as one pass."""
+"""The first step of a Focus block, on the context prior, in one pass."""
 
 from torch import Tensor
 

@@ -187,7 +187,7 @@ def _empty_gradients(
     bias: Tensor | None,
     keep: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """What is to be written for x, weight, bias and y."""
+    """Which gradients are to be written: of x, weight, bias and y."""
     return (
         None if weight is None else torch.empty_like(x),
         None if weight is None else torch.empty_like(weight),

@@ -454,7 +454,7 @@ def _branch_grads_kernel(
 
 
 class _Plan:
-    """What the kernels know when they are compiled, of branches."""
+    """Facts of branches that kernels are compiled for."""
 
     def __init__(self, sizes: tuple[int, ...], dilations: tuple[int, ...]):
         firsts = [sum(k**2 for k in sizes[:b]) for b in range(len(sizes))]
@@ -470,7 +470,7 @@ def _plan(sizes: tuple, dilations: tuple) -> _Plan:
 
 
 class _Running(NamedTuple):
-    """What batch norms keep; a list of each, a value for every branch."""
+    """State of batch norms, a list of each, a value for every branch."""
 
     means: list[Tensor]
     variances: list[Tensor]
@@ -479,7 +479,7 @@ class _Running(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a map and all its branches give."""
+    """Results of measuring a map and all its branches."""
 
     # Counts, means and sums of squared deviations from them, over all
     # processes of a group, (branches, 3, C) in float64
@@ -652,7 +652,7 @@ def columns(tuples: Sequence[tuple]) -> list[list]:
 def forward(
     x: Tensor, branches: Sequence, group: Any = None
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """The sum, and what :func:`backward` needs.
+    """The sum, and the tensors that :func:`backward` needs.
 
     Args:
         x (Tensor): (B, C, H, W), in channels_last, not empty.

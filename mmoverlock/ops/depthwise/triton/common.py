@@ -256,6 +256,6 @@ def _layout(channels: int, height: int, size: int, rows: str) -> Layout:
 
 
 def autocast(x: Tensor) -> Tensor:
-    """What autocast does to the input of a convolution, checked."""
+    """Cast a map as autocast does for a convolution, and check it."""
     check_device(x)
     return channels_last(cast_as_convolutions(x))

@@ -429,7 +429,7 @@ def dot(a, b, acc):
 
 @lru_cache
 def _units(branches: tuple, narrow: bool, with_sum: bool) -> tuple[tuple, int]:
-    """What is to be done, in rows of 10 numbers, lane by lane.
+    """The units of work, in rows of 10 numbers, lane by lane.
 
     These are the branch, its size, dilation and first tap; the first row of
     the kernel and how many; the columns of a tile at most, and where the

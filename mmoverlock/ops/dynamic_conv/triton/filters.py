@@ -1,4 +1,4 @@
-"""What ContMix makes of its key and weights before, and of sums after.
+"""Filters that ContMix makes of key and weights, and their gradients.
 
 ``prepare`` runs once a forward pass, ``finish`` at the end of the backward
 pass; what it leaves of the gradients of weights and biases, in parts, joins

@@ -105,7 +105,7 @@ def _tile(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """What a program works on.
+    """The share of a program.
 
     Returns:
         tuple: Tile, images, group, rows, first column, columns, and which of
