@@ -85,7 +85,7 @@ print(json.dumps([uses, others, [*all_kernels()]]))
                 continue
             few = 128 if name.startswith(SPILLED) else 0
             if name.startswith(A_FEW.get(capability, ())):
-                few = 16
+                few = 32
             assert use['spills'] <= few, (name, use)
             if capability == 90 and not name.startswith(MANY):
                 assert use['registers'] <= 168, (name, use)
