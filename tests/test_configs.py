@@ -92,6 +92,8 @@ def test_config(path):
         model = MODELS.build(cfg.model)
     wrapper = cfg.optim_wrapper.to_dict()  # a ConfigDict takes long
     optimizer = build_optim_wrapper(model, wrapper).optimizer
+    assert len(optimizer.param_groups) < 70  # few launches; 65 of the layers
+    assert optimizer.defaults['fused']
     keys = cfg.optim_wrapper.get('paramwise_cfg', {}).get('custom_keys', {})
     if path in DROP_IN and ('norm' not in keys or 'backbone' in keys):
         return  # the rule is that of another recipe
