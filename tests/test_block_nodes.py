@@ -4,6 +4,7 @@ Without a GPU, Triton's interpreter runs the kernels.
 """
 
 import copy
+import warnings
 from functools import partial
 from unittest import mock
 
@@ -279,6 +280,56 @@ def test_groups_of_processes(name, auto_is_triton, monkeypatch):
     norm(block).eps = 1
     with pytest.raises(ZeroDivisionError):
         block(*call)
+
+
+def absorb(block):
+    block.dwconv.absorb_residual()
+
+
+def drop_bias(block):
+    block.dwconv.bias = None
+
+
+def drop_affine(block):
+    block.proj[2] = nn.BatchNorm2d(12, affine=False)
+
+
+@pytest.mark.parametrize('change', [absorb, drop_bias, drop_affine])
+def test_layers_with_other_parameters(change, calls, monkeypatch):
+    """They are tried by themselves; results are those of the layers."""
+    monkeypatch.setattr(backends, '_try', TRY)
+    name = 'rep, scaled'
+    step(draw_block(name), draw_maps(name))
+    block = draw_block(name)
+    change(block)
+    other, maps = copy.deepcopy(block).double(), draw_maps(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # kernels that do not run
+        results, _ = step(block, maps, kernels=False)
+    expected, _ = step(other, [*map(exact, maps)], kernels=False)
+    for key in ('out', 'map 0'):
+        assert relative_error(results[key], expected[key]) < 1e-4
+
+
+def test_layouts_that_hooks_change(calls):
+    """Of saved maps, such as those that wait in the memory of the host."""
+    results = []
+    for keep in (lambda x: x, lambda x: x.clone().contiguous()):
+        block, maps = draw_block('focus'), draw_maps('focus')
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            results.append(step(block, maps))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('name', ['rep, scaled', 'focus, first'])
+def test_gradients_have_none(name, calls):
+    """Of their own: an error, though the output's gradient is a constant."""
+    (x,) = draw_maps(name)
+    block = draw_block(name)
+    out = block(*arguments(block, [2 * x]))
+    (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match='has no gradient'):
+        grad.square().sum().backward()
 
 
 @pytest.mark.parametrize('name', ['rep, scaled', 'focus, first'])

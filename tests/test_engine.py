@@ -16,6 +16,8 @@ NAMES = {
     'AverageStatistics': HOOKS,
     'CPUAmpOptimWrapper': OPTIM_WRAPPERS,
     'CurvesHook': HOOKS,
+    'ForeachExponentialMovingAverage': MODELS,
+    'GroupedOptimWrapperConstructor': OPTIM_WRAPPER_CONSTRUCTORS,
     'LayerDecayOptimWrapperConstructor': OPTIM_WRAPPER_CONSTRUCTORS,
     'LoadingCheck': HOOKS,
     'Reseed': HOOKS,

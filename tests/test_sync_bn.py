@@ -17,6 +17,7 @@ from test_block_nodes import BLOCKS, draw_block, draw_maps, step
 from torch import distributed, multiprocessing, nn
 from torch.distributed.nn.functional import all_reduce
 
+from mmoverlock.models.compilation import Regions
 from mmoverlock.models.layers import run_layers
 from mmoverlock.models.reparam import DilatedReparamConv
 from mmoverlock.ops import backends, sum_of_branches
@@ -125,6 +126,17 @@ def compare_blocks(rank):
         with patches[0], patches[1], gathered as gathers, reduced as sums:
             results, buffers = step(block, maps, run)
         counts[name] = gathers.call_count, sums.call_count
+        if name == 'rep':
+            run = Regions(dict(backend='eager'))
+            with patches[0], patches[1], gathered as gathers:
+                run(draw_block(name, 'SyncBN'), maps[0])
+            assert gathers.call_count == 2  # it is not compiled
+            block = draw_block(name, 'SyncBN')
+            block.dwconv.register_forward_hook(print)
+            with patches[0], patches[1], pytest.warns(UserWarning) as warned:
+                with pytest.raises(ValueError, match='GPU'):
+                    block(maps[0])  # by layers, which need one
+            assert 'wait forever' in str(warned[0].message)
         expected, others = step(layers, others, kernels=False)
         for key, value in expected.items():
             if value.abs().max() < 1e-9:  # of a bias before a norm

@@ -1,5 +1,6 @@
 """The two blocks of OverLoCK."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -40,6 +41,7 @@ from .layers import (
     computes_as,
     conv_and_norm,
     counts_batches,
+    exchanges,
     group_of,
     is_plain,
     is_plain_scale,
@@ -165,10 +167,17 @@ def _is_one_node(
     The layers have to be what they are at first, but for norms in inference:
     those have to be fused. Nobody may watch the layers.
     """
-    if is_compiling() or not takes_triton('auto', x):
+    if type(x) is not Tensor or is_compiling() or not takes_triton('auto', x):
         return False
     layers = _layers_by_kind(block, names)
     if layers is None:
+        if exchanges(block):
+            warnings.warn(
+                f'a {type(block).__name__} runs layer by layer, as one has '
+                'hooks or has been replaced. It has to be so in all processes '
+                'that share statistics of batch norms, or they wait forever',
+                stacklevel=2,
+            )
         return False
     norms = layers[None]
     (conv,), (excite,) = layers[DilatedReparamConv], layers[SEModule]
@@ -177,6 +186,7 @@ def _is_one_node(
         groups = {*map(group_of, norms)}
         is_whole = (
             bool(conv.branches)
+            and all(conv.residual for conv in layers[ResDWConv])
             and all(map(counts_batches, norms))
             and len(groups) == 1
             # Processes have to take the same way, whatever their maps are.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import environment, is_compiling, is_traced
+from .layers import exchanges
 
 SETTINGS = dict(
     cache_size_limit=64,  # graphs; beyond that, blocks are not compiled
@@ -56,8 +57,17 @@ class Regions:
         return _set()
 
     def __call__(self, block: nn.Module, *args: Any) -> Tensor:
-        """``block(*args)``; tracing and counting see it as it is."""
-        if self.compile is False or is_traced() or torch.jit.is_tracing():
+        """``block(*args)``; tracing and counting see it as it is.
+
+        So do processes that share statistics: compiled or not, all have to
+        take the same way, and a limit of graphs may be met by one of them.
+        """
+        if (
+            self.compile is False
+            or is_traced()
+            or torch.jit.is_tracing()
+            or exchanges(block)
+        ):
             return block(*args)
         if self._compiled is None:
             options = {} if self.compile is True else self.compile

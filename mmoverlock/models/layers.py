@@ -424,6 +424,19 @@ def group_of(norm: nn.Module) -> Any:
     return None
 
 
+def exchanges(module: nn.Module) -> bool:
+    """Whether processes share statistics of a norm in training mode."""
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and any(
+            norm.training and group_of(norm) is not None
+            for norm in module.modules()
+            if type(norm) is nn.SyncBatchNorm
+        )
+    )
+
+
 def counts_batches(layer: nn.Module) -> bool:
     """Whether a layer is a batch norm in training, with running averages.
 
@@ -432,6 +445,7 @@ def counts_batches(layer: nn.Module) -> bool:
     return (
         type(layer) in NORMS
         and layer.training
+        and layer.affine
         and layer.track_running_stats
         and layer.momentum is not None
         and has_no_hooks(layer)

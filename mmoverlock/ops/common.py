@@ -44,6 +44,54 @@ def contiguous(*tensors) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
+def saved_tensors(ctx: Any) -> list[Tensor | None]:
+    """Tensors that a node has saved, with maps in channels_last.
+
+    Hooks, such as those of ``save_on_cpu``, may bring them back in another
+    layout. Parameters of four dimensions are equal in both.
+    """
+    return [
+        channels_last(t) if t is not None and t.dim() == 4 else t
+        for t in ctx.saved_tensors
+    ]
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """A gradient that has none itself, for functions of autograd.
+
+    PyTorch's decorator of this name raises an error where the gradient of the
+    output requires one, this one also where an operand does.
+    """
+
+    def run(ctx: Any, *grads) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        operands = [
+            t
+            for t in (*grads, *ctx.saved_tensors)
+            if t is not None and t.requires_grad
+        ]
+        found = [t for t in results if t is not None]
+        refused = iter(_Refused.apply(len(found), *found, *operands))
+        return tuple(None if t is None else next(refused) for t in results)
+
+    return run
+
+
+class _Refused(torch.autograd.Function):
+    """The same tensors, whose gradients are errors."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads) -> NoReturn:
+        _refuse('a block or a batch norm of kernels')
+
+
 def custom_op(
     name: str, mutates_args: Iterable[str] = (), differentiable: bool = True
 ) -> 'Callable[[Callable], Operator]':

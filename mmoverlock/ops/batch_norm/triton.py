@@ -21,11 +21,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, distributed
-from torch.autograd.function import once_differentiable
 
 from .. import partial_sums, tiles
 from ..backends import takes_triton
-from ..common import cdiv, channels_last, contiguous
+from ..common import (
+    cdiv,
+    channels_last,
+    contiguous,
+    once_differentiable,
+    saved_tensors,
+)
 from ..launching import jit
 from . import Norm
 
@@ -592,7 +597,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad) -> tuple[Tensor | None, ...]:
-        x, facts = ctx.saved_tensors
+        x, facts = saved_tensors(ctx)
         ((grad, *grads),) = backward(
             [channels_last(grad)], [x], [facts], ctx.group
         )

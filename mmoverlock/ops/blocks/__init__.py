@@ -1,6 +1,6 @@
 """The two blocks, in training or fused, for GPUs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, distributed
@@ -10,6 +10,15 @@ from ..depthwise import Branch
 
 Pair = tuple[Tensor, Tensor | None]
 Weights = tuple[Tensor] | Pair  # without a bias or with one
+
+
+def _forms(parameters: tuple) -> Iterator[tuple | int | None]:
+    """How many tensors there are of each kind, and which are missing."""
+    for value in parameters:
+        if isinstance(value, list):
+            yield len(value)
+        else:
+            yield value and tuple(map(type, value))
 
 
 class RepConvParameters(NamedTuple):
@@ -36,7 +45,7 @@ class RepConvParameters(NamedTuple):
         large = self.branches[0] if is_fused else self.branches[0].weight
         tensors = large, self.expand[0]
         facts = [(t.shape, t.dtype, t.requires_grad) for t in tensors]
-        return is_fused, len(self.scale), *facts
+        return is_fused, *_forms(self), *facts
 
 
 class FocusParameters(NamedTuple):
@@ -83,7 +92,7 @@ class FocusParameters(NamedTuple):
         tensors = self.key[0], self.expand[0], *self.kernels
         facts = [(t.shape, t.dtype, t.requires_grad) for t in tensors]
         is_fused = self.mix_norm is None
-        return is_fused, len(self.prior), len(self.branches), *facts
+        return is_fused, *_forms(self), *facts
 
 
 def focus_block(

@@ -36,6 +36,7 @@ from ..common import (
     contiguous,
     custom_op,
     next_power_of_2,
+    saved_tensors,
 )
 from ..gelu import gelu, gelu_slope
 from ..launching import jit
@@ -677,7 +678,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _differentiate(
     ctx: Any, grad: Tensor | None, grad_squares: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    x, weight, y = ctx.saved_tensors
+    x, weight, y = saved_tensors(ctx)
     coef = None
     if y is not None and grad_squares is not None:
         coef = 2 * grad_squares.float().contiguous()

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import partial_sums
-from ..common import channels_last, contiguous, custom_op
+from ..common import (
+    channels_last,
+    contiguous,
+    custom_op,
+    saved_tensors,
+)
 from ..conv3x3 import triton as conv
 from ..layernorm import triton as norm
 
@@ -108,11 +113,11 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     if grad_y is None and grad_z is None:
         return (None,) * 7
-    x, y, weight, bias, *_ = ctx.saved_tensors
+    x, y, weight, bias, *_ = saved_tensors(ctx)
     if grad_z is None:
         grad_z = torch.zeros_like(y)
     grads = _conv_norm_backward(
-        grad_y, grad_z, *ctx.saved_tensors, ctx.eps, ctx.residual
+        grad_y, grad_z, *saved_tensors(ctx), ctx.eps, ctx.residual
     )
     if bias is None:
         grads.insert(2, None)

@@ -47,6 +47,7 @@ from ..common import (
     channels_last,
     custom_op,
     next_power_of_2,
+    saved_tensors,
 )
 from ..gelu import gelu, gelu_slope
 from ..launching import jit
@@ -938,7 +939,7 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad, _):
     if grad is None:
         return (None,) * 6
-    grads = _squeeze_excite_backward(grad, *ctx.saved_tensors)
+    grads = _squeeze_excite_backward(grad, *saved_tensors(ctx))
     return tuple([*grads, None][:6])
 
 

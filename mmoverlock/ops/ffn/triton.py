@@ -23,7 +23,11 @@ import torch
 from torch import Tensor
 
 from .. import partial_sums
-from ..common import channels_last, custom_op
+from ..common import (
+    channels_last,
+    custom_op,
+    saved_tensors,
+)
 from ..conv3x3 import triton as conv
 from ..grn import triton as response_norm
 from ..pointwise import product_weight_grad, round_parameters, rows, to_map
@@ -267,7 +271,7 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 14
-    grads = _feed_forward_backward(grad, *ctx.saved_tensors, ctx.residual)
+    grads = _feed_forward_backward(grad, *saved_tensors(ctx), ctx.residual)
     others = [*grads[9:], None, None, None][:3]
     if ctx.has_identity and others[0] is None:
         others[0] = grad

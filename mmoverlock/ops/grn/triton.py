@@ -22,7 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import partial_sums, tiles
-from ..common import cdiv, channels_last, custom_op, next_power_of_2
+from ..common import (
+    cdiv,
+    channels_last,
+    custom_op,
+    next_power_of_2,
+    saved_tensors,
+)
 from ..launching import jit
 
 EPS = tl.constexpr(1e-6)
@@ -403,7 +409,7 @@ def _differentiate(
     if grad is None:
         return None, None, None
     grad_x, grad_gamma, grad_beta = _response_norm_backward(
-        grad, *ctx.saved_tensors
+        grad, *saved_tensors(ctx)
     )
     return grad_x, grad_gamma, grad_beta.to(ctx.beta_dtype)
 

@@ -15,7 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import partial_sums, tiles
-from ..common import cdiv, channels_last, custom_op, next_power_of_2
+from ..common import (
+    cdiv,
+    channels_last,
+    custom_op,
+    next_power_of_2,
+    saved_tensors,
+)
 from ..launching import jit
 
 KNOBS = dict(
@@ -335,7 +341,7 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
+    x, weight = saved_tensors(ctx)
     grad_x, grad_weight, grad_bias = _layer_norm_backward(
         grad, x, weight, ctx.eps
     )

@@ -11,7 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import partial_sums, tiles
-from ..common import cdiv, channels_last, custom_op
+from ..common import (
+    cdiv,
+    channels_last,
+    custom_op,
+    saved_tensors,
+)
 from ..launching import jit
 
 SIZES = ('count', 'splits')
@@ -278,7 +283,7 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _update_prior_backward(grad, *ctx.saved_tensors)
+    grads = _update_prior_backward(grad, *saved_tensors(ctx))
     if len(grads) == 5:
         grads.insert(3, None)
     return tuple(grads)

@@ -12,7 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import partial_sums, tiles
-from ..common import cdiv, channels_last, contiguous, custom_op
+from ..common import (
+    cdiv,
+    channels_last,
+    contiguous,
+    custom_op,
+    saved_tensors,
+)
 from ..launching import jit
 
 SIZES = ('count', 'positions', 'splits')
@@ -276,7 +282,7 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, keep = ctx.saved_tensors
+    x, weight, bias, keep = saved_tensors(ctx)
     gradients = iter(())
     if weight is not None or keep is not None:
         gradients = iter(

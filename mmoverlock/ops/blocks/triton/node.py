@@ -5,13 +5,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from ... import partial_sums
 from ...batch_norm import Norm
 from ...batch_norm.triton import check_map
-from ...common import channels_last, contiguous, flatten, lengths, nest
+from ...common import (
+    channels_last,
+    contiguous,
+    flatten,
+    lengths,
+    nest,
+    once_differentiable,
+    saved_tensors,
+)
 
 
 def contiguous_fields(parameters: tuple) -> tuple:
@@ -84,7 +91,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.kind(*nest(ctx.saved_tensors, ctx.lengths))
+        saved = ctx.kind(*nest(saved_tensors(ctx), ctx.lengths))
         with partial_sums.together():
             grad_maps, grads = ctx.backward_of_block(
                 channels_last(grad), saved, *ctx.operands

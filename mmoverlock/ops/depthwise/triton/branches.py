@@ -41,10 +41,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, distributed
-from torch.autograd.function import once_differentiable
 
 from ...batch_norm.triton import combine, gather, move, store_statistics
-from ...common import cdiv, contiguous, custom_op, next_power_of_2
+from ...common import (
+    cdiv,
+    contiguous,
+    custom_op,
+    next_power_of_2,
+    once_differentiable,
+    saved_tensors,
+)
 from ...launching import jit
 from ...partial_sums import add
 from . import banded
@@ -790,7 +796,7 @@ def _setup(ctx, inputs, output):
 
 
 def _saved(ctx: Any, grad: Tensor) -> tuple:
-    x, first, taps, statistics, *parameters = ctx.saved_tensors
+    x, first, taps, statistics, *parameters = saved_tensors(ctx)
     grad = grad.contiguous(memory_format=torch.channels_last)
     n = ctx.count
     parameters = parameters[:n], parameters[n:]

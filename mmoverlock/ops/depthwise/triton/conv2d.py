@@ -6,7 +6,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...common import contiguous, custom_op
+from ...common import (
+    contiguous,
+    custom_op,
+    saved_tensors,
+)
 from ...launching import jit
 from ...partial_sums import add
 from . import banded
@@ -187,7 +191,7 @@ def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
+    x, weight = saved_tensors(ctx)
     grad = grad.contiguous(memory_format=torch.channels_last)
     of_x, of_weight, of_bias, _ = ctx.needs_input_grad[-4:]
     grads = _conv2d_grads(

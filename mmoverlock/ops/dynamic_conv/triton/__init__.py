@@ -23,7 +23,12 @@ import triton
 from torch import Tensor
 
 from ... import partial_sums
-from ...common import cdiv, channels_last, custom_op
+from ...common import (
+    cdiv,
+    channels_last,
+    custom_op,
+    saved_tensors,
+)
 from . import classes, filters, mix, windows
 from .common import INTERPRET, power
 
@@ -433,7 +438,7 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 8
-    tensors = ctx.saved_tensors
+    tensors = saved_tensors(ctx)
     return (
         *_mix_backward(grad, *tensors[:7], ctx.scale, *tensors[7:]),
         None,
