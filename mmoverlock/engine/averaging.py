@@ -28,17 +28,12 @@ class ForeachExponentialMovingAverage(ExponentialMovingAverage):
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Average with the weights of a model of the same modules."""
-        averages, weights = self._pairs(model)
+        pairs = self._pairs(model)
         if self.steps == 0:
-            torch._foreach_copy_(averages, weights)
+            torch._foreach_copy_(*zip(*pairs, strict=True))
         elif self.steps % self.interval == 0:
-            floats = [
-                pair
-                for pair in zip(averages, weights, strict=True)
-                if pair[0].is_floating_point()
-            ]
-            averages, weights = zip(*floats, strict=True)
-            torch._foreach_lerp_(averages, weights, self.momentum)
+            floats = [pair for pair in pairs if pair[0].is_floating_point()]
+            torch._foreach_lerp_(*zip(*floats, strict=True), self.momentum)
         if not self.update_buffers:
             for average, buffer in zip(
                 self.module.buffers(), model.buffers(), strict=True
@@ -46,7 +41,7 @@ class ForeachExponentialMovingAverage(ExponentialMovingAverage):
                 average.copy_(buffer)
         self.steps += 1
 
-    def _pairs(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    def _pairs(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """Averages and weights, each once, those of a state dict."""
         if self._slots is None or self._slots[0]() is not model:
             self._slots = weakref.ref(model), self._find(model)
@@ -56,8 +51,7 @@ class ForeachExponentialMovingAverage(ExponentialMovingAverage):
             if weight.device != average.device:
                 weight = weight.to(average.device)
             pairs[id(average)] = average, weight
-        averages, weights = zip(*pairs.values(), strict=True)
-        return [*averages], [*weights]
+        return [*pairs.values()]
 
     def _find(self, model: nn.Module) -> list[tuple[dict, dict, str]]:
         slots = []

@@ -131,14 +131,18 @@ def _norm_grads(grads, maps, norms, kept, group):
     ]
 
 
-def _enlarge(maps, size):
-    """Maps of another size, if there is one."""
+def _enlarge(x, size):
+    """A map of another size, if there is one."""
     if size is None:
-        return maps
-    return [
-        channels_last(F.interpolate(x, size, mode='bilinear').to(x.dtype))
-        for x in maps
-    ]
+        return x
+    return channels_last(F.interpolate(x, size, mode='bilinear').to(x.dtype))
+
+
+def _reduce(x, like):
+    """A map of the size of another one, which may be its own."""
+    if x.shape[2:] == like.shape[2:]:
+        return x
+    return channels_last(F.adaptive_avg_pool2d(x, like.shape[2:]))
 
 
 def _enlarge_grad(grad, x, size):
@@ -163,7 +167,7 @@ def _forward(z, initial, p, keeps, settings):
     x = layer_norm.forward(identity, *p.norm1, settings.eps[0])
 
     neighbors, _ = conv.forward(x, *p.mix_conv, residual=False)
-    (source,) = _enlarge([x], settings.size)
+    source = _enlarge(x, settings.size)
     features, guide = source.split([query.shape[1], key.shape[1]], 1)
     queries = _product(features, query)
     means = _pool(guide, settings.regions)
@@ -178,13 +182,11 @@ def _forward(z, initial, p, keeps, settings):
     products = _product(active, mix, mix_bias)
     fused, *response = response_norm.forward(products, *p.response)
 
-    (mixable,) = _enlarge([fused], settings.size)
+    mixable = _enlarge(fused, settings.size)
     mixed = contmix._mix.function(
         normal_queries, normal_keys, *p.kernels, mixable, settings.scale
     )
-    pooled = mixed[0]
-    if settings.size is not None:
-        pooled = channels_last(F.adaptive_avg_pool2d(pooled, x.shape[2:]))
+    pooled = _reduce(mixed[0], fused)
 
     values = _product(pooled, value)
     gates = _product(fused, gate)
@@ -275,15 +277,14 @@ def _infer(z, initial, p, settings):
     y, _ = conv.forward(x, *p.mix_conv, residual=False, activate=True)
     y = _product(y, *mix)
     fused, *_ = response_norm.forward(y, *p.response)
-    source, mixable = _enlarge((x, fused), settings.size)
+    source, mixable = (_enlarge(y, settings.size) for y in (x, fused))
     features, guide = source.split([query[0].shape[1], key[0].shape[1]], 1)
     means = _pool(guide, settings.regions)
     queries, keys = _product(features, *query), _product(means, *key)
     mixed, *_ = contmix._mix.function(
         queries, keys, *p.kernels, mixable, settings.scale
     )
-    if settings.size is not None:
-        mixed = channels_last(F.adaptive_avg_pool2d(mixed, x.shape[2:]))
+    mixed = _reduce(mixed, fused)
     y = depthwise_conv2d(fused, *p.branches)
     y, _ = product(mixed, value, p.value[1], identity=y)
     y, _ = excitation.forward(y, *p.excite, _product(fused, *gate), True)
