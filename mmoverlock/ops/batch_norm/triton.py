@@ -543,6 +543,33 @@ def forward(
     return results
 
 
+def sum_products(grad: Tensor, x: Tensor, facts: Tensor) -> Tensor:
+    """One launch: sums over parts of images, of d n and d.
+
+    Args:
+        grad (Tensor): d, (B, C, H, W), in channels_last as the next.
+        x (Tensor): The map.
+        facts (Tensor): Of its norm, (1, 5, C).
+
+    Returns:
+        Tensor: (B splits, 2, C), in single precision.
+    """
+    batch, channels, height, width = x.shape
+    splits, programs, settings = split(x)
+    parts = facts.new_empty(batch * splits, 2, channels)
+    _products_kernel[(programs,)](
+        grad,
+        x,
+        facts,
+        parts,
+        height * width,
+        splits,
+        channels,
+        **settings,
+    )
+    return parts
+
+
 def backward(
     grads: Sequence[Tensor],
     maps: Sequence[Tensor],
@@ -560,21 +587,7 @@ def backward(
     for grad, x, fact, out in zip(
         grads, maps, facts, sums.split(sizes), strict=True
     ):
-        batch, channels, height, width = x.shape
-        positions = height * width
-        splits, programs, settings = split(x)
-        parts = fact.new_empty(batch * splits, 2, channels)
-        _products_kernel[(programs,)](
-            grad,
-            x,
-            fact,
-            parts,
-            positions,
-            splits,
-            channels,
-            **settings,
-        )
-        jobs.append((parts, *out.view(2, channels)))
+        jobs.append((sum_products(grad, x, fact), *out.view(2, -1)))
     partial_sums.add_now(*jobs)
     results = []
     for grad, x, fact, whole, (_, *own) in zip(

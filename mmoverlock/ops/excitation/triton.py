@@ -40,6 +40,7 @@ from ..batch_norm.triton import (
     load_normal,
     split,
     store_norm_grad,
+    sum_products,
     total,
 )
 from ..common import (
@@ -263,11 +264,12 @@ def _products_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Parts of sums over an image of u n and u and, where there is a gate,
-    of u n of the other map, v n of the gate and v.
+    """Parts of sums over an image of u n, u, u n of the other map, v n of the
+    gate and v.
 
-    u = grad f(gate), v = grad x f'(gate); maps (B, P, C), norms (N, 5, C),
-    see above; parts (B, splits, 2 or 5, C); grid (B splits blocks of C, ).
+    u = grad f(gate), v = grad x f'(gate); maps (B, P, C), norms (3, 5, C),
+    see above; parts (B, splits, 5, C); grid (B splits blocks of C, ). Without
+    a gate, it is that of a norm by itself.
     """
     part, o_channel, m_channel, o_first, rows = tiles.part_of(
         positions, splits, channels, BLOCK
@@ -293,24 +295,21 @@ def _products_kernel(
             channels,
         )
         u = tiles.load(p_grad, o_x, m_x)
-        if p_gate is not None:
-            b_open, b_slope = tiles.open_gate(b_gate, SILU)
-            v = u * b_x * b_slope
-            u *= b_open
-            sum_v += v
-            sum_gate = tl.fma(v, n_gate, sum_gate)
-            sum_other = tl.fma(u, n_other, sum_other)
+        b_open, b_slope = tiles.open_gate(b_gate, SILU)
+        v = u * b_x * b_slope
+        u *= b_open
+        sum_v += v
+        sum_gate = tl.fma(v, n_gate, sum_gate)
+        sum_other = tl.fma(u, n_other, sum_other)
         sum_u += u
         sum_n = tl.fma(u, n_x, sum_n)
-    COUNT: tl.constexpr = 2 if p_gate is None else 5
-    p_part = p_parts + part * COUNT * channels + o_channel
+    p_part = p_parts + part * 5 * channels + o_channel
     tl.store(p_part, tl.sum(sum_n, 0), mask=m_channel)
     tl.store(p_part + channels, tl.sum(sum_u, 0), mask=m_channel)
-    if p_gate is not None:
-        p_part += 2 * channels
-        tl.store(p_part, tl.sum(sum_other, 0), mask=m_channel)
-        tl.store(p_part + channels, tl.sum(sum_gate, 0), mask=m_channel)
-        tl.store(p_part + 2 * channels, tl.sum(sum_v, 0), mask=m_channel)
+    p_part += 2 * channels
+    tl.store(p_part, tl.sum(sum_other, 0), mask=m_channel)
+    tl.store(p_part + channels, tl.sum(sum_gate, 0), mask=m_channel)
+    tl.store(p_part + 2 * channels, tl.sum(sum_v, 0), mask=m_channel)
 
 
 @triton.jit
@@ -791,25 +790,26 @@ def backward(
     else:
         count, rows = _summands(norms), 2 * len(norms)
         parts, programs, settings = split(x)
-        products = grads.new_empty(
-            batch, parts * (2 if gate is None else 5), channels
-        )
-        summed = products, None, None
         sums = grads.new_empty(batch, rows, channels)
         grad_norms = grads.new_empty(rows, channels)
-        _products_kernel[(programs,)](
-            grad,
-            x,
-            other,
-            gate,
-            norms,
-            products,
-            height * width,
-            parts,
-            channels,
-            SILU=silu,
-            **settings,
-        )
+        if gate is None:
+            products = sum_products(grad, x, norms)
+        else:
+            products = grads.new_empty(batch, parts * 5, channels)
+            _products_kernel[(programs,)](
+                grad,
+                x,
+                other,
+                gate,
+                norms,
+                products,
+                height * width,
+                parts,
+                channels,
+                SILU=silu,
+                **settings,
+            )
+        summed = products, None, None
     _scale_grad_kernel[(batch,)](
         *summed,
         norms,
