@@ -19,12 +19,10 @@ import math
 import os
 import re
 import sys
-import textwrap
-from collections import Counter
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import mmcv
@@ -63,28 +61,22 @@ HEADS = {  # of each kind, the default first, and the configs that have them
 BOXES_ONLY = ('faster_rcnn', 'cascade_rcnn')
 
 
-@dataclass
-class Data:
+class Data(NamedTuple):
     """What there is to learn from.
 
     Attributes:
         images (dict[str, list[Path]]): By split.
         splits (dict[str, dict]): Arguments of the datasets, by split.
         classes (list[str]): In the order of their labels.
-        counts (dict[str, int]): What is annotated for training, by class.
-        unit (str): What is counted.
     """
 
     images: dict
     splits: dict
     classes: list
-    counts: dict
-    unit: str
 
 
-@dataclass
-class Pixels:
-    """How images are loaded, if not as RGB, and what they are like."""
+class Pixels(NamedTuple):
+    """How images are loaded and what they are like, if they are not RGB."""
 
     channels: int
     load: dict
@@ -164,7 +156,7 @@ def read_coco(args):
     ]
     files = sort_by_split(args, files, 'file of annotations (.json)')
     folders = image_folders(args.data)
-    images, splits, counts, names = {}, {}, {}, {}
+    images, splits, names, used = {}, {}, {}, set()
     for split, [path] in files.items():
         for finding in annotation_file(str(path)):
             if finding.fault:
@@ -189,9 +181,7 @@ def read_coco(args):
                 )
         categories = {c['id']: c['name'] for c in contents['categories']}
         names |= dict.fromkeys(categories.values())
-        counts[split] = Counter(
-            categories.get(a['category_id']) for a in annotations
-        )
+        used |= {categories.get(a['category_id']) for a in annotations}
         if not all(a.get('segmentation') for a in annotations):
             args.head = args.head or BOXES_ONLY[0]
         splits[split] = {
@@ -199,9 +189,8 @@ def read_coco(args):
             'data_prefix': {'img': relative(folder, args.data)},
         }
     # Categories without an object, such as roots of a hierarchy, are left out.
-    found = sum(counts.values(), Counter())
-    classes = [name for name in names if found[name]]
-    return Data(images, splits, classes, counts['train'], 'objects')
+    classes = [name for name in names if name in used]
+    return Data(images, splits, classes)
 
 
 def read_masks(args):
@@ -209,7 +198,7 @@ def read_masks(args):
     folders = sort_by_split(
         args, image_folders(args.data), 'folder of images', most=math.inf
     )
-    images, splits, pixels = {}, {}, {}
+    images, splits, pixels = {}, {}, 0
     for split, paths in folders.items():
         if getattr(args, split):
             groups = paths[:1], paths[1:]
@@ -243,15 +232,11 @@ def read_masks(args):
         )
         infos = [dataset.get_data_info(i) for i in range(len(dataset))]
         images[split] = [Path(info['img_path']) for info in infos]
-        pixels[split] = count_labels(dataset, infos, split)
-    classes, zero = number_classes(
-        sum(pixels.values()), read_names(args), args
-    )
+        pixels = pixels + count_labels(dataset, infos, split)
+    classes, zero = number_classes(pixels, read_names(args), args)
     for arguments in splits.values():
         arguments['reduce_zero_label'] = zero
-    counted = pixels['train'][zero : len(classes) + zero].tolist()
-    counts = dict(zip(classes, counted, strict=True))
-    return Data(images, splits, classes, counts, 'pixels')
+    return Data(images, splits, classes)
 
 
 def find_suffixes(folder, masks):
@@ -389,8 +374,7 @@ def read_folders(args):
             'data_prefix': relative(folder, args.data),
             'extensions': IMAGES,
         }
-    counts = {name: len(found) for name, found in classes.items()}
-    return Data(images, splits, [*classes], counts, 'images')
+    return Data(images, splits, [*classes])
 
 
 # -------------------------------------------------------------------- images
@@ -427,16 +411,16 @@ def decode(path):
 
 
 def read_pixels(paths):
-    """See how images are loaded; measure mean and deviation.
+    """See how images are loaded; measure mean and deviation if not as RGB.
 
     Args:
         paths (list[Path]): Those for training, some of which are read.
 
     Returns:
-        Pixels: The mean and deviation of channels as they are loaded.
+        Pixels | None: None for RGB, or gray among it, in which gray is color.
     """
     chosen = np.linspace(0, len(paths) - 1, min(SAMPLES, len(paths)))
-    kinds, sums = {}, []
+    kinds, moments = {}, []
     for path in track(
         [paths[i] for i in chosen.astype(int)],
         description='images',
@@ -448,33 +432,28 @@ def read_pixels(paths):
             image = image[..., :3]  # no more than a picture
         kinds.setdefault((image.shape[2], image.dtype, backend), path)
         flat = image.reshape(-1, image.shape[2]).astype(np.float64)
-        sums.append(np.stack([flat.mean(0), (flat**2).mean(0)]))
+        moments.append([flat.mean(0), (flat**2).mean(0)])
     gray, color = (1, 'cv2'), (3, 'cv2')
     if {gray, color} == {gray, *((kind[0], kind[2]) for kind in kinds)}:
-        channels, options = 3, {}
-    elif len(kinds) > 1:
+        return None
+    if len(kinds) > 1:
         (a, first), (b, second), *_ = kinds.items()
         raise DataError(
             f'{first} has {a[0]} channels of {a[1]}, and {second} {b[0]} of '
             f'{b[1]}'
         )
-    else:
-        [(channels, dtype, backend)] = kinds
-        options = {'color_type': 'unchanged'}
-        if backend != 'cv2':
-            options['imdecode_backend'] = backend
-        if dtype != np.uint8:
-            options['to_float32'] = True
-        elif channels == 1:
-            options['color_type'] = 'grayscale'
-    # A gray one among others is loaded in color.
-    mean, squares = sum(sums) / len(sums)
-    std = np.sqrt(squares - mean**2)
-    return Pixels(
-        channels,
-        options,
-        *([float(f'{value:.4g}') for value in row] for row in (mean, std)),
-    )
+    [(channels, dtype, backend)] = kinds
+    options = {'color_type': 'unchanged'}
+    if backend != 'cv2':
+        options['imdecode_backend'] = backend
+    if dtype != np.uint8:
+        options['to_float32'] = True
+    elif channels == 1:
+        options['color_type'] = 'grayscale'
+    mean, squares = np.mean(moments, axis=0)
+    rows = mean, np.sqrt(squares - mean**2)
+    rounded = [[float(f'{value:.4g}') for value in row] for row in rows]
+    return Pixels(channels, options, *rounded)
 
 
 # -------------------------------------------------------------------- config
@@ -588,7 +567,7 @@ def write_coco(args, data, pixels, model):
 
 def write_masks(args, data, pixels, model):
     steps, lines = [], datasets(data)
-    if pixels.load:
+    if pixels:
         steps.append('del train_pipeline[-2]  # PhotoMetricDistortion')
         lines += [
             'tta_pipeline = _base_.tta_pipeline',
@@ -620,7 +599,7 @@ def write_folders(args, data, pixels, model):
     model['data_preprocessor'] |= NUM_CLASSES
     model['head'] = NUM_CLASSES
     steps, lines = [], datasets(data, batch_size=64)
-    if pixels.load:
+    if pixels:
         steps = [
             'del train_pipeline[3:-1]  # RandAugment and RandomErasing',
             "train_pipeline[1].backend = test_pipeline[1].backend = 'cv2'",
@@ -662,17 +641,19 @@ def write(args):
     pixels = read_pixels(data.images['train'])
     weights = weights_of(base)
     loading, preprocessor, backbone = [], {}, {}
-    if pixels.load:
+    if pixels:
         loading, preprocessor = normalize(pixels, key)
-    if pixels.channels != 3:
         backbone['in_channels'] = pixels.channels
     if weights:
         backbone['init_cfg'] = None  # load_from has them
     model = dict(data_preprocessor=preprocessor, backbone=backbone)
+    images = ', '.join(
+        f'{split} {len(paths)}' for split, paths in data.images.items()
+    )
     steps, rest = finish(args, data, pixels, model)
     model = {key: value for key, value in model.items() if value}
     lines = [
-        *describe(data, pixels),
+        f'# Images: {images}.',
         assign('_base_', f'mmoverlock::{base}'),
         '',
         assign('data_root', args.data.as_posix().rstrip('/') + '/'),
@@ -700,32 +681,6 @@ def write(args):
         ]
     style = dict(based_on_style='facebook', column_limit=WIDTH)
     return yapf_api.FormatCode('\n'.join([*lines, '']), style_config=style)[0]
-
-
-def describe(data, pixels):
-    """Lines on the data, for the head of the config."""
-    images = ', '.join(
-        f'{split} {len(paths)}' for split, paths in data.images.items()
-    )
-    mean, std, kept = pixels.mean, pixels.std, ''
-    if not pixels.load:  # and so BGR
-        mean, std = mean[::-1], std[::-1]
-        kept = ' (RGB; the model has those of ImageNet, as its weights want)'
-    counts = (+Counter(data.counts)).most_common()
-    counts = ', '.join(f'{name} {count}' for name, count in counts)
-    comment = textwrap.TextWrapper(
-        WIDTH,
-        initial_indent='# ',
-        subsequent_indent='# ',
-        max_lines=8,
-        placeholder=' ...',
-    )
-    return [
-        *comment.wrap(
-            f'Images: {images}. Mean {mean}, deviation {std}{kept}.'
-        ),
-        *comment.wrap(f'{data.unit.capitalize()} of train: {counts}.'),
-    ]
 
 
 def weights_of(config):
