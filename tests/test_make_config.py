@@ -291,49 +291,55 @@ def test_faults(copied):
     """One line each, with the file."""
     data = copied('coco')
     listed = data / 'annotations/instances_train2017.json'
+    other = shutil.copy(listed, data / 'train.json')
+    assert f'{listed} and {other} may all be of train' in fails(data)
+    other.unlink()
     image = data / 'train2017/000000000002.jpg'
     image.unlink()
-    said = fails(data)
-    assert f'{image} does not exist (listed in {listed})' in said
+    assert f'{image} does not exist (listed in {listed})' in fails(data)
     listed.unlink()
     assert 'name it after --train' in fails(data)
 
     data = copied('masks')
     path = data / 'annotations/training/ADE_train_00000003.png'
     Image.new('RGB', Image.open(path).size).save(path)
-    said = fails(data)
-    assert f'{path} is a label map of several channels' in said
+    assert f'{path} is a label map of several channels' in fails(data)
     odd = data / 'images/training/odd.bmp'
     Image.new('RGB', (8, 8)).save(odd)
     assert f'{odd} does not end in .jpg' in fails(data)
 
     data = copied('folders')
     folder = data / 'train/n11939491'
-    image = next(folder.iterdir())
+    [image] = folder.iterdir()
     image.write_bytes(b'no image')
     assert f'{image} is damaged' in fails(data)
-    shutil.rmtree(folder)
+    image.unlink()
+    assert 'train has to hold a folder of images for each' in fails(data)
+    folder.rmdir()
     said = fails(data)
     assert re.search('folders/val has other classes than .*n11939491', said)
 
 
-def test_suffixes(tmp_path):
+@pytest.mark.parametrize(
+    'names, maps, expected',
+    [
+        ('a1.jpg a10.jpg', 'a1.png a10.png', '.jpg .png'),
+        ('x/1_rgb.png', 'x/1_gt.png x/11_gt.png', 'rgb.png gt.png'),
+        ('1.jpg 2.jpg', '1_mask.png 2_mask.png', '.jpg _mask.png'),
+        ('img_1.jpg', 'mask_1.png', None),
+    ],
+)
+@pytest.mark.parametrize('masks', ['masks', 'images/masks'])
+def test_suffixes(tmp_path, names, maps, expected, masks):
     """What names of images and label maps that belong together end in."""
-    for i, (names, maps, expected) in enumerate(
-        [
-            ('a1.jpg a10.jpg', 'a1.png a10.png', '.jpg .png'),
-            ('x/1_rgb.png', 'x/1_gt.png x/11_gt.png', 'rgb.png gt.png'),
-            ('1.jpg 2.jpg', '1_mask.png 2_mask.png', '.jpg _mask.png'),
-            ('img_1.jpg', 'mask_1.png', None),
-        ]
-    ):
-        folders = tmp_path / f'{i}/images', tmp_path / f'{i}/masks'
-        for folder, files in zip(folders, (names, maps), strict=True):
-            for name in files.split():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / name).touch()
-        if expected:
-            assert ' '.join(tool.find_suffixes(*folders).values()) == expected
+    folders = tmp_path / 'images', tmp_path / masks
+    for folder, files in zip(folders, (names, maps), strict=True):
+        for name in files.split():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+    if expected:
+        assert ' '.join(tool.find_suffixes(*folders).values()) == expected
+        return
     with pytest.raises(DataError, match='img_1.jpg and .*mask_1.png: the n'):
         tool.find_suffixes(*folders)
 
