@@ -42,7 +42,6 @@ from mmoverlock.inference import IMAGES
 ROOT = Path(__file__).parents[1]
 SPLITS = ('train', 'val', 'test')
 SAMPLES = 200  # images, for their channels, mean and deviation
-WIDTH = 79
 
 HEADS = {  # of each kind, the default first, and the configs that have them
     'coco': {
@@ -672,14 +671,8 @@ def write(args):
         f'auto_scale_lr = dict(enable=True, base_batch_size={batch})',
     ]
     if weights:
-        folder, _, name = weights.rpartition('/')
-        lines += [
-            'load_from = (  # set None to start without',
-            f"    '{folder}/'",
-            f'    {name!r}',
-            ')',
-        ]
-    style = dict(based_on_style='facebook', column_limit=WIDTH)
+        lines += ['# None starts without.', assign('load_from', weights)]
+    style = dict(based_on_style='facebook', column_limit=79)
     return yapf_api.FormatCode('\n'.join([*lines, '']), style_config=style)[0]
 
 
