@@ -72,7 +72,11 @@ METRICS = {
 
 
 # The options that say where they are, by dataset of the metafiles.
-DATASETS = {'ImageNet-1k': 'imagenet', 'COCO': 'coco', 'ADE20K': 'ade20k'}
+DATASETS = {
+    'ImageNet-1k': '--imagenet',
+    'COCO': '--coco',
+    'ADE20K': '--ade20k',
+}
 
 
 class Job(NamedTuple):
@@ -117,19 +121,19 @@ def choose(args):
     jobs = [
         job
         for job in released()
-        if getattr(args, DATASETS[job.dataset]) and job.arch in args.arch
+        if getattr(args, job.dataset) and job.arch in args.arch
     ]
     if not jobs:
         raise cli.UserError(
             f'there are no weights of arch {", ".join(args.arch)} for the '
-            'data named after --coco, --ade20k and --imagenet'
+            f'data named after {", ".join(DATASETS.values())}'
         )
     return sorted(jobs, key=lambda job: (job.tta, args.arch.index(job.arch)))
 
 
 def changes(job, args):
     """What of the config the place of its data changes."""
-    folder = getattr(args, DATASETS[job.dataset])
+    folder = getattr(args, job.dataset)
     options = {'test_dataloader.dataset.data_root': f'{folder}/'}
     if job.dataset == 'COCO':
         file = folder / 'annotations' / 'instances_val2017.json'
@@ -312,7 +316,8 @@ def build_parser():
     )
     for name, option in DATASETS.items():
         parser.add_argument(
-            f'--{option}',
+            option,
+            dest=name,
             type=Path,
             metavar='DIR',
             help=f'where {name} is, as docs/data.md says',
