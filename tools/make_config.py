@@ -83,6 +83,11 @@ class Pixels(NamedTuple):
     std: list
 
 
+def fault(path, *what):
+    """The error of a file; see `Finding`."""
+    return DataError(Finding(str(path), *what))
+
+
 # ------------------------------------------------------------ files of splits
 
 
@@ -165,7 +170,7 @@ def read_coco(args):
         if not annotations:
             if split == 'test':  # as of COCO
                 continue
-            raise DataError(Finding(str(path), 'has no annotations'))
+            raise fault(path, 'has no annotations')
         listed = [image['file_name'] for image in contents['images']]
         near = [
             f for f in folders if split_of(f.relative_to(args.data)) == split
@@ -175,9 +180,7 @@ def read_coco(args):
         images[split] = [folder / name for name in listed]
         for image in images[split]:
             if not image.is_file():
-                raise DataError(
-                    Finding(str(image), 'does not exist', f'listed in {path}')
-                )
+                raise fault(image, 'does not exist', f'listed in {path}')
         categories = {c['id']: c['name'] for c in contents['categories']}
         names |= dict.fromkeys(categories.values())
         used |= {categories.get(a['category_id']) for a in annotations}
@@ -264,13 +267,9 @@ def find_suffixes(folder, masks):
     suffix = relative(first, folder)[length:]
     for path in images:
         if not path.name.endswith(suffix):
-            raise DataError(
-                Finding(
-                    str(path),
-                    f'does not end in {suffix}, as others do',
-                    effect='MMSegmentation takes images of one suffix',
-                )
-            )
+            what = f'does not end in {suffix}, as others do'
+            effect = 'MMSegmentation takes images of one suffix'
+            raise fault(path, what, '', effect)
     return {
         'img_suffix': suffix,
         'seg_map_suffix': relative(match, masks)[length:],
@@ -393,19 +392,12 @@ def decode(path):
             if image is None or image.shape != bands.shape:
                 image, backend = bands, 'tifffile'
     if image is None:
-        raise DataError(
-            Finding(str(path), 'is damaged, or no image that can be loaded')
-        )
+        raise fault(path, 'is damaged, or no image that can be loaded')
     image = np.atleast_3d(image)
     if image.shape[0] < min(image.shape[1:]):
-        raise DataError(
-            Finding(
-                str(path),
-                'has its channels first',
-                f'of shape {image.shape}',
-                'LoadImageFromFile takes (height, width, channels)',
-            )
-        )
+        effect = 'LoadImageFromFile takes (height, width, channels)'
+        shape = f'of shape {image.shape}'
+        raise fault(path, 'has its channels first', shape, effect)
     return image, backend
 
 

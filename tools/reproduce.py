@@ -126,7 +126,7 @@ def choose(args):
     if not jobs:
         raise cli.UserError(
             f'there are no weights of arch {", ".join(args.arch)} for the '
-            f'data named after {", ".join(DATASETS.values())}'
+            f'data given; name others after {", ".join(DATASETS.values())}'
         )
     return sorted(jobs, key=lambda job: (job.tta, args.arch.index(job.arch)))
 
