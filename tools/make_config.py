@@ -474,7 +474,7 @@ def assign(name, value):
 
 
 def by_split(name, values):
-    """Assignments of the values; a test is like a validation without one."""
+    """Assignments of the values; without a test's, it gets validation's."""
     lines = [assign(f'{split}_{name}', values[split]) for split in values]
     if 'test' not in values:
         lines.append(f'test_{name} = val_{name}')
@@ -612,8 +612,9 @@ def write_folders(args, data, pixels, model):
     ]
 
 
-# By kind: what reads the data and what writes the config, what turns BGR into
-# RGB in the data preprocessor, and the images of a step.
+# By kind: what reads the data; what completes the model, and returns lines on
+# its pipelines and all further ones; what turns BGR into RGB in the data
+# preprocessor; the images of a step.
 KINDS = {
     'coco': (read_coco, write_coco, 'bgr_to_rgb', 16),
     'masks': (read_masks, write_masks, 'bgr_to_rgb', 16),
