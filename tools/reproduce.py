@@ -17,12 +17,12 @@ import re
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from mmengine.config import Config
 from mmengine.fileio import load, put_text
 
 from mmoverlock import cli, data
@@ -144,14 +144,9 @@ def changes(job, args):
 def check(jobs, args):
     """Check the data of all tests before the first."""
     for job in jobs:
-        options = Namespace(
-            config=str(ROOT / job.config),
-            cfg_options=changes(job, args),
-            work_dir=None,
-            launcher='none',
-            local_rank=0,
-        )
-        data.check_data(cli.load_config(options), 'test')
+        cfg = Config.fromfile(ROOT / job.config)
+        cfg.merge_from_dict(changes(job, args))
+        data.check_data(cfg, 'test')
 
 
 def weights_of(job, args):
@@ -260,17 +255,6 @@ def table(results):
     return '\n'.join([*rows, '', *reasons]) + '\n'
 
 
-def key_of(job, weights, args):
-    """What a result is of; another of it has to be measured anew."""
-    return {
-        'name': job.name,
-        'tta': job.tta,
-        'config': job.config,
-        'sha256': hashlib.sha256(weights.read_bytes()).hexdigest(),
-        **changes(job, args),
-    }
-
-
 def reproduce(args):
     """Run all tests; returns their results."""
     jobs = choose(args)
@@ -282,7 +266,13 @@ def reproduce(args):
         results = {(old['name'], old['tta']): old for old in before}
     for i, job in enumerate(jobs, 1):
         weights = weights_of(job, args)
-        key = key_of(job, weights, args)
+        key = {  # another of these has to be measured anew
+            'name': job.name,
+            'tta': job.tta,
+            'config': job.config,
+            'sha256': hashlib.sha256(weights.read_bytes()).hexdigest(),
+            **changes(job, args),
+        }
         result = results.get((job.name, job.tta), {})
         if not key.items() <= result.items():
             what = job.name + ' with test-time augmentation' * job.tta
