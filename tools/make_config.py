@@ -29,7 +29,6 @@ import mmcv
 import numpy as np
 from mmengine.fileio import load
 from mmengine.registry import DATASETS, init_default_scope
-from rich.console import Console
 from rich.progress import track
 from yapf.yapflib import yapf_api
 
@@ -285,14 +284,9 @@ def count_labels(dataset, infos, split):
         return np.bincount(labels.ravel(), minlength=256)
 
     with ThreadPool(os.cpu_count()) as pool:
-        return sum(
-            track(
-                pool.imap(count, infos, chunksize=8),
-                description=f'label maps of {split}',
-                total=len(infos),
-                console=Console(stderr=True),
-            )
-        )
+        counts = pool.imap(count, infos, chunksize=8)
+        label = f'label maps of {split}'
+        return sum(track(counts, description=label, total=len(infos)))
 
 
 def number_classes(pixels, names, args):
@@ -412,11 +406,8 @@ def read_pixels(paths):
     """
     chosen = np.linspace(0, len(paths) - 1, min(SAMPLES, len(paths)))
     kinds, moments = {}, []
-    for path in track(
-        [paths[i] for i in chosen.astype(int)],
-        description='images',
-        console=Console(stderr=True),
-    ):
+    chosen = [paths[i] for i in chosen.astype(int)]
+    for path in track(chosen, description='images'):
         image, backend = decode(path)
         opaque = np.iinfo(image.dtype).max if image.dtype.kind == 'u' else None
         if image.shape[2] == 4 and (image[..., 3] == opaque).all():
@@ -736,7 +727,7 @@ def main(argv=None):
                 f'--head {args.head} is not for {args.kind}; there are '
                 + ', '.join(HEADS[args.kind])
             )
-        with redirect_stdout(sys.stderr):  # of packages that print
+        with redirect_stdout(sys.stderr):  # of packages that print, and bars
             text = write(args)
     print(text, end='')
 
