@@ -1,8 +1,8 @@
 """Trained models on images of the user, as all tools run them."""
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
-from colorsys import hsv_to_rgb
 from glob import glob
 from pathlib import Path
 
@@ -28,7 +28,12 @@ from .models.weights import fit
 
 IMAGES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 VIDEOS = ('.avi', '.mkv', '.mov', '.mp4', '.webm')
-SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
+# By package of models
+VISUALIZERS_OF = {
+    'mmdet': 'DetLocalVisualizer',
+    'mmseg': 'SegLocalVisualizer',
+    'mmpretrain': 'UniversalVisualizer',
+}
 
 
 class ConfigError(ValueError):
@@ -50,7 +55,8 @@ def scope_of(cfg: Config) -> str | None:
 
     Returns:
         str | None: Its ``default_scope`` or, where it has none because its
-        types are classes, the one of ``SCOPES`` that its model is from.
+        types are classes, the one of ``VISUALIZERS_OF`` that its
+        model is from.
     """
     scope = cfg.get('default_scope')
     kind = (cfg.get('model') or {}).get('type')
@@ -58,7 +64,7 @@ def scope_of(cfg: Config) -> str | None:
         return scope
     bases = getattr(_class_of(MODELS, kind), '__mro__', ())
     packages = [base.__module__.split('.')[0] for base in bases]
-    return next((name for name in packages if name in SCOPES), None)
+    return next((name for name in packages if name in VISUALIZERS_OF), None)
 
 
 def dataset_of(cfg: Config, *splits: str) -> ConfigDict | None:
@@ -397,28 +403,25 @@ def network_input(model: nn.Module, data: dict) -> tuple[Tensor, np.ndarray]:
 
 # ------------------------------------------------------------------ pictures
 
-VISUALIZERS_OF = {
-    'mmdet': 'DetLocalVisualizer',
-    'mmseg': 'SegLocalVisualizer',
-    'mmpretrain': 'UniversalVisualizer',
-}
-
 
 def build_visualizer(scope: str, meta: dict) -> Visualizer:
     """Build the visualizer of a package.
 
     Args:
-        scope (str): One of ``SCOPES``.
+        scope (str): One of ``VISUALIZERS_OF``.
         meta (dict): The ``dataset_meta`` of a model, with its classes; a
             palette for fewer or more of them is replaced.
     """
     visualizer = VISUALIZERS.build(
         dict(type=VISUALIZERS_OF[scope], name=scope)
     )
-    count = len(meta['classes'])
-    if len(meta.get('palette') or ()) != count:
-        meta = meta | {'palette': [*map(color_of, range(count))]}
+    colors = (len(meta['classes']), 3)
+    if np.shape(meta.get('palette')) != colors:
+        palette = np.random.default_rng(0).integers(0, 256, colors).tolist()
+        meta = meta | {'palette': palette}
     visualizer.dataset_meta = meta
+    # Of labels that reach over the edge, which is no concern of the user.
+    warnings.filterwarnings('ignore', '.* out of bounds, the drawn')
     return visualizer
 
 
@@ -450,17 +453,3 @@ def draw(
     if 'pred_instances' in sample:
         options['pred_score_thr'] = score_thr
     visualizer.add_datasample('', image, sample, **options)
-
-
-def color_of(label: int) -> tuple[int, int, int]:
-    """A color that no other label has, far from those of labels near it.
-
-    Args:
-        label (int): Number of a class.
-
-    Returns:
-        tuple[int, int, int]: Red, green and blue, from 0 to 255.
-    """
-    turn = label * 0.618034 % 1  # the golden ratio leaves no two close
-    color = hsv_to_rgb(turn, 0.95 - label % 3 * 0.2, 0.9 - label % 2 * 0.25)
-    return tuple(round(255 * part) for part in color)

