@@ -418,7 +418,7 @@ def build_visualizer(scope: str, meta: dict) -> Visualizer:
     colors = (len(meta['classes']), 3)
     if np.shape(meta.get('palette')) != colors:
         palette = np.random.default_rng(0).integers(0, 256, colors).tolist()
-        meta = meta | {'palette': palette}
+        meta = meta | {'palette': [*map(tuple, palette)]}
     visualizer.dataset_meta = meta
     # Of labels that reach over the edge, which is no concern of the user.
     warnings.filterwarnings('ignore', '.* out of bounds, the drawn')

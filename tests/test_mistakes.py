@@ -73,7 +73,7 @@ MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
         ('train no.py', 'config no.py: ... No such file'),
         (f'train {tiny.ROOT}/LICENSE', 'LICENSE: Only py/yml'),
         ('train FILES/baseless.py', 'nowhere.py'),
-        ('summarize FILES/coco', 'no config in'),
+        ('summarize FILES/coco', 'there is no config in'),
         (f'test {MASK_RCNN} no.pth', 'checkpoint no.pth does not exist'),
         ('predict FILES/cls.py no.pth x', 'checkpoint no.pth does not exist'),
         ('predict FILES/cls.py FILES/seg.pth x', 'does not fit the model'),
