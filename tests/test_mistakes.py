@@ -127,9 +127,7 @@ MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
             'test FILES/cifar.py FILES/empty.pth --show-dir drawn',
             'mmdet, mmseg, mmpretrain',
         ),
-        # A second run would replace its inputs, or predict its results
-        (f'{PREDICT} FILES/pictures/a.png', 'where results go'),
-        (f'{PREDICT} FILES', 'where results go'),
+        # What runs trained models
         (
             f'{PREDICT} x --cfg-options {tiny.TEST_SET}.type=CustomDataset',
             'names the classes',

@@ -12,7 +12,6 @@ from mmengine.config import Config
 from PIL import Image
 
 from mmoverlock import inference
-from mmoverlock.curves import draw_curves
 from mmoverlock.engine import CurvesHook
 
 tiny.need_openmmlab()
@@ -50,54 +49,42 @@ def lines(axes):
 
 
 def test_curves(tmp_path, figures):
-    """Of an iteration-based run on a GPU: what is where, and what is said."""
-    records = [
-        training(10 * i, time=time, memory=100 * i, loss_x=1.0, acc=3.0)
-        for i, time in enumerate((0.5, 0.25, 0.25), 1)
-    ]
-    found = {'aAcc': 50.0, 'mIoU': 20.0}
-    write_run(tmp_path, 'a', *records, found | {'time': 1.0, 'step': 30})
-    last = draw_curves(tmp_path, batch_size=4)
-    assert last == found | {'images/s': 16.0, 'memory (MB)': 300}
-    losses, metrics, rates, speed, memory = figures[0].axes
-    assert lines(losses) == {
-        'loss': ([10, 20, 30], [0.2, 0.1, 2 / 30]),
-        'loss_x': ([10, 20, 30], [1.0] * 3),
-    }
-    assert lines(metrics) == {'aAcc': ([30], [50.0]), 'mIoU': ([30], [20.0])}
-    assert metrics.get_xlabel() == 'iteration'
-    assert lines(rates)['lr'][1] == [0.01, 0.005, 0.1 / 30]
-    assert lines(speed)['images/s'][1] == [8.0, 16.0, 16.0]
-    assert lines(memory)['memory'][1] == [100, 200, 300]
-    assert Image.open(tmp_path / 'curves.png').size == (1440, 900)
+    """What is where, and what the log says at the end of a training.
 
-
-def test_hook_of_epochs(tmp_path, figures):
-    """Without a GPU; COCO's detailed metrics are told, not drawn.
-
-    What a resumed run did again replaces what the first had done.
+    COCO's detailed metrics are told, not drawn. What a resumed run did again
+    replaces what the first had done.
     """
     logged = []
     runner = SimpleNamespace(
         work_dir=str(tmp_path),
-        cfg=Config({'train_dataloader': {'batch_size': 2}}),
+        cfg=Config({'train_dataloader': {'batch_size': 4}}),
         logger=SimpleNamespace(info=logged.append),
     )
     CurvesHook().after_train(runner)
     assert not logged and not any(tmp_path.iterdir())
-    records = [training(step, epoch=step // 5) for step in (5, 10, 12)]
-    found = {'coco/bbox_mAP': 0.2, 'coco/bbox_mAP_s': 0.1, 'step': 2}
-    write_run(tmp_path, '1', *records, found)
-    write_run(tmp_path, '2', *(training(i, loss=9, epoch=2) for i in (12, 15)))
+    found = {'coco/bbox_mAP': 0.2, 'coco/bbox_mAP_s': 0.1}
+    first = [training(step, acc=3.0) for step in (10, 20, 25)]
+    write_run(tmp_path, '1', *first, found | {'time': 1.0, 'step': 2})
+    again = [
+        training(step, loss=9, loss_x=1.0, time=0.25, memory=10 * step)
+        for step in (20, 30)
+    ]
+    write_run(tmp_path, '2', *again)
     CurvesHook().after_train(runner)
     assert logged == [
         f'{tmp_path}/curves.png: coco/bbox_mAP 0.2, coco/bbox_mAP_s 0.1, '
-        'images/s 4'
+        'images/s 16, memory (MB) 300'
     ]
-    losses, metrics, _, _ = figures[0].axes
-    assert lines(losses)['loss'] == ([5, 10, 12, 15], [0.4, 0.2, 9, 9])
-    assert [*lines(metrics)] == ['coco/bbox_mAP']
-    assert metrics.get_xlabel() == 'epoch'
+    losses, metrics, rates, speed, memory = figures[0].axes
+    assert lines(losses) == {
+        'loss': ([10, 20, 30], [0.2, 9, 9]),
+        'loss_x': ([20, 30], [1.0, 1.0]),
+    }
+    assert lines(metrics) == {'coco/bbox_mAP': ([2], [0.2])}
+    assert lines(rates)['lr'][1] == [0.01, 0.005, 0.1 / 30]
+    assert lines(speed)['images/s'][1] == [8.0, 16.0, 16.0]
+    assert lines(memory)['memory'] == ([20, 30], [200, 300])
+    assert Image.open(tmp_path / 'curves.png').size == (1440, 900)
 
 
 # --------------------------------------------------------------- work dirs

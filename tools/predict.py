@@ -12,7 +12,7 @@ videos, whose frames are predicted one by one. DIR gets
 
 Images are loaded as the test pipeline of the config says. Inputs that cannot
 be read, and pictures that cannot be drawn, are listed at the end, and the exit
-status is 1. Inputs in folders where results go are refused.
+status is 1.
 """
 
 import argparse
@@ -75,17 +75,6 @@ def build_parser():
         parser, ', as in model.test_cfg.rcnn.max_per_img=20'
     )
     return parser
-
-
-def check_inputs(files, out):
-    """Refuse inputs that results would replace, or that are results."""
-    for path, _ in files:
-        for folder in ('pictures', 'label_maps'):
-            if (out / folder).resolve() in path.resolve().parents:
-                raise cli.UserError(
-                    f'{path} is in {out / folder}, where results go; choose '
-                    'another --out'
-                )
 
 
 def count_images(path):
@@ -181,7 +170,6 @@ def run(args, cfg):
         them; what is predicted is written whatever fails.
     """
     files = find_files(args.inputs)
-    check_inputs(files, args.out)
     model = init_model(cfg, args.checkpoint, args.device or get_device())
     if args.fuse:
         fuse(model)

@@ -111,15 +111,6 @@ class CheckedPipeline(Compose):
         except Exception as error:
             for file in files:
                 check_image(file)
-            # What Pillow decodes, OpenCV may not.
-            if files and _loads(step) and cv2.imread(files[0]) is None:
-                what = 'is damaged'
-                if not cv2.haveImageReader(files[0]):
-                    what = (
-                        'is of a format that OpenCV does not read; Pillow '
-                        "does: imdecode_backend='pillow'"
-                    )
-                raise DataError(Finding(files[0], what, f'{error}')) from error
             if not files:
                 raise
             raise RuntimeError(
