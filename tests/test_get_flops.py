@@ -18,7 +18,8 @@ tiny.need_openmmlab()
 
 tool = tiny.load_tool('get_flops')
 CONFIGS = tiny.ROOT / 'configs'
-CLASSIFIER = CONFIGS / 'imagenet/overlock_xt_300e.py'
+NAME = 'imagenet/overlock_xt_300e.py'
+CLASSIFIER = CONFIGS / NAME
 
 
 def read(path):
@@ -58,18 +59,6 @@ def test_contmix():
     assert counter.get_total_flops() == expected
 
 
-def test_classifier():
-    """Without the auxiliary head, at 224 x 224, in deploy form."""
-    cfg = read(CLASSIFIER)
-    cfg.model.backbone.deploy = True
-    parts, total, _ = tool.count(cfg, (224, 224))
-    assert list(parts) == ['backbone', 'head.head', 'head.aux_head']
-    auxiliary, skipped = parts.pop('head.aux_head')
-    assert auxiliary > 300_000 and skipped == 0
-    assert total == sum(flops for _, flops in parts.values())
-    assert total == METADATA['imagenet/overlock_xt_300e.py']['FLOPs']
-
-
 def test_options():
     """The form and the backend do not matter; each channel costs as much."""
     totals = []
@@ -94,17 +83,19 @@ def test_options():
     [
         ('det', ['backbone', 'neck', 'rpn_head', 'roi_head']),
         ('seg', ['backbone', 'decode_head', 'auxiliary_head']),
+        ('cls', ['backbone', 'head.head', 'head.aux_head']),
     ],
 )
-def test_dense_predictors(task, names):
+def test_parts(task, names):
+    """Only auxiliary heads cost nothing."""
     name, options = tiny.CONFIGS[task]
     cfg = read(name)
     cfg.model.backbone.arch = tiny.ARCH
     cfg.merge_from_dict(options)
     parts, total, _ = tool.count(cfg, (64, 96))
     assert list(parts) == names
-    for name, (_, flops) in parts.items():
-        assert (flops > 0) == (name != 'auxiliary_head')
+    for name, (parameters, flops) in parts.items():
+        assert parameters > 0 and (flops > 0) == ('aux' not in name)
     assert sum(flops for _, flops in parts.values()) == total
     if 'neck' in names:  # 1x1 and 3x3 convolutions at strides 4 to 32
         areas = [16 * 24, 8 * 12, 4 * 6, 2 * 3]
@@ -166,8 +157,7 @@ def test_parameters(path):
     assert (path in COUNTED) == ('mini' not in path and 'drop_in' not in path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('path', COUNTED)
+@pytest.mark.parametrize('path', quick(COUNTED, NAME))
 def test_flops(path):
     cfg = read(path)
     _, total, _ = tool.count(cfg, tool.SHAPES[cfg.default_scope])
