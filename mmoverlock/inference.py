@@ -48,15 +48,10 @@ class UnreadableImage(ValueError):
 
 
 def scope_of(cfg: Config) -> str | None:
-    """The package that a config is for.
+    """The package that a config is for, if that can be told.
 
-    Args:
-        cfg (Config): The config.
-
-    Returns:
-        str | None: Its ``default_scope`` or, where it has none because its
-        types are classes, the one of ``VISUALIZERS_OF`` that its
-        model is from.
+    It is the ``default_scope`` or, where there is none because types are
+    classes, the one of ``VISUALIZERS_OF`` that the model is from.
     """
     scope = cfg.get('default_scope')
     kind = (cfg.get('model') or {}).get('type')
@@ -68,15 +63,10 @@ def scope_of(cfg: Config) -> str | None:
 
 
 def dataset_of(cfg: Config, *splits: str) -> ConfigDict | None:
-    """The config of the first dataset that there is.
+    """The config of the first dataset that there is, wrapped as it is.
 
-    Args:
-        cfg (Config): The config.
-        splits (str): Any of ``'train'``, ``'val'`` and ``'test'``.
-
-    Returns:
-        ConfigDict | None: The dataset, with what is wrapped around it; None
-        if the config has none of the splits.
+    Splits are any of ``'train'``, ``'val'`` and ``'test'``; where the config
+    has none of them, it is None.
     """
     loaders = (cfg.get(f'{split}_dataloader') or {} for split in splits)
     return next(filter(None, (item.get('dataset') for item in loaders)), None)
@@ -85,12 +75,8 @@ def dataset_of(cfg: Config, *splits: str) -> ConfigDict | None:
 def dataset_meta(cfg: Config) -> dict:
     """The classes of a config, and other metadata.
 
-    Args:
-        cfg (Config): The config.
-
-    Returns:
-        dict: The ``metainfo`` of the test set, else of the validation set,
-        else of the training set; empty if that does not name its classes.
+    It is the ``metainfo`` of the test set, else of the validation set, else
+    of the training set; empty if that does not name its classes.
 
     Raises:
         ConfigError: If a file of classes does not exist.
@@ -179,14 +165,7 @@ def init_model(
 
 
 def input_channels(model: nn.Module) -> int:
-    """The channels of the images that a model takes.
-
-    Args:
-        model (nn.Module): With a ``backbone``.
-
-    Returns:
-        int: Those of its first convolution.
-    """
+    """The channels of the images that a model with a backbone takes."""
     modules = model.backbone.modules()
     return next(m.in_channels for m in modules if isinstance(m, nn.Conv2d))
 
@@ -197,10 +176,7 @@ def input_channels(model: nn.Module) -> int:
 class Pipeline(Compose):
     """The pipeline of a dataset, which keeps the images that it loads.
 
-    Args:
-        transforms (Sequence[dict | callable]): The steps.
-        pictures (list): Gets what :func:`to_picture` makes of every image,
-            once it is loaded.
+    ``pictures`` gets what :func:`to_picture` makes of every one.
     """
 
     def __init__(self, transforms: Sequence[dict | Callable], pictures: list):
@@ -224,12 +200,6 @@ def build_pipeline(cfg: Config) -> Pipeline:
 
     It is that of the test set, else that of the validation set, else what the
     config calls ``test_pipeline``. Files are read from the local disk.
-
-    Args:
-        cfg (Config): The config.
-
-    Returns:
-        Pipeline: For :func:`load`.
 
     Raises:
         ConfigError: If there is none.
@@ -278,44 +248,35 @@ def find_files(inputs: list[str]) -> list[tuple[Path, str]]:
     Returns:
         list[tuple[Path, str]]: A file and a name for its results, without a
         suffix and unlike any other's: its path in the folder or its file name.
-        An input that does not exist is returned too, and so is a folder with
-        no images.
+        Inputs that do not exist and folders without images are there too.
     """
-    found = {}  # the folders that names are relative to, by file
+    roots = {}  # the folders that names are relative to, by file
     for item in inputs:
         path = Path(item)
+        files = []
         if path.is_dir():
-            root = path
             files = [
                 file
                 for file in path.rglob('*')
                 if file.suffix.lower() in IMAGES + VIDEOS
             ]
-        else:
-            root = None
-            # A file may be named like a pattern.
-            names = [] if path.exists() else glob(item, recursive=True)
-            files = [Path(name) for name in names]
+        elif not path.exists():  # a file may be named like a pattern
+            files = [Path(name) for name in glob(item, recursive=True)]
         for file in sorted(files) or [path]:
-            found.setdefault(file, root or file.parent)
-    used, result = set(), []
-    for file, root in found.items():
+            roots.setdefault(file, path if path.is_dir() else file.parent)
+    found = {}  # by name
+    for file, root in roots.items():
         stem = os.path.splitext(file.relative_to(root).as_posix())[0]
         name, number = stem, 1
-        while name in used:
+        while name in found:
             number += 1
             name = f'{stem}_{number}'
-        used.add(name)
-        result.append((file, name))
-    return result
+        found[name] = file
+    return [(file, name) for name, file in found.items()]
 
 
 def load(pipeline: Pipeline, path: str) -> tuple[dict, np.ndarray]:
-    """Load an image as the test set does.
-
-    Args:
-        pipeline (Pipeline): Of :func:`build_pipeline`.
-        path (str): The file.
+    """Load an image file as the test set does.
 
     Returns:
         tuple[dict, np.ndarray]: What the pipeline makes of it, ``inputs`` and
@@ -371,11 +332,7 @@ def to_picture(image: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def predict(model: nn.Module, data: dict) -> BaseDataElement:
-    """Predict one image.
-
-    Args:
-        model (nn.Module): Of :func:`init_model`.
-        data (dict): Of :func:`load`, or an item of a dataset.
+    """Predict one image, which :func:`load` or a dataset gives.
 
     Returns:
         BaseDataElement: A data sample of mmdet, mmseg or mmpretrain, on the
@@ -385,11 +342,7 @@ def predict(model: nn.Module, data: dict) -> BaseDataElement:
 
 
 def network_input(model: nn.Module, data: dict) -> tuple[Tensor, np.ndarray]:
-    """Make the input of a network of an image.
-
-    Args:
-        model (nn.Module): Of :func:`init_model`.
-        data (dict): Of :func:`load`.
+    """Make the input of a network of what :func:`load` gives.
 
     Returns:
         tuple[Tensor, np.ndarray]: The normalized and padded input, (1, C,
@@ -405,12 +358,9 @@ def network_input(model: nn.Module, data: dict) -> tuple[Tensor, np.ndarray]:
 
 
 def build_visualizer(scope: str, meta: dict) -> Visualizer:
-    """Build the visualizer of a package.
+    """Build the visualizer of a package, for the ``dataset_meta`` of a model.
 
-    Args:
-        scope (str): One of ``VISUALIZERS_OF``.
-        meta (dict): The ``dataset_meta`` of a model, with its classes; a
-            palette for fewer or more of them is replaced.
+    A palette for fewer or more classes than there are is replaced.
     """
     visualizer = VISUALIZERS.build(
         dict(type=VISUALIZERS_OF[scope], name=scope)
@@ -439,7 +389,7 @@ def draw(
         visualizer (Visualizer): Of :func:`build_visualizer`.
         image (np.ndarray): (H, W, 3), uint8, BGR.
         sample (BaseDataElement): Of :func:`predict`.
-        path (Path): The file.
+        path (Path): The file; its folder is made.
         score_thr (float): Objects below this score are left out.
         truth (bool): Whether to draw the truth of the sample too: on the
             left or, of a classifier, as text. Defaults to False.
