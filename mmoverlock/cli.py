@@ -80,7 +80,7 @@ TOP_LEVEL_KEYS = {
 UNSAFE_FILES = ('.pkl', '.pickle', '.p', '.np', '.yml', '.yaml')
 RESULTS = ('out_file_path', 'proposals_file')  # of metrics, which write them
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 class UserError(Exception):
@@ -100,11 +100,16 @@ def set_up() -> None:
 def user_errors(tool: str) -> Iterator[None]:
     """Report user mistakes on stderr, after the tool's name, with status 2.
 
-    They are `UserError`, `CheckpointError`, `ConfigError` and `DataError`.
+    They are `UserError`, `CheckpointError`, `ConfigError`, `DataError`, and
+    an `OSError` for want of room or of permission.
     """
     try:
         yield
-    except (UserError, CheckpointError, ConfigError, DataError) as error:
+    except Exception as error:
+        known = UserError | CheckpointError | ConfigError | DataError
+        full = getattr(error, 'errno', None) in NO_ROOM
+        if not full and not isinstance(error, known):
+            raise
         print(f'{tool}: {error}', file=sys.stderr)
         sys.exit(2)
 
@@ -136,11 +141,9 @@ class ConfigOptions(DictAction):
 
 
 def add_config_arguments(parser: ArgumentParser, example: str = '') -> None:
-    """Add what `load_config` reads in tools that run one process.
+    """Add --cfg-options, whose help ends with the example.
 
-    Args:
-        parser (ArgumentParser): The parser, which has the config already.
-        example (str): The end of the help of --cfg-options.
+    All else that `load_config` reads, but the config, gets its default.
     """
     parser.add_argument(
         '--cfg-options',
@@ -182,11 +185,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def load_config(args: Namespace) -> Config:
-    """Load the config and apply the arguments that all tools share.
-
-    Args:
-        args (argparse.Namespace): Has ``config``, and what
-            `add_config_arguments` adds.
+    """Load ``args.config`` and apply the arguments that all tools share.
 
     Returns:
         Config: The config, with ``work_dir``, ``launcher`` and, also where
@@ -241,14 +240,10 @@ def check_files(cfg: Config) -> None:
 
 
 def merge_options(cfg: Config, options: dict) -> None:
-    """Merge --cfg-options, of which every key must lead somewhere.
+    """Merge --cfg-options, values by dotted key.
 
     The last part of a key may be new: an argument that the config leaves at
     its default. What comes before must exist.
-
-    Args:
-        cfg (Config): The config.
-        options (dict): Values by dotted key.
 
     Raises:
         UserError: If a key leads nowhere.
@@ -300,28 +295,24 @@ def check_file(path: str, what: str) -> None:
 
 def start_checkpoints(cfg: Config) -> dict[str, str]:
     """Return the checkpoints that training starts from, path by key."""
-    found = {
+    start = {'model': cfg.model, 'load_from': cfg.get('load_from')}
+    return {
         key: value
-        for key, value in _leaves(cfg.model, 'model')
-        if key.endswith('.checkpoint') and isinstance(value, str)
+        for top, node in start.items()
+        for key, value in _leaves(node, top)
+        if key.endswith(('.checkpoint', 'load_from')) and value
     }
-    if cfg.get('load_from'):
-        found['load_from'] = cfg.load_from
-    return found
 
 
 def build_runner(cfg: Config, complete: bool) -> Runner:
-    """Build the runner; a distributed one works without a GPU too.
+    """Build the runner, with the hooks of :mod:`mmoverlock.engine`.
 
-    It has the hooks of :mod:`mmoverlock.engine`.
+    A distributed one works without a GPU too.
 
     Args:
         cfg (Config): The config.
         complete (bool): Whether the checkpoint that it loads, if any, must
             have all weights of the model.
-
-    Returns:
-        Runner: The runner.
     """
     if cfg.launcher != 'none' and get_device() == 'cpu':
         _prepare_cpu_launch(cfg)
@@ -366,9 +357,7 @@ def _prepare_cpu_launch(cfg: Config) -> None:
 def explain_failures(cfg: Config, options: dict) -> Iterator[None]:
     """Raise `UserError` where building or running fails by user mistake.
 
-    Args:
-        cfg (Config): The config of the run.
-        options (dict): The --cfg-options.
+    It names the one of the --cfg-options that was.
     """
     try:
         yield
@@ -390,22 +379,14 @@ def explain_failures(cfg: Config, options: dict) -> Iterator[None]:
             raise
         raise UserError(f'the OverLoCK of the config: {error}') from error
     except URLError as error:
-        message = f'cannot download a checkpoint ({error.reason})'
-        for key, path in start_checkpoints(cfg).items():
-            if '://' in path:
-                message += (
-                    f'; for {path} name a local file, --cfg-options '
-                    f'{key}=FILE, or start without it, --cfg-options '
-                    f'{key.removesuffix(".checkpoint")}=None'
-                )
-        raise UserError(message) from error
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
+        hints = [
+            f'; for {path} name a local file, --cfg-options {key}=FILE, or '
+            f'start without it: {key.removesuffix(".checkpoint")}=None'
+            for key, path in start_checkpoints(cfg).items()
+            if '://' in path
+        ]
         raise UserError(
-            f'cannot write {error.filename or cfg.work_dir}: '
-            f'{error.strerror}. Checkpoints saved before it are intact; when '
-            'there is room, tools/train.py --resume goes on from the last'
+            f'cannot download a checkpoint ({error.reason}){"".join(hints)}'
         ) from error
 
 

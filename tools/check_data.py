@@ -47,7 +47,7 @@ def report(findings):
 
 
 def build_split(cfg, name, model):
-    """Build the datasets and the evaluator of a split."""
+    """Build the datasets and the evaluator of train, val or test."""
     check_data(cfg, name)
     evaluator = cfg.get(f'{name}_evaluator')
     if evaluator and 'metrics' not in evaluator:
@@ -94,14 +94,7 @@ def load_all(key, dataset):
 
 
 def find(cfg, name, model, same):
-    """Yield all findings of a split.
-
-    Args:
-        cfg (Config): The config.
-        name (str): ``'train'``, ``'val'`` or ``'test'``.
-        model (nn.Module): The model.
-        same (bool): Whether its files were checked before.
-    """
+    """Yield all findings of a split; those of the same files only once."""
     try:
         split = build_split(cfg, name, model)
     except DataError as error:

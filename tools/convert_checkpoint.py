@@ -89,10 +89,7 @@ def main(argv=None):
             converted = weights.merge(converted)
         file = io.BytesIO()
         torch.save(converted if released else {'state_dict': converted}, file)
-        try:
-            SafeBackend().put(file.getvalue(), dst)
-        except OSError as error:
-            raise cli.UserError(f'cannot write {dst}: {error}') from error
+        SafeBackend().put(file.getvalue(), dst)
     heads = any(name.startswith(weights.HEADS) for name in converted)
     print(
         f'{dst}: OverLoCK {arch}, {"classifier" if heads else "backbone"}, '

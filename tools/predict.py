@@ -88,13 +88,7 @@ def count_images(path):
 def read_frames(path, name, folder):
     """Yield (image file, name, number of the frame or None) of a file.
 
-    Args:
-        path (Path): An image or a video.
-        name (str): For its results.
-        folder (Path): Gets the frames, one after the other.
-
-    Raises:
-        UnreadableImage: If it cannot be read.
+    The folder gets the frames of a video, one after the other.
     """
     if path.is_dir():
         raise UnreadableImage('there are no images in this folder')
@@ -114,15 +108,9 @@ def read_frames(path, name, folder):
 
 
 def detections(sample, image_id, start):
-    """What a detector predicts for an image, in COCO's format.
+    """Yield what a detector predicts as annotations in COCO's format.
 
-    Args:
-        sample (DetDataSample): The prediction.
-        image_id (int): The id of the image.
-        start (int): The first id of the annotations.
-
-    Yields:
-        dict: An annotation.
+    Their ids start from a number.
     """
     for i, found in enumerate(sample.pred_instances, start):
         x, y, right, bottom = found.bboxes[0].tolist()
@@ -163,11 +151,10 @@ def top_classes(sample, classes):
 
 
 def run(args, cfg):
-    """Predict all inputs.
+    """Predict all inputs; what is predicted is written whatever fails.
 
     Returns:
-        dict[str, list[str]]: Lines on what failed, by what is to be said of
-        them; what is predicted is written whatever fails.
+        dict[str, list[str]]: What failed, by what is to be said of it.
     """
     files = find_files(args.inputs)
     model = init_model(cfg, args.checkpoint, args.device or get_device())

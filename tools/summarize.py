@@ -36,14 +36,10 @@ from mmoverlock.inference import (
 
 
 def draw_predictions(cfg, checkpoint, path, count, score_thr):
-    """Draw predictions beside the truth of validation images.
+    """Draw predictions beside the truth, for images spread over a set.
 
-    Args:
-        cfg (Config): The config of the model, with a set to validate or test.
-        checkpoint (str): Its weights.
-        path (Path): Where the picture goes.
-        count (int): Number of images, spread over the set.
-        score_thr (float): Objects below this score are left out.
+    It is the set to validate or, where there is none, to test. Objects below
+    the score are left out.
     """
     model = init_model(cfg, checkpoint, get_device())
     dataset = DATASETS.build(dataset_of(cfg, 'val', 'test'))
@@ -63,10 +59,8 @@ def draw_predictions(cfg, checkpoint, path, count, score_thr):
         drawn = Path(folder, 'drawn.png')
         for i, axes in zip(range(count), grid.flat, strict=False):
             sample = predict(model, dataset[i * len(dataset) // count])
-            draw(
-                visualizer, pictures[-1], sample, drawn, score_thr, truth=True
-            )
-            pictures.clear()
+            picture = pictures.pop()
+            draw(visualizer, picture, sample, drawn, score_thr, truth=True)
             axes.imshow(plt.imread(drawn))
             axes.set_title(Path(sample.img_path).name, fontsize=9)
     figure.savefig(path, dpi=110)
@@ -102,9 +96,8 @@ def main(argv=None):
         print(f'checkpoint: {checkpoint}')
         predictions = folder / 'predictions.png'
         if dataset_of(cfg, 'val', 'test'):
-            draw_predictions(
-                *(cfg, checkpoint, predictions, args.images, args.score_thr)
-            )
+            options = args.images, args.score_thr
+            draw_predictions(cfg, checkpoint, predictions, *options)
             print(f'predictions and truth: {predictions}')
         else:
             print(

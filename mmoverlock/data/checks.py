@@ -290,14 +290,13 @@ def annotation_file(
     category_ids: list[int] | None = None,
     filter_cfg: dict | None = None,
 ) -> Iterator[Finding]:
-    """Yield the faults of a file in COCO's format, and what mmdet leaves out.
+    """Faults of a file in COCO's format, and what mmdet leaves out.
 
     Args:
         path (str): The file.
         category_ids (list[int], optional): Those of the dataset's classes.
             Defaults to None: all.
-        filter_cfg (dict, optional): Of the dataset, in training. Defaults to
-            None.
+        filter_cfg (dict, optional): Of the dataset, in training.
 
     Raises:
         DataError: If the file cannot be read.

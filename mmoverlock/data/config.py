@@ -30,9 +30,7 @@ DOWNLOADED = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 def check_data(cfg: Config, *splits: str) -> None:
     """Check that the files of datasets and evaluators exist.
 
-    Args:
-        cfg (Config): The config.
-        splits (str): Any of ``'train'``, ``'val'`` and ``'test'``.
+    Splits are any of ``'train'``, ``'val'`` and ``'test'``.
 
     Raises:
         DataError: If a file or folder is missing, with how to get it.
@@ -60,11 +58,10 @@ def unwrap(
 
     Args:
         dataset (Dataset | ConfigDict | None): A dataset, or the config of one.
-        key (str): Where it is in a config. Defaults to 'dataset'.
+        key (str): Where it is in a config.
 
     Yields:
-        tuple[str, Dataset | ConfigDict]: A key and a dataset or config that
-        wraps no other.
+        tuple[str, Dataset | ConfigDict]: Where one that wraps no other is.
     """
     dataset = getattr(dataset, '_dataset', dataset)  # what mmengine slices
     one = getattr(dataset, 'dataset', None)

@@ -202,11 +202,7 @@ def _check_end(path: str) -> None:
 
 
 def check_image(path: str) -> None:
-    """Check that an image file, if it is one, can be decoded.
-
-    Raises:
-        DataError: If it is missing, or if no library here decodes it.
-    """
+    """Raise `DataError` if a file is missing, or an image that is damaged."""
     if '://' in path:
         return
     if not os.path.exists(path):
@@ -230,11 +226,7 @@ def check_image(path: str) -> None:
 
 
 def read_json(path: str) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        DataError: If it cannot be read.
-    """
+    """Read a JSON file; raise `DataError` if it is empty or damaged."""
     try:
         with open(path, 'rb') as file:
             return json.load(file)

@@ -33,15 +33,7 @@ def make_split(
     evaluator: Evaluator | None,
     model: nn.Module | None,
 ) -> Split:
-    """Collect the datasets, metrics and model of a split.
-
-    Args:
-        cfg (Config): The config that all is built from.
-        name (str): ``'train'``, ``'val'`` or ``'test'``.
-        dataset (Dataset): The dataset or wrapper.
-        evaluator (Evaluator | None): The evaluator.
-        model (nn.Module | None): The model.
-    """
+    """Collect the datasets, metrics and model of train, val or test."""
     datasets = dict(unwrap(dataset, f'{name}_dataloader.dataset'))
     metrics = []
     built = evaluator.metrics if evaluator else []
@@ -59,11 +51,7 @@ class CheckData(Hook):
     """Runs the cheap checks before training and testing."""
 
     def before_run(self, runner: Runner) -> None:
-        """Check what is built.
-
-        Raises:
-            DataError: At the first fault.
-        """
+        """Raise `DataError` at the first fault of what is built."""
         for name in ('train', 'val', 'test'):
             loop = getattr(runner, f'_{name}_loop')
             if isinstance(loop, BaseLoop):
@@ -81,12 +69,8 @@ class CheckData(Hook):
 def checked(runner_type: type) -> type:
     """Derive a runner class whose errors name the files of faulty data.
 
-    Args:
-        runner_type (type): ``Runner``, or another one that has its
-            ``build_dataloader``.
-
-    Returns:
-        type: The class. It also checks what is cheap before it runs.
+    It checks what is cheap before it runs. ``runner_type`` is mmengine's, or
+    another one that has its ``build_dataloader``.
     """
 
     class CheckedRunner(runner_type):
@@ -107,9 +91,7 @@ def checked(runner_type: type) -> type:
                 _explain(error)
                 raise
             for _, dataset in unwrap(loader.dataset):
-                if isinstance(dataset, BaseDataset) and not isinstance(
-                    dataset.pipeline, CheckedPipeline
-                ):
+                if isinstance(dataset, BaseDataset):
                     dataset.coco_categories = kept.get(dataset.ann_file)
                     dataset.pipeline = CheckedPipeline(dataset)
             return loader
