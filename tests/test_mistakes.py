@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import tiny
+import torch
 from mmengine.config import Config
 from PIL import Image
 
@@ -41,6 +42,7 @@ def files(tmp_path_factory):
     for task in ('cls', 'seg'):
         tiny.write_model(task, folder)
     (folder / 'empty.pth').touch()
+    torch.save(torch.nn.Linear(1, 1).state_dict(), folder / 'linear.pth')
     (folder / 'baseless.py').write_text("_base_ = 'nowhere.py'")
     for name, config in SMALL.items():
         Config({'model': {}, **config}).dump(folder / f'{name}.py')
@@ -126,6 +128,17 @@ MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
         (
             'test FILES/cifar.py FILES/empty.pth --show-dir drawn',
             'mmdet, mmseg, mmpretrain',
+        ),
+        # Checkpoints that are written
+        ('publish none.pth out.pth', 'none.pth: '),
+        ('publish none.pth out', 'ends in .pth: out'),
+        ('convert_checkpoint none.pth out.pth', 'none.pth: '),
+        ('convert_checkpoint FILES/cls.pth out', 'must end in .pth'),
+        ('convert_checkpoint FILES/cls.pth FILES/cls.pth', 'exists; --over'),
+        ('convert_checkpoint FILES/seg.pth out.pth', 'which has decode_head.'),
+        (
+            'convert_checkpoint FILES/linear.pth out.pth',
+            'linear.pth has no OverLoCK, but weight, b',
         ),
         # What runs trained models
         (

@@ -76,7 +76,7 @@ def category_names(
     every = [category['name'] for category in categories]
     names = [name for name in every if name in classes]
     for label, (own, name) in enumerate(zip_longest(names, classes)):
-        if own == name or not classes:
+        if own == name:
             continue
         if name is None or name in every:
             yield Finding(
