@@ -26,8 +26,9 @@ from mmengine.utils import get_object_from_string
 from . import config
 from .allocator import keep_freed_memory
 from .checkpoint import CheckpointError, load_safely, save_safely
-from .data import DataError, checked
+from .data import DataError
 from .data.config import name_of
+from .data.runner import CheckData, checked
 from .engine import AverageStatistics, CurvesHook, LoadingCheck, Reseed
 from .inference import ConfigError, scope_of
 from .models import OverLoCK
@@ -320,8 +321,8 @@ def build_runner(cfg: Config, complete: bool) -> Runner:
     if isinstance(runner_type, str):
         runner_type = RUNNERS.get(runner_type)
     runner = checked(runner_type).from_cfg(cfg)
-    hooks = LoadingCheck(complete), AverageStatistics(), CurvesHook(), Reseed()
-    for hook in hooks:
+    hooks = AverageStatistics(), CheckData(), CurvesHook(), Reseed()
+    for hook in (LoadingCheck(complete), *hooks):
         if type(hook) not in map(type, runner.hooks):
             runner.register_hook(hook)
     return runner

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from glob import glob
 from pathlib import Path
 
@@ -173,29 +173,7 @@ def input_channels(model: nn.Module) -> int:
 # -------------------------------------------------------------------- images
 
 
-class Pipeline(Compose):
-    """The pipeline of a dataset, which keeps the images that it loads.
-
-    ``pictures`` gets what :func:`to_picture` makes of every one.
-    """
-
-    def __init__(self, transforms: Sequence[dict | Callable], pictures: list):
-        super().__init__(transforms)
-        self.pictures = pictures
-
-    def __call__(self, data: dict) -> dict | None:
-        loaded = False
-        for transform in self.transforms:
-            data = transform(data)
-            if data is None:
-                return None
-            if not loaded and 'img' in data:
-                self.pictures.append(to_picture(data['img']))
-                loaded = True
-        return data
-
-
-def build_pipeline(cfg: Config) -> Pipeline:
+def build_pipeline(cfg: Config) -> Compose:
     """The test pipeline of a config, less what loads the truth.
 
     It is that of the test set, else that of the validation set, else what the
@@ -214,7 +192,7 @@ def build_pipeline(cfg: Config) -> Pipeline:
             'nor a validation set with a pipeline; write test_pipeline = '
             '[...] into it'
         )
-    return Pipeline([step for step in map(_local, steps) if step], [])
+    return Compose([step for step in map(_local, steps) if step])
 
 
 def _steps(dataset: ConfigDict) -> list:
@@ -275,7 +253,7 @@ def find_files(inputs: list[str]) -> list[tuple[Path, str]]:
     return [(file, name) for name, file in found.items()]
 
 
-def load(pipeline: Pipeline, path: str) -> tuple[dict, np.ndarray]:
+def load(pipeline: Compose, path: str) -> tuple[dict, np.ndarray]:
     """Load an image file as the test set does.
 
     Returns:
@@ -288,21 +266,25 @@ def load(pipeline: Pipeline, path: str) -> tuple[dict, np.ndarray]:
     """
     if not os.path.isfile(path):
         raise UnreadableImage('there is no such file')
-    pipeline.pictures.clear()
+    data = dict(img_path=path, img_id=0, sample_idx=0, seg_fields=[])
+    picture = None
     try:
-        data = pipeline(
-            dict(img_path=path, img_id=0, sample_idx=0, seg_fields=[])
-        )
+        for transform in pipeline.transforms:
+            data = transform(data)
+            if data is None:
+                break
+            if picture is None and 'img' in data:
+                picture = to_picture(data['img'])
     except Exception as error:  # damaged bytes can fail in any way
         what = 'damaged, no image, or none that the test pipeline loads'
-        if pipeline.pictures:
-            height, width = pipeline.pictures[0].shape[:2]
+        if picture is not None:
+            height, width = picture.shape[:2]
             what = f'the test pipeline fails on its {width} x {height} pixels'
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())
         raise UnreadableImage(f'{what}: {reason}') from error
-    if data is None or not pipeline.pictures:
+    if data is None or picture is None:
         raise UnreadableImage('the test pipeline leaves it out')
-    return data, pipeline.pictures[0]
+    return data, picture
 
 
 def to_picture(image: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ import pytest
 import tiny
 import torch
 from mmengine.config import Config
+from mmengine.dataset import Compose
 from mmengine.registry import DATASETS, TRANSFORMS
 from mmengine.runner import Runner
 
@@ -97,7 +98,7 @@ def test_left_out(tmp_path):
     """tools/predict.py says what else it cannot read."""
     file = tmp_path / 'a.png'
     file.touch()
-    pipeline = inference.Pipeline([lambda data: None], [])
+    pipeline = Compose([lambda data: None])
     with pytest.raises(inference.UnreadableImage, match='leaves it out'):
         load(pipeline, str(file))
 

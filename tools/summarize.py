@@ -23,13 +23,13 @@ from mmengine.registry import DATASETS
 from mmoverlock import cli
 from mmoverlock.checkpoint import latest_checkpoint
 from mmoverlock.curves import draw_curves
-from mmoverlock.data import unwrap
 from mmoverlock.inference import (
-    Pipeline,
+    build_pipeline,
     build_visualizer,
     dataset_of,
     draw,
     init_model,
+    load,
     predict,
     scope_of,
 )
@@ -43,10 +43,8 @@ def draw_predictions(cfg, checkpoint, path, count, score_thr):
     """
     model = init_model(cfg, checkpoint, get_device())
     dataset = DATASETS.build(dataset_of(cfg, 'val', 'test'))
-    pictures = []
-    for _, leaf in unwrap(dataset):
-        leaf.pipeline = Pipeline(leaf.pipeline.transforms, pictures)
-    meta = model.dataset_meta | {'classes': leaf.metainfo['classes']}
+    pipeline = build_pipeline(cfg)
+    meta = model.dataset_meta | {'classes': dataset.metainfo['classes']}
     visualizer = build_visualizer(scope_of(cfg), meta)
     count = min(count, len(dataset))
     rows = -(-count // 2)
@@ -59,7 +57,7 @@ def draw_predictions(cfg, checkpoint, path, count, score_thr):
         drawn = Path(folder, 'drawn.png')
         for i, axes in zip(range(count), grid.flat, strict=False):
             sample = predict(model, dataset[i * len(dataset) // count])
-            picture = pictures.pop()
+            _, picture = load(pipeline, sample.img_path)
             draw(visualizer, picture, sample, drawn, score_thr, truth=True)
             axes.imshow(plt.imread(drawn))
             axes.set_title(Path(sample.img_path).name, fontsize=9)

@@ -69,15 +69,10 @@ class CheckData(Hook):
 def checked(runner_type: type) -> type:
     """Derive a runner class whose errors name the files of faulty data.
 
-    It checks what is cheap before it runs. ``runner_type`` is mmengine's, or
-    another one that has its ``build_dataloader``.
+    ``runner_type`` is mmengine's, or one that has its ``build_dataloader``.
     """
 
     class CheckedRunner(runner_type):
-        def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, **kwargs)
-            self.register_hook(CheckData())
-
         @classmethod
         def build_dataloader(
             cls, dataloader: DataLoader | dict, *args: Any, **kwargs: Any
