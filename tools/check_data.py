@@ -10,6 +10,7 @@ import os
 import sys
 from collections import defaultdict
 from contextlib import redirect_stdout
+from functools import partial
 from multiprocessing.pool import ThreadPool
 
 from mmengine.registry import EVALUATOR
@@ -18,8 +19,8 @@ from rich.console import Console
 from rich.progress import track
 
 from mmoverlock import cli
-from mmoverlock.data import DataError, Finding, check_data, checked
-from mmoverlock.data.checks import CHECKS, annotation_files
+from mmoverlock.data import DataError, check_data, checked
+from mmoverlock.data.checks import CHECKS, annotation_files, sample_faults
 from mmoverlock.data.runner import make_split
 from mmoverlock.inference import build_model
 
@@ -61,36 +62,12 @@ def build_split(cfg, name, model):
 
 
 def load_all(key, dataset):
-    """Load all samples of a dataset; yield a finding of each that fails."""
-
-    def load(i):
-        try:
-            try:
-                dataset.pipeline.load(dataset.get_data_info(i))
-            except DataError:
-                raise
-            except Exception:  # it may need the steps that load leaves out
-                dataset.prepare_data(i)
-        except DataError as error:
-            return error.finding
-        except Exception as error:
-            path = dataset.get_data_info(i).get('img_path')
-            return Finding(
-                key,
-                'has samples that its pipeline fails on',
-                f'{path}: {error}',
-            )
-
+    """Load all samples of a dataset; yield what is wrong with them."""
     with ThreadPool(os.cpu_count()) as pool:
-        yield from filter(
-            None,
-            track(
-                pool.imap(load, range(len(dataset)), chunksize=8),
-                description=key,
-                total=len(dataset),
-                console=Console(stderr=True),
-            ),
-        )
+        load, count = partial(sample_faults, dataset), len(dataset)
+        faults = pool.imap(load, range(count), chunksize=8)
+        for found in track(faults, key, count, console=Console(stderr=True)):
+            yield from found
 
 
 def find(cfg, name, model, same):

@@ -263,12 +263,18 @@ def some_samples(split: Split) -> Iterator[Finding]:
         if isinstance(dataset, BaseDataset):
             last = len(dataset) - 1
             for i in {*np.linspace(0, last, SAMPLES).astype(int).tolist()}:
-                try:
-                    dataset.pipeline.load(dataset.get_data_info(i))
-                except DataError as error:
-                    yield error.finding
-                except Exception:  # it may need steps that are not run
-                    continue
+                yield from sample_faults(dataset, i)
+
+
+def sample_faults(dataset: BaseDataset, i: int) -> list[Finding]:
+    """The fault of a sample, if it has one."""
+    try:
+        dataset.pipeline.load(dataset.get_data_info(i))
+    except DataError as error:
+        return [error.finding]
+    except Exception:  # it may need steps that are not run
+        return []
+    return []
 
 
 # -------------------------------------------------------- whole files
