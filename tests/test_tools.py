@@ -136,6 +136,8 @@ def test_good_options():
         'model.backbone.arch._delete_': True,
         'model.backbone.arch.depths': (1, 1, 1, 1),
         'param_scheduler.1.milestones': [1],
+        'model.test_cfg._delete_': True,
+        'model.test_cfg.new.key': 1,
         'randomness.seed': 0,
     }
     given = [f'{key}={value}' for key, value in options.items()]
@@ -146,6 +148,7 @@ def test_good_options():
     assert cfg.model.backbone.with_cp
     assert cfg.model.backbone.arch == {'depths': (1, 1, 1, 1)}
     assert cfg.param_scheduler[1].milestones == [1]
+    assert cfg.model.test_cfg == {'new': {'key': 1}}
     assert cfg.randomness == {'seed': 0}
 
 
