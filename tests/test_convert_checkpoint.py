@@ -89,7 +89,7 @@ def test_reparam(classifier, convert):
 
 
 def test_disk_is_full(classifier, tmp_path, monkeypatch):
-    """What was there before stays."""
+    """The file that was there before stays."""
     (tmp_path / 'dst.pth').write_text('precious')
     full = OSError(28, 'No space left on device')
     monkeypatch.setattr(os, 'fsync', mock.Mock(side_effect=full))

@@ -14,7 +14,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
 
-from mmoverlock.data import DataError, check_data, checked
+from mmoverlock.data import DataError, checked
 from mmoverlock.data.checks import CHECKS, annotation_files, some_samples
 from mmoverlock.data.files import check_image
 from mmoverlock.data.runner import make_split
@@ -274,16 +274,6 @@ def test_faulty_loader(tmp_path):
     assert where in error_of(dataset)
 
 
-def test_types_that_are_classes(tmp_path):
-    """As configs in the new style have them."""
-    dataset = write_dataset(tmp_path, 'det')
-    cfg = Config(dict(test_dataloader=dict(dataset=dataset)))
-    check_data(cfg, 'test')
-    put(tmp_path / FILE, None)
-    with pytest.raises(DataError, match='file.json .*Unpack train2017.zip'):
-        check_data(cfg, 'test')
-
-
 # ------------------------------------------------------- annotation files
 
 NO_MASK = 'annotations without a mask, or polygons of one or two points'
@@ -304,7 +294,7 @@ LEFT_OUT = [
 
 
 def test_left_out(tmp_path):
-    """What mmdet leaves out is told, and all else is there."""
+    """All that mmdet leaves out is told, and all else is there."""
     dataset = write_dataset(tmp_path, 'det')
     kept = annotation(9, bbox=[-5, 30, 20, 99])
     asked = annotation(10, ignore=1, area=0)
@@ -545,7 +535,7 @@ def test_check_data(drawn):
 
 
 def test_training_does_not_start(tmp_path):
-    """What is cheap is checked before the first iteration."""
+    """Cheap checks come before the first iteration."""
     config = tiny.classifier(tmp_path)
     path = put(tmp_path / 'data/val/b/1.png', PNG[:500])
     for option, words in (

@@ -9,10 +9,8 @@ import torch
 import yaml
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from torch.utils.flop_counter import FlopCounterMode
 
 from mmoverlock.models.variants import MIXERS, REMOVALS
-from mmoverlock.ops import contmix
 
 tiny.need_openmmlab()
 
@@ -37,26 +35,6 @@ def quick(values, *few):
 
 
 # --------------------------------------------------------------- the tool
-
-
-def test_contmix():
-    """The backend that is counted does what the docstring says, no more."""
-    taps, positions, groups = 5**2 + 13**2, 14 * 20, 4
-    with torch.device('meta'), FlopCounterMode(display=False) as counter:
-        contmix(
-            torch.empty(1, 4 * 3, 14, 20),
-            torch.empty(1, 4 * 3, 7, 7),
-            torch.empty(1, 24, 14, 20),
-            torch.empty(taps, 49),
-            torch.empty(taps),
-            (torch.empty(4, 9, 9), torch.empty(4, 25, 25)),
-            'reference',
-        )
-    affinities = positions * groups * 3 * 7**2
-    kernels = positions * groups * 7**2 * taps
-    gathering = positions * 24 // 2 * taps
-    expected = 2 * (affinities + kernels + gathering)
-    assert counter.get_total_flops() == expected
 
 
 def test_options():

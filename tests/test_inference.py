@@ -78,7 +78,7 @@ def test_tools_see_what_tests_see(tmp_path, monkeypatch):
 
 
 def test_pictures():
-    """What is drawn on: 8 bits as they are, anything else stretched."""
+    """8 bits are drawn on as they are, anything else is stretched."""
     gray = np.arange(6, dtype=np.uint8).reshape(2, 3)
     assert (to_picture(gray) == gray[..., None].repeat(3, 2)).all()
     for dtype in (np.uint8, np.float32):

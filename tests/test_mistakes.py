@@ -1,4 +1,4 @@
-"""What users get wrong: one line says it, and nothing is written."""
+"""Mistakes of users: one line says it, and nothing is written."""
 
 import importlib.util
 
@@ -116,6 +116,7 @@ MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
         (f'{OPTION} param_scheduler.0=5', 'param_scheduler is a list; set'),
         (f'{OPTION} data_root=x', 'data_root is a variable of the config'),
         (f'{TRAIN} model.type=A', 'the config: A is not in the mmdet::model'),
+        (f'{FLOPS} --cfg-options model.type=A', 'A is not in the mmpretrain'),
         (f'{FLOPS} --cfg-options {BACKBONE}.type=A', 'A is not in the mmpre'),
         (
             f'{FLOPS} --cfg-options {BACKBONE}.dept=1',
@@ -140,7 +141,7 @@ MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
             'convert_checkpoint FILES/linear.pth out.pth',
             'linear.pth has no OverLoCK, but weight, b',
         ),
-        # What runs trained models
+        # Trained models
         (
             f'{PREDICT} x --cfg-options {tiny.TEST_SET}.type=CustomDataset',
             'names the classes',

@@ -29,7 +29,7 @@ def reread(path, contents):
 
 
 def test_training_state(path):
-    """What mmengine keeps in a checkpoint, in small."""
+    """All that mmengine keeps in a checkpoint, in small."""
     weights = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).state_dict()
     plain = {
         'meta': {'epoch': 1, 'iter': 2, 'cfg': 'a = 1', 'time': b'raw'},

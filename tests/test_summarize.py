@@ -49,7 +49,7 @@ def lines(axes):
 
 
 def test_curves(tmp_path, figures):
-    """What is where, and what the log says at the end of a training.
+    """The curves in their places, and a line in the log at the end.
 
     COCO's detailed metrics are told, not drawn. What a resumed run did again
     replaces what the first had done.
@@ -91,7 +91,7 @@ def test_curves(tmp_path, figures):
 
 
 def write_work_dir(cfg, folder):
-    """What the training of a config would leave."""
+    """A work dir as the training of a config would leave it."""
     last = {'score': 5.0, 'step': 2}
     write_run(folder, '1', training(1), training(2), last)
     state = inference.build_model(cfg).state_dict()

@@ -169,15 +169,13 @@ def run(args, cfg):
             ')) into the config'
         )
     visualizer = build_visualizer(cfg.default_scope, model.dataset_meta)
-    results = {'images': [], 'classes': [*classes]}
+    results = {'images': []}
     if cfg.default_scope == 'mmdet':
-        results = {
-            'images': [],
-            'categories': [
-                {'id': i, 'name': name} for i, name in enumerate(classes, 1)
-            ],
-            'annotations': [],
-        }
+        numbered = enumerate(classes, 1)
+        categories = [{'id': i, 'name': name} for i, name in numbered]
+        results |= {'categories': categories, 'annotations': []}
+    else:
+        results['classes'] = [*classes]
     unread, undrawn = [], []
 
     def predict_one(path, file, name, frame):
