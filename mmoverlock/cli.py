@@ -81,7 +81,8 @@ TOP_LEVEL_KEYS = {
 UNSAFE_FILES = ('.pkl', '.pickle', '.p', '.np', '.yml', '.yaml')
 RESULTS = ('out_file_path', 'proposals_file')  # of metrics, which write them
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DENIED = (errno.EACCES, errno.EROFS)
 
 
 class UserError(Exception):
@@ -108,8 +109,8 @@ def user_errors(tool: str) -> Iterator[None]:
         yield
     except Exception as error:
         known = UserError | CheckpointError | ConfigError | DataError
-        full = getattr(error, 'errno', None) in NO_ROOM
-        if not full and not isinstance(error, known):
+        unwritable = getattr(error, 'errno', None) in NO_ROOM + DENIED
+        if not unwritable and not isinstance(error, known):
             raise
         print(f'{tool}: {error}', file=sys.stderr)
         sys.exit(2)
