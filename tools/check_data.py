@@ -22,7 +22,7 @@ from mmoverlock import cli
 from mmoverlock.data import DataError, check_data, checked
 from mmoverlock.data.checks import CHECKS, annotation_files, sample_faults
 from mmoverlock.data.runner import make_split
-from mmoverlock.inference import build_model
+from mmoverlock.inference import build_model, dataset_of
 
 SHOWN = 5  # entries of every kind
 
@@ -100,11 +100,10 @@ def main(argv=None):
         with cli.explain_failures(cfg, args.cfg_options):
             model = build_model(cfg)
             for name in ('train', 'val', 'test'):
-                loader = cfg.get(f'{name}_dataloader')
-                if loader:
-                    same = loader.dataset in done
-                    done.append(loader.dataset)
-                    findings += find(cfg, name, model, same)
+                dataset = dataset_of(cfg, name)
+                if dataset:
+                    findings += find(cfg, name, model, dataset in done)
+                    done.append(dataset)
         faults = report(findings)
         if faults:
             print(f'{faults} faults would break or mislead a training.')
