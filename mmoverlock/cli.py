@@ -10,7 +10,7 @@ import re
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -26,7 +26,9 @@ from mmengine.utils import get_object_from_string
 from . import config
 from .allocator import keep_freed_memory
 from .checkpoint import CheckpointError, load_safely, save_safely
-from .data import DataError, checked
+from .data import DataError
+from .data.config import name_of
+from .data.runner import CheckData, checked
 from .engine import AverageStatistics, CurvesHook, LoadingCheck, Reseed
 from .inference import ConfigError, scope_of
 from .models import OverLoCK
@@ -45,21 +47,19 @@ def object_of(path: str) -> Any:
         return get_object_from_string(path)
 
 
-def config_of(path: str, filename: str) -> tuple[str, str | None]:
+def config_of(
+    path: str, filename: str, other: Callable = Config._get_cfg_path
+) -> tuple[str, str | None]:
     """Where a base config is, and the scope that its types get.
 
-    mmengine's own function knows no ``mmoverlock::``, and would look for all
-    types in a registry of that name.
+    mmengine's own function, the other one, knows no ``mmoverlock::``, and
+    would look for all types in a registry of that name.
     """
     package, _, name = path.partition('::')
     if package == 'mmoverlock':
         return config(name), None
-    return _get_cfg_path(path, filename)
+    return other(path, filename)
 
-
-# Not this module's own, where it is reloaded after a tool was set up
-_get_cfg_path = inspect.unwrap(Config._get_cfg_path)
-config_of.__wrapped__ = _get_cfg_path
 
 # Runner's arguments, and what else mm* packages read from the top level.
 TOP_LEVEL_KEYS = {
@@ -81,7 +81,8 @@ TOP_LEVEL_KEYS = {
 UNSAFE_FILES = ('.pkl', '.pickle', '.p', '.np', '.yml', '.yaml')
 RESULTS = ('out_file_path', 'proposals_file')  # of metrics, which write them
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DENIED = (errno.EACCES, errno.EROFS)
 
 
 class UserError(Exception):
@@ -101,11 +102,16 @@ def set_up() -> None:
 def user_errors(tool: str) -> Iterator[None]:
     """Report user mistakes on stderr, after the tool's name, with status 2.
 
-    They are `UserError`, `CheckpointError`, `ConfigError` and `DataError`.
+    They are `UserError`, `CheckpointError`, `ConfigError`, `DataError`, and
+    an `OSError` for want of room or of permission.
     """
     try:
         yield
-    except (UserError, CheckpointError, ConfigError, DataError) as error:
+    except Exception as error:
+        known = UserError | CheckpointError | ConfigError | DataError
+        unwritable = getattr(error, 'errno', None) in NO_ROOM + DENIED
+        if not unwritable and not isinstance(error, known):
+            raise
         print(f'{tool}: {error}', file=sys.stderr)
         sys.exit(2)
 
@@ -120,31 +126,27 @@ class ConfigOptions(DictAction):
         values: list[str],
         option_string: str | None = None,
     ) -> None:
-        for value in values:
-            if not re.match('[^=]+=', value):
+        for item in values:
+            key, equals, text = item.partition('=')
+            if not equals:
                 raise UserError(
-                    f'{option_string} takes KEY=VALUE, not {value!r}'
+                    f'{option_string} takes KEY=VALUE, not {item!r}'
                 )
-            # From between words too, mmengine removes all blanks.
-            key, text = value.split('=', 1)
-            if re.search(r'[^\s,[(]\s+[^\s,\])]', text):
-                if ',' in text or text.startswith(('[', '(')):
-                    raise UserError(
-                        f'{option_string} {value}: blanks in the elements of '
-                        'a list would be lost; set it in a config file'
-                    )
-                options = getattr(namespace, self.dest) or {}
-                options = options | {key: text.strip('\'"')}
-                setattr(namespace, self.dest, options)
-                continue
             try:
-                super().__call__(parser, namespace, [value], option_string)
+                super().__call__(parser, namespace, [item], option_string)
             except AssertionError as error:  # unbalanced brackets
-                raise UserError(f'{option_string} {value}: {error}') from error
+                raise UserError(f'{option_string} {item}: {error}') from error
+            options = getattr(namespace, self.dest)
+            if isinstance(options[key], str):
+                # mmengine has removed all blanks, of paths too.
+                options[key] = text.strip('\'"')
 
 
-def add_config_options(parser: ArgumentParser, example: str = '') -> None:
-    """Add --cfg-options; its help ends with the example."""
+def add_config_arguments(parser: ArgumentParser, example: str = '') -> None:
+    """Add --cfg-options, whose help ends with the example.
+
+    All else that `load_config` reads, but the config, gets its default.
+    """
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -153,52 +155,43 @@ def add_config_options(parser: ArgumentParser, example: str = '') -> None:
         metavar='KEY=VALUE',
         help=f'change the config{example}',
     )
-
-
-def add_config_arguments(parser: ArgumentParser, example: str = '') -> None:
-    """Add what `load_config` reads in tools that run one process."""
-    add_config_options(parser, example)
     parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments that all tools share to an ``ArgumentParser``."""
+    """Add the arguments that training and testing share."""
     parser.add_argument(
         'config', help='config file; it is code, so use what you trust'
+    )
+    add_config_arguments(
+        parser,
+        ', as in model.backbone.init_cfg=None param_scheduler.0.end=100 '
+        '"model.neck.in_channels=[1,2]"',
     )
     parser.add_argument(
         '--work-dir',
         help='folder of logs and checkpoints; '
         "default: the config's work_dir, or ./work_dirs/<config name>",
     )
-    add_config_options(
-        parser,
-        ', as in model.backbone.init_cfg=None param_scheduler.0.end=100 '
-        '"model.neck.in_channels=[1,2]"',
-    )
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
         help='what starts the processes of distributed runs; default: none',
     )
     parser.add_argument(
         '--local_rank',
         '--local-rank',
         type=int,
-        default=0,
         help='given by torch.distributed.launch',
     )
 
 
 def load_config(args: Namespace) -> Config:
-    """Load the config and apply the arguments that all tools share.
-
-    Args:
-        args (argparse.Namespace): The arguments of `add_arguments`.
+    """Load ``args.config`` and apply the arguments that all tools share.
 
     Returns:
-        Config: The config, with ``work_dir`` and ``launcher``.
+        Config: The config, with ``work_dir``, ``launcher`` and, also where
+        types are classes, ``default_scope``.
 
     Raises:
         UserError: If the file, an option or an installed package is bad.
@@ -206,47 +199,14 @@ def load_config(args: Namespace) -> Config:
     package, _, name = args.config.partition('::')
     try:
         path = Path(config(name) if package == 'mmoverlock' else args.config)
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from error
-    if not path.is_file():
-        near = {*path.parent.glob('*.py'), *Path('configs').glob('[!_]*/*.py')}
-        raise UserError(
-            f'config file {path} does not exist'
-            + _did_you_mean(str(path), map(str, near))
-        )
-    if path.suffix not in ('.py', '.yml', '.yaml', '.json'):
-        raise UserError(f'{path} is not a config: it is no .py or .yml file')
-    try:
         cfg = Config.fromfile(path)
-    except FileNotFoundError as error:  # of _base_
-        raise UserError(f'config file {path}: {error}') from error
-    check_options(cfg, args.cfg_options)
-    cfg.merge_from_dict(args.cfg_options)
+    except OSError as error:  # or of its _base_
+        raise UserError(f'config {args.config}: {error}') from error
+    merge_options(cfg, args.cfg_options)
     check_files(cfg)
-    complete_scope(cfg)
-    cfg.work_dir = args.work_dir or cfg.get('work_dir')
-    cfg.work_dir = cfg.work_dir or os.path.join('work_dirs', path.stem)
-    cfg.launcher = args.launcher
-    if args.launcher == 'mpi':  # mmengine reads both, and sets neither
-        os.environ['LOCAL_RANK'] = os.environ['OMPI_COMM_WORLD_LOCAL_RANK']
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return cfg
-
-
-def complete_scope(cfg: Config) -> None:
-    """Set the default scope where types are classes, and check for the ops.
-
-    Args:
-        cfg (Config): Gets a ``default_scope`` if it has none.
-
-    Raises:
-        UserError: If mmcv lacks the ops that the config needs.
-    """
     scope = scope_of(cfg)
-    lacking = scope in ('mmdet', 'mmseg') and not importlib.util.find_spec(
-        'mmcv._ext'
-    )
-    if lacking:
+    needs_ops = scope in ('mmdet', 'mmseg')
+    if needs_ops and not importlib.util.find_spec('mmcv._ext'):
         raise UserError(
             f'mmcv has no compiled ops, which {scope} needs (no module '
             'mmcv._ext). Install it again with --no-cache-dir '
@@ -255,6 +215,13 @@ def complete_scope(cfg: Config) -> None:
         )
     if scope:
         cfg.default_scope = scope
+    cfg.work_dir = args.work_dir or cfg.get('work_dir')
+    cfg.work_dir = cfg.work_dir or os.path.join('work_dirs', path.stem)
+    cfg.launcher = args.launcher
+    if args.launcher == 'mpi':  # mmengine reads both, and sets neither
+        os.environ['LOCAL_RANK'] = os.environ['OMPI_COMM_WORLD_LOCAL_RANK']
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return cfg
 
 
 def check_files(cfg: Config) -> None:
@@ -274,73 +241,52 @@ def check_files(cfg: Config) -> None:
                 )
 
 
-def check_options(cfg: Config, options: dict) -> None:
-    """Check that every key of --cfg-options leads somewhere.
+def merge_options(cfg: Config, options: dict) -> None:
+    """Merge --cfg-options, values by dotted key.
 
     The last part of a key may be new: an argument that the config leaves at
     its default. What comes before must exist.
 
-    Args:
-        cfg (Config): The config before the options are merged.
-        options (dict): Values by dotted key.
-
     Raises:
         UserError: If a key leads nowhere.
     """
-    replaced = tuple(
-        key.removesuffix('_delete_')
-        for key in options
-        if key.endswith('._delete_')
-    )
     for key in options:
-        problem = _key_problem(cfg, key.removesuffix('._delete_'))
-        replacing = key.startswith(replaced) and not key.endswith('._delete_')
-        if problem and not replacing:
+        path, *parts = key.split('.')
+        if path not in TOP_LEVEL_KEYS:
+            problem = f'there is no {path}'
+            problem += _did_you_mean(path, TOP_LEVEL_KEYS)
+            if path in cfg:
+                problem = (
+                    f'{path} is a variable of the config file, which is used '
+                    'while it is read; set what is made from it'
+                )
             raise UserError(f'--cfg-options {key}: {problem}')
-        for other in options:
-            if other.startswith(f'{key}.'):
+        node = cfg.get(path)
+        for part in parts[:-1]:
+            if isinstance(node, list):
+                node = {str(i): item for i, item in enumerate(node)}
+            if not isinstance(node, dict) or f'{path}._delete_' in options:
+                break  # which mmengine replaces, or says that it cannot
+            if part not in node:
                 raise UserError(
-                    f'--cfg-options sets both {key} and {other} below it'
+                    f'--cfg-options {key}: there is no {part} in {path}'
+                    + _did_you_mean(part, node)
                 )
-
-
-def _key_problem(cfg: Config, key: str) -> str | None:
-    top, *parts = key.split('.')
-    if top not in TOP_LEVEL_KEYS:
-        if top in cfg:
-            return (
-                f'{top} is a variable of the config file, which is used '
-                f'while it is read; set what is made from it{_uses(cfg, top)}'
+            node, path = node[part], f'{path}.{part}'
+        if parts and isinstance(node, list):
+            raise UserError(
+                f'--cfg-options {key}: {path} is a list; set all of it, or a '
+                f'key of one element, as in {path}.0.KEY'
             )
-        return f'there is no {top}{_did_you_mean(top, TOP_LEVEL_KEYS)}'
-    if top not in cfg:
-        return None
-    node, path = cfg[top], top
-    for part in parts:
-        last = f'{path}.{part}' == key
-        if isinstance(node, list):
-            if last or not part.isdecimal() or int(part) >= len(node):
-                return (
-                    f'{path} is a list of {len(node)}; set all of it, or a '
-                    f'key of one element, as in {path}.0.KEY'
-                )
-            node = node[int(part)]
-        elif not isinstance(node, dict):
-            return (
-                f'{path} is {node!r} and holds no keys; to replace it, add '
-                f'{path}._delete_=True'
-            )
-        elif part not in node and not last:
-            return f'there is no {part} in {path}{_did_you_mean(part, node)}'
-        else:
-            node = node.get(part)
-        path = f'{path}.{part}'
-    return None
+    try:
+        cfg.merge_from_dict(options)
+    except TypeError as error:
+        raise UserError(f'--cfg-options: {error}') from error
 
 
-def name_of(kind: type | str) -> str:
-    """The name of a type, which a config has as a name, path or class."""
-    return getattr(kind, '__name__', str(kind)).split('.')[-1]
+def _did_you_mean(word: str, words: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, words, cutoff=0.5)
+    return f'; did you mean {" or ".join(near)}?' if near else ''
 
 
 def check_file(path: str, what: str) -> None:
@@ -351,28 +297,24 @@ def check_file(path: str, what: str) -> None:
 
 def start_checkpoints(cfg: Config) -> dict[str, str]:
     """Return the checkpoints that training starts from, path by key."""
-    found = {
+    start = {'model': cfg.model, 'load_from': cfg.get('load_from')}
+    return {
         key: value
-        for key, value in _leaves(cfg.model, 'model')
-        if key.endswith('.checkpoint') and isinstance(value, str)
+        for top, node in start.items()
+        for key, value in _leaves(node, top)
+        if key.endswith(('.checkpoint', 'load_from')) and value
     }
-    if cfg.get('load_from'):
-        found['load_from'] = cfg.load_from
-    return found
 
 
 def build_runner(cfg: Config, complete: bool) -> Runner:
-    """Build the runner; a distributed one works without a GPU too.
+    """Build the runner, with the hooks of :mod:`mmoverlock.engine`.
 
-    It has the hooks of :mod:`mmoverlock.engine`.
+    A distributed one works without a GPU too.
 
     Args:
         cfg (Config): The config.
         complete (bool): Whether the checkpoint that it loads, if any, must
             have all weights of the model.
-
-    Returns:
-        Runner: The runner.
     """
     if cfg.launcher != 'none' and get_device() == 'cpu':
         _prepare_cpu_launch(cfg)
@@ -380,8 +322,8 @@ def build_runner(cfg: Config, complete: bool) -> Runner:
     if isinstance(runner_type, str):
         runner_type = RUNNERS.get(runner_type)
     runner = checked(runner_type).from_cfg(cfg)
-    hooks = LoadingCheck(complete), AverageStatistics(), CurvesHook(), Reseed()
-    for hook in hooks:
+    hooks = AverageStatistics(), CheckData(), CurvesHook(), Reseed()
+    for hook in (LoadingCheck(complete), *hooks):
         if type(hook) not in map(type, runner.hooks):
             runner.register_hook(hook)
     return runner
@@ -417,12 +359,15 @@ def _prepare_cpu_launch(cfg: Config) -> None:
 def explain_failures(cfg: Config, options: dict) -> Iterator[None]:
     """Raise `UserError` where building or running fails by user mistake.
 
-    Args:
-        cfg (Config): The config of the run.
-        options (dict): The --cfg-options.
+    It names the one of the --cfg-options that was.
     """
     try:
         yield
+    except KeyError as error:
+        unknown = re.search(r'[\w.]+ is not in the .* registry', str(error))
+        if not unknown:
+            raise
+        raise UserError(f'the config: {unknown[0]}') from error
     except TypeError as error:
         match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         for key in options:
@@ -436,51 +381,23 @@ def explain_failures(cfg: Config, options: dict) -> Iterator[None]:
             raise
         raise UserError(f'the OverLoCK of the config: {error}') from error
     except URLError as error:
-        urls = {k: v for k, v in start_checkpoints(cfg).items() if '://' in v}
-        files = ' '.join(f'{key}=FILE' for key in urls)
-        nones = ' '.join(f'{k.removesuffix(".checkpoint")}=None' for k in urls)
+        hints = [
+            f'; for {path} name a local file, --cfg-options {key}=FILE, or '
+            f'start without it: {key.removesuffix(".checkpoint")}=None'
+            for key, path in start_checkpoints(cfg).items()
+            if '://' in path
+        ]
         raise UserError(
-            f'cannot download {" or ".join(urls.values())} ({error.reason}). '
-            f'Name a local file, --cfg-options {files}, or start without it, '
-            f'--cfg-options {nones}'
-        ) from error
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        raise UserError(
-            f'cannot write {error.filename or cfg.work_dir}: '
-            f'{error.strerror}. Checkpoints saved before it are intact; when '
-            'there is room, tools/train.py --resume goes on from the last'
+            f'cannot download a checkpoint ({error.reason}){"".join(hints)}'
         ) from error
 
 
 def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
     """Yield (key, value) of all that is no dict or list in a config."""
-    if isinstance(node, dict):
-        children = node.items()
-    elif isinstance(node, list | tuple):
-        children = enumerate(node)
-    else:
+    if isinstance(node, list | tuple):
+        node = dict(enumerate(node))
+    if not isinstance(node, dict):
         yield key, node
         return
-    for name, child in children:
+    for name, child in node.items():
         yield from _leaves(child, f'{key}.{name}')
-
-
-def _uses(cfg: Config, variable: str) -> str:
-    """List keys whose strings start with the value of a config variable."""
-    value = cfg[variable]
-    if not isinstance(value, str) or not value:
-        return ''
-    keys = [
-        key
-        for top in TOP_LEVEL_KEYS & {*cfg}
-        for key, leaf in _leaves(cfg[top], top)
-        if str(leaf).startswith(value)
-    ]
-    return f': {", ".join(sorted(keys))}' if keys else ''
-
-
-def _did_you_mean(word: str, words: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, words, cutoff=0.5)
-    return f'; did you mean {" or ".join(near)}?' if near else ''

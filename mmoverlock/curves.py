@@ -1,6 +1,7 @@
 """Curves of a training, from what mmengine's LocalVisBackend wrote."""
 
 import json
+import math
 import re
 from pathlib import Path
 from statistics import median
@@ -31,9 +32,8 @@ def read_scalars(work_dir: Path) -> tuple[list[dict], list[dict]]:
             (training, [r for r in records if 'loss' in r]),
             (evaluations, [r for r in records if not {'loss', 'lr'} & {*r}]),
         ):
-            if new:
-                first = new[0]['step']
-                kept[:] = [r for r in kept if r['step'] < first] + new
+            first = new[0]['step'] if new else math.inf
+            kept[:] = [r for r in kept if r['step'] < first] + new
     return training, evaluations
 
 
@@ -68,11 +68,7 @@ def draw_curves(work_dir: Path, batch_size: int) -> dict:
             last[name] = evaluations[-1].get(name)
             if not DETAILS.search(name):
                 _plot(metrics, evaluations, name, marker='.')
-    by_epoch = evaluations and evaluations[-1]['step'] < training[-1]['step']
-    by_epoch = by_epoch and 'epoch' in training[-1]
-    metrics.set(
-        title='Validation', xlabel='epoch' if by_epoch else 'iteration'
-    )
+    metrics.set(title='Validation', xlabel='epoch or iteration')
 
     _plot(rates, training, 'lr')
     rates.set(title='Learning rate', xlabel='iteration', ylim=(0, None))
@@ -80,18 +76,15 @@ def draw_curves(work_dir: Path, batch_size: int) -> dict:
     for record in training:
         record['images/s'] = batch_size / record['time']
     _plot(speed, training, 'images/s', color='C0')
-    title = 'Throughput of a process'
     last['images/s'] = median(record['images/s'] for record in training)
+    speed.set(title='Throughput of a process', xlabel='iteration')
+    speed.set(ylabel='images/s', ylim=(0, None))
     if 'memory' in training[-1]:
         memory = speed.twinx()
         _plot(memory, training, 'memory', color='C1')
-        memory.set(ylabel='GPU memory (MB)', ylim=(0, None))
-        memory.yaxis.label.set_color('C1')
+        memory.set_ylabel('GPU memory (MB)', color='C1')
+        memory.set_ylim(0)
         last['memory (MB)'] = max(r.get('memory', 0) for r in training)
-        title += ', and GPU memory'
-    speed.set(
-        title=title, xlabel='iteration', ylabel='images/s', ylim=(0, None)
-    )
     for axes in grid.flat:
         axes.grid(alpha=0.3)
     for axes in (losses, metrics):

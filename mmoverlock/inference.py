@@ -1,8 +1,8 @@
 """Trained models on images of the user, as all tools run them."""
 
 import os
-from collections.abc import Callable, Sequence
-from colorsys import hsv_to_rgb
+import warnings
+from collections.abc import Callable
 from glob import glob
 from pathlib import Path
 
@@ -28,7 +28,12 @@ from .models.weights import fit
 
 IMAGES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 VIDEOS = ('.avi', '.mkv', '.mov', '.mp4', '.webm')
-SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
+# By package of models
+VISUALIZERS_OF = {
+    'mmdet': 'DetLocalVisualizer',
+    'mmseg': 'SegLocalVisualizer',
+    'mmpretrain': 'UniversalVisualizer',
+}
 
 
 class ConfigError(ValueError):
@@ -43,14 +48,10 @@ class UnreadableImage(ValueError):
 
 
 def scope_of(cfg: Config) -> str | None:
-    """The package that a config is for.
+    """The package that a config is for, if that can be told.
 
-    Args:
-        cfg (Config): The config.
-
-    Returns:
-        str | None: Its ``default_scope`` or, where it has none because its
-        types are classes, the one of ``SCOPES`` that its model is from.
+    It is the ``default_scope`` or, where there is none because types are
+    classes, the one of ``VISUALIZERS_OF`` that the model is from.
     """
     scope = cfg.get('default_scope')
     kind = (cfg.get('model') or {}).get('type')
@@ -58,19 +59,14 @@ def scope_of(cfg: Config) -> str | None:
         return scope
     bases = getattr(_class_of(MODELS, kind), '__mro__', ())
     packages = [base.__module__.split('.')[0] for base in bases]
-    return next((name for name in packages if name in SCOPES), None)
+    return next((name for name in packages if name in VISUALIZERS_OF), None)
 
 
 def dataset_of(cfg: Config, *splits: str) -> ConfigDict | None:
-    """The config of the first dataset that there is.
+    """The config of the first dataset that there is, wrapped as it is.
 
-    Args:
-        cfg (Config): The config.
-        splits (str): Any of ``'train'``, ``'val'`` and ``'test'``.
-
-    Returns:
-        ConfigDict | None: The dataset, with what is wrapped around it; None
-        if the config has none of the splits.
+    Splits are any of ``'train'``, ``'val'`` and ``'test'``; where the config
+    has none of them, it is None.
     """
     loaders = (cfg.get(f'{split}_dataloader') or {} for split in splits)
     return next(filter(None, (item.get('dataset') for item in loaders)), None)
@@ -79,12 +75,8 @@ def dataset_of(cfg: Config, *splits: str) -> ConfigDict | None:
 def dataset_meta(cfg: Config) -> dict:
     """The classes of a config, and other metadata.
 
-    Args:
-        cfg (Config): The config.
-
-    Returns:
-        dict: The ``metainfo`` of the test set, else of the validation set,
-        else of the training set; empty if that does not name its classes.
+    It is the ``metainfo`` of the test set, else of the validation set, else
+    of the training set; empty if that does not name its classes.
 
     Raises:
         ConfigError: If a file of classes does not exist.
@@ -173,14 +165,7 @@ def init_model(
 
 
 def input_channels(model: nn.Module) -> int:
-    """The channels of the images that a model takes.
-
-    Args:
-        model (nn.Module): With a ``backbone``.
-
-    Returns:
-        int: Those of its first convolution.
-    """
+    """The channels of the images that a model with a backbone takes."""
     modules = model.backbone.modules()
     return next(m.in_channels for m in modules if isinstance(m, nn.Conv2d))
 
@@ -188,42 +173,11 @@ def input_channels(model: nn.Module) -> int:
 # -------------------------------------------------------------------- images
 
 
-class Pipeline(Compose):
-    """The pipeline of a dataset, which keeps the images that it loads.
-
-    Args:
-        transforms (Sequence[dict | callable]): The steps.
-        pictures (list): Gets what :func:`to_picture` makes of every image,
-            once it is loaded.
-    """
-
-    def __init__(self, transforms: Sequence[dict | Callable], pictures: list):
-        super().__init__(transforms)
-        self.pictures = pictures
-
-    def __call__(self, data: dict) -> dict | None:
-        loaded = False
-        for transform in self.transforms:
-            data = transform(data)
-            if data is None:
-                return None
-            if not loaded and 'img' in data:
-                self.pictures.append(to_picture(data['img']))
-                loaded = True
-        return data
-
-
-def build_pipeline(cfg: Config) -> Pipeline:
+def build_pipeline(cfg: Config) -> Compose:
     """The test pipeline of a config, less what loads the truth.
 
     It is that of the test set, else that of the validation set, else what the
     config calls ``test_pipeline``. Files are read from the local disk.
-
-    Args:
-        cfg (Config): The config.
-
-    Returns:
-        Pipeline: For :func:`load`.
 
     Raises:
         ConfigError: If there is none.
@@ -238,7 +192,7 @@ def build_pipeline(cfg: Config) -> Pipeline:
             'nor a validation set with a pipeline; write test_pipeline = '
             '[...] into it'
         )
-    return Pipeline([step for step in map(_local, steps) if step], [])
+    return Compose([step for step in map(_local, steps) if step])
 
 
 def _steps(dataset: ConfigDict) -> list:
@@ -272,44 +226,35 @@ def find_files(inputs: list[str]) -> list[tuple[Path, str]]:
     Returns:
         list[tuple[Path, str]]: A file and a name for its results, without a
         suffix and unlike any other's: its path in the folder or its file name.
-        An input that does not exist is returned too, and so is a folder with
-        no images.
+        Inputs that do not exist and folders without images are there too.
     """
-    found = {}  # the folders that names are relative to, by file
+    roots = {}  # the folders that names are relative to, by file
     for item in inputs:
         path = Path(item)
+        files = []
         if path.is_dir():
-            root = path
             files = [
                 file
                 for file in path.rglob('*')
                 if file.suffix.lower() in IMAGES + VIDEOS
             ]
-        else:
-            root = None
-            # A file may be named like a pattern.
-            names = [] if path.exists() else glob(item, recursive=True)
-            files = [Path(name) for name in names]
+        elif not path.exists():  # a file may be named like a pattern
+            files = [Path(name) for name in glob(item, recursive=True)]
         for file in sorted(files) or [path]:
-            found.setdefault(file, root or file.parent)
-    used, result = set(), []
-    for file, root in found.items():
+            roots.setdefault(file, path if path.is_dir() else file.parent)
+    found = {}  # by name
+    for file, root in roots.items():
         stem = os.path.splitext(file.relative_to(root).as_posix())[0]
         name, number = stem, 1
-        while name in used:
+        while name in found:
             number += 1
             name = f'{stem}_{number}'
-        used.add(name)
-        result.append((file, name))
-    return result
+        found[name] = file
+    return [(file, name) for name, file in found.items()]
 
 
-def load(pipeline: Pipeline, path: str) -> tuple[dict, np.ndarray]:
-    """Load an image as the test set does.
-
-    Args:
-        pipeline (Pipeline): Of :func:`build_pipeline`.
-        path (str): The file.
+def load(pipeline: Compose, path: str) -> tuple[dict, np.ndarray]:
+    """Load an image file as the test set does.
 
     Returns:
         tuple[dict, np.ndarray]: What the pipeline makes of it, ``inputs`` and
@@ -321,21 +266,25 @@ def load(pipeline: Pipeline, path: str) -> tuple[dict, np.ndarray]:
     """
     if not os.path.isfile(path):
         raise UnreadableImage('there is no such file')
-    pipeline.pictures.clear()
+    data = dict(img_path=path, img_id=0, sample_idx=0, seg_fields=[])
+    picture = None
     try:
-        data = pipeline(
-            dict(img_path=path, img_id=0, sample_idx=0, seg_fields=[])
-        )
+        for transform in pipeline.transforms:
+            data = transform(data)
+            if data is None:
+                break
+            if picture is None and 'img' in data:
+                picture = to_picture(data['img'])
     except Exception as error:  # damaged bytes can fail in any way
         what = 'damaged, no image, or none that the test pipeline loads'
-        if pipeline.pictures:
-            height, width = pipeline.pictures[0].shape[:2]
+        if picture is not None:
+            height, width = picture.shape[:2]
             what = f'the test pipeline fails on its {width} x {height} pixels'
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())
         raise UnreadableImage(f'{what}: {reason}') from error
-    if data is None or not pipeline.pictures:
+    if data is None or picture is None:
         raise UnreadableImage('the test pipeline leaves it out')
-    return data, pipeline.pictures[0]
+    return data, picture
 
 
 def to_picture(image: np.ndarray) -> np.ndarray:
@@ -365,11 +314,7 @@ def to_picture(image: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def predict(model: nn.Module, data: dict) -> BaseDataElement:
-    """Predict one image.
-
-    Args:
-        model (nn.Module): Of :func:`init_model`.
-        data (dict): Of :func:`load`, or an item of a dataset.
+    """Predict one image, which :func:`load` or a dataset gives.
 
     Returns:
         BaseDataElement: A data sample of mmdet, mmseg or mmpretrain, on the
@@ -379,11 +324,7 @@ def predict(model: nn.Module, data: dict) -> BaseDataElement:
 
 
 def network_input(model: nn.Module, data: dict) -> tuple[Tensor, np.ndarray]:
-    """Make the input of a network of an image.
-
-    Args:
-        model (nn.Module): Of :func:`init_model`.
-        data (dict): Of :func:`load`.
+    """Make the input of a network of what :func:`load` gives.
 
     Returns:
         tuple[Tensor, np.ndarray]: The normalized and padded input, (1, C,
@@ -397,28 +338,22 @@ def network_input(model: nn.Module, data: dict) -> tuple[Tensor, np.ndarray]:
 
 # ------------------------------------------------------------------ pictures
 
-VISUALIZERS_OF = {
-    'mmdet': 'DetLocalVisualizer',
-    'mmseg': 'SegLocalVisualizer',
-    'mmpretrain': 'UniversalVisualizer',
-}
-
 
 def build_visualizer(scope: str, meta: dict) -> Visualizer:
-    """Build the visualizer of a package.
+    """Build the visualizer of a package, for the ``dataset_meta`` of a model.
 
-    Args:
-        scope (str): One of ``SCOPES``.
-        meta (dict): The ``dataset_meta`` of a model, with its classes; a
-            palette for fewer or more of them is replaced.
+    A palette for fewer or more classes than there are is replaced.
     """
     visualizer = VISUALIZERS.build(
         dict(type=VISUALIZERS_OF[scope], name=scope)
     )
-    count = len(meta['classes'])
-    if len(meta.get('palette') or ()) != count:
-        meta = meta | {'palette': [*map(color_of, range(count))]}
+    colors = (len(meta['classes']), 3)
+    if np.shape(meta.get('palette')) != colors:
+        palette = np.random.default_rng(0).integers(0, 256, colors).tolist()
+        meta = meta | {'palette': [*map(tuple, palette)]}
     visualizer.dataset_meta = meta
+    # Of labels that reach over the edge, which is no concern of the user.
+    warnings.filterwarnings('ignore', '.* out of bounds, the drawn')
     return visualizer
 
 
@@ -436,7 +371,7 @@ def draw(
         visualizer (Visualizer): Of :func:`build_visualizer`.
         image (np.ndarray): (H, W, 3), uint8, BGR.
         sample (BaseDataElement): Of :func:`predict`.
-        path (Path): The file.
+        path (Path): The file; its folder is made.
         score_thr (float): Objects below this score are left out.
         truth (bool): Whether to draw the truth of the sample too: on the
             left or, of a classifier, as text. Defaults to False.
@@ -450,17 +385,3 @@ def draw(
     if 'pred_instances' in sample:
         options['pred_score_thr'] = score_thr
     visualizer.add_datasample('', image, sample, **options)
-
-
-def color_of(label: int) -> tuple[int, int, int]:
-    """A color that no other label has, far from those of labels near it.
-
-    Args:
-        label (int): Number of a class.
-
-    Returns:
-        tuple[int, int, int]: Red, green and blue, from 0 to 255.
-    """
-    turn = label * 0.618034 % 1  # the golden ratio leaves no two close
-    color = hsv_to_rgb(turn, 0.95 - label % 3 * 0.2, 0.9 - label % 2 * 0.25)
-    return tuple(round(255 * part) for part in color)

@@ -66,11 +66,7 @@ class _TimmModel:
 class TimmClassifier(_TimmModel, OverLoCKClassifier):
     """:class:`OverLoCKClassifier` with the arguments of timm.
 
-    Args:
-        arch (str | dict): See :class:`OverLoCK`.
-        in_chans (int): Channels of the input. Defaults to 3.
-        global_pool (str): 'avg', or '' without classes. Defaults to 'avg'.
-        kwargs (dict): Arguments of :class:`OverLoCKClassifier`.
+    ``global_pool`` is 'avg', or '' without classes.
     """
 
     def __init__(
@@ -88,14 +84,9 @@ class TimmClassifier(_TimmModel, OverLoCKClassifier):
 
 
 class TimmFeatures(_TimmModel, OverLoCK):
-    """The backbone with the arguments of timm.
+    """:class:`OverLoCK` with the arguments of timm.
 
-    Args:
-        arch (str | dict): See :class:`OverLoCK`.
-        in_chans (int): Channels of the input. Defaults to 3.
-        out_indices (int | Sequence[int]): Which maps; a number is that of the
-            last ones. Defaults to (0, 1, 2, 3).
-        kwargs (dict): Arguments of :class:`OverLoCK`.
+    ``out_indices`` says which maps; a number is that of the last ones.
     """
 
     def __init__(

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 from functools import partial
-from unittest import mock
 
 import forked
 import pytest
@@ -217,18 +216,6 @@ def test_sync_bn_on_a_gpu(tmp_path):
     assert LEFT_OUT not in finish(launch(tmp_path, *argv))
     saved = torch.load(tmp_path / 'rank_0.pth', weights_only=False)
     assert saved['norms'] == {'SyncBatchNorm'}
-
-
-def test_maps_that_nothing_reads(tmp_path):
-    """A message, in place of DDP's."""
-    argv = tiny.classifier(tmp_path), '--launcher=pytorch', '--work-dir'
-    options = '--cfg-options', 'model.backbone.out_indices=(2,3)'
-    with mock.patch.dict(os.environ):
-        as_rank(0, free_port(), size='1')
-        log = tiny.run_tool('train', *argv, tmp_path, *options, status=2)
-    torch.distributed.destroy_process_group()
-    assert 'train.py: the backbone has maps (2, 3), and only (3,) are' in log
-    assert 'need model.backbone.out_indices=(3,)' in log
 
 
 def launch(folder, script, *argv, **variables):

@@ -1,4 +1,4 @@
-"""What the documentation names is there."""
+"""All that the documentation names is there."""
 
 import ast
 import re
@@ -40,7 +40,7 @@ def blocks(page, language):
 
 
 def anchors(page):
-    """What links to the headings of a page end with, as GitHub makes it."""
+    """The ends of links to the headings of a page, as GitHub makes them."""
     headings = re.findall(r'^#+ (.*)', FENCED.sub('', read(page)), re.M)
     kept = (re.sub(r'[^\w\- ]', '', text.lower()) for text in headings)
     return {text.replace(' ', '-') for text in kept}

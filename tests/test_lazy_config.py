@@ -11,6 +11,8 @@ from mmengine.runner import Runner
 from PIL import Image
 from torch import nn
 
+from mmoverlock import data
+
 tiny.need_openmmlab()
 
 IMPORTS = """
@@ -51,7 +53,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize('name', ['new.py', 'dumped.py'])
 def test_tools(folder, tmp_path, monkeypatch, name):
-    """What all of them make of the config."""
+    """All of them take the config."""
     config = folder / name
     argv = config, folder / 'det.pth', folder / 'a.png', '--out', tmp_path
     tiny.run_tool('predict', *argv, '--device', 'cpu')
@@ -67,6 +69,9 @@ def test_tools(folder, tmp_path, monkeypatch, name):
     assert cfg.default_scope == 'mmdet'
     train.apply_options(cfg, args)
     assert cfg.optim_wrapper.type == 'CPUAmpOptimWrapper'
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(data.DataError, match='Unpack train2017.zip'):
+        data.check_data(cfg, 'test')
     tiny.load_tool('test').draw_predictions(cfg, 'drawn')
     assert cfg.default_hooks.visualization.type == 'DetVisualizationHook'
 

@@ -1,19 +1,15 @@
-"""Both mims, as far as docs/usage.md says that they go."""
+"""openmim with the package from a wheel, as docs/usage.md says."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
-from importlib.metadata import distributions
-from pathlib import Path
 
 import pytest
 from tiny import ROOT
 
 pytestmark = pytest.mark.slow  # downloads some 60 MB
-CONFIG = 'upernet/overlock_xt_160k.py'
-SHARED = (  # what both import beside torch's requirements
+SHARED = (  # what it imports beside torch's requirements
     'pandas==2.2.3 python-dateutil pytz setuptools<82 six certifi '
     'charset-normalizer idna requests urllib3 click colorama markdown '
     'model-index ordered-set pyyaml rich tabulate'
@@ -29,36 +25,18 @@ def install(folder, *requirements):
     )
 
 
-def is_installed_from_a_clone():
-    found = distributions(name='mmoverlock')
-    urls = [d.read_text('direct_url.json') or '{}' for d in found]
-    infos = [json.loads(url).get('dir_info', {}) for url in urls]
-    return any(info.get('editable') for info in infos)
-
-
-@pytest.mark.parametrize('pin', ['openmim==0.3.9', 'onedl-mim==0.5.1'])
-def test_mim(pin, tmp_path):
-    """It finds configs and runs tools, which say what is missing.
-
-    The first one with the package from a wheel. The other one with it from a
-    clone; it does not know configs by name.
-    """
+def test_mim(tmp_path):
+    """It finds configs and runs tools, which say what is missing."""
     folders = [tmp_path / 'shared', tmp_path / 'mim']
-    for folder, pins in zip(folders, (SHARED, pin), strict=True):
+    for folder, pins in zip(folders, (SHARED, 'openmim==0.3.9'), strict=True):
         done = install(folder, *pins.split())
         if done.returncode:
             pytest.skip(f'{pins} does not install: {done.stderr}')
-    if pin.startswith('openmim'):
-        config = Path(CONFIG).name
-        ignored = shutil.ignore_patterns('.[!m]*', 'build', '*egg-info')
-        clone = tmp_path / 'clone'  # building leaves files behind
-        shutil.copytree(ROOT, clone, symlinks=True, ignore=ignored)
-        done = install(folders[1], clone)
-        assert done.returncode == 0, done.stderr
-    else:
-        config = str(ROOT / 'configs' / CONFIG)
-        if not is_installed_from_a_clone():
-            pytest.skip('mmoverlock is not installed from a clone')
+    ignored = shutil.ignore_patterns('.[!m]*', 'build', '*egg-info')
+    clone = tmp_path / 'clone'  # building leaves files behind
+    shutil.copytree(ROOT, clone, symlinks=True, ignore=ignored)
+    done = install(folders[1], clone)
+    assert done.returncode == 0, done.stderr
 
     def mim(*command):
         return subprocess.run(
@@ -77,5 +55,6 @@ def test_mim(pin, tmp_path):
     out = mim('run', 'mmoverlock', 'get_flops', name)
     assert 'without auxiliary head     16.97 M' in out
     for tool, *more in ('train',), ('test', '--checkpoint', 'no.pth'):
+        config = 'overlock_xt_160k.py'
         out = mim(tool, 'mmoverlock', config, *more, '--gpus', '0')
         assert f'\n{tool}.py: ' in f'\n{out}'

@@ -1,53 +1,160 @@
-"""What users get wrong with the tools that run trained models.
+"""Mistakes of users: one line says it, and nothing is written."""
 
-Those to train, to test and to summarize are in test_tools.py.
-"""
+import importlib.util
 
 import numpy as np
 import pytest
 import tiny
+import torch
+from mmengine.config import Config
 from PIL import Image
 
+from mmoverlock import cli
+
 tiny.need_openmmlab()
-CLS = f'configs/{tiny.CONFIGS["cls"][0]}'
-EXPORT = f'export {CLS} --out m.onnx'
-PREDICT = 'predict FILES/cls.py FILES/cls.pth'
-OPTION = f'{PREDICT} x --cfg-options'
-KERNELS = 'visualize kernels FILES/cls.py FILES/cls.pth FILES/pictures/a.png'
-PRIOR = 'visualize prior FILES/seg.py FILES/seg.pth'
-TYPO = '--cfg-options model.backbone.dept=1'
-FEW = '--cfg-options model.backbone.out_indices=(0,1)'
-MASKS = 'configs/drop_in/overlock_t_mask2former_semantic.py'
+
+CONFIGS = tiny.ROOT / 'configs'
+CLS, MASK_RCNN = (CONFIGS / tiny.CONFIGS[task][0] for task in ('cls', 'det'))
+TWICE = dict(
+    type='ConcatDataset', datasets=[dict(type='Own', data_root='own')]
+)
+IMAGENET = dict(type='ImageNet', data_root='data/imagenet', split='train')
+SMALL = {
+    'imagenet': dict(train_dataloader=dict(dataset=IMAGENET)),
+    'own': dict(
+        train_dataloader=dict(
+            dataset=dict(type='RepeatDataset', dataset=TWICE)
+        )
+    ),
+    'untested': dict(test_dataloader=None),
+    'cifar': dict(test_dataloader=dict(dataset=dict(type='CIFAR10'))),
+}
 
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-    """Models, and an image among results."""
+    """A folder of configs and checkpoints, and an image among results.
+
+    Only detector.py has all its data.
+    """
     folder = tmp_path_factory.mktemp('files')
+    tiny.detector(folder)
     for task in ('cls', 'seg'):
         tiny.write_model(task, folder)
+    (folder / 'empty.pth').touch()
+    torch.save(torch.nn.Linear(1, 1).state_dict(), folder / 'linear.pth')
+    (folder / 'baseless.py').write_text("_base_ = 'nowhere.py'")
+    for name, config in SMALL.items():
+        Config({'model': {}, **config}).dump(folder / f'{name}.py')
     (folder / 'pictures').mkdir()
     pixels = np.zeros((90, 120, 3), np.uint8)
     Image.fromarray(pixels).save(folder / 'pictures' / 'a.png')
     return folder
 
 
+STOCK = f'train {MASK_RCNN}'
+OPTION = f'{STOCK} --cfg-options'
+TRAIN = 'train FILES/detector.py --work-dir WORK --cfg-options'
+TEST = 'test FILES/detector.py FILES/empty.pth'
+BACKBONE = 'model.backbone'
+INIT = f'{BACKBONE}.init_cfg'
+DATASET = 'train_dataloader.dataset'
+URL = 'http://127.0.0.1:9/overlock.pth'  # nothing listens there
+PREDICT = 'predict FILES/cls.py FILES/cls.pth'
+KERNELS = 'visualize kernels FILES/cls.py FILES/cls.pth FILES/pictures/a.png'
+PRIOR = 'visualize prior FILES/seg.py FILES/seg.pth'
+FLOPS = f'get_flops {CLS}'
+EXPORT = f'export {CLS} --out m.onnx'
+MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
+
+
 @pytest.mark.parametrize(
     ('command', 'words'),
     [
+        # Files
+        ('train no.py', 'config no.py: ... No such file'),
+        (f'train {tiny.ROOT}/LICENSE', 'LICENSE: Only py/yml'),
+        ('train FILES/baseless.py', 'nowhere.py'),
+        ('summarize FILES/coco', 'there is no config in'),
+        (f'test {MASK_RCNN} no.pth', 'checkpoint no.pth does not exist'),
         ('predict FILES/cls.py no.pth x', 'checkpoint no.pth does not exist'),
         ('predict FILES/cls.py FILES/seg.pth x', 'does not fit the model'),
-        (f'{OPTION} {tiny.TEST_SET}.type=CustomDataset', 'names the classes'),
-        (f'{OPTION} default_scope=mmpose', 'default_scope mmpose'),
-        # A second run would replace its inputs, or predict its results
-        (f'{PREDICT} FILES/pictures/a.png', 'where results go'),
-        (f'{PREDICT} FILES', 'where results go'),
+        (f'{STOCK} --resume no.pth', 'load_from: checkpoint no.pth does not'),
+        (f'{OPTION} {INIT}.checkpoint=no.pth', 'checkpoint no.pth does not'),
+        (
+            f'{TRAIN} {INIT}._delete_=1 {INIT}.type=Pretrained '
+            f'{INIT}.checkpoint={URL}',
+            f'download ... {URL} ... {INIT}.checkpoint=FILE ... {INIT}=None',
+        ),
+        # Data that are missing, and how to get them
+        (
+            STOCK,
+            'data/coco/train2017/ does not exist (train_dataloader.dataset). '
+            'Unpack train2017.zip, val2017.zip and annotations_trainval2017'
+            '.zip from https://cocodataset.org/#download into data/coco, or '
+            'draw sample data: python tools/make_sample_data.py coco '
+            'data/coco',
+        ),
+        ('train FILES/imagenet.py', 'data/imagenet/train does not exist'),
+        ('train FILES/own.py', f'({DATASET}.dataset.datasets.0)'),
+        (f'{TRAIN} {DATASET}.ann_file=no.json', 'FILES/coco/no.json does not'),
+        (f'{TRAIN} val_evaluator.ann_file=no.json', 'file no.json does not'),
+        (
+            f'{TEST} --cfg-options {DATASET}.data_root=nowhere '
+            'test_dataloader.dataset.data_prefix.img=elsewhere',
+            'FILES/coco/elsewhere does not exist (test_dataloader.dataset)',
+        ),
+        ('test FILES/untested.py FILES/empty.pth', 'd.py has no test set'),
+        # Options
+        (f'{OPTION} foo', "KEY=VALUE, not 'foo'"),
+        (f'{OPTION} a=[1,(2]', 'brackets'),
+        (f'{OPTION} modle.type=A', 'there is no modle; did you mean model'),
+        (f'{OPTION} model.bakbone.arch=t', 'model; did you mean backbone?'),
+        (f'{OPTION} model.bakbone.arch._delete_=True', 'no bakbone in model'),
+        (f'{OPTION} {BACKBONE}.arch.depths=1', 'You may set `_delete_=True`'),
+        (f'{OPTION} param_scheduler.2.end=5', 'no 2 in param_scheduler'),
+        (f'{OPTION} param_scheduler.0=5', 'param_scheduler is a list; set'),
+        (f'{OPTION} data_root=x', 'data_root is a variable of the config'),
+        (f'{TRAIN} model.type=A', 'the config: A is not in the mmdet::model'),
+        (f'{FLOPS} --cfg-options model.type=A', 'A is not in the mmpretrain'),
+        (f'{FLOPS} --cfg-options {BACKBONE}.type=A', 'A is not in the mmpre'),
+        (
+            f'{FLOPS} --cfg-options {BACKBONE}.dept=1',
+            f"{BACKBONE}.dept: ... argument 'dept'",
+        ),
+        (f'{TRAIN} {BACKBONE}.drop_path_rate=2', 'OverLoCK of the ... drop_p'),
+        (f'{STOCK} --seed {2**32}', f'--seed {2**32} is not in [0, 2^32)'),
+        (f'{OPTION} auto_scale_lr=None --auto-scale-lr', '.base_batch_size'),
+        (f'{TEST} --out out.json', 'out.json does not end in .pkl'),
+        (
+            'test FILES/cifar.py FILES/empty.pth --show-dir drawn',
+            'mmdet, mmseg, mmpretrain',
+        ),
+        # Checkpoints that are written
+        ('publish none.pth out.pth', 'none.pth: '),
+        ('publish none.pth out', 'ends in .pth: out'),
+        ('convert_checkpoint none.pth out.pth', 'none.pth: '),
+        ('convert_checkpoint FILES/cls.pth out', 'must end in .pth'),
+        ('convert_checkpoint FILES/cls.pth FILES/cls.pth', 'exists; --over'),
+        ('convert_checkpoint FILES/seg.pth out.pth', 'which has decode_head.'),
+        (
+            'convert_checkpoint FILES/linear.pth out.pth',
+            'linear.pth has no OverLoCK, but weight, b',
+        ),
+        # Trained models
+        (
+            f'{PREDICT} x --cfg-options {tiny.TEST_SET}.type=CustomDataset',
+            'names the classes',
+        ),
+        (f'{PREDICT} x --cfg-options default_scope=mmpose', 'scope mmpose'),
         (f'{KERNELS} --at 64,0', '64,0 is outside of a, which'),
         (f'{KERNELS} --block 1', '1: stage 3 has blocks 0 to 0'),
         (f'{PRIOR} none', 'none: there is no such file'),
-        (f'{PRIOR} x {FEW}', 'its out_indices are (0, 1)'),
-        (f'get_flops {CLS} --shape 0 96', '--shape takes'),
-        (f'get_flops {CLS} {TYPO}', "argument 'dept'"),
+        (
+            f'{PRIOR} x --cfg-options {BACKBONE}.out_indices=(0,1)',
+            'its out_indices are (0, 1)',
+        ),
+        (f'{FLOPS} --shape 0 96', '--shape takes'),
         (f'{EXPORT} --shape 0 96', '--shape takes a height'),
         (f'{EXPORT} --dynamic --shape 224 250', 'multiples of 32 from 224'),
         (f'{EXPORT} --dynamic --shape 192 224', 'multiples of 32 from 224'),
@@ -60,14 +167,44 @@ def files(tmp_path_factory):
         (f'export {MASKS} --out m.onnx', '--backbone-only works with it'),
     ],
 )
-def test_mistake(files, monkeypatch, command, words):
-    """The last line says it, and no result is written."""
-    monkeypatch.chdir(tiny.ROOT)
+def test_mistake(files, tmp_path, monkeypatch, command, words):
+    """The last line says it: above it, mmengine logs what it builds."""
+    cwd = tmp_path / 'cwd'
+    cwd.mkdir()
+    monkeypatch.chdir(cwd)
     before = {*files.rglob('*')}
+    command = command.replace('WORK', str(tmp_path))
     name, *argv = command.replace('FILES', str(files)).split()
     if name in ('predict', 'visualize'):
         argv += '--out', files
-    # Above it, mmengine logs what it builds.
-    last = tiny.run_tool(name, *argv, status=2).splitlines()[-1]
-    assert last.startswith(f'{name}.py: ') and words in last
-    assert {*files.rglob('*')} == before
+    output = tiny.run_tool(name, *argv, status=2)
+    *_, last = output.splitlines()
+    assert last.startswith(f'{name}.py: ') and 'Traceback' not in output
+    for part in words.replace('FILES', str(files)).split(' ... '):
+        assert part in last
+    assert {*files.rglob('*')} == before and not any(cwd.iterdir())
+
+
+def test_what_is_no_mistake_of_the_user():
+    """It keeps its traceback."""
+    for failure in (
+        TypeError("unexpected keyword argument 'other'"),
+        KeyError('other'),
+        ValueError('other'),
+        OSError('other'),
+    ):
+        with pytest.raises(type(failure), match='other'):
+            with cli.explain_failures(Config(), {'model.x': 1}):
+                raise failure
+
+
+def test_ops_missing(mistake, monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    message = mistake('train', MASK_RCNN)
+    assert 'mmcv._ext' in message and '--no-build-isolation' in message
+
+
+def test_launcher_without_gpu(mistake, monkeypatch, files):
+    monkeypatch.setattr(cli, 'get_device', lambda: 'cpu')
+    argv = files / 'detector.py', '--launcher', 'slurm'
+    assert '--launcher slurm needs GPUs; ' in mistake('train', *argv)

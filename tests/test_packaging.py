@@ -242,12 +242,3 @@ def test_base(base, tmp_path, monkeypatch):
     assert expected.model.backbone.arch == 'xt'
     expected.model.backbone.arch = 't'
     assert Config.fromfile(path).to_dict() == expected.to_dict()
-
-
-def test_base_of_others_is_as_before():
-    pytest.importorskip('mmdet')
-    name = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
-    path, scope = cli.config_of(name, 'own.py')
-    assert Path(path).is_file() and scope == 'mmdet'
-    found = cli.config_of('base.py', 'folder/own.py')
-    assert found == ('folder/base.py', None)

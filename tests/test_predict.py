@@ -57,17 +57,18 @@ def changed_rows(path, image):
 
 
 def test_detector(models, photos, predict, tmp_path):
-    image = photos / 'a.png'
-    found, _ = predict('det', image, '--score-thr=0')
+    image, other = photos / 'a.png', photos / 'a.bmp'
+    found, _ = predict('det', image, other, '--score-thr=0')
     assert found['images'] == [
-        {'id': 1, 'file_name': str(image), 'height': 60, 'width': 80}
+        {'id': i, 'file_name': str(file), 'height': 60, 'width': 80}
+        for i, file in enumerate((image, other), 1)
     ]
     assert found['categories'][0] == {'id': 1, 'name': 'person'}
     assert len(found['categories']) == 80
     model = mmdet.init_detector(*models['det'], device='cpu')
     expected = mmdet.inference_detector(model, str(image)).pred_instances
-    annotations = found['annotations']
-    assert [a['id'] for a in annotations] == [1, 2, 3, 4, 5]
+    assert [a['id'] for a in found['annotations']] == [*range(1, 11)]
+    annotations = found['annotations'][:5]
     for annotation, instance in zip(annotations, expected, strict=True):
         x, y, width, height = annotation['bbox']
         (box,) = instance.bboxes.numpy()
@@ -95,11 +96,14 @@ def test_segmentor_and_inputs(models, photos, predict, tmp_path):
     bad = tmp_path / 'bad.png'
     bad.write_bytes((photos / 'a.png').read_bytes()[:60])
     (tmp_path / 'empty').mkdir()
+    (tmp_path / 'text.avi').write_text('text')
     thin = tmp_path / 'thin.png'
     Image.new('RGB', (2000, 2)).save(thin)
     inputs = thin, photos, bad, photos / 's*' / 'b.png', tmp_path / 'none.png'
-    found, message = predict('seg', *inputs, tmp_path / 'empty', status=1)
-    assert '4 inputs could not be read' in message
+    inputs += tmp_path / 'empty', tmp_path / 'text.avi'
+    found, message = predict('seg', *inputs, status=1)
+    assert '5 inputs could not be read' in message
+    assert f'{tmp_path / "text.avi"}: not a video' in message
     assert f'{thin}: the test pipeline fails on its 2000 x 2 pix' in message
     assert f'{bad}: damaged, no image, or none that the test' in message
     assert f'{tmp_path / "none.png"}: there is no such file' in message

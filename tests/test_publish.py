@@ -37,8 +37,3 @@ def test_publish(tmp_path):
     same = publish(large[:1].clone(), {'cfg': 'b', 'dataset_meta': about})
     assert same[1] == content
     assert publish(large[1:2], {'dataset_meta': about})[1] != content
-
-
-def test_mistakes(mistake):
-    assert 'none.pth' in mistake('publish', 'none.pth', 'out.pth')
-    assert 'ends in .pth: out' in mistake('publish', 'none.pth', 'out')

@@ -80,9 +80,9 @@ def test_disk_is_full(tmp_path, monkeypatch):
         patch.setattr('builtins.open', full)
         log = tiny.run_tool(*argv, status=2)
     assert 'Traceback' not in log
-    assert 'train.py: cannot write ' in log and 'epoch_2.pth' in log
-    assert '--resume' in log.splitlines()[-1]
-    assert not [*work_dir.glob('*.part')]
+    path = work_dir / 'epoch_2.pth'
+    assert log.endswith(f"train.py: [Errno 27] File too large: '{path}'\n")
+    assert not [*work_dir.glob('*.part'), *work_dir.glob('epoch_2.pth')]
     last = work_dir / 'epoch_1.pth'
     assert latest_checkpoint(work_dir) == str(last)
 
@@ -139,21 +139,6 @@ def test_resumed_by_iterations(tmp_path):
 # ------------------------------------------------------------------- parts
 
 
-def test_files_are_whole_or_old(tmp_path, monkeypatch):
-    """Where it fails, the old one stays, as of `convert_checkpoint.py`."""
-    path = tmp_path / 'new' / 'file.pth'
-    SafeBackend().put(b'old', path)
-    replace = os.replace
-
-    def look(*paths):
-        assert path.read_bytes() == b'old'
-        replace(*paths)
-
-    monkeypatch.setattr(os, 'replace', look)
-    SafeBackend().put(b'new', str(path))
-    assert path.read_bytes() == b'new'
-
-
 def test_old_checkpoints_stay_until_the_next_is_there(tmp_path):
     backend = SafeBackend()
     for name in ('a.txt', 'b.pth', 'c.pth'):
@@ -188,7 +173,9 @@ def test_latest(tmp_path):
     first.unlink()
     second.unlink()
     last.write_text(str(first))
-    with pytest.raises(CheckpointError, match='no whole.*epoch_9.pth does no'):
+    with pytest.raises(
+        CheckpointError, match='no whole.*No such file.*epoch_9'
+    ):
         latest_checkpoint(tmp_path)
 
 

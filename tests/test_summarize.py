@@ -1,9 +1,7 @@
 """tools/summarize.py and the curves at the end of a training."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,11 +9,9 @@ import tiny
 import torch
 from matplotlib.figure import Figure
 from mmengine.config import Config
-from mmengine.hooks import CheckpointHook
 from PIL import Image
 
 from mmoverlock import inference
-from mmoverlock.curves import draw_curves
 from mmoverlock.engine import CurvesHook
 
 tiny.need_openmmlab()
@@ -53,61 +49,49 @@ def lines(axes):
 
 
 def test_curves(tmp_path, figures):
-    """Of an iteration-based run on a GPU: what is where, and what is said."""
-    records = [
-        training(10 * i, time=time, memory=100 * i, loss_x=1.0, acc=3.0)
-        for i, time in enumerate((0.5, 0.25, 0.25), 1)
-    ]
-    found = {'aAcc': 50.0, 'mIoU': 20.0}
-    write_run(tmp_path, 'a', *records, found | {'time': 1.0, 'step': 30})
-    last = draw_curves(tmp_path, batch_size=4)
-    assert last == found | {'images/s': 16.0, 'memory (MB)': 300}
-    losses, metrics, rates, speed, memory = figures[0].axes
-    assert lines(losses) == {
-        'loss': ([10, 20, 30], [0.2, 0.1, 2 / 30]),
-        'loss_x': ([10, 20, 30], [1.0] * 3),
-    }
-    assert lines(metrics) == {'aAcc': ([30], [50.0]), 'mIoU': ([30], [20.0])}
-    assert metrics.get_xlabel() == 'iteration'
-    assert lines(rates)['lr'][1] == [0.01, 0.005, 0.1 / 30]
-    assert lines(speed)['images/s'][1] == [8.0, 16.0, 16.0]
-    assert lines(memory)['memory'][1] == [100, 200, 300]
-    assert Image.open(tmp_path / 'curves.png').size == (1440, 900)
+    """The curves in their places, and a line in the log at the end.
 
-
-def test_hook_of_epochs(tmp_path, figures):
-    """Without a GPU; COCO's detailed metrics are told, not drawn.
-
-    What a resumed run did again replaces what the first had done.
+    COCO's detailed metrics are told, not drawn. What a resumed run did again
+    replaces what the first had done.
     """
     logged = []
     runner = SimpleNamespace(
         work_dir=str(tmp_path),
-        cfg=Config({'train_dataloader': {'batch_size': 2}}),
+        cfg=Config({'train_dataloader': {'batch_size': 4}}),
         logger=SimpleNamespace(info=logged.append),
     )
     CurvesHook().after_train(runner)
     assert not logged and not any(tmp_path.iterdir())
-    records = [training(step, epoch=step // 5) for step in (5, 10, 12)]
-    found = {'coco/bbox_mAP': 0.2, 'coco/bbox_mAP_s': 0.1, 'step': 2}
-    write_run(tmp_path, '1', *records, found)
-    write_run(tmp_path, '2', *(training(i, loss=9, epoch=2) for i in (12, 15)))
+    found = {'coco/bbox_mAP': 0.2, 'coco/bbox_mAP_s': 0.1}
+    first = [training(step, acc=3.0) for step in (10, 20, 25)]
+    write_run(tmp_path, '1', *first, found | {'time': 1.0, 'step': 2})
+    again = [
+        training(step, loss=9, loss_x=1.0, time=0.25, memory=10 * step)
+        for step in (20, 30)
+    ]
+    write_run(tmp_path, '2', *again)
     CurvesHook().after_train(runner)
     assert logged == [
         f'{tmp_path}/curves.png: coco/bbox_mAP 0.2, coco/bbox_mAP_s 0.1, '
-        'images/s 4'
+        'images/s 16, memory (MB) 300'
     ]
-    losses, metrics, _, _ = figures[0].axes
-    assert lines(losses)['loss'] == ([5, 10, 12, 15], [0.4, 0.2, 9, 9])
-    assert [*lines(metrics)] == ['coco/bbox_mAP']
-    assert metrics.get_xlabel() == 'epoch'
+    losses, metrics, rates, speed, memory = figures[0].axes
+    assert lines(losses) == {
+        'loss': ([10, 20, 30], [0.2, 9, 9]),
+        'loss_x': ([20, 30], [1.0, 1.0]),
+    }
+    assert lines(metrics) == {'coco/bbox_mAP': ([2], [0.2])}
+    assert lines(rates)['lr'][1] == [0.01, 0.005, 0.1 / 30]
+    assert lines(speed)['images/s'][1] == [8.0, 16.0, 16.0]
+    assert lines(memory)['memory'] == ([20, 30], [200, 300])
+    assert Image.open(tmp_path / 'curves.png').size == (1440, 900)
 
 
 # --------------------------------------------------------------- work dirs
 
 
 def write_work_dir(cfg, folder):
-    """What the training of a config would leave."""
+    """A work dir as the training of a config would leave it."""
     last = {'score': 5.0, 'step': 2}
     write_run(folder, '1', training(1), training(2), last)
     state = inference.build_model(cfg).state_dict()
@@ -133,11 +117,11 @@ def test_classifier(tmp_path, figures, monkeypatch):
     cfg.val_dataloader = cfg.test_dataloader = None
     cfg.dump(folder / 'config.py')
     out = tiny.run_tool('summarize', folder)
-    assert 'has no validation and no test set' in out
+    assert 'neither a validation nor a test' in out
     assert not (folder / 'predictions.png').exists()
     monkeypatch.setattr(tool, 'draw_curves', lambda *args: {})
     out = tiny.run_tool('summarize', folder, status=2)
-    assert 'no scalars.json in' in out
+    assert 'or scalars.json' in out
 
 
 def test_segmentor(tmp_path, figures, monkeypatch):
@@ -150,17 +134,6 @@ def test_segmentor(tmp_path, figures, monkeypatch):
     [drawn] = figures[0].axes[0].images
     truth, predicted = np.split(drawn.get_array(), 2, axis=1)
     assert (truth != predicted).any()
-
-
-def test_checkpoints_elsewhere(tmp_path):
-    """In the folder that mmengine makes of ``out_dir``."""
-    work_dir = tmp_path / 'runs' / 'a'
-    cfg = Config(dict(work_dir=str(work_dir), default_hooks=dict()))
-    assert tool.checkpoints(work_dir, cfg) == work_dir
-    cfg.default_hooks.checkpoint = dict(out_dir=str(tmp_path / 'b'))
-    hook = CheckpointHook(out_dir=str(tmp_path / 'b'))
-    hook.before_train(mock.Mock(work_dir=str(work_dir)))
-    assert tool.checkpoints(work_dir, cfg) == Path(hook.out_dir)
 
 
 def test_tensorboard(monkeypatch):

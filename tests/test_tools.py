@@ -1,9 +1,7 @@
-"""tools/train.py and tools/test.py: real runs, and what users get wrong."""
+"""tools/train.py and tools/test.py: real runs, and their options."""
 
-import importlib.util
 import os
 import pickle
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -84,12 +82,14 @@ def test_test(tmp_path, kind, metric):
 
 
 @pytest.mark.parametrize('wrapped', [False, True])
-def test_fuse(monkeypatch, files, wrapped):
+def test_fuse(monkeypatch, tmp_path, wrapped):
     """--fuse fuses what is tested: with EMAHook, the averaged weights."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
     runner = mock.Mock(model=nn.DataParallel(model) if wrapped else model)
     monkeypatch.setattr(test.cli, 'build_runner', lambda *_, **__: runner)
-    argv = [str(files / 'detector.py'), str(files / 'empty.pth')]
+    config, checkpoint = tiny.classifier(tmp_path), tmp_path / 'empty.pth'
+    checkpoint.touch()
+    argv = [str(config), str(checkpoint)]
     test.main(argv)
     assert not runner.register_hook.called
     test.main([*argv, '--fuse'])
@@ -119,116 +119,7 @@ def test_logged_twice():
         assert logger.interval == interval
 
 
-# --------------------------------------------------------------- mistakes
-
-MINE = dict(type='Mine', data_root='mine')
-REPEATED = dict(
-    type='RepeatDataset', dataset=dict(type='ConcatDataset', datasets=[MINE])
-)
-IMAGENET = dict(type='ImageNet', data_root='data/imagenet', split='train')
-SMALL = {
-    'imagenet': dict(train_dataloader=dict(dataset=IMAGENET)),
-    'mine': dict(train_dataloader=dict(dataset=REPEATED)),
-    'untested': dict(test_dataloader=None),
-    'cifar': dict(test_dataloader=dict(dataset=dict(type='CIFAR10'))),
-}
-
-
-@pytest.fixture(scope='module')
-def files(tmp_path_factory):
-    """A folder of configs and of a checkpoint that is empty.
-
-    Only detector.py has all its data.
-    """
-    folder = tmp_path_factory.mktemp('files')
-    tiny.detector(folder)
-    (folder / 'empty.pth').touch()
-    (folder / 'baseless.py').write_text("_base_ = 'nowhere.py'")
-    for name, config in SMALL.items():
-        Config({'model': {}, **config}).dump(folder / f'{name}.py')
-    return folder
-
-
-STOCK = f'train {MASK_RCNN}'
-OPTION = f'{STOCK} --cfg-options'
-TRAIN = 'train FILES/detector.py --cfg-options'
-TEST = 'test FILES/detector.py FILES/empty.pth'
-INIT = 'model.backbone.init_cfg'
-DATASET = 'train_dataloader.dataset'
-
-
-@pytest.mark.parametrize(
-    ('command', 'words'),
-    [
-        ('summarize FILES/coco', 'no config in'),
-        (f'train {MASK_RCNN.parent}/overlock_tx_1x.py', f' {MASK_RCNN} '),
-        (f'train {ROOT}/LICENSE', 'no .py or .yml'),
-        ('train FILES/baseless.py', 'nowhere.py'),
-        (f'test {MASK_RCNN} no.pth', 'checkpoint no.pth does not exist'),
-        (f'{STOCK} --resume no.pth', 'load_from: checkpoint no.pth does not'),
-        (f'{OPTION} {INIT}.checkpoint=no.pth', 'checkpoint no.pth does not'),
-        # Data that are missing, and how to get them
-        (
-            STOCK,
-            'data/coco/train2017/ does not exist (train_dataloader.dataset). '
-            'Unpack train2017.zip, val2017.zip and annotations_trainval2017'
-            '.zip from https://cocodataset.org/#download so that data/coco '
-            'holds train2017/, val2017/ and annotations/, or draw sample '
-            'data: python tools/make_sample_data.py coco data/coco\n',
-        ),
-        ('train FILES/imagenet.py', 'data/imagenet/train does not exist'),
-        ('train FILES/mine.py', f'({DATASET}.dataset.datasets.0)'),
-        (f'{TRAIN} {DATASET}.ann_file=no.json', 'FILES/coco/no.json does not'),
-        (f'{TRAIN} val_evaluator.ann_file=no.json', 'file no.json does not'),
-        (
-            f'{TEST} --cfg-options {DATASET}.data_root=nowhere '
-            'test_dataloader.dataset.data_prefix.img=elsewhere',
-            'FILES/coco/elsewhere does not exist (test_dataloader.dataset)',
-        ),
-        ('test FILES/untested.py FILES/empty.pth', 'd.py has no test set'),
-        # Options
-        (f'{OPTION} foo', "KEY=VALUE, not 'foo'"),
-        (f'{OPTION} a=[1,(2]', 'brackets'),
-        (f'{OPTION} modle.type=A', 'there is no modle; did you mean model'),
-        (f'{OPTION} model.bakbone.arch=t', 'model; did you mean backbone?'),
-        (f'{OPTION} model.bakbone.arch._delete_=True', 'no bakbone in model'),
-        (f'{OPTION} model.backbone.arch.depths=1', 'backbone.arch._delete_='),
-        (f'{OPTION} param_scheduler.2.end=5', 'is a list of 2'),
-        (f'{OPTION} param_scheduler.0=5', 'is a list of 2'),
-        (
-            f'{OPTION} data_root=/data/coco/',
-            'data_root is a variable of the config file, which is used while '
-            'it is read; set what is made from it: '
-            'test_dataloader.dataset.data_root, test_evaluator.ann_file, '
-            f'{DATASET}.data_root, val_dataloader.dataset.data_root, '
-            'val_evaluator.ann_file\n',
-        ),
-        (f'{OPTION} train_pipeline.0.type=A', 'train_pipeline is a variable'),
-        (f'{OPTION} {INIT}=None {INIT}.type=Constant', f'both {INIT} and'),
-        (
-            f'{OPTION} {DATASET}.metainfo.classes=[a_light,car]',
-            'classes=[a light,car]: blanks in the elements of a list',
-        ),
-        (f'{STOCK} --seed {2**32}', f'--seed {2**32} is not in [0, 2^32)'),
-        (f'{OPTION} auto_scale_lr=None --auto-scale-lr', '.base_batch_size'),
-        (f'{TEST} --out out.json', 'out.json does not end in .pkl'),
-        (
-            'test FILES/cifar.py FILES/empty.pth --show-dir drawn',
-            'mmdet, mmseg, mmpretrain',
-        ),
-    ],
-)
-def test_mistake(mistake, files, command, words):
-    """One line says it, and nothing is written."""
-    argv = command.replace('FILES', str(files)).split()
-    argv = [word.replace('a_light', 'a light') for word in argv]
-    assert words.replace('FILES', str(files)) in mistake(*argv)
-
-
-def test_config_in_a_clone(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    message = tiny.run_tool('train', 'overlock_xt_1x', status=2)
-    assert 'configs/mask_rcnn/overlock_xt_1x.py' in message
+# ---------------------------------------------------------------- options
 
 
 def test_good_options():
@@ -245,6 +136,8 @@ def test_good_options():
         'model.backbone.arch._delete_': True,
         'model.backbone.arch.depths': (1, 1, 1, 1),
         'param_scheduler.1.milestones': [1],
+        'model.test_cfg._delete_': True,
+        'model.test_cfg.new.key': 1,
         'randomness.seed': 0,
     }
     given = [f'{key}={value}' for key, value in options.items()]
@@ -255,19 +148,8 @@ def test_good_options():
     assert cfg.model.backbone.with_cp
     assert cfg.model.backbone.arch == {'depths': (1, 1, 1, 1)}
     assert cfg.param_scheduler[1].milestones == [1]
+    assert cfg.model.test_cfg == {'new': {'key': 1}}
     assert cfg.randomness == {'seed': 0}
-
-
-def test_ops_missing(mistake, monkeypatch):
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    message = mistake('train', MASK_RCNN)
-    assert 'mmcv._ext' in message and '--no-build-isolation' in message
-
-
-def test_launcher_without_gpu(mistake, monkeypatch, files):
-    monkeypatch.setattr(cli, 'get_device', lambda: 'cpu')
-    argv = files / 'detector.py', '--launcher', 'slurm'
-    assert '--launcher slurm needs GPUs; ' in mistake('train', *argv)
 
 
 def test_local_rank_under_mpi(monkeypatch):
@@ -277,27 +159,3 @@ def test_local_rank_under_mpi(monkeypatch):
     argv = [str(MASK_RCNN), '--launcher', 'mpi']
     train.cli.load_config(train.build_parser().parse_args(argv))
     assert os.environ['LOCAL_RANK'] == '3'
-
-
-URL = 'http://127.0.0.1:9/overlock.pth'  # nothing listens there
-
-
-def test_mistake_that_building_finds(files, tmp_path):
-    """A key or value that the class does not take, a URL without a file."""
-    path = 'model.backbone.drop_pathrate'
-    new = f'{INIT}._delete_=True', f'{INIT}.type=Pretrained'
-    for options, words in (
-        ([f'{path}=0.1'], f"{path}: .*unexpected .*argument 'drop_pathrate'"),
-        (['model.backbone.drop_path_rate=2'], 'OverLoCK of the .*: drop_path'),
-        (
-            [*new, f'{INIT}.checkpoint={URL}'],
-            f'cannot download {URL}.*{INIT}.checkpoint=FILE.*{INIT}=None',
-        ),
-    ):
-        argv = files / 'detector.py', '--work-dir', tmp_path, '--cfg-options'
-        message = tiny.run_tool('train', *argv, *options, status=2)
-        assert 'Traceback' not in message
-        assert re.search(words, message)
-    with pytest.raises(TypeError, match='other'):  # with its traceback
-        with train.cli.explain_failures(Config(), {'model.x': 1}):
-            raise TypeError("unexpected keyword argument 'other'")

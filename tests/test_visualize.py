@@ -69,17 +69,17 @@ def load_files(files):
 def test_prior(files, draw):
     """What the Overview-Net says, and what stage 3 makes of it."""
     figure, (maps, picture, padded, _) = draw('prior', 'cls')
-    backbone, inputs, expected_picture = load_files(files['cls'])
+    backbone, inputs, expected = load_files(files['cls'])
     assert padded == inputs.shape[2:]
-    assert (picture == expected_picture).all()
+    assert (picture == expected).all()
     prior, updated = maps.values()
     base = backbone.base_net(inputs)[-1]
     overview = backbone.overview_net(base)
     torch.testing.assert_close(prior, backbone.high_level_proj(overview)[0])
     stage3 = backbone.focus_net(base, overview)[0]
     torch.testing.assert_close(updated, stage3[0, -len(prior) :])
-    title = figure.axes[1].get_title()
-    assert title == 'context prior P0\n8 channels, 2 x 2'
+    title = 'context prior P0\n8 channels, 2 x 2'
+    assert figure.axes[1].get_title() == title
 
 
 def test_features(files, draw):
@@ -136,9 +136,8 @@ def test_dynamic_kernels():
     """They give the block's mix when the windows are multiplied by hand."""
     torch.manual_seed(0)
     shape = dict(kernel_size=7, heads=2, first=True, drop_path=0.0)
-    options = dict(norm_cfg={'type': 'BN'}, deploy=False)
-    options |= dict(contmix_backend='auto')
-    block = FocusBlock(16, 8, **shape, **options).eval()
+    options = dict(norm_cfg={'type': 'BN'}, contmix_backend='auto')
+    block = FocusBlock(16, 8, **shape, **options, deploy=False).eval()
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter)
     z, value = torch.randn(1, 24, 9, 12), torch.randn(1, 16, 9, 12)
@@ -148,18 +147,15 @@ def test_dynamic_kernels():
     halves = value[0].chunk(2)
     for row, column in ((0, 0), (4, 6), (8, 11), (1, 9)):
         parts = []
-        kernels = tool.dynamic_kernels(
-            block, got['query'], got['key'], (row, column)
-        )
+        kernels = tool.dynamic_kernels(block, **got, position=(row, column))
         for half, (kernel, top, left) in zip(halves, kernels, strict=True):
             k = kernel.shape[-1]
             assert kernel.shape == (4, k, k)
             assert top == min(max(row - k // 2, 0), 9 - k)
             window = half[:, top : top + k, left : left + k]
             parts.append((kernel.repeat_interleave(2, 0) * window).sum((1, 2)))
-        torch.testing.assert_close(
-            torch.cat(parts), mixed[:, row, column], atol=1e-5, rtol=1e-5
-        )
+        found, expected = torch.cat(parts), mixed[:, row, column]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_erf(draw):
@@ -170,11 +166,12 @@ def test_erf(draw):
     for i, line in enumerate(lines[start + 2 : start + 4]):
         assert line.startswith(f'stage {3 + i}')
         ratios = [float(n.strip('%')) for n in line.split()[2:]]
-        assert len(ratios) == 4 and ratios == sorted(ratios)
-        assert 0 < ratios[0] and ratios[-1] <= 100
-        assert figure.axes[i].images[0].get_array().max() == pytest.approx(1)
+        assert len(ratios) == 4 and 0 < ratios[0] and ratios[-1] <= 100
+        assert ratios == sorted(ratios)
+        axes = figure.axes[i]
+        assert axes.images[0].get_array().max() == pytest.approx(1)
         written = ' / '.join(f'{ratio:.1f}' for ratio in ratios)
-        assert f'in {written} % of the area' in figure.axes[i].get_xlabel()
+        assert f'in {written} % of the area' in axes.get_xlabel()
 
 
 def test_area_ratios():
@@ -201,13 +198,13 @@ def test_effective_field_is_a_gradient():
     image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     picture = np.zeros((64, 64, 3), np.uint8)
     module = backbone.sub_blocks3[-1]
-    sums, centres = tool.effective_field(
-        backbone, {'a': module}, [('', image, picture)] * 2, 64
-    )
-    assert centres == {'a': 2.5 * 16 - 0.5}
+    images = [('', image, picture)] * 2
+    sums, centers = tool.effective_field(backbone, {'a': module}, images, 64)
+    assert centers == {'a': 2.5 * 16 - 0.5}
 
-    def centre(x):
-        with tool.recording(a=module) as maps, torch.no_grad():
+    @torch.no_grad()
+    def center(x):
+        with tool.recording(a=module) as maps:
             backbone(x)
         return maps['a'][0, :, 2, 2].sum().item()
 
@@ -215,22 +212,23 @@ def test_effective_field_is_a_gradient():
     for channel in range(3):
         step = torch.zeros_like(image)
         step[0, channel, 40, 30] = 1e-4
-        slope = (centre(image + step) - centre(image - step)) / 2e-4
-        expected += 2 * max(slope, 0)  # two images
+        slope = (center(image + step) - center(image - step)) / 2e-4
+        expected += len(images) * max(slope, 0)
     assert sums['a'][40, 30].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_principal_components():
     """The first, of the largest variance, is red."""
-    maps = torch.zeros(4, 6, 5)
-    maps[2] = torch.arange(6.0)[:, None]
-    maps[0] = 0.1 * torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    maps = torch.zeros(4, 6, 5, dtype=torch.float64)
+    ramp = torch.arange(6.0)[:, None].expand(6, 5) - 2.5
+    maps[0], maps[1] = 4 * ramp, -3 * ramp
+    maps[2] = 0.1 * torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
     components, shares = tool.principal_components(maps)
-    variances = torch.stack([maps[i].var(correction=0) for i in (2, 0)])
-    expected = variances / variances.sum()
-    torch.testing.assert_close(shares[:2].float(), expected)
-    expected = (maps[2] - 2.5).double()
+    expected = 5 * ramp.double()
     torch.testing.assert_close(components[..., 0], expected)
+    variances = expected.var(correction=0), maps[2].var(correction=0)
+    expected = torch.stack(variances) / sum(variances)
+    torch.testing.assert_close(shares[:2], expected)
     assert components[..., 2].abs().max() < 1e-6
     red = tool.as_colors(components)[..., 0].mean(1)
     assert (red.diff() > 0).all() and red[0] < 0.05 and red[-1] > 0.95

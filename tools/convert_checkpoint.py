@@ -51,13 +51,11 @@ def convert(state, backbone_only):
         the release.
     """
     released = weights.is_release(state)
-    if backbone_only and released:
-        heads = weights.HEADS
-        return {
-            k: v for k, v in state.items() if not k.startswith(heads)
-        }, True
     if backbone_only:
-        return weights.take(state, 'backbone.'), True
+        if not released:
+            return weights.take(state, 'backbone.'), True
+        names = [k for k in state if not k.startswith(weights.HEADS)]
+        return {name: state[name] for name in names}, True
     if released:
         return weights.add_prefixes(state), False
     other = [k for k in state if not k.startswith(('backbone.', 'head.'))]
@@ -68,16 +66,6 @@ def convert(state, backbone_only):
             "have OpenMMLab's names; --backbone-only writes their backbone"
         )
     return weights.remove_prefixes(state), True
-
-
-def save(contents, path):
-    """Write a checkpoint; what was there before stays until it is whole."""
-    buffer = io.BytesIO()
-    torch.save(contents, buffer)
-    try:
-        SafeBackend().put(buffer.getvalue(), path)
-    except OSError as error:
-        raise cli.UserError(f'cannot write {path}: {error}') from error
 
 
 def main(argv=None):
@@ -99,7 +87,9 @@ def main(argv=None):
         converted, released = convert(state, args.backbone_only)
         if args.reparam:
             converted = weights.merge(converted)
-        save(converted if released else {'state_dict': converted}, dst)
+        file = io.BytesIO()
+        torch.save(converted if released else {'state_dict': converted}, file)
+        SafeBackend().put(file.getvalue(), dst)
     heads = any(name.startswith(weights.HEADS) for name in converted)
     print(
         f'{dst}: OverLoCK {arch}, {"classifier" if heads else "backbone"}, '

@@ -37,6 +37,11 @@ from mmoverlock.models.fuse import fuse
 from mmoverlock.models.layers import PointwiseConv, scale_shift
 from mmoverlock.models.reparam import DilatedReparamConv
 
+PARTS = {  # of models that are exported, by package
+    'mmdet': ('backbone', 'neck'),
+    'mmseg': ('backbone', 'neck', 'decode_head'),
+    'mmpretrain': ('backbone', 'neck', 'head'),
+}
 SHAPES = {'mmdet': (800, 1344), 'mmseg': (512, 512), 'mmpretrain': (224, 224)}
 MULTIPLE, LEAST, MOST = 32, 224, 4096  # of dynamic heights and widths
 DYNAMIC_SHAPE = 256, 320
@@ -95,52 +100,28 @@ def make_exportable(model, dynamic):
 
 
 class Exported(nn.Module):
-    """From a normalized image to what is exported of a model."""
+    """From a normalized image to what parts of a model make, one by one."""
 
-    # Parts that are run, of kinds that do not run all.
-    parts = {
-        'backbone': ('backbone',),
-        'mmdet': ('backbone', 'neck'),
-        'mmseg': ('backbone', 'neck', 'decode_head'),
-    }
-
-    def __init__(self, model, scope, backbone_only):
+    def __init__(self, model, names):
         super().__init__()
-        self.model = model
-        self.kind = 'backbone' if backbone_only else scope
-        self.head = getattr(model, 'decode_head', None)
+        parts = (getattr(model, name, None) for name in names)
+        self.parts = nn.ModuleList(filter(None, parts))
+        self.align_corners = None
+        if names[-1] == 'decode_head':
+            self.align_corners = model.decode_head.align_corners
 
     def forward(self, image):
-        if self.kind == 'backbone':
-            return self.model.backbone(image)
-        if self.kind == 'mmpretrain':
-            return (self.model(image),)
-        maps = self.model.extract_feat(image)
-        if self.kind == 'mmdet':
-            return tuple(maps)
-        return (
-            F.interpolate(
-                self.head(maps),
+        outputs = image
+        for part in self.parts:
+            outputs = part(outputs)
+        if self.align_corners is not None:
+            outputs = F.interpolate(
+                outputs,
                 image.shape[2:],
                 mode='bilinear',
-                align_corners=self.head.align_corners,
-            ),
-        )
-
-    def drop_unused(self):
-        """Take out other parts, whose weights a program would keep."""
-        children = dict(self.model.named_children())
-        kept = 'data_preprocessor', *self.parts.get(self.kind, children)
-        for name in children:
-            if name not in kept:
-                setattr(self.model, name, None)
-        if 'decode_head' not in kept:
-            self.head = None
-
-    def names(self, outputs):
-        if self.kind in ('mmpretrain', 'mmseg'):
-            return ['logits']
-        return [f'map_{i}' for i in range(len(outputs))]
+                align_corners=self.align_corners,
+            )
+        return (outputs,) if torch.is_tensor(outputs) else tuple(outputs)
 
 
 # ------------------------------------------------------------------ formats
@@ -210,44 +191,36 @@ def write_file(model, scope, args, shape):
         to the largest value of an output, by height and width; None where
         there is no runtime.
     """
-    module = Exported(model, scope, args.backbone_only).eval()
-    shapes = [shape]
+    parts = ('backbone',) if args.backbone_only else PARTS[scope]
+    module = Exported(model, parts).eval()
+    sizes, dimensions = [shape], None
     if args.dynamic:
-        shapes += [(LEAST, LEAST + MULTIPLE), (shape[0] + MULTIPLE, LEAST)]
-    channels = input_channels(model)
-    images = [
-        torch.randn(
-            *(1, channels, *size),
-            generator=torch.Generator().manual_seed(size[0]),
+        sizes += [(LEAST, LEAST + MULTIPLE), (shape[0] + MULTIPLE, LEAST)]
+        limits = dict(min=LEAST // MULTIPLE, max=MOST // MULTIPLE)
+        rows, columns = (
+            torch.export.Dim(name, **limits) for name in ('rows', 'columns')
         )
-        for size in shapes
-    ]
+        dimensions = ({2: MULTIPLE * rows, 3: MULTIPLE * columns},)
+    torch.manual_seed(0)
+    images = [torch.randn(1, input_channels(model), *size) for size in sizes]
     expected = [module(image) for image in images]
     make_exportable(fuse(model), args.dynamic)
-    module.drop_unused()
-    dimensions = None
-    if args.dynamic:
-        steps = LEAST // MULTIPLE, MOST // MULTIPLE
-        dimensions = (
-            {
-                axis: MULTIPLE
-                * torch.export.Dim(name, min=steps[0], max=steps[1])
-                for axis, name in ((2, 'rows'), (3, 'columns'))
-            },
-        )
     module(images[0])  # ContMix's layout is made once, and not while tracing
     program = torch.export.export(
         module, (images[0],), dynamic_shapes=dimensions, strict=False
     )
+    names = [f'map_{i}' for i in range(len(expected[0]))]
+    if parts[-1].endswith('head'):
+        names = ['logits']
     path = str(args.out)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     _, write, load = FORMATS[args.format]
-    write(program, path, module.names(expected[0]), normalization(model))
+    write(program, path, names, normalization(model))
     run = load(path)
     if run is None:
         return None
     differences = {}
-    for size, image, wanted in zip(shapes, images, expected, strict=True):
+    for size, image, wanted in zip(sizes, images, expected, strict=True):
         differences[size] = max(
             ((a - b).abs().max() / b.abs().max()).item()
             for a, b in zip(run(image), wanted, strict=True)
@@ -262,16 +235,12 @@ def normalization(model):
         names = '_channel_conversion', 'channel_conversion', 'to_rgb'
         turned = any(getattr(preprocessor, name, False) for name in names)
         channels = 'RGB' if turned else 'BGR'
-    return {
-        'channels': str(channels),
-        **{
-            name: ', '.join(
-                f'{value:g}' for value in getattr(preprocessor, name).flatten()
-            )
-            for name in ('mean', 'std')
-            if hasattr(preprocessor, name)
-        },
-    }
+    found = {'channels': str(channels)}
+    for name in ('mean', 'std'):
+        if hasattr(preprocessor, name):
+            values = getattr(preprocessor, name).flatten()
+            found[name] = ', '.join(f'{value:g}' for value in values)
+    return found
 
 
 # ------------------------------------------------------------- command line
@@ -336,9 +305,8 @@ def check(args, cfg):
             '--dynamic: TorchScript files have a fixed size, because their '
             'shapes are traced as numbers; take --format onnx or torch-export'
         )
-    shape = tuple(
-        args.shape or (DYNAMIC_SHAPE if args.dynamic else SHAPES[scope])
-    )
+    default = DYNAMIC_SHAPE if args.dynamic else SHAPES[scope]
+    shape = tuple(args.shape or default)
     if min(shape) < 1:
         raise cli.UserError(
             f'--shape takes a height and a width in pixels, not {shape}'

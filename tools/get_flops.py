@@ -59,11 +59,7 @@ def build_parser():
 
 
 def count(cfg, shape):
-    """Count by parts of the model.
-
-    Args:
-        cfg (Config): The config.
-        shape (tuple[int, int]): Height and width of the image.
+    """Count by parts of the model, for an image of a height and width.
 
     Returns:
         tuple[dict[str, tuple[int, int]], int, int]: Parameters and FLOPs by
@@ -75,15 +71,10 @@ def count(cfg, shape):
         if isinstance(module, FocusBlock):
             # It does what is to be counted.
             module.contmix_backend = 'reference'
-    parts = dict(named_parts(model))
-    parameters = {
-        name: sum(parameter.numel() for parameter in part.parameters())
-        for name, part in parts.items()
-    }
-
     # Shapes suffice, and no device has a special path there; but MMDetection's
     # heads look at values.
     image = torch.empty(1, input_channels(model), *shape, device='meta')
+    parts = dict(named_parts(model))
     backbone = model.backbone.to('meta')
     with torch.device('meta'), torch.no_grad():
         with FlopCounterMode(display=False) as counter:
@@ -103,23 +94,25 @@ def count(cfg, shape):
         infer(model, scope, image)
     costs['backbone'].append(of_backbone)
     total = of_backbone + counter.get_total_flops()
-    # PyTorch counts a multiply-add as two.
-    return (
-        {name: (parameters[name], sum(costs[name]) // 2) for name in parts},
-        total // 2,
-        image.shape[1],
-    )
+    counted = {
+        name: (
+            sum(parameter.numel() for parameter in part.parameters()),
+            sum(costs[name]) // 2,  # PyTorch counts a multiply-add as two.
+        )
+        for name, part in parts.items()
+    }
+    return counted, total // 2, image.shape[1]
 
 
 def named_parts(model):
     """The children with parameters; those of a head with an auxiliary one."""
     for name, child in model.named_children():
+        parts = {name: child}
         if hasattr(child, 'aux_head'):
-            for inner, part in child.named_children():
-                if next(part.parameters(), None) is not None:
-                    yield f'{name}.{inner}', part
-        elif next(child.parameters(), None) is not None:
-            yield name, child
+            parts = {f'{name}.{n}': part for n, part in child.named_children()}
+        for name, part in parts.items():
+            if any(True for _ in part.parameters()):
+                yield name, part
 
 
 def costs_of(part, counter):
@@ -164,30 +157,29 @@ def is_auxiliary(name):
 
 def show(config, parts, total, channels, shape):
     """Print what `count` has counted."""
-    rows = [(name, *counts) for name, counts in parts.items()]
-    rows.append(('total', sum(row[1] for row in rows), total))
-    trained = sum(
-        counts[0] for name, counts in parts.items() if is_auxiliary(name)
-    )
-    if trained:
-        name = 'without auxiliary head'
-        rows.append((name, rows[-1][1] - trained, total))
-    width = max(len(row[0]) for row in rows)
+    rows = {name: counts for name, counts in parts.items()}
+    rows['total'] = sum(counts[0] for counts in parts.values()), total
+    if any(map(is_auxiliary, parts)):
+        rows['without auxiliary head'] = needed_parameters(parts), total
+    width = max(map(len, rows))
     print(f'{config}, {channels} x {shape[0]} x {shape[1]}')
     print(f'{"":{width}}  parameters       FLOPs')
-    for name, parameters, flops in rows:
+    for name, (parameters, flops) in rows.items():
         print(
             f'{name:{width}}  {parameters / 1e6:8.2f} M  {flops / 1e9:8.2f} G'
         )
 
 
+def needed_parameters(parts):
+    """The parameters of inference."""
+    return sum(n for name, (n, _) in parts.items() if not is_auxiliary(name))
+
+
 def table_row(link, parts, total):
     """A row of Markdown, without auxiliary heads."""
-    parameters = sum(
-        counts[0] for name, counts in parts.items() if not is_auxiliary(name)
-    )
+    count = needed_parameters(parts) / 1e6
     name = os.path.basename(link)
-    return f'| [{name}]({link}) | {parameters / 1e6:.2f} | {total / 1e9:.2f} |'
+    return f'| [{name}]({link}) | {count:.2f} | {total / 1e9:.2f} |'
 
 
 def main(argv=None):

@@ -96,18 +96,17 @@ COCO_FIRST_ID = {'train': 1, 'val': 500_001}
 COCO_EMPTY_EVERY = 20  # the 20th, 40th, ... image shows no object
 COCO_CROWD_EVERY = 10  # the 5th, 15th, ... image shows a crowd
 
-# Values in the label maps, 1 to 150.
-ADE_INDICES = {
-    **{'wall': 1, 'sky': 3, 'floor': 4, 'ceiling': 6, 'road': 7},
-    **{'grass': 10, 'mountain': 17, 'sea': 27, 'sand': 47},
-    **{'flower': 67, 'book': 68, 'airplane': 91, 'tent': 115, 'ball': 120},
-}
-ADE_COLORS = {
-    **{'wall': (218, 202, 180), 'sky': (150, 190, 240)},
-    **{'floor': (134, 90, 58), 'ceiling': (242, 242, 240)},
-    **{'road': (82, 82, 87), 'grass': (69, 133, 46)},
-    **{'mountain': (122, 110, 115), 'sea': (38, 101, 142)},
-    'sand': (215, 190, 136),
+# Value in the label maps, 1 to 150, and color.
+ADE_STUFF = {
+    'wall': (1, (218, 202, 180)),
+    'sky': (3, (150, 190, 240)),
+    'floor': (4, (134, 90, 58)),
+    'ceiling': (6, (242, 242, 240)),
+    'road': (7, (82, 82, 87)),
+    'grass': (10, (69, 133, 46)),
+    'mountain': (17, (122, 110, 115)),
+    'sea': (27, (38, 101, 142)),
+    'sand': (47, (215, 190, 136)),
 }
 # From the top of the picture to its bottom.
 ADE_SCENES = (
@@ -125,6 +124,7 @@ ADE_OUTLINES = {
     'flower': FLOWER,
     'tent': TRIANGLE,
 }
+ADE_OBJECTS = dict(airplane=91, ball=120, book=68, flower=67, tent=115)
 ADE_FOLDERS = {'train': 'training', 'val': 'validation'}
 
 # Folder, label and outline.
@@ -217,9 +217,10 @@ class Canvas:
         self.pixels[mask] = textured(rng, *mask.shape, color, 25)[mask]
         return True
 
-    def masks(self):
-        """The visible pixels of each object, a list of H x W arrays."""
-        return [self.owner == k + 1 for k in range(len(self.objects))]
+    def seen(self):
+        """Yield every object and where it is seen, H x W."""
+        for number, drawn in enumerate(self.objects, 1):
+            yield drawn, self.owner == number
 
     def save(self, rng, path):
         """Writes the picture with pixel noise as a JPEG file."""
@@ -229,22 +230,27 @@ class Canvas:
         Image.fromarray(pixels).save(path, 'JPEG', quality=92)
 
 
-def begin(split, index, size, seed):
-    """Begin an image, in which no other image has a part.
+def blank_images(split, count, size, seed):
+    """Yield what each image of a split starts from.
 
     Args:
         split (str): 'train' or 'val'.
-        index (int): The image's number in its split, from 1.
+        count (int): How many images there are.
         size (int): The long side in pixels.
         seed (int): The dataset's seed.
 
-    Returns:
-        tuple[numpy.random.Generator, int, int]: Source of randomness, height
-        and width, landscape or portrait.
+    Yields:
+        tuple[int, numpy.random.Generator, int, int]: The number of the image,
+        from 1, a source of randomness in which no other image has a part,
+        height and width, landscape or portrait.
     """
-    rng = np.random.default_rng((seed, SPLITS.index(split), index))
-    short = int(rng.integers(math.ceil(0.75 * size), size + 1))
-    return rng, *((size, short) if rng.random() < 0.5 else (short, size))
+    for index in track(
+        range(1, count + 1), description=split, console=Console(stderr=True)
+    ):
+        rng = np.random.default_rng((seed, SPLITS.index(split), index))
+        short = int(rng.integers(math.ceil(0.75 * size), size + 1))
+        shape = (size, short) if rng.random() < 0.5 else (short, size)
+        yield index, rng, *shape
 
 
 def textured_canvas(rng, height, width):
@@ -304,9 +310,9 @@ def draw_scene(rng, height, width):
         middle = (layer + rng.uniform(-0.2, 0.2)) / len(scene)
         edge = height * (middle + slope) if layer else np.full(width, -2)
         below = rows >= edge
-        fill = textured(rng, height, width, ADE_COLORS[name], 20)
-        pixels[below] = fill[below]
-        labels[below] = ADE_INDICES[name]
+        value, color = ADE_STUFF[name]
+        pixels[below] = textured(rng, height, width, color, 20)[below]
+        labels[below] = value
         labels[abs(rows - edge) < 1] = 0
     return pixels, labels
 
@@ -345,13 +351,12 @@ def coco_annotation(mask, crowd):
     }
 
 
-def write_coco(out, split, indices, size, seed):
+def write_coco(out, split, blanks):
     """Writes a split in the layout of COCO 2017; see `DATASETS`."""
     categories = coco_categories()
     ids = {category['name']: category['id'] for category in categories}
     images, annotations = [], []
-    for index in indices:
-        rng, height, width = begin(split, index, size, seed)
+    for index, rng, height, width in blanks:
         canvas = textured_canvas(rng, height, width)
         if index % COCO_EMPTY_EVERY:
             if index % COCO_CROWD_EVERY == COCO_CROWD_EVERY // 2:
@@ -361,68 +366,60 @@ def write_coco(out, split, indices, size, seed):
         file_name = f'{image_id:012d}.jpg'
         canvas.save(rng, out / f'{split}2017' / file_name)
         images.append(
-            {
-                'license': 1,
-                'file_name': file_name,
-                'height': height,
-                'width': width,
-                'id': image_id,
-            }
-        )
-        drawn = zip(canvas.objects, canvas.masks(), strict=True)
-        for number, (item, mask) in enumerate(drawn):
-            annotations.append(
-                {
-                    **coco_annotation(mask, item.crowd),
-                    'image_id': image_id,
-                    'category_id': ids[item.name],
-                    'id': 10 * image_id + number,
-                }
+            dict(
+                license=1,
+                file_name=file_name,
+                height=height,
+                width=width,
+                id=image_id,
             )
-    contents = {
-        'info': {'description': NOTE},
-        'licenses': [
-            {'id': 1, 'name': 'None: drawn, no photographs', 'url': ''}
-        ],
-        'images': images,
-        'annotations': annotations,
-        'categories': categories,
-    }
+        )
+        for number, (item, mask) in enumerate(canvas.seen()):
+            numbers = dict(
+                image_id=image_id,
+                category_id=ids[item.name],
+                id=10 * image_id + number,
+            )
+            annotations.append(coco_annotation(mask, item.crowd) | numbers)
+    contents = dict(
+        info={'description': NOTE},
+        licenses=[dict(id=1, name='None: drawn, no photographs', url='')],
+        images=images,
+        annotations=annotations,
+        categories=categories,
+    )
     path = out / 'annotations' / f'instances_{split}2017.json'
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(contents))
 
 
-def write_ade20k(out, split, indices, size, seed):
+def write_ade20k(out, split, blanks):
     """Writes a split in the layout of ADE20K; see `DATASETS`."""
     folder = ADE_FOLDERS[split]
     (out / 'annotations' / folder).mkdir(parents=True)
-    for index in indices:
-        rng, height, width = begin(split, index, size, seed)
+    for index, rng, height, width in blanks:
         pixels, labels = draw_scene(rng, height, width)
         canvas = Canvas(pixels)
         scatter(rng, canvas, ADE_OUTLINES, max_tilt=0.5)
-        for item, mask in zip(canvas.objects, canvas.masks(), strict=True):
-            labels[mask] = ADE_INDICES[item.name]
+        for item, mask in canvas.seen():
+            labels[mask] = ADE_OBJECTS[item.name]
         name = f'ADE_{split}_{index:08d}'
         canvas.save(rng, out / 'images' / folder / f'{name}.jpg')
         path = out / 'annotations' / folder / f'{name}.png'
         Image.fromarray(labels).save(path)
 
 
-def write_imagenet(out, split, indices, size, seed):
+def write_imagenet(out, split, blanks):
     """Writes a split in the layout of ImageNet; see `DATASETS`.
 
     The lists in meta/ say which labels the folders have: without them,
     mmpretrain wants all 1000 folders.
     """
     lines = []
-    for index in indices:
-        rng, height, width = begin(split, index, size, seed)
+    for index, rng, height, width in blanks:
         canvas = textured_canvas(rng, height, width)
-        folder, label, outline = IMAGENET_CLASSES[
-            index % len(IMAGENET_CLASSES)
-        ]
+        number = index % len(IMAGENET_CLASSES)
+        folder, label, outline = IMAGENET_CLASSES[number]
         extent = min(height, width) * rng.uniform(0.5, 0.8)
         center = rng.uniform(0.4, 0.6, 2) * (width, height)
         outline = placed(rng, outline, center, extent, math.pi)
@@ -436,9 +433,8 @@ def write_imagenet(out, split, indices, size, seed):
     path.write_text(''.join(lines))
 
 
-# Another layout is one more entry: write(out, split, indices, size, seed) of
-# a folder (Path), 'train' or 'val', numbers of images from 1, the long side
-# of the images in pixels and the dataset's seed.
+# Another layout is one more entry: write(out, split, blanks) of a folder
+# (Path), 'train' or 'val', and `blank_images`.
 DATASETS = {
     'coco': write_coco,
     'ade20k': write_ade20k,
@@ -467,18 +463,10 @@ def build_parser():
         help='training images; a fifth as many more, at least 8, are drawn '
         'for validation. Defaults to %(default)s',
     )
-    parser.add_argument(
-        '--size',
-        type=int,
-        default=256,
-        help='long side of the images in pixels. Defaults to %(default)s',
-    )
-    parser.add_argument(
-        '--seed',
-        type=int,
-        default=0,
-        help='what all drawings follow from. Defaults to %(default)s',
-    )
+    size = 'long side of the images in pixels. Defaults to %(default)s'
+    parser.add_argument('--size', type=int, default=256, help=size)
+    seed = 'what all drawings follow from. Defaults to %(default)s'
+    parser.add_argument('--seed', type=int, default=0, help=seed)
     return parser
 
 
@@ -494,12 +482,8 @@ def main(argv=None):
     (args.out / 'DRAWN.txt').write_text(f'{NOTE}\n')
     counts = {'train': args.images, 'val': max(8, args.images // 5)}
     for split, count in counts.items():
-        indices = track(
-            range(1, count + 1),
-            description=f'{args.dataset} {split}',
-            console=Console(stderr=True),
-        )
-        DATASETS[args.dataset](args.out, split, indices, args.size, args.seed)
+        blanks = blank_images(split, count, args.size, args.seed)
+        DATASETS[args.dataset](args.out, split, blanks)
     summary = ' and '.join(f'{counts[split]} {split}' for split in SPLITS)
     print(f'Wrote {summary} images to {args.out}. {NOTE}')
 

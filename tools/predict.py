@@ -12,14 +12,14 @@ videos, whose frames are predicted one by one. DIR gets
 
 Images are loaded as the test pipeline of the config says. Inputs that cannot
 be read, and pictures that cannot be drawn, are listed at the end, and the exit
-status is 1. Inputs in folders where results go are refused.
+status is 1.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 
 import cv2
@@ -33,6 +33,7 @@ from rich.progress import Progress
 from mmoverlock import cli
 from mmoverlock.inference import (
     VIDEOS,
+    VISUALIZERS_OF,
     UnreadableImage,
     build_pipeline,
     build_visualizer,
@@ -43,8 +44,6 @@ from mmoverlock.inference import (
     predict,
 )
 from mmoverlock.models.fuse import fuse
-
-TOP = 5  # classes of a classifier
 
 
 def build_parser():
@@ -78,17 +77,6 @@ def build_parser():
     return parser
 
 
-def check_inputs(files, out):
-    """Refuse inputs that results would replace, or that are results."""
-    for path, _ in files:
-        for folder in ('pictures', 'label_maps'):
-            if (out / folder).resolve() in path.resolve().parents:
-                raise cli.UserError(
-                    f'{path} is in {out / folder}, where results go; choose '
-                    'another --out'
-                )
-
-
 def count_images(path):
     """The number of images in a file, of videos as they say."""
     if path.suffix.lower() not in VIDEOS:
@@ -100,133 +88,79 @@ def count_images(path):
 def read_frames(path, name, folder):
     """Yield (image file, name, number of the frame or None) of a file.
 
-    Args:
-        path (Path): An image or a video.
-        name (str): For its results.
-        folder (Path): Gets the frames, one after the other.
-
-    Raises:
-        UnreadableImage: If it cannot be read.
+    The folder gets the frames of a video, one after the other.
     """
+    if path.is_dir():
+        raise UnreadableImage('there are no images in this folder')
     if path.suffix.lower() not in VIDEOS:
-        if path.is_dir():
-            raise UnreadableImage('there are no images in this folder')
         yield path, name, None
         return
     video = cv2.VideoCapture(str(path))
-    count = 0
-    while True:
+    for number in itertools.count():
         there, image = video.read()
         if not there:
             break
         file = folder / 'frame.png'  # for the test pipeline to load
         cv2.imwrite(str(file), image)
-        yield file, f'{name}/{count:06d}', count
-        count += 1
-    if not count:
+        yield file, f'{name}/{number:06d}', number
+    if not number:
         raise UnreadableImage('not a video, or one without a codec here')
 
 
-class Detections:
-    """Collects what a detector predicts, in COCO's format."""
+def detections(sample, image_id, start):
+    """Yield what a detector predicts as annotations in COCO's format.
 
-    def __init__(self, folder, classes, score_thr):
-        self.annotations = []
-        self.score_thr = score_thr
-        self.head = {
-            'categories': [
-                {'id': i, 'name': name} for i, name in enumerate(classes, 1)
-            ]
+    Their ids start from a number.
+    """
+    for i, found in enumerate(sample.pred_instances, start):
+        x, y, right, bottom = found.bboxes[0].tolist()
+        box = [x, y, right - x, bottom - y]
+        annotation = {
+            'id': i,
+            'image_id': image_id,
+            'category_id': int(found.labels) + 1,
+            'bbox': box,
+            'area': box[2] * box[3],
+            'iscrowd': 0,
+            'score': float(found.scores),
         }
-
-    def add(self, image_id, name, sample):
-        found = sample.pred_instances
-        found = found[found.scores >= self.score_thr].numpy()
-        for i in range(len(found)):
-            x, y, right, bottom = (float(value) for value in found.bboxes[i])
-            box = [x, y, right - x, bottom - y]
-            annotation = {
-                'id': len(self.annotations) + 1,
-                'image_id': image_id,
-                'category_id': int(found.labels[i]) + 1,
-                'bbox': box,
-                'area': box[2] * box[3],
-                'iscrowd': 0,
-                'score': float(found.scores[i]),
-            }
-            if 'masks' in found:
-                mask = np.asfortranarray(found.masks[i], dtype=np.uint8)
-                runs = coco_masks.encode(mask)
-                annotation['area'] = float(coco_masks.area(runs))
-                runs['counts'] = runs['counts'].decode()
-                annotation['segmentation'] = runs
-            self.annotations.append(annotation)
-        return {}
-
-    def results(self):
-        return {'annotations': self.annotations}
+        if 'masks' in found:
+            mask = found.masks[0].numpy()
+            runs = coco_masks.encode(np.asfortranarray(mask, np.uint8))
+            annotation['area'] = float(coco_masks.area(runs))
+            runs['counts'] = runs['counts'].decode()
+            annotation['segmentation'] = runs
+        yield annotation
 
 
-class LabelMaps:
-    """Writes what a segmentor predicts as PNGs."""
-
-    def __init__(self, folder, classes, score_thr):
-        self.folder = folder
-        self.head = {'classes': [*classes]}
-
-    def add(self, image_id, name, sample):
-        labels = sample.pred_sem_seg.data[0].numpy()
-        dtype = np.uint8 if len(self.head['classes']) <= 256 else np.uint16
-        path = self.folder / 'label_maps' / f'{name}.png'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(labels.astype(dtype)).save(path)
-        return {'label_map': path.relative_to(self.folder).as_posix()}
-
-    def results(self):
-        return {}
+def save_label_map(sample, path, classes):
+    """Write what a segmentor predicts as a PNG of numbers of classes."""
+    labels = sample.pred_sem_seg.data[0].numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dtype = np.uint8 if len(classes) <= 256 else np.uint16
+    Image.fromarray(labels.astype(dtype)).save(path)
 
 
-class Classes:
-    """Collects the likeliest classes of images."""
-
-    def __init__(self, folder, classes, score_thr):
-        self.classes = classes
-        self.head = {'classes': [*classes]}
-
-    def add(self, image_id, name, sample):
-        scores, labels = sample.pred_score.topk(
-            min(TOP, len(sample.pred_score))
-        )
-        return {
-            'predictions': [
-                {'label': label, 'class': self.classes[label], 'score': score}
-                for label, score in zip(
-                    labels.tolist(), scores.tolist(), strict=True
-                )
-            ]
-        }
-
-    def results(self):
-        return {}
-
-
-COLLECTORS = {'mmdet': Detections, 'mmseg': LabelMaps, 'mmpretrain': Classes}
+def top_classes(sample, classes):
+    """The five likeliest classes of an image, with their scores."""
+    scores, labels = sample.pred_score.topk(min(5, len(classes)))
+    return [
+        {'label': label, 'class': classes[label], 'score': score}
+        for label, score in zip(labels.tolist(), scores.tolist(), strict=True)
+    ]
 
 
 def run(args, cfg):
-    """Predict all inputs.
+    """Predict all inputs; what is predicted is written whatever fails.
 
     Returns:
-        dict[str, list[str]]: Lines on what failed, by what is to be said of
-        them; what is predicted is written whatever fails.
+        dict[str, list[str]]: What failed, by what is to be said of it.
     """
     files = find_files(args.inputs)
-    check_inputs(files, args.out)
     model = init_model(cfg, args.checkpoint, args.device or get_device())
     if args.fuse:
         fuse(model)
     pipeline = build_pipeline(cfg)
-    scope = cfg.default_scope
     classes = model.dataset_meta.get('classes')
     if not classes:
         raise cli.UserError(
@@ -234,26 +168,39 @@ def run(args, cfg):
             'test_dataloader = dict(dataset=dict(metainfo=dict(classes=[...])'
             ')) into the config'
         )
-    visualizer = build_visualizer(scope, model.dataset_meta)
-    # Of labels that reach over the edge, which is no concern of the user.
-    warnings.filterwarnings('ignore', '.* out of bounds, the drawn')
-    collector = COLLECTORS[scope](args.out, classes, args.score_thr)
-    images, unread, undrawn = [], [], []
+    visualizer = build_visualizer(cfg.default_scope, model.dataset_meta)
+    results = {'images': []}
+    if cfg.default_scope == 'mmdet':
+        numbered = enumerate(classes, 1)
+        categories = [{'id': i, 'name': name} for i, name in numbered]
+        results |= {'categories': categories, 'annotations': []}
+    else:
+        results['classes'] = [*classes]
+    unread, undrawn = [], []
 
-    def predict_one(file, name, path, frame):
+    def predict_one(path, file, name, frame):
         data, picture = load(pipeline, str(file))
         sample = predict(model, data)
         height, width = picture.shape[:2]
         record = {
-            'id': len(images) + 1,
+            'id': len(results['images']) + 1,
             'file_name': str(path),
             'height': height,
             'width': width,
         }
         if frame is not None:
             record['frame'] = frame
-        record |= collector.add(record['id'], name, sample)
-        images.append(record)
+        if cfg.default_scope == 'mmdet':
+            found = sample.pred_instances
+            sample.pred_instances = found[found.scores >= args.score_thr]
+            start = len(results['annotations']) + 1
+            results['annotations'] += detections(sample, record['id'], start)
+        elif cfg.default_scope == 'mmseg':
+            record['label_map'] = f'label_maps/{name}.png'
+            save_label_map(sample, args.out / record['label_map'], classes)
+        else:
+            record['predictions'] = top_classes(sample, classes)
+        results['images'].append(record)
         out = args.out / 'pictures' / f'{name}.png'
         try:
             draw(visualizer, picture, sample, out, args.score_thr)
@@ -265,23 +212,21 @@ def run(args, cfg):
         Progress(console=Console(stderr=True)) as progress,
         tempfile.TemporaryDirectory() as folder,
     ):
-        counts = [count_images(path) for path, _ in files]
-        task = progress.add_task('predict', total=sum(counts))
+        total = sum(count_images(path) for path, _ in files)
+        task = progress.add_task('predict', total=total)
         try:
             for path, name in files:
                 try:
                     for frame in read_frames(path, name, Path(folder)):
-                        predict_one(*frame[:2], path, frame[2])
+                        predict_one(path, *frame)
                         progress.advance(task)
                 except UnreadableImage as error:
                     unread.append(f'{path}: {error}')
-            progress.update(task, completed=sum(counts))
+            progress.update(task, completed=total)
         finally:
-            results = dict(images=images, **collector.head)
-            results |= collector.results()
             path = args.out / 'predictions.json'
             path.write_text(json.dumps(results, indent=1) + '\n')
-    print(f'{path}: {len(images)} images')
+    print(f'{path}: {len(results["images"])} images')
     return {
         'inputs could not be read': unread,
         'pictures could not be drawn': undrawn,
@@ -294,11 +239,11 @@ def main(argv=None):
         args = build_parser().parse_args(argv)
         cfg = cli.load_config(args)
         cli.check_file(args.checkpoint, 'checkpoint')
-        if cfg.get('default_scope') not in COLLECTORS:
+        if cfg.get('default_scope') not in VISUALIZERS_OF:
             raise cli.UserError(
                 f'{args.config} has the default_scope '
                 f'{cfg.get("default_scope")}, not one of '
-                + ', '.join(COLLECTORS)
+                + ', '.join(VISUALIZERS_OF)
             )
         with cli.explain_failures(cfg, args.cfg_options):
             failed = run(args, cfg)

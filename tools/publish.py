@@ -32,15 +32,7 @@ def build_parser():
 
 
 def publish(source, out):
-    """Write the file.
-
-    Args:
-        source (str): See :func:`mmoverlock.checkpoint.read`.
-        out (Path): Its name without the hash.
-
-    Returns:
-        Path: The file.
-    """
+    """Write the file; return its path, which is ``out`` with the hash."""
     checkpoint = read(source)
     # A copy, since a part of a tensor is saved with the whole of it.
     weights = {k: v.clone() for k, v in checkpoint['state_dict'].items()}
@@ -64,10 +56,7 @@ def main(argv=None):
             raise cli.UserError(
                 f'the name of a checkpoint ends in .pth: {out}'
             )
-        try:
-            path = publish(args.checkpoint, out)
-        except OSError as error:
-            raise cli.UserError(str(error)) from error
+        path = publish(args.checkpoint, out)
         print(f'{path}, {path.stat().st_size / 2**20:.1f} MiB')
 
 

@@ -17,19 +17,18 @@ import re
 import subprocess
 import sys
 import time
-from argparse import Namespace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from mmengine.config import Config
 from mmengine.fileio import load, put_text
 
 from mmoverlock import cli, data
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ('mmoverlock', 'torch', 'torchvision', 'opencv-python', 'pillow')
-STACKS = ('mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'mmpretrain')
+PACKAGES = ('mm', 'onedl', 'opencv', 'pillow', 'torch')  # as they begin
 
 
 class Metric(NamedTuple):
@@ -61,12 +60,7 @@ METRICS = {
         '0.05 by rounding, 0.05 because mmdet rounds to 0.1 too, and 0.05 by '
         'decoders, resizing and operators',
     ),
-    'mask AP': Metric(
-        'coco/segm_mAP',
-        100,
-        0.15,
-        'as for boxes',
-    ),
+    'mask AP': Metric('coco/segm_mAP', 100, 0.15, 'as for boxes'),
     'mIoU': Metric(
         'mIoU',
         1,
@@ -77,21 +71,11 @@ METRICS = {
 }
 
 
-def at_root(folder):
-    return {'test_dataloader.dataset.data_root': f'{folder}/'}
-
-
-def at_coco(folder):
-    file = folder / 'annotations' / 'instances_val2017.json'
-    return at_root(folder) | {'test_evaluator.ann_file': str(file)}
-
-
-# By dataset of the metafiles: the option that says where it is, and what of
-# the config this changes.
+# The options that say where they are, by dataset of the metafiles.
 DATASETS = {
-    'ImageNet-1k': ('--imagenet', at_root),
-    'COCO': ('--coco', at_coco),
-    'ADE20K': ('--ade20k', at_root),
+    'ImageNet-1k': '--imagenet',
+    'COCO': '--coco',
+    'ADE20K': '--ade20k',
 }
 
 
@@ -121,58 +105,48 @@ def released():
                 k: v for r in results for k, v in r['Metrics'].items()
             }
             job = Job(
-                model['Name'],
-                model['Config'],
-                model['Weights'],
-                results[0]['Dataset'],
-                published,
+                name=model['Name'],
+                config=model['Config'],
+                url=model['Weights'],
+                dataset=results[0]['Dataset'],
+                published=published,
             )
             yield job
             if 'mIoU' in published:  # of one scale
                 yield job._replace(published=dict(mIoU=None), tta=True)
 
 
-def folder_of(dataset, args):
-    """Where a dataset is, if that was given."""
-    return getattr(args, DATASETS[dataset][0].removeprefix('--'))
-
-
 def choose(args):
     """The tests of what is asked for, those of small models first."""
-    given = {name for name in DATASETS if folder_of(name, args)}
-    if not given:
-        raise cli.UserError(
-            'name the data of at least one of --coco, --ade20k and --imagenet'
-        )
     jobs = [
         job
         for job in released()
-        if job.dataset in given and job.arch in args.arch
+        if getattr(args, job.dataset) and job.arch in args.arch
     ]
     if not jobs:
         raise cli.UserError(
-            f'there are no weights of arch {", ".join(args.arch)} for '
-            + ', '.join(sorted(given))
+            f'there are no weights of arch {", ".join(args.arch)} for the '
+            f'data given; name others after {", ".join(DATASETS.values())}'
         )
     return sorted(jobs, key=lambda job: (job.tta, args.arch.index(job.arch)))
 
 
 def changes(job, args):
     """What of the config the place of its data changes."""
-    return DATASETS[job.dataset][1](folder_of(job.dataset, args))
+    folder = getattr(args, job.dataset)
+    options = {'test_dataloader.dataset.data_root': f'{folder}/'}
+    if job.dataset == 'COCO':
+        file = folder / 'annotations' / 'instances_val2017.json'
+        options['test_evaluator.ann_file'] = str(file)
+    return options
 
 
 def check(jobs, args):
     """Check the data of all tests before the first."""
     for job in jobs:
-        options = Namespace(
-            config=str(ROOT / job.config),
-            cfg_options=changes(job, args),
-            work_dir=None,
-            launcher='none',
-            local_rank=0,
-        )
-        data.check_data(cli.load_config(options), 'test')
+        cfg = Config.fromfile(ROOT / job.config)
+        cfg.merge_from_dict(changes(job, args))
+        data.check_data(cfg, 'test')
 
 
 def weights_of(job, args):
@@ -195,11 +169,6 @@ def weights_of(job, args):
     return path
 
 
-def run(command):
-    """Run a command; returns its status."""
-    return subprocess.run(command).returncode
-
-
 def measure(job, weights, args):
     """Test a model.
 
@@ -210,14 +179,14 @@ def measure(job, weights, args):
         UserError: If the test fails.
     """
     work_dir = args.out / (job.name + '_tta' * job.tta)
+    options = changes(job, args).items()
     command = [
-        *(sys.executable, str(ROOT / 'tools' / 'test.py')),
-        *(str(ROOT / job.config), str(weights), '--work-dir', str(work_dir)),
-        *(['--tta'] if job.tta else []),
-        '--cfg-options',
-        *(f'{key}={value}' for key, value in changes(job, args).items()),
+        *(sys.executable, ROOT / 'tools' / 'test.py'),
+        *(ROOT / job.config, weights, '--work-dir', work_dir),
+        *(['--tta'] * job.tta),
+        *('--cfg-options', *(f'{key}={value}' for key, value in options)),
     ]
-    status = run(command)
+    status = subprocess.call(command)
     if status:
         raise cli.UserError(
             f'the test of {job.name} ended with status {status}; start '
@@ -248,15 +217,15 @@ def compare(published, measured):
 
 def environment():
     """What the tests ran on."""
-    found = {}
-    for name in (*PACKAGES, *STACKS, *(f'onedl-{name}' for name in STACKS)):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     gpu = torch.cuda.is_available()
-    found['device'] = torch.cuda.get_device_name() if gpu else 'cpu'
-    return found
+    return {
+        'device': torch.cuda.get_device_name() if gpu else 'cpu',
+        **{
+            package.name: package.version
+            for package in distributions()
+            if package.name.lower().startswith(PACKAGES)
+        },
+    }
 
 
 def table(results):
@@ -268,19 +237,15 @@ def table(results):
     for result in results:
         name = result['name'] + ' (TTA)' * result['tta']
         for metric, value in result['measured'].items():
-            published = result['published'][metric]
-            cells = ['-', '-', '-']
-            if published is not None:
-                difference = result['differences'][metric]
-                cells = [
-                    str(published),
-                    f'{difference:+.2f}'
-                    + ' **!**' * (metric in result['excess']),
-                    str(METRICS[metric].tolerance),
-                ]
+            published = difference = allowed = '-'
+            if metric in result['differences']:
+                published = result['published'][metric]
+                difference = f'{result["differences"][metric]:+.2f}'
+                difference += ' **!**' * (metric in result['excess'])
+                allowed = METRICS[metric].tolerance
             rows.append(
-                f'| {name} | {metric} | {cells[0]} | {value:.2f} | '
-                f'{cells[1]} | {cells[2]} |'
+                f'| {name} | {metric} | {published} | {value:.2f} | '
+                f'{difference} | {allowed} |'
             )
     reasons = [
         f'- {name}: {metric.tolerance} is allowed: {metric.reason}.'
@@ -290,31 +255,26 @@ def table(results):
     return '\n'.join([*rows, '', *reasons]) + '\n'
 
 
-def key_of(job, weights, args):
-    """What a result is of; another of it has to be measured anew."""
-    return {
-        'name': job.name,
-        'tta': job.tta,
-        'config': job.config,
-        'sha256': hashlib.sha256(weights.read_bytes()).hexdigest(),
-        **changes(job, args),
-    }
-
-
 def reproduce(args):
     """Run all tests; returns their results."""
     jobs = choose(args)
     check(jobs, args)
     path = args.out / 'results.json'
-    before = json.loads(path.read_text())['results'] if path.exists() else []
-    results = []
+    results = {}
+    if path.exists():
+        before = json.loads(path.read_text())['results']
+        results = {(old['name'], old['tta']): old for old in before}
     for i, job in enumerate(jobs, 1):
         weights = weights_of(job, args)
-        key = key_of(job, weights, args)
-        done = [old for old in before if key.items() <= old.items()]
-        if done:
-            result = done[0]
-        else:
+        key = {  # another of these has to be measured anew
+            'name': job.name,
+            'tta': job.tta,
+            'config': job.config,
+            'sha256': hashlib.sha256(weights.read_bytes()).hexdigest(),
+            **changes(job, args),
+        }
+        result = results.get((job.name, job.tta), {})
+        if not key.items() <= result.items():
             what = job.name + ' with test-time augmentation' * job.tta
             print(f'[{i} of {len(jobs)}] {what}', flush=True)
             start = time.monotonic()
@@ -325,18 +285,15 @@ def reproduce(args):
                 'environment': environment(),
             }
         differences, excess = compare(job.published, result['measured'])
-        result = result | {
+        results[job.name, job.tta] = result | {
             'published': job.published,
             'differences': differences,
             'excess': excess,
         }
-        results.append(result)
-        test = job.name, job.tta
-        before = [r for r in before if (r['name'], r['tta']) != test]
-        before.append(result)
-        put_text(json.dumps({'results': before}, indent=1) + '\n', path)
-        put_text(table(before), args.out / 'results.md')
-    return results
+        found = [*results.values()]
+        put_text(json.dumps({'results': found}, indent=1) + '\n', path)
+        put_text(table(found), args.out / 'results.md')
+    return [results[job.name, job.tta] for job in jobs]
 
 
 # -------------------------------------------------------------- command line
@@ -347,9 +304,10 @@ def build_parser():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for name, (option, _) in DATASETS.items():
+    for name, option in DATASETS.items():
         parser.add_argument(
             option,
+            dest=name,
             type=Path,
             metavar='DIR',
             help=f'where {name} is, as docs/data.md says',

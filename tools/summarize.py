@@ -7,7 +7,7 @@ images; of a classifier, both as text.
 """
 
 import argparse
-import warnings
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,54 +21,31 @@ from mmengine.device import get_device
 from mmengine.registry import DATASETS
 
 from mmoverlock import cli
+from mmoverlock.checkpoint import latest_checkpoint
 from mmoverlock.curves import draw_curves
-from mmoverlock.data import unwrap
 from mmoverlock.inference import (
-    Pipeline,
+    build_pipeline,
     build_visualizer,
     dataset_of,
     draw,
     init_model,
+    load,
     predict,
     scope_of,
 )
 
 
-def latest(folder, pattern, what):
-    """The most recent file of a pattern."""
-    found = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise cli.UserError(f'there is no {what} in {folder}')
-    return found[-1]
-
-
-def checkpoints(work_dir, cfg):
-    """The folder of checkpoints: another one where ``out_dir`` names it."""
-    hooks = cfg.get('default_hooks') or {}
-    out_dir = (hooks.get('checkpoint') or {}).get('out_dir')
-    name = Path(cfg.get('work_dir') or work_dir).resolve().name
-    return Path(out_dir, name) if out_dir else work_dir
-
-
 def draw_predictions(cfg, checkpoint, path, count, score_thr):
-    """Draw predictions beside the truth of validation images.
+    """Draw predictions beside the truth, for images spread over a set.
 
-    Args:
-        cfg (Config): The config of the model, with a set to validate or test.
-        checkpoint (Path): Its weights.
-        path (Path): Where the picture goes.
-        count (int): Number of images, spread over the set.
-        score_thr (float): Objects below this score are left out.
+    It is the set to validate or, where there is none, to test. Objects below
+    the score are left out.
     """
-    model = init_model(cfg, str(checkpoint), get_device())
+    model = init_model(cfg, checkpoint, get_device())
     dataset = DATASETS.build(dataset_of(cfg, 'val', 'test'))
-    pictures = []
-    for _, leaf in unwrap(dataset):
-        leaf.pipeline = Pipeline(leaf.pipeline.transforms, pictures)
-    meta = model.dataset_meta | {'classes': leaf.metainfo['classes']}
+    pipeline = build_pipeline(cfg)
+    meta = model.dataset_meta | {'classes': dataset.metainfo['classes']}
     visualizer = build_visualizer(scope_of(cfg), meta)
-    # Of labels that reach over the edge, which is no concern of the user.
-    warnings.filterwarnings('ignore', '.* out of bounds, the drawn')
     count = min(count, len(dataset))
     rows = -(-count // 2)
     figure, grid = plt.subplots(
@@ -80,10 +57,8 @@ def draw_predictions(cfg, checkpoint, path, count, score_thr):
         drawn = Path(folder, 'drawn.png')
         for i, axes in zip(range(count), grid.flat, strict=False):
             sample = predict(model, dataset[i * len(dataset) // count])
-            draw(
-                visualizer, pictures[-1], sample, drawn, score_thr, truth=True
-            )
-            pictures.clear()
+            _, picture = load(pipeline, sample.img_path)
+            draw(visualizer, picture, sample, drawn, score_thr, truth=True)
             axes.imshow(plt.imread(drawn))
             axes.set_title(Path(sample.img_path).name, fontsize=9)
     figure.savefig(path, dpi=110)
@@ -103,30 +78,31 @@ def main(argv=None):
         '--score-thr', type=float, default=0.5, help='default: 0.5'
     )
     args = parser.parse_args(argv)
+    folder = args.work_dir
     with cli.user_errors('summarize.py'):
-        folder = args.work_dir
-        cfg = Config.fromfile(latest(folder, '*.py', 'config'))
+        configs = sorted(folder.glob('*.py'), key=os.path.getmtime)
+        if not configs:
+            raise cli.UserError(f'there is no config in {folder}')
+        cfg = Config.fromfile(configs[-1])
         cli.check_files(cfg)
-        checkpoint = latest(checkpoints(folder, cfg), '*.pth', 'checkpoint')
-        curves = folder / 'curves.png'
-        batch_size = cfg.train_dataloader.batch_size
-        last = draw_curves(folder, batch_size)
-        if not last:
-            raise cli.UserError(f'there is no scalars.json in {folder}')
+        checkpoint = latest_checkpoint(folder)
+        last = draw_curves(folder, cfg.train_dataloader.batch_size)
+        if not checkpoint or not last:
+            raise cli.UserError(f'{folder} lacks a checkpoint or scalars.json')
+        for name, value in last.items():
+            print(f'{name}: {value:.4g}')
+        print(f'checkpoint: {checkpoint}')
         predictions = folder / 'predictions.png'
-        has_truth = dataset_of(cfg, 'val', 'test') is not None
-        if has_truth:
-            draw_predictions(
-                *(cfg, checkpoint, predictions, args.images, args.score_thr)
+        if dataset_of(cfg, 'val', 'test'):
+            options = args.images, args.score_thr
+            draw_predictions(cfg, checkpoint, predictions, *options)
+            print(f'predictions and truth: {predictions}')
+        else:
+            print(
+                'no predictions: the config has neither a validation nor a '
+                'test set'
             )
-    for name, value in last.items():
-        print(f'{name}: {value:.4g}')
-    print(f'checkpoint: {checkpoint}')
-    if has_truth:
-        print(f'predictions and truth: {predictions}')
-    else:
-        print('no predictions: the config has no validation and no test set')
-    print(f'losses, metrics, learning rate, speed: {curves}')
+        print(f'losses, metrics, learning rate, speed: {folder}/curves.png')
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import METRICS
 
 from mmoverlock import cli, data
+from mmoverlock.inference import VISUALIZERS_OF
 from mmoverlock.models.fuse import fuse
 
 
@@ -83,11 +84,6 @@ def draw_predictions(cfg, folder):
             type='VisualizationHook', enable=True, interval=1, out_dir=folder
         ),
     }
-    visualizers = {
-        'mmdet': 'DetLocalVisualizer',
-        'mmseg': 'SegLocalVisualizer',
-        'mmpretrain': 'UniversalVisualizer',
-    }
     scope = cfg.get('default_scope')
     if scope not in hooks:
         raise cli.UserError(
@@ -96,7 +92,7 @@ def draw_predictions(cfg, folder):
         )
     cfg.setdefault('default_hooks', {}).setdefault('visualization', {})
     cfg.default_hooks.visualization.update(hooks[scope])
-    cfg.setdefault('visualizer', {'type': visualizers[scope]})
+    cfg.setdefault('visualizer', {'type': VISUALIZERS_OF[scope]})
     if scope == 'mmseg':  # its hook has no folder of its own
         cfg.visualizer.save_dir = folder
         cfg.visualizer.vis_backends = [dict(type='LocalVisBackend')]
@@ -139,17 +135,10 @@ def main(argv=None):
             if args.fuse:
                 runner.register_hook(Fuse())
             if args.out:
-                dump = (
-                    METRICS.build(
-                        dict(
-                            type='mmdet.DumpDetResults',
-                            out_file_path=args.out,
-                        )
-                    )
-                    if cfg.default_scope == 'mmdet'
-                    else DumpPredictions(args.out)
-                )
-                runner.test_evaluator.metrics.append(dump)
+                dump = DumpPredictions
+                if cfg.default_scope == 'mmdet':
+                    dump = METRICS.get('mmdet.DumpDetResults')
+                runner.test_evaluator.metrics.append(dump(args.out))
             runner.test()
 
 

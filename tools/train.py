@@ -6,13 +6,10 @@ import os
 
 import torch
 from mmengine.device import get_device
-from mmengine.hooks import Hook
-from torch.nn.parallel import DistributedDataParallel
 
 from mmoverlock import cli, data
 from mmoverlock.checkpoint import latest_checkpoint, remove_unfinished
 from mmoverlock.engine import CPUAmpOptimWrapper
-from mmoverlock.models import OverLoCK
 
 LATEST = 'latest'
 
@@ -64,14 +61,12 @@ def apply_options(cfg, args):
         cfg.load_from = args.resume
         if args.resume == LATEST:
             cfg.load_from = latest_checkpoint(cfg.work_dir)
-    if args.seed is not None or args.deterministic:
-        cfg.setdefault('randomness', {})
     if args.seed is not None:
         if not 0 <= args.seed < 2**32:
             raise cli.UserError(f'--seed {args.seed} is not in [0, 2^32)')
-        cfg.randomness.seed = args.seed
+        cfg.merge_from_dict({'randomness.seed': args.seed})
     if args.deterministic:
-        cfg.randomness.deterministic = True
+        cfg.merge_from_dict({'randomness.deterministic': True})
         # cuBLAS needs it, before it is loaded.
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     if args.amp:
@@ -118,52 +113,6 @@ def mix_precision(cfg):
         )
 
 
-class UnreadMaps(Hook):
-    """Ends a training by DDP where nothing reads some map of a backbone.
-
-    The output norm of such a map has no gradient, and DDP would end after an
-    iteration with a message that does not say so.
-    """
-
-    def before_train(self, runner):
-        self.read = {}
-        self.handles = []
-        model = runner.model
-        if not isinstance(model, DistributedDataParallel):
-            return
-        for backbone in model.modules():
-            # A classifier's two maps have no norms.
-            if isinstance(backbone, OverLoCK) and not backbone.classifier:
-                if not model.find_unused_parameters:
-                    self.read[backbone] = set()
-                    handle = backbone.register_forward_hook(self._watch)
-                    self.handles.append(handle)
-
-    def _watch(self, backbone, images, maps):
-        for index, item in zip(backbone.out_indices, maps, strict=True):
-            if item.requires_grad:
-                item.register_hook(
-                    lambda grad, i=index: self.read[backbone].add(i)
-                )
-
-    def after_train_iter(self, runner, *args, **kwargs):
-        while self.handles:
-            self.handles.pop().remove()
-        for backbone, read in self.read.items():
-            needed = set(read)
-            if backbone.out_indices[-1] >= 2:
-                needed.add(1)  # stage 3 reads it
-            if read and not needed.issuperset(backbone.out_indices):
-                raise cli.UserError(
-                    f'the backbone has maps {backbone.out_indices}, and only '
-                    f'{tuple(sorted(read))} are read: several processes need '
-                    f'model.backbone.out_indices={tuple(sorted(read))}, and '
-                    'in_index (and in_channels) of the heads, or start_level '
-                    'of a neck, counted among those'
-                )
-        self.read = {}
-
-
 def main(argv=None):
     cli.set_up()
     with cli.user_errors('train.py'):
@@ -176,7 +125,6 @@ def main(argv=None):
         remove_unfinished(cfg.work_dir)
         with cli.explain_failures(cfg, args.cfg_options):
             runner = cli.build_runner(cfg, cfg.get('resume', False))
-            runner.register_hook(UnreadMaps())
             if args.deterministic:
                 # mmengine stops at operators that cannot be.
                 torch.use_deterministic_algorithms(True, warn_only=True)

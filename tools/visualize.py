@@ -46,6 +46,7 @@ STYLE = {
 }
 SHARES = (0.2, 0.3, 0.5, 0.99)  # of the contributions, for area ratios
 COLORS = plt.get_cmap('tab10').colors
+QUARTERS = (0.25, 0.5, 0.75)  # of the width, where kernels are shown
 
 
 # ------------------------------------------------------------------ helpers
@@ -59,15 +60,11 @@ def recording(**modules):
     def record(name):
         return lambda module, inputs, output: outputs.update({name: output})
 
-    hooks = [
-        module.register_forward_hook(record(name))
-        for name, module in modules.items()
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules.items():
+            hook = module.register_forward_hook(record(name))
+            hooks.enter_context(hook)
         yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def principal_components(maps):
@@ -78,23 +75,17 @@ def principal_components(maps):
 
     Returns:
         tuple[Tensor, Tensor]: The three first, (H, W, 3), the largest first,
-        and the share (3, ) of the variance that each has. A map of fewer
-        channels has zeros for the rest.
+        and the share (3, ) of the variance that each has.
     """
-    size = maps.shape[1:]
-    points = maps.flatten(1).T.double().cpu()
-    points = points - points.mean(0)
-    _, values, axes = torch.linalg.svd(points, full_matrices=False)
-    shares = values.square() / values.square().sum().clamp_min(1e-300)
-    axes = axes[:3]
+    points = maps.flatten(1).double().cpu()
+    points = points - points.mean(1, keepdim=True)
+    variances, axes = torch.linalg.eigh(points @ points.T)
+    shares = variances.flip(0)[:3] / variances.sum().clamp_min(1e-300)
+    axes = axes.flip(1)[:, :3]
     # The sign of a component is arbitrary: make its largest entry positive.
-    peaks = axes.gather(1, axes.abs().argmax(1, keepdim=True))
-    components = points @ (axes * peaks.sign()).T
-    missing = 3 - components.shape[1]
-    components, shares = (
-        F.pad(found, (0, missing)) for found in (components, shares[:3])
-    )
-    return components.reshape(*size, 3), shares
+    peaks = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+    components = points.T @ (axes * peaks.sign())
+    return components.reshape(*maps.shape[1:], 3), shares
 
 
 def as_colors(components):
@@ -108,12 +99,13 @@ def lay_over(axes, maps, picture, padded, **options):
     """Show a map over the picture; both have one upper left corner."""
     height, width = padded
     shown = axes.imshow(
-        maps, extent=(-0.5, width - 0.5, height - 0.5, -0.5), **options
+        maps,
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+        interpolation='nearest',
+        **options,
     )
-    axes.set(
-        xlim=(-0.5, picture.shape[1] - 0.5),
-        ylim=(picture.shape[0] - 0.5, -0.5),
-    )
+    height, width = picture.shape[:2]
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
     return shown
 
 
@@ -128,12 +120,9 @@ def show_maps(maps, picture, padded, path):
     """
     columns = len(maps) + 1
     width = min(WIDTH / columns, 1.75)
-    height = width * picture.shape[0] / picture.shape[1]
-    figure, grid = plt.subplots(
-        *(2, columns),
-        figsize=(width * columns, 2 * height + 0.7),
-        layout='compressed',
-    )
+    height = 2 * width * picture.shape[0] / picture.shape[1] + 0.7
+    size = width * columns, height
+    figure, grid = plt.subplots(2, columns, figsize=size, layout='compressed')
     for axes in grid.flat:
         axes.axis('off')
     grid[0, 0].imshow(picture)
@@ -148,17 +137,12 @@ def show_maps(maps, picture, padded, path):
         maps.items(), grid.T[1:], strict=True
     ):
         components, shares = principal_components(map_)
-        lay_over(
-            *(above, as_colors(components), picture, padded),
-            interpolation='nearest',
-        )
-        channels, *size = map_.shape
-        above.set_title(f'{title}\n{channels} channels, {size[0]} x {size[1]}')
+        lay_over(above, as_colors(components), picture, padded)
+        channels, height, width = map_.shape
+        above.set_title(f'{title}\n{channels} channels, {height} x {width}')
         below.imshow(gray, cmap='gray', vmin=0, vmax=255)
-        shown = lay_over(
-            *(below, components[..., 0], picture, padded),
-            **dict(cmap='inferno', alpha=0.7, interpolation='nearest'),
-        )
+        first, style = components[..., 0], dict(cmap='inferno', alpha=0.7)
+        shown = lay_over(below, first, picture, padded, **style)
         below.set_title(f'{shares[0]:.0%}')
         bar = figure.colorbar(shown, ax=below, location='bottom', aspect=25)
         bar.ax.locator_params(nbins=4)
@@ -257,27 +241,18 @@ def draw_kernels(backbone, images, args):
         with recording(query=block.weight_query, key=block.weight_key) as got:
             backbone(inputs)
         height, width = picture.shape[:2]
-        pixels = args.at or [
-            (round(width * x), round(height * y))
-            for x, y in ((0.25, 0.5), (0.5, 0.5), (0.75, 0.5))
-        ]
-        steps = [
-            side / length
-            for side, length in zip(
-                inputs.shape[2:], got['query'].shape[2:], strict=True
-            )
-        ]
+        middle = [(round(width * x), round(height / 2)) for x in QUARTERS]
+        rows, columns = got['query'].shape[2:]
+        steps = inputs.shape[2] / rows, inputs.shape[3] / columns
         found = []
-        for x, y in pixels:
+        for x, y in args.at or middle:
             if not (0 <= x < width and 0 <= y < height):
                 raise cli.UserError(
                     f'--at {x},{y} is outside of {name}, which is {width} x '
                     f'{height} after the test pipeline'
                 )
             position = int(y / steps[0]), int(x / steps[1])
-            kernels = dynamic_kernels(
-                block, got['query'], got['key'], position
-            )
+            kernels = dynamic_kernels(block, **got, position=position)
             found.append(((x, y), position, kernels))
         figure = show_kernels(found, picture, steps)
         save(figure, args.out / f'{name}_kernels.png')
@@ -295,65 +270,55 @@ def show_kernels(found, picture, steps):
     Returns:
         Figure: The figure.
     """
-    # Ratios to the weight of a plain average.
-    ratios = [
-        [kernel * kernel[0].numel() for kernel, _, _ in kernels]
+    largest = max(
+        kernel.max().item() * kernel[0].numel()
         for *_, kernels in found
-    ]
-    largest = max(ratio.max().item() for pair in ratios for ratio in pair)
+        for kernel, *_ in kernels
+    )
     largest = max(largest, 2)
     shades = dict(cmap='RdBu_r', norm=LogNorm(1 / largest, largest))
-    groups = len(ratios[0][0])
+    groups = len(found[0][2][0][0])
     cell = min((WIDTH - 2) / groups, 0.75)
     row = max(2 * cell + 0.3, 1.6 * picture.shape[0] / picture.shape[1] + 0.4)
-    figure = plt.figure(
-        figsize=(2 + cell * groups, row * len(found) + 0.5),
-        layout='constrained',
-    )
-    grid = figure.add_gridspec(
-        *(2 * len(found), groups + 1),
-        width_ratios=[1.9, *[cell] * groups],
-    )
+    size = 2 + cell * groups, row * len(found) + 0.5
+    figure = plt.figure(figsize=size, layout='constrained')
+    widths = [1.9, *[cell] * groups]
+    grid = figure.add_gridspec(2 * len(found), 1 + groups, width_ratios=widths)
     cells = []
-    for i, ((x, y), position, kernels) in enumerate(found):
-        axes = figure.add_subplot(grid[2 * i : 2 * i + 2, 0])
-        axes.imshow(picture)
-        axes.set_title(f'x = {x}, y = {y}')
-        axes.plot(x, y, '+', color='white', ms=9, mew=2.5)
-        axes.plot(x, y, '+', color='red', ms=8, mew=1)
-        for j, (_, top, left) in enumerate(kernels):
-            size = ratios[i][j].shape[-1]
-            axes.add_patch(
-                plt.Rectangle(
-                    (left * steps[1] - 0.5, top * steps[0] - 0.5),
-                    *(size * steps[1], size * steps[0]),
-                    fill=False,
-                    ec=COLORS[j],
-                    lw=1.2,
-                    clip_on=False,
-                    zorder=3,
-                )
+    for i, ((x, y), (row, column), kernels) in enumerate(found):
+        image = figure.add_subplot(grid[2 * i : 2 * i + 2, 0])
+        image.imshow(picture)
+        image.set_title(f'x = {x}, y = {y}')
+        image.plot(x, y, '+', color='white', ms=9, mew=2.5)
+        image.plot(x, y, '+', color='red', ms=8, mew=1)
+        for j, (kernel, top, left) in enumerate(kernels):
+            k = kernel.shape[-1]
+            corner = left * steps[1] - 0.5, top * steps[0] - 0.5
+            style = dict(fill=False, ec=COLORS[j], lw=1.2, clip_on=False)
+            window = plt.Rectangle(
+                corner, k * steps[1], k * steps[0], zorder=3, **style
             )
-            for group, ratio in enumerate(ratios[i][j].cpu().numpy()):
-                cells.append(figure.add_subplot(grid[2 * i + j, group + 1]))
-                cells[-1].imshow(ratio, **shades)
-                cells[-1].plot(
-                    *(position[1] - left, position[0] - top, 'o'),
-                    **dict(mfc='none', mec='black', ms=3, mew=0.6),
-                )
-                cells[-1].set(xticks=[], yticks=[])
-                for spine in cells[-1].spines.values():
-                    spine.set(color=COLORS[j], linewidth=1)
+            image.add_patch(window)
+            for group, weights in enumerate(kernel.cpu().numpy()):
+                axes = figure.add_subplot(grid[2 * i + j, group + 1])
+                axes.imshow(weights * k**2, **shades)
+                ring = dict(mfc='none', mec='black', ms=3, mew=0.6)
+                axes.plot(column - left, row - top, 'o', **ring)
+                axes.set(xticks=[], yticks=[])
+                axes.spines[:].set(color=COLORS[j], linewidth=1)
                 if group == 0:
-                    cells[-1].set_ylabel(f'{size} x {size}')
+                    axes.set_ylabel(f'{k} x {k}')
                 if i == j == 0:
-                    title = f'group {group}' if cell > 0.5 else group
-                    cells[-1].set_title(title)
-    bar = figure.colorbar(
+                    axes.set_title(f'group {group}' if cell > 0.5 else group)
+                cells.append(axes)
+    figure.colorbar(
         plt.cm.ScalarMappable(**shades),
-        **dict(ax=cells, location='bottom', aspect=40, extend='min'),
+        ax=cells,
+        location='bottom',
+        aspect=40,
+        extend='min',
+        label='weight / weight of a plain average',
     )
-    bar.set_label('weight / weight of a plain average')
     return figure
 
 
@@ -376,9 +341,11 @@ def effective_field(backbone, modules, images, size):
         height, width = picture.shape[:2]
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
-        square = inputs[..., top : top + side, left : left + side]
         square = F.interpolate(
-            square, (size, size), mode='bilinear', antialias=True
+            inputs[..., top : top + side, left : left + side],
+            (size, size),
+            mode='bilinear',
+            antialias=True,
         )
         square.requires_grad_()
         with recording(**modules) as maps, torch.enable_grad():
@@ -408,18 +375,12 @@ def area_ratios(contributions, center):
         smallest square around the center that has this share of the
         contributions.
     """
-    size = len(contributions)
-    distance = (torch.arange(size) - center).abs()
+    distance = (torch.arange(len(contributions)) - center).abs()
     ring = torch.maximum(distance[:, None], distance)
-    order = ring.flatten().argsort()
-    share = contributions.flatten()[order].cumsum(0)
-    share = share / share[-1].clamp_min(1e-300)
-    ratios = []
-    for wanted in SHARES:
-        last = min(int((share < wanted).sum()), size**2 - 1)
-        inside = ring <= ring.flatten()[order[last]]
-        ratios.append(inside.double().mean().item())
-    return ratios
+    radii = ring.unique()
+    sums = torch.stack([contributions[ring <= r].sum() for r in radii])
+    smallest = [(sums < share * sums[-1]).sum() for share in SHARES]
+    return [(ring <= radii[i]).double().mean().item() for i in smallest]
 
 
 def draw_erf(backbone, images, args):
@@ -437,9 +398,8 @@ def draw_erf(backbone, images, args):
     }
     images = list(images)
     sums, centers = effective_field(backbone, modules, images, args.size)
-    figure, grid = plt.subplots(
-        1, len(sums), figsize=(0.8 * WIDTH, 2.9), layout='constrained'
-    )
+    size = 0.8 * WIDTH, 2.9
+    figure, grid = plt.subplots(1, 2, figsize=size, layout='constrained')
     print(f'area ratios, {len(images)} images of {args.size} x {args.size}')
     print(' ' * 7, *(f'{share:6.0%}' for share in SHARES))
     shares = ' / '.join(f'{share:.0%}'.strip('%') for share in SHARES)
@@ -459,13 +419,8 @@ def draw_erf(backbone, images, args):
         ticks = [0, args.size // 2, args.size]
         axes.set(xticks=ticks, yticks=ticks)
     grid[0].set_ylabel('pixels')
-    figure.colorbar(
-        shown,
-        ax=grid,
-        shrink=0.8,
-        extend='min',
-        label='contribution / largest one',
-    )
+    label = 'contribution / largest one'
+    figure.colorbar(shown, ax=grid, shrink=0.8, extend='min', label=label)
     save(figure, args.out / 'erf.png')
 
 
@@ -474,12 +429,8 @@ def draw_features(backbone, images, args):
     if backbone.classifier:
         titles = 'Overview-Net', 'Focus-Net'
     else:
-        titles = [
-            f'map {index}, stride {stride}'
-            for index, stride in zip(
-                backbone.out_indices, backbone.out_strides, strict=True
-            )
-        ]
+        places = zip(backbone.out_indices, backbone.out_strides, strict=True)
+        titles = [f'map {index}, stride {stride}' for index, stride in places]
     for name, inputs, picture in images:
         outputs = [output[0] for output in backbone(inputs)]
         maps = dict(zip(titles, outputs, strict=True))
@@ -499,12 +450,7 @@ DRAW = {
 
 
 def pixel(text):
-    try:
-        x, y = map(int, text.split(','))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f'{text!r} is not X,Y in pixels, as in 120,80'
-        ) from None
+    x, y = map(int, text.split(','))
     return x, y
 
 

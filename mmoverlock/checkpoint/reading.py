@@ -7,7 +7,6 @@ allowed here, and nothing of it can call or import.
 """
 
 import os
-import re
 import sys
 import zipfile
 from argparse import Namespace
@@ -49,7 +48,7 @@ def read(source: str) -> dict:
     path = _fetch(source)
     hint = f'. Delete {path} to download it again' if '://' in source else ''
     try:
-        checkpoint = _normalize(_read_file(path))
+        return _normalize(_read_file(path))
     except CheckpointError as error:
         raise CheckpointError(f'{source} {error}{hint}') from error
     except OSError as error:
@@ -59,7 +58,6 @@ def read(source: str) -> dict:
         raise CheckpointError(
             f'{source} is truncated or damaged ({reason}){hint}'
         ) from error
-    return checkpoint
 
 
 def load_safely() -> None:
@@ -81,13 +79,10 @@ def load_safely() -> None:
 
 
 def latest_checkpoint(work_dir: str) -> str | None:
-    """Find what to resume from.
-
-    Args:
-        work_dir (str): Folder of a run.
+    """Find what to resume from: the newest whole checkpoint of a run.
 
     Returns:
-        str | None: The newest whole checkpoint; None if there is none at all.
+        str | None: Its path; None if there is no checkpoint at all.
 
     Raises:
         CheckpointError: If there were checkpoints, but none is left whole.
@@ -97,11 +92,9 @@ def latest_checkpoint(work_dir: str) -> str | None:
     last = folder / 'last_checkpoint'  # may name a file elsewhere
     if last.exists() and last.read_text().strip():
         files.add(Path(last.read_text().strip()))
-    problems = [
-        f'{file} does not exist' for file in files if not file.exists()
-    ]
-    files = [file for file in files if file.exists()]
-    for file in sorted(files, key=os.path.getmtime, reverse=True):
+    ages = {file: file.exists() and -file.stat().st_mtime for file in files}
+    problems = []
+    for file in sorted(files, key=ages.get):
         try:
             read(str(file))
         except CheckpointError as error:
@@ -179,10 +172,10 @@ def _read_zip(path: str) -> dict:
 def _normalize(checkpoint: dict) -> dict:
     """Bring what a file holds into mmengine's form, and check the weights."""
     checkpoint = dict(checkpoint)
+    if 'model' in checkpoint:
+        checkpoint.setdefault('state_dict', checkpoint.pop('model'))
     if 'state_dict' not in checkpoint:
-        weights = checkpoint.pop('model', checkpoint)
-        rest = {} if weights is checkpoint else checkpoint
-        checkpoint = {**rest, 'state_dict': weights}
+        checkpoint = {'state_dict': checkpoint}
     if 'meta' in checkpoint:
         # Runner.resume runs the config that mmcv put there.
         meta = {k: v for k, v in checkpoint['meta'].items() if k != 'config'}
@@ -227,7 +220,7 @@ def _getattr(owner: object, name: str) -> None:
 def _dtype(code: str, *_: object) -> np.dtype:
     # Others have fields, or objects in place of bytes. A copy could be given
     # such.
-    if not re.fullmatch('b1|[iu][1248]|f[248]', code):
+    if code not in _DTYPES:
         raise ValueError(f'dtype {code}')
     return np.dtype(code)
 
@@ -256,7 +249,5 @@ for _module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
         (_array, f'{_module}._reconstruct'),
         (_scalar, f'{_module}.scalar'),
     ]
-for _code in ('b1', *(f'{kind}{n}' for kind in 'iu' for n in (1, 2, 4, 8))):
-    _SAFE_GLOBALS.append((type(np.dtype(_code)), _code))
-for _code in ('f2', 'f4', 'f8'):
-    _SAFE_GLOBALS.append((type(np.dtype(_code)), _code))
+_DTYPES = 'b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8'.split()
+_SAFE_GLOBALS += [(type(np.dtype(code)), code) for code in _DTYPES]

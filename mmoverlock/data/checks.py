@@ -1,18 +1,18 @@
 """Checks of datasets, evaluators and models against each other.
 
 Every check yields a `Finding` for each fault. Those of `CHECKS` and
-`some_samples` are cheap, and run before every training and test; those of
-`THOROUGH` read annotation files anew and list folders, and are for
-``tools/check_data.py``.
+`some_samples` are cheap, and run before every training and test;
+`annotation_files` reads files anew, and is for ``tools/check_data.py``.
 """
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
+from itertools import zip_longest
 from textwrap import shorten
 
 import numpy as np
@@ -72,44 +72,34 @@ def category_names(
     file: str, categories: list[dict], dataset: Dataset
 ) -> Iterator[Finding]:
     """Classes of a dataset in another order or spelling than categories."""
-    classes = [*(_classes(dataset) or ())]
+    classes = _classes(dataset) or ()
     every = [category['name'] for category in categories]
     names = [name for name in every if name in classes]
-    missing = [name for name in classes if name not in names]
-    if not classes or names == classes:
-        return
-    # Those at the end shift no others.
-    fault = names != classes[: len(names)]
-    for name in missing:
-        near = get_close_matches(name, {*every} - {*classes}, cutoff=0.6)
-        # The same but for case is the nearest.
-        near = [n for n in every if n.lower() == name.lower()] or near
+    for label, (own, name) in enumerate(zip_longest(names, classes)):
+        if own == name:
+            continue
+        if name is None or name in every:
+            yield Finding(
+                file,
+                'has its categories in another order than the classes',
+                f'label {label} is {own!r} in it and {name!r} in the config',
+                'predictions get the names of others',
+            )
+            return
+        others = {n.lower(): n for n in every if n not in classes}
+        near = get_close_matches(name.lower(), others, n=1)
+        is_it = ''.join(f'; is it {others[n]!r} there?' for n in near)
         yield Finding(
             file,
             'has no category for a class',
-            f'{name!r}' + (f'; is it {near[0]!r} there?' if near else ''),
+            f'{name!r}{is_it}',
             'later classes get labels of earlier ones'
-            if fault
+            if own
             else 'nothing is learned of it',
-            fault or bool(near),
+            # Those at the end shift no others.
+            fault=bool(own or near),
         )
-    if len(names) > len({*names}):
-        yield Finding(
-            file,
-            'has several categories of one name',
-            f'{max(names, key=names.count)!r}',
-            'later classes get the names of earlier ones',
-        )
-    elif fault and not missing:
-        pairs = enumerate(zip(names, classes, strict=True))
-        i = next(i for i, (name, own) in pairs if name != own)
-        yield Finding(
-            file,
-            'has its categories in another order than the classes',
-            f'label {i} is {names[i]!r} in it and {classes[i]!r} in the '
-            'config',
-            'predictions get the names of others',
-        )
+        return
 
 
 def _classes(dataset: Dataset) -> Sequence[str] | None:
@@ -119,11 +109,9 @@ def _classes(dataset: Dataset) -> Sequence[str] | None:
 def head_classes(split: Split) -> Iterator[Finding]:
     """Heads for more or fewer classes than a dataset has."""
     modules = dict(split.model.named_modules()) if split.model else {}
-    # Those that read text take any classes.
-    if any(
-        name.endswith(('language_model', 'text_encoder')) for name in modules
-    ):
-        return
+    texts = 'language_model', 'text_encoder'
+    if any(name.endswith(texts) for name in modules):
+        return  # it reads names of classes, and takes any
     for key, dataset in split.datasets.items():
         count = len(_classes(dataset) or ())
         if not count:
@@ -155,18 +143,17 @@ def head_classes(split: Split) -> Iterator[Finding]:
 
 
 def _coco_metrics(split: Split) -> Iterator[tuple]:
-    """Those like CocoMetric that have a file: name, metric, API, datasets."""
+    """Those that score by COCO's files: name, metric, API, datasets."""
     for name, metric, datasets in split.metrics:
         api = getattr(metric, '_coco_api', None)
-        if api and hasattr(metric, 'metrics') and datasets:
+        scores = hasattr(metric, 'metrics') and not metric.format_only
+        if api and scores and datasets:
             yield name, metric, api, datasets
 
 
 def evaluated_images(split: Split) -> Iterator[Finding]:
     """Evaluators whose file lists other images than the dataset has."""
-    for name, metric, api, datasets in _coco_metrics(split):
-        if metric.format_only:
-            continue
+    for name, _, api, datasets in _coco_metrics(split):
         paths = {
             info['img_id']: info['img_path']
             for dataset in datasets
@@ -191,21 +178,11 @@ def evaluated_images(split: Split) -> Iterator[Finding]:
                     f'image {i}: {listed}, and {path}',
                     'predictions are scored for another image',
                 )
-        for i in {*api.imgs} - {*paths} if paths else ():
-            yield Finding(
-                name,
-                'lists images that the dataset has not',
-                f'image {i}',
-                'their objects count as missed',
-                fault=False,
-            )
 
 
 def evaluated_annotations(split: Split) -> Iterator[Finding]:
     """Annotations on which COCO's evaluation fails, or errs."""
     for name, metric, api, datasets in _coco_metrics(split):
-        if metric.format_only:
-            continue
         if not api.anns:
             yield Finding(
                 name,
@@ -238,10 +215,10 @@ def _unscorable(annotation: dict, masks: bool) -> Iterator[tuple[str, str]]:
             "the evaluation ends with KeyError: 'iscrowd'",
         )
     if masks and not _is_mask(annotation.get('segmentation')):
-        yield NO_MASK, 'the evaluation of masks ends in an error'
+        yield f'has {NO_MASK}', 'the evaluation of masks ends in an error'
 
 
-NO_MASK = 'has annotations without a mask, or polygons of one or two points'
+NO_MASK = 'annotations without a mask, or polygons of one or two points'
 
 
 def _is_mask(mask: list | dict | None) -> bool:
@@ -286,12 +263,18 @@ def some_samples(split: Split) -> Iterator[Finding]:
         if isinstance(dataset, BaseDataset):
             last = len(dataset) - 1
             for i in {*np.linspace(0, last, SAMPLES).astype(int).tolist()}:
-                try:
-                    dataset.pipeline.load(dataset.get_data_info(i))
-                except DataError as error:
-                    yield error.finding
-                except Exception:  # it may need steps that are not run
-                    continue
+                yield from sample_faults(dataset, i)
+
+
+def sample_faults(dataset: BaseDataset, i: int) -> list[Finding]:
+    """The fault of a sample, if it has one."""
+    try:
+        dataset.pipeline.load(dataset.get_data_info(i))
+    except DataError as error:
+        return [error.finding]
+    except Exception:  # it may need steps that are not run
+        return []
+    return []
 
 
 # -------------------------------------------------------- whole files
@@ -313,19 +296,19 @@ def annotation_file(
     category_ids: list[int] | None = None,
     filter_cfg: dict | None = None,
 ) -> Iterator[Finding]:
-    """Yield the faults of a file in COCO's format, and what mmdet leaves out.
+    """Faults of a file in COCO's format, and what mmdet leaves out.
 
     Args:
         path (str): The file.
         category_ids (list[int], optional): Those of the dataset's classes.
             Defaults to None: all.
-        filter_cfg (dict, optional): Of the dataset, in training. Defaults to
-            None.
+        filter_cfg (dict, optional): Of the dataset, in training.
 
     Raises:
         DataError: If the file cannot be read.
     """
     contents = read_json(path)
+    filter_cfg = filter_cfg or {}
     try:
         images = {image['id']: image for image in contents['images']}
         known = {item['id'] for item in contents['categories']}
@@ -335,34 +318,35 @@ def annotation_file(
         yield from _repeated(path, 'image', contents['images'])
         if not images:
             yield Finding(path, 'has no images')
-        for image in images.values():
-            min(image['width'], image['height'])
         annotated = set()
         for annotation in annotations:
             try:
-                yield from _annotation(path, annotation, images, known)
+                entry = f'annotation {annotation["id"]!r}'
+                what = _why_left_out(annotation, images, known)
                 if annotation['category_id'] in known:
                     annotated.add(annotation['image_id'])
             except BROKEN as error:
-                yield _not_coco(path, error, annotation)
+                # Without the mask, which may be long
+                where = shorten(f'{dict(annotation, segmentation=...)}', 200)
+                yield _not_coco(path, error, f' in {where}')
+                continue
+            if what:
+                yield _left_out(path, what, entry)
         yield from _repeated(path, 'annotation', annotations)
+        least = filter_cfg.get('min_size', 0)
+        for i, image in images.items():
+            what = None
+            if min(image['width'], image['height']) < least:
+                what = f'images of less than {least} pixels'
+            if filter_cfg.get('filter_empty_gt') and i not in annotated:
+                what = 'images without annotations'
+            if what:
+                yield _left_out(path, what, f'image {i}')
     except BROKEN as error:
         yield _not_coco(path, error)
-        return
-    filter_cfg = filter_cfg or {}
-    least = filter_cfg.get('min_size', 0)
-    for i, image in images.items():
-        if filter_cfg.get('filter_empty_gt') and i not in annotated:
-            yield _left_out(path, 'images without annotations', f'image {i}')
-        elif min(image['width'], image['height']) < least:
-            what = f'images of less than {least} pixels'
-            yield _left_out(path, what, f'image {i}')
 
 
-def _not_coco(path: str, error: Exception, entry: dict | str = '') -> Finding:
-    if isinstance(entry, dict):  # a mask may be long
-        entry = {k: v for k, v in entry.items() if k != 'segmentation'}
-    where = entry and f' in {shorten(str(entry), 200)}'
+def _not_coco(path: str, error: Exception, where: str = '') -> Finding:
     return Finding(
         path,
         'is not in the format of COCO',
@@ -370,39 +354,35 @@ def _not_coco(path: str, error: Exception, entry: dict | str = '') -> Finding:
     )
 
 
-def _left_out(
-    path: str,
-    what: str,
-    entry: str,
-    effect: str = 'MMDetection leaves them out',
-) -> Finding:
+def _left_out(path: str, what: str, entry: str) -> Finding:
+    effect = 'MMDetection leaves them out'
     return Finding(path, f'has {what}', entry, effect, fault=False)
 
 
 def _repeated(path: str, kind: str, entries: list[dict]) -> Iterator[Finding]:
-    seen = set()
-    for entry in entries:
-        if entry['id'] in seen:
+    for i, count in Counter(entry['id'] for entry in entries).items():
+        if count > 1:
             yield Finding(
                 path,
                 f'has several {kind}s with one id',
-                f'{kind} {entry["id"]!r}',
+                f'{kind} {i!r}',
                 'only the last of them is kept, or mmdet stops',
             )
-        seen.add(entry['id'])
 
 
-def _annotation(
-    path: str, annotation: dict, images: dict[int, dict], known: set[int]
-) -> Iterator[Finding]:
+def _why_left_out(
+    annotation: dict, images: dict[int, dict], known: set[int]
+) -> str | None:
+    """The annotations that mmdet leaves out as it does this one, if it does.
+
+    Raises:
+        Exception: One of ``BROKEN``, if it is not in the format.
+    """
     if annotation.get('ignore'):
-        return  # as the file asks
-    entry = f'annotation {annotation["id"]!r}'
+        return None  # as the file asks
     image = images.get(annotation['image_id'])
     if image is None:
-        what = 'annotations of images that are not listed'
-        yield _left_out(path, what, entry)
-        return
+        return 'annotations of images that are not listed'
     x, y, width, height = box = annotation['bbox']
     if not all(map(math.isfinite, box)):
         raise ValueError(f'{box} is no [x, y, width, height]')
@@ -412,46 +392,18 @@ def _annotation(
         raise ValueError(f'a mask of {mask["size"]} pixels, not {size}')
     category = annotation['category_id']
     if category not in known:
-        what = f'annotations of category {category}, which is no class'
-        yield _left_out(path, what, entry)
-    elif annotation['area'] <= 0:
-        yield _left_out(path, 'annotations of area 0', entry)
-    elif width < 1 or height < 1:
-        what = 'annotations with a box of less than a pixel'
-        yield _left_out(path, what, entry)
-    elif not (
-        max(x, 0) < min(x + width, image['width'])
-        and max(y, 0) < min(y + height, image['height'])
+        return f'annotations of category {category}, which is no class'
+    if annotation['area'] <= 0:
+        return 'annotations of area 0'
+    if width < 1 or height < 1:
+        return 'annotations with a box of less than a pixel'
+    if min(x + width, image['width']) <= max(x, 0) or (
+        min(y + height, image['height']) <= max(y, 0)
     ):
-        what = 'annotations with a box outside the image'
-        yield _left_out(path, what, entry)
-    elif mask and not _is_mask(mask):
-        yield _left_out(
-            path,
-            NO_MASK[4:],
-            entry,
-            'where masks are learned, MMDetection ignores them',
-        )
-
-
-def unused_label_maps(split: Split) -> Iterator[Finding]:
-    """Label maps without an image; mmseg takes the images in a folder."""
-    for dataset in split.datasets.values():
-        folder = getattr(dataset, 'data_prefix', {}).get('seg_map_path')
-        suffix = getattr(dataset, 'seg_map_suffix', None)
-        if not folder or not suffix or dataset.ann_file:
-            continue
-        images = Path(dataset.data_prefix['img_path'])
-        for path in sorted(Path(folder).rglob(f'*{suffix}')):
-            name = str(path.relative_to(folder)).removesuffix(suffix)
-            if not Path(images, name + dataset.img_suffix).exists():
-                yield Finding(
-                    folder,
-                    'has label maps without an image',
-                    path.name,
-                    'MMSegmentation leaves them out',
-                    fault=False,
-                )
+        return 'annotations with a box outside the image'
+    if mask and not _is_mask(mask):
+        return f'{NO_MASK}, where masks are learned'
+    return None
 
 
 CHECKS = (
@@ -461,4 +413,3 @@ CHECKS = (
     evaluated_annotations,
     two_class_masks,
 )
-THOROUGH = (annotation_files, unused_label_maps)

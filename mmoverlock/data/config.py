@@ -9,19 +9,18 @@ from torch.utils.data import Dataset
 
 from .files import DataError
 
-# By a part of the dataset type.
-DATASET_HELP = {
-    'Coco': 'Unpack train2017.zip, val2017.zip and annotations_trainval2017'
-    '.zip from https://cocodataset.org/#download so that {root} holds '
-    'train2017/, val2017/ and annotations/, or draw sample data: '
-    'python tools/make_sample_data.py coco {root}',
-    'ADE20K': 'Unpack ADEChallengeData2016.zip of the MIT scene parsing '
-    'benchmark, http://sceneparsing.csail.mit.edu, so that {root} holds '
-    'images/ and annotations/, or draw sample data: '
-    'python tools/make_sample_data.py ade20k {root}',
-    'ImageNet': 'Get ILSVRC2012 from https://image-net.org (this needs an '
-    'account) so that {root} holds train/ and val/ with one folder per class, '
-    'or draw sample data: python tools/make_sample_data.py imagenet {root}',
+# By a part of the dataset type: what to unpack, and the layout to draw.
+SOURCES = {
+    'Coco': (
+        'train2017.zip, val2017.zip and annotations_trainval2017.zip from '
+        'https://cocodataset.org/#download',
+        'coco',
+    ),
+    'ADE20K': (
+        'ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu',
+        'ade20k',
+    ),
+    'ImageNet': ('ILSVRC2012 from https://image-net.org', 'imagenet'),
 }
 
 # mmpretrain downloads these where they are missing.
@@ -31,9 +30,7 @@ DOWNLOADED = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 def check_data(cfg: Config, *splits: str) -> None:
     """Check that the files of datasets and evaluators exist.
 
-    Args:
-        cfg (Config): The config.
-        splits (str): Any of ``'train'``, ``'val'`` and ``'test'``.
+    Splits are any of ``'train'``, ``'val'`` and ``'test'``.
 
     Raises:
         DataError: If a file or folder is missing, with how to get it.
@@ -61,11 +58,10 @@ def unwrap(
 
     Args:
         dataset (Dataset | ConfigDict | None): A dataset, or the config of one.
-        key (str): Where it is in a config. Defaults to 'dataset'.
+        key (str): Where it is in a config.
 
     Yields:
-        tuple[str, Dataset | ConfigDict]: A key and a dataset or config that
-        wraps no other.
+        tuple[str, Dataset | ConfigDict]: Where one that wraps no other is.
     """
     dataset = getattr(dataset, '_dataset', dataset)  # what mmengine slices
     one = getattr(dataset, 'dataset', None)
@@ -90,18 +86,19 @@ def evaluators(cfg: Config, split: str) -> Iterator[tuple[str, dict]]:
         yield from ((f'{key}.{i}', item) for i, item in enumerate(found))
 
 
-def _type(dataset: ConfigDict) -> str:
-    """The name of a type, which new configs hold as a class."""
-    return getattr(dataset['type'], '__name__', str(dataset['type']))
+def name_of(kind: type | str) -> str:
+    """The name of a type, which a config has as a name, path or class."""
+    return getattr(kind, '__name__', str(kind)).split('.')[-1]
 
 
 def _paths(dataset: ConfigDict) -> list[str]:
-    if _type(dataset) in DOWNLOADED:
+    kind = name_of(dataset['type'])
+    if kind in DOWNLOADED:
         return []
     root = dataset.get('data_root') or ''
     prefix = dataset.get('data_prefix') or ''
     ann_file = dataset.get('ann_file') or ''
-    if not prefix and 'ImageNet' in _type(dataset):
+    if not prefix and 'ImageNet' in kind:
         prefix = dataset.get('split', '')
         listed = f'meta/{prefix}.txt'  # which it reads if it is there
         if not ann_file and os.path.isfile(os.path.join(root, listed)):
@@ -112,8 +109,12 @@ def _paths(dataset: ConfigDict) -> list[str]:
 
 
 def _help(dataset: ConfigDict) -> str:
+    kind = name_of(dataset['type'])
     root = (dataset.get('data_root') or 'its data_root').rstrip('/')
-    for name, text in DATASET_HELP.items():
-        if name in _type(dataset):
-            return text.format(root=root)
-    return f'Put the {_type(dataset)} there or change the config.'
+    for name, (source, layout) in SOURCES.items():
+        if name in kind:
+            return (
+                f'Unpack {source} into {root}, or draw sample data: '
+                f'python tools/make_sample_data.py {layout} {root}'
+            )
+    return f'Put the {kind} there or change the config.'

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -55,6 +55,13 @@ class DataError(ValueError):
         return super().__str__().rpartition('DataError: ')[2].strip()
 
 
+def raise_first(findings: Iterable[Finding]) -> None:
+    """Raise `DataError` at the first fault."""
+    for finding in findings:
+        if finding.fault:
+            raise DataError(finding)
+
+
 class CheckedPipeline(Compose):
     """The pipeline of a dataset, with errors that name the sample's files.
 
@@ -88,30 +95,22 @@ class CheckedPipeline(Compose):
                 for file in files:
                     _check_end(file)
             if 'gt_label' in data:
-                self._check_labels(np.asarray(data['gt_label']), files)
+                labels = np.asarray(data['gt_label'])
+                raise_first(self._unknown_labels(labels, files))
             for step in steps:
                 labeled = 'gt_seg_map' in data
                 data = step(data)
                 if data is None:
                     return None
                 if _loads(step):
-                    _check_size(data, files, size)
+                    raise_first(_other_size(data, files, size))
                     if 'gt_seg_map' in data and not labeled:
-                        self._check_label_map(step, data, files)
+                        raise_first(self._label_map(data, files))
         except DataError:
             raise
         except Exception as error:
             for file in files:
                 check_image(file)
-            # What Pillow decodes, OpenCV may not.
-            if files and _loads(step) and cv2.imread(files[0]) is None:
-                what = 'is damaged'
-                if not cv2.haveImageReader(files[0]):
-                    what = (
-                        'is of a format that OpenCV does not read; Pillow '
-                        "does: imdecode_backend='pillow'"
-                    )
-                raise DataError(Finding(files[0], what, f'{error}')) from error
             if not files:
                 raise
             raise RuntimeError(
@@ -120,60 +119,49 @@ class CheckedPipeline(Compose):
             ) from error
         return data
 
-    def _check_label_map(
-        self, step: Callable, data: dict, files: list[str]
-    ) -> None:
+    def _label_map(self, data: dict, files: list[str]) -> Iterator[Finding]:
         labels, shape = data['gt_seg_map'], data.get('ori_shape')
         path = files[-1]
         if labels.ndim > 2:
-            raise DataError(
-                Finding(
-                    path,
-                    'is a label map of several channels',
-                    f'of shape {labels.shape}',
-                    'MMSegmentation reads one number a pixel, from images of '
-                    'one channel or with a palette',
-                )
+            yield Finding(
+                path,
+                'is a label map of several channels',
+                f'of shape {labels.shape}',
+                'MMSegmentation reads one number a pixel, from images of one '
+                'channel or with a palette',
             )
         if shape and labels.shape != shape:
-            raise DataError(
-                Finding(
-                    path,
-                    'has another size than its image',
-                    f'{_size(labels.shape)} pixels, and {_size(shape)} of '
-                    f'{files[0]}',
-                )
+            yield Finding(
+                path,
+                'has another size than its image',
+                f'{_size(labels.shape)} pixels, and {_size(shape)} of '
+                f'{files[0]}',
             )
-        if _wraps(step):
+        if labels.dtype == np.uint8:
             with suppress(OSError), Image.open(path) as image:
-                # Modes of more than 8 bits.
-                if image.mode.startswith(('I', 'F')):
-                    top = np.asarray(image).max()
-                    if top > 255:
-                        raise DataError(
-                            Finding(
-                                path,
-                                'has labels beyond 255',
-                                f'{top}',
-                                'MMSegmentation keeps 8 bits, so that 256 '
-                                'becomes 0',
-                            )
-                        )
+                # Modes of more than 8 bits
+                if image.mode[0] in 'IF' and np.max(image) > 255:
+                    yield Finding(
+                        path,
+                        'has labels beyond 255',
+                        f'{np.max(image)}',
+                        'MMSegmentation keeps 8 bits, so that 256 becomes 0',
+                    )
         if self.ignored is not None:
-            self._check_labels(labels, files)
+            yield from self._unknown_labels(labels, files)
 
-    def _check_labels(self, labels: np.ndarray, files: list[str]) -> None:
+    def _unknown_labels(
+        self, labels: np.ndarray, files: list[str]
+    ) -> Iterator[Finding]:
         if not self.classes or labels.dtype.kind not in 'iu':
             return
         unknown = (labels >= self.classes) & (labels != self.ignored)
         if unknown.any():
-            raise DataError(
-                Finding(
-                    files[-1],
-                    'has a label that is no class',
-                    f'{labels[unknown].max()}; those of the {self.classes} '
-                    f'classes are from 0 to {self.classes - 1}',
-                )
+            yield Finding(
+                files[-1],
+                'has a label that is no class',
+                f'{labels[unknown].max()}; those of the {self.classes} '
+                f'classes are from 0 to {self.classes - 1}',
             )
 
 
@@ -181,27 +169,21 @@ def _loads(step: Callable) -> bool:
     return type(step).__name__.startswith('Load')
 
 
-def _wraps(step: Callable) -> bool:
-    """Whether a step keeps 8 bits of labels, as MMSegmentation's does."""
-    load = getattr(type(step), '_load_seg_map', None)
-    return getattr(load, '__module__', '').startswith('mmseg.')
-
-
 def _size(shape: Sequence[int]) -> str:
     return f'{shape[1]} x {shape[0]}'
 
 
-def _check_size(data: dict, files: list[str], size: tuple) -> None:
+def _other_size(
+    data: dict, files: list[str], size: tuple
+) -> Iterator[Finding]:
     shape = data.get('ori_shape')
     if None not in size and shape and tuple(shape) != size:
-        raise DataError(
-            Finding(
-                files[0],
-                'has another size than annotated',
-                f'{_size(shape)} pixels as loaded, annotated as {_size(size)}',
-                'resized, or turned by its EXIF orientation: boxes and masks '
-                'land elsewhere',
-            )
+        yield Finding(
+            files[0],
+            'has another size than annotated',
+            f'{_size(shape)} pixels as loaded, annotated as {_size(size)}',
+            'resized, or turned by its EXIF orientation: boxes and masks '
+            'land elsewhere',
         )
 
 
@@ -220,11 +202,7 @@ def _check_end(path: str) -> None:
 
 
 def check_image(path: str) -> None:
-    """Check that an image file, if it is one, can be decoded.
-
-    Raises:
-        DataError: If it is missing, or if no library here decodes it.
-    """
+    """Raise `DataError` if a file is missing, or an image that is damaged."""
     if '://' in path:
         return
     if not os.path.exists(path):
@@ -248,11 +226,7 @@ def check_image(path: str) -> None:
 
 
 def read_json(path: str) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        DataError: If it cannot be read.
-    """
+    """Read a JSON file; raise `DataError` if it is empty or damaged."""
     try:
         with open(path, 'rb') as file:
             return json.load(file)

@@ -2,7 +2,7 @@
 
 import os
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ from .checks import (
     some_samples,
 )
 from .config import evaluators, unwrap
-from .files import CheckedPipeline, DataError, Finding, read_json
+from .files import CheckedPipeline, DataError, raise_first, read_json
 
 
 def make_split(
@@ -33,15 +33,7 @@ def make_split(
     evaluator: Evaluator | None,
     model: nn.Module | None,
 ) -> Split:
-    """Collect the datasets, metrics and model of a split.
-
-    Args:
-        cfg (Config): The config that all is built from.
-        name (str): ``'train'``, ``'val'`` or ``'test'``.
-        dataset (Dataset): The dataset or wrapper.
-        evaluator (Evaluator | None): The evaluator.
-        model (nn.Module | None): The model.
-    """
+    """Collect the datasets, metrics and model of train, val or test."""
     datasets = dict(unwrap(dataset, f'{name}_dataloader.dataset'))
     metrics = []
     built = evaluator.metrics if evaluator else []
@@ -59,11 +51,7 @@ class CheckData(Hook):
     """Runs the cheap checks before training and testing."""
 
     def before_run(self, runner: Runner) -> None:
-        """Check what is built.
-
-        Raises:
-            DataError: At the first fault.
-        """
+        """Raise `DataError` at the first fault of what is built."""
         for name in ('train', 'val', 'test'):
             loop = getattr(runner, f'_{name}_loop')
             if isinstance(loop, BaseLoop):
@@ -75,31 +63,16 @@ class CheckData(Hook):
                     runner.model,
                 )
                 for check in (*CHECKS, some_samples):
-                    _raise_first(check(split))
-
-
-def _raise_first(findings: Iterable[Finding]) -> None:
-    for finding in findings:
-        if finding.fault:
-            raise DataError(finding)
+                    raise_first(check(split))
 
 
 def checked(runner_type: type) -> type:
     """Derive a runner class whose errors name the files of faulty data.
 
-    Args:
-        runner_type (type): ``Runner``, or another one that has its
-            ``build_dataloader``.
-
-    Returns:
-        type: The class. It also checks what is cheap before it runs.
+    ``runner_type`` is mmengine's, or one that has its ``build_dataloader``.
     """
 
     class CheckedRunner(runner_type):
-        def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, **kwargs)
-            self.register_hook(CheckData())
-
         @classmethod
         def build_dataloader(
             cls, dataloader: DataLoader | dict, *args: Any, **kwargs: Any
@@ -113,9 +86,7 @@ def checked(runner_type: type) -> type:
                 _explain(error)
                 raise
             for _, dataset in unwrap(loader.dataset):
-                if isinstance(dataset, BaseDataset) and not isinstance(
-                    dataset.pipeline, CheckedPipeline
-                ):
+                if isinstance(dataset, BaseDataset):
                     dataset.coco_categories = kept.get(dataset.ann_file)
                     dataset.pipeline = CheckedPipeline(dataset)
             return loader
@@ -145,36 +116,23 @@ def _kept_categories() -> Iterator[dict]:
 
 
 def _explain(error: Exception) -> None:
-    """Raise `DataError` if data are why a loader could not be built."""
-    dataset, emptied = None, False
+    """Raise `DataError` if data are why a dataset could not be loaded."""
+    dataset = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         owner = frame.f_locals.get('self')
-        name = frame.f_code.co_name
-        if name == 'full_init' and isinstance(owner, BaseDataset):
+        if frame.f_code.co_name == 'full_init':
             dataset = owner
-        elif name == '_serialize_data':
-            emptied = not owner.data_list
-        elif (
-            name == '__init__'
-            and isinstance(owner, DataLoader)
-            and isinstance(error, ValueError)
-        ):
-            where = ' and '.join(_files(frame.f_locals.get('dataset')))
-            raise DataError(
-                f'the loader of {where} cannot be built: {error}'
-            ) from error
-    if dataset is None:
+    if not isinstance(dataset, BaseDataset):
         return
-    files = _files(dataset)
     path = dataset.ann_file
     if path.endswith('.json') and os.path.isfile(path):
         contents = read_json(path)
         if is_coco(dataset):
-            _raise_first(annotation_file(path))
+            raise_first(annotation_file(path))
             categories = contents['categories']
-            _raise_first(category_names(path, categories, dataset))
-    where = ' and '.join(files)
-    if emptied:
+            raise_first(category_names(path, categories, dataset))
+    where = ' and '.join(filter(None, [*dataset.data_prefix.values(), path]))
+    if 'need at least one array to concatenate' in str(error):
         raise DataError(
             f'nothing to load in {where}: there are no images, or none has '
             'annotations of the classes of the dataset'
@@ -182,12 +140,3 @@ def _explain(error: Exception) -> None:
     # As for a line that lacks its label, or a folder without images.
     if isinstance(error, ValueError | RuntimeError):
         raise DataError(f'{where} cannot be loaded: {error}') from error
-
-
-def _files(dataset: Dataset) -> list[str]:
-    """The folders and the annotation file of datasets."""
-    names = []
-    for _, inner in unwrap(dataset):
-        prefix = getattr(inner, 'data_prefix', None) or {}
-        names += [*prefix.values(), getattr(inner, 'ann_file', '')]
-    return [str(name) for name in names if name]
