@@ -132,7 +132,6 @@ def _statistics_kernel(
     """
     split = tl.program_id(0)
     channel, m_channel = channels_of(tl.program_id(1), channels, CHANNELS)
-    image_size = tl.cast(height * width * channels, tl.int64)
     lanes: tl.constexpr = (COLUMNS, CHANNELS)
     o_part = tl.cast(split, tl.int64) * len(BRANCHES) * 3 * channels
     p_part = p_parts + o_part + FIRST * 3 * channels + channel
@@ -146,10 +145,12 @@ def _statistics_kernel(
         for item in tl.range(
             split, items, tl.num_programs(0), disable_licm=True
         ):
-            row, col, image = tile_of(item, height, width, T, COLUMNS)
+            row, col, o_row = tile_of(
+                item, height, width, channels, T, COLUMNS
+            )
             acc = convolve(
                 zeros(T, lanes),
-                p_x + image * image_size,
+                p_x + o_row,
                 p_taps + BRANCHES[b][2] * channels,
                 height,
                 width,
@@ -164,7 +165,7 @@ def _statistics_kernel(
                 T,
             )
             first = tl.where(count == 0, acc[0], first)
-            p_tile = p_y + image * image_size + row * width * channels
+            o_tile = o_row + col * channels + channel
             for t in tl.static_range(T):
                 ok = (col < width) & (row + t < height)
                 difference = tl.where(ok, acc[t] - first, 0.0)
@@ -173,7 +174,7 @@ def _statistics_kernel(
                 squares += difference * difference
                 if b == 0:
                     tl.store(
-                        p_tile + (t * width + col) * channels + channel,
+                        p_y + o_tile + t * width * channels,
                         acc[t].to(p_y.dtype.element_ty),
                         mask=m_channel & ok,
                     )
@@ -425,17 +426,18 @@ def _branch_grads_kernel(
     factors (3, branches, C), out (branches, B, H, W, C); grid (tiles, blocks
     of channels).
     """
-    row, col, image = tile_of(tl.program_id(0), height, width, T, COLUMNS)
+    row, col, o_row = tile_of(
+        tl.program_id(0), height, width, channels, T, COLUMNS
+    )
     channel, m_channel = channels_of(tl.program_id(1), channels, CHANNELS)
-    image_size = tl.cast(height * width * channels, tl.int64)
     m_col = m_channel & (col < width)
-    o_tile = image * image_size + (row * width + col) * channels + channel
+    o_tile = o_row + col * channels + channel
     for b in tl.static_range(len(BRANCHES)):
         acc = zeros(T, (COLUMNS, CHANNELS))
         if b > 0:
             acc = convolve(
                 acc,
-                p_x + image * image_size,
+                p_x + o_row,
                 p_taps + BRANCHES[b][2] * channels,
                 height,
                 width,
@@ -456,14 +458,14 @@ def _branch_grads_kernel(
         o = tl.load(p_factor + 2 * factor_step, mask=m_channel, other=0)
         for t in tl.static_range(T):
             m_row = m_col & (row + t < height)
-            o_row = o_tile + t * width * channels
-            b_grad = widen(tl.load(p_grad + o_row, mask=m_row, other=0))
+            o_out = o_tile + t * width * channels
+            b_grad = widen(tl.load(p_grad + o_out, mask=m_row, other=0))
             b_y = acc[t]
             if b == 0:
-                b_y = widen(tl.load(p_y + o_row, mask=m_row, other=0))
+                b_y = widen(tl.load(p_y + o_out, mask=m_row, other=0))
             b_out = (p * b_grad - q * b_y - o).to(p_out.dtype.element_ty)
-            tl.store(p_out + o_row, b_out, mask=m_row)
-        p_out += images * image_size
+            tl.store(p_out + o_out, b_out, mask=m_row)
+        p_out += tl.cast(images, tl.int64) * height * width * channels
 
 
 class _Plan:

@@ -43,13 +43,21 @@ def channels_of(block, channels: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def tile_of(item, height, width, T: tl.constexpr, COLUMNS: tl.constexpr):
-    """First row (), columns (X, 1) and number (), in 64 bits, of the image."""
+def tile_of(
+    item,
+    height,
+    width,
+    channels,
+    T: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """First row (), columns (X, 1) and where the row begins, in 64 bits."""
     blocks = tl.cdiv(width, COLUMNS)
     tiles = tl.cdiv(height, T)
     col = item % blocks * COLUMNS + tl.arange(0, COLUMNS)[:, None]
     row = item // blocks % tiles * T
-    return row, col, (item // blocks // tiles).to(tl.int64)
+    image = (item // blocks // tiles).to(tl.int64)
+    return row, col, (image * height + row) * width * channels
 
 
 @triton.jit
@@ -79,37 +87,32 @@ def zeros(LENGTH: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def load_rows(
-    p_image, offset, row, height, width, channels, mask, T: tl.constexpr
-):
+def load_rows(p_row, o_x, row, step, height, m_x, T: tl.constexpr):
     """Rows of a tile as a tuple, zero outside of the map.
 
     Args:
-        p_image: Pointer to an image (H, W, C).
-        offset: (X, C), of values within a row.
-        row: The first one, which may be above the map.
-        mask: (X, C), of the offsets.
+        p_row: Pointer () to where the first row, ``row``, begins.
+        o_x: (X, C), of the values in a row.
+        step: From row to row.
+        m_x: (X, C), of o_x.
     """
     rows = ()
     for t in tl.static_range(T):
-        rows = rows + (
-            load_row(p_image, offset, row + t, height, width, channels, mask),
-        )
+        rows = rows + (load_row(p_row + t * step, o_x, row + t, height, m_x),)
     return rows
 
 
 @triton.jit
-def load_row(p_image, offset, y, height, width, channels, mask):
-    # What is the same for all threads is not computed by each.
-    p_row = p_image + tl.cast(y, tl.int64) * (width * channels)
-    mask = mask & (y >= 0) & (y < height)
-    return widen(tl.load(p_row + offset, mask=mask, other=0))
+def load_row(p_row, o_x, row, height, m_x):
+    # The pointer is one for all threads, which does not take their time.
+    m_x = m_x & (row >= 0) & (row < height)
+    return widen(tl.load(p_row + o_x, mask=m_x, other=0))
 
 
 @triton.jit
 def convolve(
     acc,
-    p_image,
+    p_row,
     p_taps,
     height,
     width,
@@ -127,7 +130,7 @@ def convolve(
 
     Args:
         acc: T rows (X, C).
-        p_image: Pointer to an image (H, W, C).
+        p_row: Pointer () to where the first row begins, in (B, H, W, C).
         p_taps: Pointer to the taps of the kernel, (K * K, channels).
         K, D: Size and dilation of the kernel.
         FLIP: Whether its taps come in reversed order.
@@ -150,12 +153,10 @@ def convolve(
         for i in tl.static_range(T + (K - 1) * D):
             if is_read(i, K, D, T):
                 b_x = load_row(
-                    p_image,
+                    p_row + (i - REACH) * width * channels,
                     x * channels + channel,
                     row + i - REACH,
                     height,
-                    width,
-                    channels,
                     m_x,
                 )
                 for t in tl.static_range(T):
@@ -168,7 +169,7 @@ def convolve(
 @triton.jit
 def tap_sums(
     acc,
-    p_image,
+    p_row,
     b_grad,
     height,
     width,
@@ -186,7 +187,7 @@ def tap_sums(
 
     Args:
         acc: K rows (X, C), one for each tap of the column.
-        p_image: Pointer to an image (H, W, C) of x.
+        p_row: Pointer () to where the first row of x begins.
         b_grad: T rows (X, C) of the gradient, zero outside of the map.
     """
     REACH: tl.constexpr = K // 2 * D
@@ -195,12 +196,10 @@ def tap_sums(
     for i in tl.static_range(T + (K - 1) * D):
         if is_read(i, K, D, T):
             b_x = load_row(
-                p_image,
+                p_row + (i - REACH) * width * channels,
                 x * channels + channel,
                 row + i - REACH,
                 height,
-                width,
-                channels,
                 m_x,
             )
             for r in tl.static_range(K):

@@ -51,14 +51,16 @@ def _conv2d_kernel(
     x (branches, B, H, W, C), taps (all taps, C), bias (C, ), other and out (B,
     H, W, C); grid (tiles, blocks of channels).
     """
-    row, col, image = tile_of(tl.program_id(0), height, width, T, COLUMNS)
+    row, col, o_row = tile_of(
+        tl.program_id(0), height, width, channels, T, COLUMNS
+    )
     channel, m_channel = channels_of(tl.program_id(1), channels, CHANNELS)
-    image_size = tl.cast(height * width * channels, tl.int64)
+    o_branch = tl.cast(images, tl.int64) * height * width * channels
     acc = zeros(T, (COLUMNS, CHANNELS))
     for b in tl.static_range(len(BRANCHES)):
         acc = convolve(
             acc,
-            p_x + (b * images + image) * image_size,
+            p_x + b * o_branch + o_row,
             p_taps + BRANCHES[b][2] * channels,
             height,
             width,
@@ -72,7 +74,7 @@ def _conv2d_kernel(
             FLIP,
             T,
         )
-    o_tile = image * image_size + (row * width + col) * channels + channel
+    o_tile = o_row + col * channels + channel
     m_out = m_channel & (col < width)
     b_bias = 0.0
     if p_bias is not None:
@@ -80,11 +82,11 @@ def _conv2d_kernel(
         b_bias = b_bias.to(tl.float32)
     for t in tl.static_range(T):
         m_row = m_out & (row + t < height)
-        o_row = o_tile + t * width * channels
+        o_out = o_tile + t * width * channels
         b_out = acc[t] + b_bias
         if p_other is not None:
-            b_out += tl.load(p_other + o_row, mask=m_row, other=0)
-        tl.store(p_out + o_row, b_out.to(p_out.dtype.element_ty), mask=m_row)
+            b_out += tl.load(p_other + o_out, mask=m_row, other=0)
+        tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_row)
 
 
 def convolve_maps(

@@ -162,18 +162,16 @@ def _column(
 ):
     """Column s of the kernel of a branch."""
     lanes: tl.constexpr = (COLUMNS, channel.shape[1])
-    image_size = tl.cast(height * width * channels, tl.int64)
     acc = zeros(K, lanes)
     total = tl.zeros(lanes, tl.float32)
     for item in range(split, items, tl.num_programs(0)):
-        row, col, image = tile_of(item, height, width, T, COLUMNS)
+        row, col, o_row = tile_of(item, height, width, channels, T, COLUMNS)
         b_grad = load_rows(
-            p_grad + image * image_size,
+            p_grad + o_row,
             col * channels + channel,
             row,
+            width * channels,
             height,
-            width,
-            channels,
             m_channel & (col < width),
             T,
         )
@@ -182,7 +180,7 @@ def _column(
                 total += b_grad[t]
         acc = tap_sums(
             acc,
-            p_x + image * image_size,
+            p_x + o_row,
             b_grad,
             height,
             width,
