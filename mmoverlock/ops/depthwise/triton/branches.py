@@ -56,10 +56,10 @@ from ...partial_sums import add
 from . import banded
 from .common import (
     SIZES,
-    Layout,
     autocast,
     channels_of,
     convolve,
+    layout_of,
     tap_at,
     tile_of,
     widen,
@@ -555,7 +555,7 @@ def _statistics(x, taps, first, branches):
     """
     is_banded = x.numel() > 0 and banded.takes(x, branches[0])
     sizes = [size for size, *_ in branches]
-    layout = Layout.of(x.shape)
+    layout = layout_of(x.shape)
     splits = num_splits(layout.tiles, layout.blocks, KNOBS['statistics'])
     shape = splits, 3 * len(branches), x.shape[1]
     parts = x.new_empty(shape, dtype=torch.float32)
@@ -640,7 +640,7 @@ def _backward(
     grad_ys = grad_ys.permute(0, 1, 4, 2, 3)
     operands = x, first, grad, taps, factors, grad_ys
     if x.numel():
-        layout = Layout.of(x.shape)
+        layout = layout_of(x.shape)
         _branch_grads_kernel[layout.tiles, layout.blocks](
             *operands,
             *x.shape[1:],

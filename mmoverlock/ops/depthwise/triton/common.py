@@ -7,6 +7,7 @@ column once, for ``T * K`` multiply-adds in single precision. Large kernels of
 16-bit maps go to tensor cores, see banded.py.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -253,20 +254,21 @@ class Layout(NamedTuple):
     tiles: int
     blocks: int  # of channels
 
-    @classmethod
-    def of(cls, shape: torch.Size) -> 'Layout':
-        batch, channels, height, width = shape
-        block = min(KNOBS['CHANNELS'], key=lambda n: cdiv(channels, n) * n)
-        columns, rows = KNOBS['LANES'] // block, KNOBS['T']
-        constants = dict(
-            T=rows,
-            COLUMNS=columns,
-            CHANNELS=block,
-            num_warps=KNOBS['warps'],
-            maxnreg=KNOBS['registers'],
-        )
-        tiles = batch * cdiv(height, rows) * cdiv(width, columns)
-        return cls(constants, tiles, cdiv(channels, block))
+
+@lru_cache
+def layout_of(shape: torch.Size) -> Layout:
+    batch, channels, height, width = shape
+    block = min(KNOBS['CHANNELS'], key=lambda n: cdiv(channels, n) * n)
+    columns, rows = KNOBS['LANES'] // block, KNOBS['T']
+    constants = dict(
+        T=rows,
+        COLUMNS=columns,
+        CHANNELS=block,
+        num_warps=KNOBS['warps'],
+        maxnreg=KNOBS['registers'],
+    )
+    tiles = batch * cdiv(height, rows) * cdiv(width, columns)
+    return Layout(constants, tiles, cdiv(channels, block))
 
 
 def autocast(x: Tensor) -> Tensor:

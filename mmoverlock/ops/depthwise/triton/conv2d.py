@@ -16,10 +16,10 @@ from ...partial_sums import add
 from . import banded
 from .common import (
     SIZES,
-    Layout,
     autocast,
     channels_of,
     convolve,
+    layout_of,
     tile_of,
     zeros,
 )
@@ -123,7 +123,7 @@ def convolve_maps(
         taps = taps[first : first + size**2]
         banded.convolve_map(x[0], out, taps, size, bias, flip, other)
     elif out.numel():
-        layout = Layout.of(out.shape)
+        layout = layout_of(out.shape)
         _conv2d_kernel[layout.tiles, layout.blocks](
             x,
             taps,

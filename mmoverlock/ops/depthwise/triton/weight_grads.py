@@ -35,8 +35,8 @@ from ...launching import jit
 from .common import (
     INTERPRETED,
     SIZES,
-    Layout,
     channels_of,
+    layout_of,
     load_rows,
     tap_at,
     tap_sums,
@@ -562,7 +562,7 @@ def _launch(x, grads, branches, with_sum, taps=None, inner=()):
             maxnreg=KNOBS['registers'],
         )
         return parts
-    layout = Layout.of(x.shape)
+    layout = layout_of(x.shape)
     columns = sum(sizes)
     splits = num_splits(
         layout.tiles, layout.blocks * columns, KNOBS['column_programs']
