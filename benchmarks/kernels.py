@@ -128,12 +128,6 @@ def disassemble(cubin: bytes) -> tuple[int, int, Loop]:
     return int(registers), int(stack), loops_of(sass)
 
 
-def _columns(branch):
-    """Loops of a convolution, over columns and, with wide gaps, rows."""
-    size, dilation, _ = branch
-    return size, [(size, [])] * (dilation > 2)
-
-
 def _banded(a):
     """The same by banded matrices: over windows, and blocks of rows."""
     size = a['K']
@@ -169,14 +163,14 @@ def _trips(name, grid, a):
     if name == '_banded_statistics_kernel':
         tiles = a['images'] * cdiv(a['height'], a['T']) * a['across']
         return [(cdiv(tiles, 16) / grid[0], _banded(a))]
-    if name == '_conv2d_kernel':
-        return [_columns(branch) for branch in a['BRANCHES']]
+    if name == '_conv2d_kernel':  # over columns
+        return [(size, []) for size, *_ in a['BRANCHES']]
     if name == '_branch_grads_kernel':
-        return [_columns(branch) for branch in a['BRANCHES'][1:]]
+        return [(size, []) for size, *_ in a['BRANCHES'][1:]]
     if name == '_statistics_kernel':
         tiles = a['items'] / grid[0]
         branches = a['BRANCHES'][a['FIRST'] :]
-        return [(tiles, [_columns(branch)]) for branch in branches]
+        return [(tiles, [(size, [])]) for size, *_ in branches]
     if name == '_columns_kernel':  # a program is of one branch
         tiles = a['items'] / grid[0] / grid[2]
         return [(tiles * size, []) for size, *_ in a['BRANCHES']]

@@ -17,21 +17,13 @@ pytest.importorskip('triton', '3.6')
 SHARED = 99 * 1024  # bytes of a block on the smallest, capability 8.6
 MANY = (  # registers
     'pointwise',
-    # In single precision
-    'depthwise.triton.conv2d',
-    'depthwise.triton.branches._statistics',
-    'depthwise.triton.branches._branch_grads',
-    'depthwise.triton.weight_grads._columns',
     'dynamic_conv.triton.filters',
     'excitation.triton',
 )
-SPILLED = (  # so that twice as many warps fit a multiprocessor
-    'depthwise.triton.banded',
-    'depthwise.triton.weight_grads._units',
-)
+SPILLED = 'depthwise.triton'  # so that more warps fit a multiprocessor
 A_FEW = {  # bytes are spilled, by capability
     100: ('dynamic_conv', 'layernorm'),
-    120: ('prior', 'depthwise.triton.branches._statistics'),
+    120: ('prior',),
 }
 CONTMIX = dict(filters=('prepare', 'finish'), mix=('forward', 'backward'))
 

@@ -18,7 +18,7 @@ sys.path.insert(0, '..')
 from benchmarks.kernels import compile_step, describe
 from mmoverlock.models.reparam import DilatedReparamConv
 from mmoverlock.ops.depthwise.triton import banded
-from mmoverlock.ops.depthwise.triton.common import Layout
+from mmoverlock.ops.depthwise.triton.common import KNOBS
 with torch.device('meta'):
     conv = DilatedReparamConv(64, 13, dict(type='BN'), True, 'triton')
     x = torch.empty(2, 64, 21, 21).requires_grad_()
@@ -30,20 +30,21 @@ for dtype in torch.float32, torch.bfloat16:
         forward.name, forward.launches, forward.warps, forward.issued,
         forward.milliseconds, forward.spills, len(kernels),
     ]))
-print(json.dumps([Layout.of(x.shape, 13, 'map_rows').rows, banded.KNOBS]))
+print(json.dumps([KNOBS, banded.KNOBS]))
 """,
         TRITON_CACHE_DIR=str(pytestconfig.cache.mkdir('triton')),
     )
     lines = out.splitlines()
-    rows, knobs = json.loads(lines.pop())
+    tiles, knobs = json.loads(lines.pop())
+    rows = tiles['T']
     ends = [i for i, line in enumerate(lines) if line.startswith('[')]
     bands = knobs['T'] * knobs['R']
     blocks = -(-13 // knobs['R'])
     chunks = -(-2 * 2 * -(-21 // knobs['T']) // 16)
     cases = [
-        # Tiles of 8 columns by 32 channels, two columns a thread
-        ('conv2d._', 4 * 2 * -(-21 // rows) * -(-21 // 8) * 2, 'FFMA')
-        + (2 * rows * 13 * 13,),
+        # Tiles of 8 columns by 32 channels, four of these a thread
+        ('conv2d._', 2 * 2 * -(-21 // rows) * -(-21 // 8) * 2, 'FFMA')
+        + (4 * rows * 13 * 13,),
         # 16 tiles of 11 columns, which two windows of the input reach; two
         # products for each of 2 channels a warp
         ('banded._banded_', 8 * chunks * 4, 'HMMA')

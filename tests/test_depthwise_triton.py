@@ -52,8 +52,8 @@ def test_options():
 @pytest.mark.parametrize(
     'shape, sizes, dtype, tolerance',
     [
-        ((1, 9, 6, 5), FIVE, SINGLE, 1e-5),  # two blocks of channels
-        ((2, 4, 6, 7), FIVE, BRAIN, 2e-2),
+        ((1, 33, 6, 5), FIVE, SINGLE, 1e-5),  # blocks of channels, one of 1
+        ((2, 32, 8, 9), FIVE, BRAIN, 2e-2),  # tiles of 1 row, of 1 column
     ],
 )
 def test_sum_of_branches(shape, sizes, dtype, tolerance, poison):

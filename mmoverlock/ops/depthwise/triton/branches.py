@@ -56,20 +56,23 @@ from ...partial_sums import add
 from . import banded
 from .common import (
     SIZES,
-    Layout,
     autocast,
+    channels_of,
     convolve,
-    load_rows,
+    layout_of,
     tap_at,
     tile_of,
+    widen,
     zeros,
 )
 from .conv2d import convolve_maps
 from .weight_grads import inner_products, num_splits, weight_grads
 
 # Programs of kernels that end in sums, where there is enough to do.
-KNOBS = dict(statistics=264)
-CANDIDATES = dict(statistics=(264, 528, 1056))  # for benchmarks/gpu_tune.py
+KNOBS = dict(statistics=792)
+CANDIDATES = dict(
+    statistics=(264, 528, 792, 1056)
+)  # for benchmarks/gpu_tune.py
 BLOCK = tl.constexpr(32)  # channels of kernels that finish sums
 FEW = tl.constexpr(8)  # the same where every row of a kernel finishes them
 
@@ -110,14 +113,15 @@ def _statistics_kernel(
     p_taps,
     p_y,
     p_parts,
-    channels,
+    channels: tl.constexpr,
     height,
     width,
     items,
     BRANCHES: tl.constexpr,
     FIRST: tl.constexpr,
     T: tl.constexpr,
-    LANES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
     """Number of values, mean and sum of squared deviations from it.
 
@@ -127,39 +131,41 @@ def _statistics_kernel(
     the first value that it saw.
     """
     split = tl.program_id(0)
-    channel = tl.program_id(1) * LANES[1] + tl.arange(0, LANES[1])[None]
-    m_channel = channel < channels
+    channel, m_channel = channels_of(tl.program_id(1), channels, CHANNELS)
+    lanes: tl.constexpr = (COLUMNS, CHANNELS)
     o_part = tl.cast(split, tl.int64) * len(BRANCHES) * 3 * channels
     p_part = p_parts + o_part + FIRST * 3 * channels + channel
     # One branch after the other, so that only one has its sums in registers,
     # and, with nothing hoisted, its offsets.
     for b in tl.static_range(FIRST, len(BRANCHES)):
-        count = tl.zeros(LANES, tl.float32)
-        first = tl.zeros(LANES, tl.float32)
-        total = tl.zeros(LANES, tl.float32)
-        squares = tl.zeros(LANES, tl.float32)
+        count = tl.zeros(lanes, tl.float32)
+        first = tl.zeros(lanes, tl.float32)
+        total = tl.zeros(lanes, tl.float32)
+        squares = tl.zeros(lanes, tl.float32)
         for item in tl.range(
             split, items, tl.num_programs(0), disable_licm=True
         ):
-            row, col, _, o_tile = tile_of(
-                item, channels, height, width, T, LANES
+            row, col, o_row = tile_of(
+                item, height, width, channels, T, COLUMNS
             )
             acc = convolve(
-                zeros(T, LANES),
-                p_x + o_tile,
+                zeros(T, lanes),
+                p_x + o_row,
                 p_taps + BRANCHES[b][2] * channels,
-                channels,
                 height,
                 width,
                 channel,
+                m_channel,
                 row,
                 col,
+                channels,
                 BRANCHES[b][0],
                 BRANCHES[b][1],
                 False,
                 T,
             )
             first = tl.where(count == 0, acc[0], first)
+            o_tile = o_row + col * channels + channel
             for t in tl.static_range(T):
                 ok = (col < width) & (row + t < height)
                 difference = tl.where(ok, acc[t] - first, 0.0)
@@ -405,12 +411,14 @@ def _branch_grads_kernel(
     p_taps,
     p_factors,
     p_out,
-    channels,
+    channels: tl.constexpr,
     height,
     width,
+    images,
     BRANCHES: tl.constexpr,
     T: tl.constexpr,
-    LANES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
     """``p g - q y - o`` for every branch.
 
@@ -418,31 +426,26 @@ def _branch_grads_kernel(
     factors (3, branches, C), out (branches, B, H, W, C); grid (tiles, blocks
     of channels).
     """
-    row, col, channel, o_tile = tile_of(
-        tl.program_id(0), channels, height, width, T, LANES
+    row, col, o_row = tile_of(
+        tl.program_id(0), height, width, channels, T, COLUMNS
     )
-    m_channel = channel < channels
-    m_out = m_channel & (col < width)
-    blocks = tl.cdiv(width, LANES[0]) * tl.cdiv(height, T)
-    images = tl.num_programs(0) // blocks
-    o_branch = images.to(tl.int64) * height * width * channels
-    step = width * channels
-    b_grad = load_rows(p_grad + o_tile, row, step, height, m_out, T)
-    p_out += o_tile
+    channel, m_channel = channels_of(tl.program_id(1), channels, CHANNELS)
+    m_col = m_channel & (col < width)
+    o_tile = o_row + col * channels + channel
     for b in tl.static_range(len(BRANCHES)):
-        if b == 0:
-            acc = load_rows(p_y + o_tile, row, step, height, m_out, T)
-        else:
+        acc = zeros(T, (COLUMNS, CHANNELS))
+        if b > 0:
             acc = convolve(
-                zeros(T, LANES),
-                p_x + o_tile,
+                acc,
+                p_x + o_row,
                 p_taps + BRANCHES[b][2] * channels,
-                channels,
                 height,
                 width,
                 channel,
+                m_channel,
                 row,
                 col,
+                channels,
                 BRANCHES[b][0],
                 BRANCHES[b][1],
                 False,
@@ -454,9 +457,15 @@ def _branch_grads_kernel(
         q = tl.load(p_factor + factor_step, mask=m_channel, other=0)
         o = tl.load(p_factor + 2 * factor_step, mask=m_channel, other=0)
         for t in tl.static_range(T):
-            b_out = (p * b_grad[t] - q * acc[t] - o).to(p_out.dtype.element_ty)
-            tl.store(p_out + t * step, b_out, mask=m_out & (row + t < height))
-        p_out += o_branch
+            m_row = m_col & (row + t < height)
+            o_out = o_tile + t * width * channels
+            b_grad = widen(tl.load(p_grad + o_out, mask=m_row, other=0))
+            b_y = acc[t]
+            if b == 0:
+                b_y = widen(tl.load(p_y + o_out, mask=m_row, other=0))
+            b_out = (p * b_grad - q * b_y - o).to(p_out.dtype.element_ty)
+            tl.store(p_out + o_out, b_out, mask=m_row)
+        p_out += tl.cast(images, tl.int64) * height * width * channels
 
 
 class _Plan:
@@ -546,25 +555,22 @@ def _statistics(x, taps, first, branches):
     """
     is_banded = x.numel() > 0 and banded.takes(x, branches[0])
     sizes = [size for size, *_ in branches]
-    size = max(sizes[is_banded:], default=1)
-    layout = Layout.of(x.shape, size, 'sum_rows')
-    tiles, blocks = layout.grid(x.shape)
-    splits = num_splits(tiles, blocks, KNOBS['statistics'])
+    layout = layout_of(x.shape)
+    splits = num_splits(layout.tiles, layout.blocks, KNOBS['statistics'])
     shape = splits, 3 * len(branches), x.shape[1]
     parts = x.new_empty(shape, dtype=torch.float32)
     if is_banded:
         banded.statistics(x, taps[: sizes[0] ** 2], first, parts, sizes[0])
-    _statistics_kernel[splits, blocks](
+    _statistics_kernel[splits, layout.blocks](
         x,
         taps,
         first,
         parts,
         *x.shape[1:],
-        tiles,
+        layout.tiles,
         BRANCHES=branches,
         FIRST=int(is_banded),
-        T=layout.rows,
-        LANES=layout.lanes,
+        **layout.constants,
     )
     return parts
 
@@ -598,8 +604,6 @@ def _backward(
     sizes = tuple(weight.shape[-1] for weight in weights)
     plan = _plan(sizes, tuple(dilations))
     branches, channels = plan.branches, x.shape[1]
-    layout = Layout.of(x.shape, max(sizes[1:], default=1), 'map_rows')
-    tiles, blocks = layout.grid(x.shape)
     n = len(branches)
     grid = cdiv(channels, BLOCK.value), n
     sums = statistics.new_empty(n + 1, channels)
@@ -636,12 +640,13 @@ def _backward(
     grad_ys = grad_ys.permute(0, 1, 4, 2, 3)
     operands = x, first, grad, taps, factors, grad_ys
     if x.numel():
-        _branch_grads_kernel[tiles, blocks](
+        layout = layout_of(x.shape)
+        _branch_grads_kernel[layout.tiles, layout.blocks](
             *operands,
             *x.shape[1:],
+            len(x),
             BRANCHES=branches,
-            T=layout.rows,
-            LANES=layout.lanes,
+            **layout.constants,
         )
     grad_x = convolve_maps(grad_ys, taps, branches, flip=True, other=other)
     parts = weight_grads(x, grad_ys, branches)

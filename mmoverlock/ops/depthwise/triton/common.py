@@ -1,14 +1,14 @@
 """Tiles of maps in channels_last, and convolutions of them in registers.
 
 A program has ``T`` rows of a few columns and a block of channels; every
-thread keeps its values of those rows. Going through the columns of a kernel,
-it loads the ``T + K - 1`` rows of the input below one column once, for
-``T * K`` multiply-adds in single precision. So it goes for maps of single
-precision; see banded.py for those of 16 bits.
+thread keeps its values of those rows, of four channels. Going through the
+columns of a kernel, it loads the ``T + K - 1`` rows of the input below one
+column once, for ``T * K`` multiply-adds in single precision. Large kernels of
+16-bit maps go to tensor cores, see banded.py.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,38 +19,64 @@ from triton import constexpr_function
 from ...common import cast_as_convolutions, cdiv, channels_last
 from ...partial_sums import check_device
 
-# Candidates for tiles, of which sums are made or which are written; the first
-# one of the least cost is taken.
-KNOBS = dict(sum_rows=(7, 10, 16), map_rows=(7,), channels=(32, 16), lanes=256)
+# CHANNELS of a program are the candidate of which the fewest are beyond the
+# map's, its columns what is left of LANES.
+KNOBS = dict(T=7, CHANNELS=(32, 16), LANES=256, warps=2, registers=168)
 CANDIDATES = dict(  # for benchmarks/gpu_tune.py
-    sum_rows=((7,), (10,), (16,), (7, 10, 16)),
-    map_rows=((7,), (10,), (16,), (7, 10, 16)),
-    channels=((16,), (32,), (32, 16)),
-    lanes=(128, 256, 512),
+    T=(4, 5, 7, 10),
+    CHANNELS=((32, 16), (16,), (64, 32, 16)),
+    LANES=(128, 256, 512),
+    warps=(1, 2, 4),
+    registers=(255, 168, 128),
 )
-SPARSE = tl.constexpr(3)  # dilation that is too large for rows to be shared
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Arguments that come in too many values to compile for kinds of them
 SIZES = ('height', 'width', 'items', 'images', 'splits', 'count', 'across')
 
 
 @triton.jit
-def tile_of(
-    item, channels, height, width, T: tl.constexpr, LANES: tl.constexpr
-):
-    """First row, columns and channels of a tile, and their offsets.
+def channels_of(block, channels: tl.constexpr, CHANNELS: tl.constexpr):
+    """A block of channels (1, C), and which of them there are."""
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)[None]
+    if channels % CHANNELS == 0:
+        return channel, tl.full((1, CHANNELS), True, tl.int1)
+    return channel, channel < channels
 
-    Returns:
-        row (), col (X, 1), channel (1, C) and o_tile (X, C), the offsets of
-        the first row.
-    """
-    blocks = tl.cdiv(width, LANES[0])
+
+@triton.jit
+def tile_of(
+    item,
+    height,
+    width,
+    channels,
+    T: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """First row (), columns (X, 1) and where the row begins, in 64 bits."""
+    blocks = tl.cdiv(width, COLUMNS)
     tiles = tl.cdiv(height, T)
-    channel = tl.program_id(1) * LANES[1] + tl.arange(0, LANES[1])[None]
-    col = item % blocks * LANES[0] + tl.arange(0, LANES[0])[:, None]
+    col = item % blocks * COLUMNS + tl.arange(0, COLUMNS)[:, None]
     row = item // blocks % tiles * T
     image = (item // blocks // tiles).to(tl.int64)
-    o_tile = ((image * height + row) * width + col) * channels + channel
-    return row, col, channel, o_tile
+    return row, col, (image * height + row) * width * channels
+
+
+@triton.jit
+def widen(block):
+    """Values in single precision, those of bfloat16 in one instruction each.
+
+    The compiler takes two for every second one.
+    """
+    if block.dtype == tl.bfloat16 and not INTERPRETED:
+        return tl.inline_asm_elementwise(
+            'shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;',
+            '=r,=r,r',
+            [block],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    return block.to(tl.float32)
 
 
 @triton.jit
@@ -62,26 +88,40 @@ def zeros(LENGTH: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def load_rows(p_x, row, step, height, m_x, T: tl.constexpr):
-    """Rows of a tile as a tuple, zero outside of the map."""
+def load_rows(p_row, o_x, row, step, height, m_x, T: tl.constexpr):
+    """Rows of a tile as a tuple, zero outside of the map.
+
+    Args:
+        p_row: Pointer () to where the first row, ``row``, begins.
+        o_x: (X, C), of the values in a row.
+        step: From row to row.
+        m_x: (X, C), of o_x.
+    """
     rows = ()
     for t in tl.static_range(T):
-        b_row = tl.load(p_x + t * step, mask=m_x & (row + t < height), other=0)
-        rows = rows + (b_row.to(tl.float32),)
+        rows = rows + (load_row(p_row + t * step, o_x, row + t, height, m_x),)
     return rows
+
+
+@triton.jit
+def load_row(p_row, o_x, row, height, m_x):
+    # The pointer is one for all threads, which does not take their time.
+    m_x = m_x & (row >= 0) & (row < height)
+    return widen(tl.load(p_row + o_x, mask=m_x, other=0))
 
 
 @triton.jit
 def convolve(
     acc,
-    p_x,
+    p_row,
     p_taps,
-    channels,
     height,
     width,
     channel,
+    m_channel,
     row,
     col,
+    channels: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     FLIP: tl.constexpr,
@@ -91,7 +131,7 @@ def convolve(
 
     Args:
         acc: T rows (X, C).
-        p_x: Pointers (X, C) to the first row of the tile.
+        p_row: Pointer () to where the first row begins, in (B, H, W, C).
         p_taps: Pointer to the taps of the kernel, (K * K, channels).
         K, D: Size and dilation of the kernel.
         FLIP: Whether its taps come in reversed order.
@@ -100,62 +140,46 @@ def convolve(
     REACH: tl.constexpr = K // 2 * D
     LAST: tl.constexpr = K * K - 1 if FLIP else 0
     SIGN: tl.constexpr = -1 if FLIP else 1
-    step = width * channels
-    m_channel = channel < channels
-    for s in range(K):
-        shift = s * D - REACH
-        m_col = m_channel & (col + shift >= 0) & (col + shift < width)
-        p_col = p_x + shift * channels
+    # Offsets of every row, if hoisted, would take half the registers.
+    for s in tl.range(K, disable_licm=True):
+        x = col + s * D - REACH
+        m_x = m_channel & (x >= 0) & (x < width)
         p_tap = p_taps + (LAST + SIGN * s) * channels + channel
-        if D < SPARSE:
-            taps = ()
-            for r in tl.static_range(K):
-                b_tap = tl.load(
-                    p_tap + SIGN * r * K * channels, mask=m_channel, other=0
+        taps = ()
+        for r in tl.static_range(K):
+            b_tap = tl.load(
+                p_tap + SIGN * r * K * channels, mask=m_channel, other=0
+            )
+            taps = taps + (widen(b_tap),)
+        for i in tl.static_range(T + (K - 1) * D):
+            if is_read(i, K, D, T):
+                b_x = load_row(
+                    p_row + (i - REACH) * width * channels,
+                    x * channels + channel,
+                    row + i - REACH,
+                    height,
+                    m_x,
                 )
-                taps = taps + (b_tap,)
-            for i in tl.static_range(T + (K - 1) * D):
-                if is_read(i, K, D, T):
-                    y = row + i - REACH
-                    b_x = tl.load(
-                        p_col + (i - REACH) * step,
-                        mask=m_col & (y >= 0) & (y < height),
-                        other=0,
-                    ).to(tl.float32)
-                    for t in tl.static_range(T):
-                        if meets(i - t, K, D):
-                            part = tl.fma(b_x, taps[(i - t) // D], acc[t])
-                            acc = acc[:t] + (part,) + acc[t + 1 :]
-        else:  # hardly a row meets two taps
-            for r in range(K):
-                b_tap = tl.load(
-                    p_tap + SIGN * r * K * channels, mask=m_channel, other=0
-                )
-                first = r * D - REACH
                 for t in tl.static_range(T):
-                    y = row + first + t
-                    b_x = tl.load(
-                        p_col + (first + t) * step,
-                        mask=m_col & (y >= 0) & (y < height),
-                        other=0,
-                    ).to(tl.float32)
-                    part = tl.fma(b_x, b_tap, acc[t])
-                    acc = acc[:t] + (part,) + acc[t + 1 :]
+                    if meets(i - t, K, D):
+                        part = tl.fma(b_x, taps[(i - t) // D], acc[t])
+                        acc = acc[:t] + (part,) + acc[t + 1 :]
     return acc
 
 
 @triton.jit
 def tap_sums(
     acc,
-    p_x,
+    p_row,
     b_grad,
-    channels,
     height,
     width,
     channel,
+    m_channel,
     row,
     col,
     s,
+    channels: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     T: tl.constexpr,
@@ -164,22 +188,21 @@ def tap_sums(
 
     Args:
         acc: K rows (X, C), one for each tap of the column.
-        p_x: Pointers (X, C) to the first row of the tile.
+        p_row: Pointer () to where the first row of x begins.
         b_grad: T rows (X, C) of the gradient, zero outside of the map.
     """
     REACH: tl.constexpr = K // 2 * D
-    step = width * channels
-    shift = s * D - REACH
-    p_col = p_x + shift * channels
-    m_col = (channel < channels) & (col + shift >= 0) & (col + shift < width)
+    x = col + s * D - REACH
+    m_x = m_channel & (x >= 0) & (x < width)
     for i in tl.static_range(T + (K - 1) * D):
         if is_read(i, K, D, T):
-            y = row + i - REACH
-            b_x = tl.load(
-                p_col + (i - REACH) * step,
-                mask=m_col & (y >= 0) & (y < height),
-                other=0,
-            ).to(tl.float32)
+            b_x = load_row(
+                p_row + (i - REACH) * width * channels,
+                x * channels + channel,
+                row + i - REACH,
+                height,
+                m_x,
+            )
             for r in tl.static_range(K):
                 if 0 <= i - r * D and i - r * D < T:
                     part = tl.fma(b_x, b_grad[i - r * D], acc[r])
@@ -225,34 +248,27 @@ def tap_at(
 
 
 class Layout(NamedTuple):
-    """How a map is cut into tiles."""
+    """How maps are cut into tiles: constants of kernels, and their grid."""
 
-    rows: int
-    lanes: tuple[int, int]  # columns, channels
-
-    @classmethod
-    def of(cls, shape: torch.Size, size: int, rows: str) -> 'Layout':
-        """For a kernel of so many rows; ``rows`` is a key of ``KNOBS``."""
-        _, channels, height, _ = shape
-        return _layout(channels, height, size, rows)
-
-    def grid(self, shape: torch.Size) -> tuple[int, int]:
-        """Tiles, and blocks of channels."""
-        batch, channels, height, width = shape
-        columns, block = self.lanes
-        across = cdiv(width, columns)
-        tiles = batch * cdiv(height, self.rows) * across
-        return tiles, cdiv(channels, block)
+    constants: dict[str, Any]
+    tiles: int
+    blocks: int  # of channels
 
 
 @lru_cache
-def _layout(channels: int, height: int, size: int, rows: str) -> Layout:
-    rows = min(
-        KNOBS[rows],
-        key=lambda t: cdiv(height, t) * (t * size + 4 * (t + size)),
+def layout_of(shape: torch.Size) -> Layout:
+    batch, channels, height, width = shape
+    block = min(KNOBS['CHANNELS'], key=lambda n: cdiv(channels, n) * n)
+    columns, rows = KNOBS['LANES'] // block, KNOBS['T']
+    constants = dict(
+        T=rows,
+        COLUMNS=columns,
+        CHANNELS=block,
+        num_warps=KNOBS['warps'],
+        maxnreg=KNOBS['registers'],
     )
-    block = min(KNOBS['channels'], key=lambda n: cdiv(channels, n) * n)
-    return Layout(rows, (KNOBS['lanes'] // block, block))
+    tiles = batch * cdiv(height, rows) * cdiv(width, columns)
+    return Layout(constants, tiles, cdiv(channels, block))
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ from ...partial_sums import add
 from . import banded
 from .common import (
     SIZES,
-    Layout,
     autocast,
+    channels_of,
     convolve,
+    layout_of,
     tile_of,
     zeros,
 )
@@ -32,13 +33,15 @@ def _conv2d_kernel(
     p_bias,
     p_other,
     p_out,
-    channels,
+    channels: tl.constexpr,
     height,
     width,
+    images,
     BRANCHES: tl.constexpr,
     FLIP: tl.constexpr,
     T: tl.constexpr,
-    LANES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
     """Sum of the convolutions of maps, one for each branch.
 
@@ -48,41 +51,42 @@ def _conv2d_kernel(
     x (branches, B, H, W, C), taps (all taps, C), bias (C, ), other and out (B,
     H, W, C); grid (tiles, blocks of channels).
     """
-    row, col, channel, o_tile = tile_of(
-        tl.program_id(0), channels, height, width, T, LANES
+    row, col, o_row = tile_of(
+        tl.program_id(0), height, width, channels, T, COLUMNS
     )
-    blocks = tl.cdiv(width, LANES[0]) * tl.cdiv(height, T)
-    images = tl.num_programs(0) // blocks
-    o_branch = images.to(tl.int64) * height * width * channels
-    acc = zeros(T, LANES)
+    channel, m_channel = channels_of(tl.program_id(1), channels, CHANNELS)
+    o_branch = tl.cast(images, tl.int64) * height * width * channels
+    acc = zeros(T, (COLUMNS, CHANNELS))
     for b in tl.static_range(len(BRANCHES)):
         acc = convolve(
             acc,
-            p_x + b * o_branch + o_tile,
+            p_x + b * o_branch + o_row,
             p_taps + BRANCHES[b][2] * channels,
-            channels,
             height,
             width,
             channel,
+            m_channel,
             row,
             col,
+            channels,
             BRANCHES[b][0],
             BRANCHES[b][1],
             FLIP,
             T,
         )
-    m_out = (channel < channels) & (col < width)
+    o_tile = o_row + col * channels + channel
+    m_out = m_channel & (col < width)
     b_bias = 0.0
     if p_bias is not None:
-        b_bias = tl.load(p_bias + channel, mask=channel < channels, other=0)
+        b_bias = tl.load(p_bias + channel, mask=m_channel, other=0)
         b_bias = b_bias.to(tl.float32)
     for t in tl.static_range(T):
         m_row = m_out & (row + t < height)
-        o_row = o_tile + t * width * channels
+        o_out = o_tile + t * width * channels
         b_out = acc[t] + b_bias
         if p_other is not None:
-            b_out += tl.load(p_other + o_row, mask=m_row, other=0)
-        tl.store(p_out + o_row, b_out.to(p_out.dtype.element_ty), mask=m_row)
+            b_out += tl.load(p_other + o_out, mask=m_row, other=0)
+        tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_row)
 
 
 def convolve_maps(
@@ -119,19 +123,18 @@ def convolve_maps(
         taps = taps[first : first + size**2]
         banded.convolve_map(x[0], out, taps, size, bias, flip, other)
     elif out.numel():
-        size = max(size for size, *_ in branches)
-        layout = Layout.of(out.shape, size, 'map_rows')
-        _conv2d_kernel[layout.grid(out.shape)](
+        layout = layout_of(out.shape)
+        _conv2d_kernel[layout.tiles, layout.blocks](
             x,
             taps,
             bias,
             other,
             out,
             *out.shape[1:],
+            len(out),
             BRANCHES=branches,
             FLIP=flip,
-            T=layout.rows,
-            LANES=layout.lanes,
+            **layout.constants,
         )
     return out
 

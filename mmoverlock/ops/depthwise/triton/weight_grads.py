@@ -33,8 +33,10 @@ from torch import Tensor
 from ...common import cdiv
 from ...launching import jit
 from .common import (
+    INTERPRETED,
     SIZES,
-    Layout,
+    channels_of,
+    layout_of,
     load_rows,
     tap_at,
     tap_sums,
@@ -42,7 +44,6 @@ from .common import (
     zeros,
 )
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 WINDOW = tl.constexpr(16)  # columns, and tiles that a product sums over
 # Programs are those where there is enough to do: of columns in single
 # precision; of units in 16 bits, eight for each multiprocessor of an H100. The
@@ -51,7 +52,7 @@ WINDOW = tl.constexpr(16)  # columns, and tiles that a product sums over
 # place of 0.52 with 168 (256 channels, 14 x 14, 13 x 13), in spite of 8 to 24
 # bytes that are spilled.
 KNOBS = dict(
-    column_programs=1024,
+    column_programs=2048,
     unit_programs=1056,
     T=3,
     ROWS=3,
@@ -61,7 +62,7 @@ KNOBS = dict(
     registers=128,
 )
 CANDIDATES = dict(  # for benchmarks/gpu_tune.py
-    column_programs=(512, 1024, 2048),
+    column_programs=(1024, 2048, 4096),
     unit_programs=(528, 1056, 2112),
     T=(2, 3, 4),
     ROWS=(3, 5, 7),
@@ -78,18 +79,19 @@ def _columns_kernel(
     p_grads,
     p_taps,
     p_parts,
-    channels,
+    channels: tl.constexpr,
     height,
     width,
     items,
     images,
     BRANCHES: tl.constexpr,
     INNER: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    STARTS: tl.constexpr,
     SUMS: tl.constexpr,
     SUM: tl.constexpr,
     T: tl.constexpr,
-    LANES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
     """Parts of the gradients of the taps of all branches, by multiply-adds.
 
@@ -104,14 +106,14 @@ def _columns_kernel(
     """
     split = tl.program_id(0)
     column = tl.program_id(2)
-    channel = tl.program_id(1) * LANES[1] + tl.arange(0, LANES[1])[None]
+    channel, m_channel = channels_of(tl.program_id(1), channels, CHANNELS)
     o_branch = tl.cast(images, tl.int64) * height * width * channels
     part = tl.cast(split, tl.int64)
     if len(INNER):
         part = part * tl.num_programs(2) + column
     p_part = p_parts + part * SUMS * channels + channel
     for b in tl.static_range(len(BRANCHES)):
-        s = column - COLUMNS[b]
+        s = column - STARTS[b]
         if (s >= 0) & (s < BRANCHES[b][0]):
             _column(
                 p_x,
@@ -121,17 +123,18 @@ def _columns_kernel(
                 p_part + (SUMS - 1) * channels,
                 split,
                 channel,
+                m_channel,
                 s,
-                channels,
                 height,
                 width,
                 items,
+                channels,
                 BRANCHES[b][0],
                 BRANCHES[b][1],
                 INNER,
                 SUM and b == 0,
                 T,
-                LANES,
+                COLUMNS,
             )
 
 
@@ -144,26 +147,28 @@ def _column(
     p_total,
     split,
     channel,
+    m_channel,
     s,
-    channels,
     height,
     width,
     items,
+    channels: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     INNER: tl.constexpr,
     SUM: tl.constexpr,
     T: tl.constexpr,
-    LANES: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Column s of the kernel of a branch."""
-    m_channel = channel < channels
-    acc = zeros(K, LANES)
-    total = tl.zeros(LANES, tl.float32)
+    lanes: tl.constexpr = (COLUMNS, channel.shape[1])
+    acc = zeros(K, lanes)
+    total = tl.zeros(lanes, tl.float32)
     for item in range(split, items, tl.num_programs(0)):
-        row, col, _, o_tile = tile_of(item, channels, height, width, T, LANES)
+        row, col, o_row = tile_of(item, height, width, channels, T, COLUMNS)
         b_grad = load_rows(
-            p_grad + o_tile,
+            p_grad + o_row,
+            col * channels + channel,
             row,
             width * channels,
             height,
@@ -175,15 +180,16 @@ def _column(
                 total += b_grad[t]
         acc = tap_sums(
             acc,
-            p_x + o_tile,
+            p_x + o_row,
             b_grad,
-            channels,
             height,
             width,
             channel,
+            m_channel,
             row,
             col,
             s,
+            channels,
             K,
             D,
             T,
@@ -556,29 +562,27 @@ def _launch(x, grads, branches, with_sum, taps=None, inner=()):
             maxnreg=KNOBS['registers'],
         )
         return parts
-    layout = Layout.of(x.shape, max(sizes), 'sum_rows')
-    tiles, blocks = layout.grid(x.shape)
+    layout = layout_of(x.shape)
     columns = sum(sizes)
-    splits = num_splits(tiles, blocks * columns, KNOBS['column_programs'])
+    splits = num_splits(
+        layout.tiles, layout.blocks * columns, KNOBS['column_programs']
+    )
     shares = columns if inner else 1
     parts = x.new_empty(splits * shares, sums, channels)
-    _columns_kernel[splits, blocks, columns](
+    _columns_kernel[splits, layout.blocks, columns](
         x,
         grads,
         taps,
         parts,
-        channels,
-        height,
-        width,
-        tiles,
+        *x.shape[1:],
+        layout.tiles,
         batch,
         BRANCHES=branches,
         INNER=inner,
-        COLUMNS=tuple(sum(sizes[:b]) for b in range(len(sizes))),
+        STARTS=tuple(sum(sizes[:b]) for b in range(len(sizes))),
         SUMS=sums,
         SUM=with_sum,
-        T=layout.rows,
-        LANES=layout.lanes,
+        **layout.constants,
     )
     return parts
 
