@@ -65,9 +65,10 @@ def tile_of(
 def widen(block):
     """Values in single precision, those of bfloat16 in one instruction each.
 
-    The compiler takes two for every second one.
+    NVIDIA's compiler takes two for every second one.
     """
-    if block.dtype == tl.bfloat16 and not INTERPRETED:
+    PTX: tl.constexpr = not INTERPRETED and tl.target_info.is_cuda()
+    if PTX and block.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             'shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;',
             '=r,=r,r',
