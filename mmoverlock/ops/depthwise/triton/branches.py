@@ -138,7 +138,7 @@ def _statistics_kernel(
     # One branch after the other, so that only one has its sums in registers,
     # and, with nothing hoisted, its offsets.
     for b in tl.static_range(FIRST, len(BRANCHES)):
-        count = tl.zeros(lanes, tl.float32)
+        count = tl.zeros((COLUMNS, 1), tl.float32)
         first = tl.zeros(lanes, tl.float32)
         total = tl.zeros(lanes, tl.float32)
         squares = tl.zeros(lanes, tl.float32)
@@ -165,11 +165,12 @@ def _statistics_kernel(
                 T,
             )
             first = tl.where(count == 0, acc[0], first)
+            values = tl.where(col < width, tl.minimum(height - row, T), 0)
+            count += values.to(tl.float32)
             o_tile = o_row + col * channels + channel
             for t in tl.static_range(T):
                 ok = (col < width) & (row + t < height)
                 difference = tl.where(ok, acc[t] - first, 0.0)
-                count += tl.where(ok, 1.0, 0.0)
                 total += difference
                 squares += difference * difference
                 if b == 0:
