@@ -42,8 +42,8 @@ print(json.dumps([KNOBS, banded.KNOBS]))
     blocks = -(-13 // knobs['R'])
     chunks = -(-2 * 2 * -(-21 // knobs['T']) // 16)
     cases = [
-        # Tiles of 8 columns by 32 channels, four of these a thread
-        ('conv2d._', 2 * 2 * -(-21 // rows) * -(-21 // 8) * 2, 'FFMA')
+        # Tiles of 8 columns by 64 channels, four of these a thread
+        ('conv2d._', 2 * -(-21 // rows) * -(-21 // 8) * 4, 'FFMA')
         + (4 * rows * 13 * 13,),
         # 16 tiles of 11 columns, which two windows of the input reach; two
         # products for each of 2 channels a warp

@@ -96,6 +96,9 @@ def test_statistics(case, size, programs, monkeypatch, poison):
     """Of all branches, with means that are large beside the deviations."""
     monkeypatch.setattr(banded, 'SIZE', size)
     monkeypatch.setitem(branches_module.KNOBS, 'statistics', programs)
+    # Parts without those of the first branch
+    few = -(-programs // 264)
+    monkeypatch.setitem(branches_module.KNOBS, 'banded_statistics', few)
     shape, dtype, branches, taps = prepare(*case)
     x, first = maps(2, shape, dtype)
     x += 2

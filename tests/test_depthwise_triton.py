@@ -53,7 +53,7 @@ def test_options():
     'shape, sizes, dtype, tolerance',
     [
         ((1, 33, 6, 5), FIVE, SINGLE, 1e-5),  # blocks of channels, one of 1
-        ((2, 32, 8, 9), FIVE, BRAIN, 2e-2),  # tiles of 1 row, of 1 column
+        ((2, 64, 8, 9), FIVE, BRAIN, 2e-2),  # tiles of 1 row, of 1 column
     ],
 )
 def test_sum_of_branches(shape, sizes, dtype, tolerance, poison):

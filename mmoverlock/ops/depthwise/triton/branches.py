@@ -69,10 +69,10 @@ from .conv2d import convolve_maps
 from .weight_grads import inner_products, num_splits, weight_grads
 
 # Programs of kernels that end in sums, where there is enough to do.
-KNOBS = dict(statistics=792)
-CANDIDATES = dict(
-    statistics=(264, 528, 792, 1056)
-)  # for benchmarks/gpu_tune.py
+KNOBS = dict(statistics=396, banded_statistics=264)
+CANDIDATES = dict(  # for benchmarks/gpu_tune.py
+    statistics=(264, 396, 528), banded_statistics=(132, 264, 528)
+)
 BLOCK = tl.constexpr(32)  # channels of kernels that finish sums
 FEW = tl.constexpr(8)  # the same where every row of a kernel finishes them
 
@@ -117,6 +117,7 @@ def _statistics_kernel(
     height,
     width,
     items,
+    splits,
     BRANCHES: tl.constexpr,
     FIRST: tl.constexpr,
     T: tl.constexpr,
@@ -127,14 +128,20 @@ def _statistics_kernel(
 
     Of every channel of every branch from FIRST on; x (B, H, W, C), taps (all
     taps, C), y (B, H, W, C), the output of branch 0, parts (splits, branches *
-    3, C); grid (splits, blocks of channels). Every lane sums differences from
-    the first value that it saw.
+    3, C); grid (parts, blocks of channels). Every lane sums differences from
+    the first value that it saw. If FIRST is 1, ``splits`` parts already have
+    the statistics of branch 0.
     """
     split = tl.program_id(0)
     channel, m_channel = channels_of(tl.program_id(1), channels, CHANNELS)
     lanes: tl.constexpr = (COLUMNS, CHANNELS)
     o_part = tl.cast(split, tl.int64) * len(BRANCHES) * 3 * channels
-    p_part = p_parts + o_part + FIRST * 3 * channels + channel
+    p_part = p_parts + o_part + channel
+    if FIRST:
+        if split >= splits:
+            none = tl.zeros((1, CHANNELS), tl.float32)
+            store_statistics(p_part, 0.0, none, none, channels, m_channel)
+        p_part += 3 * channels
     # One branch after the other, so that only one has its sums in registers,
     # and, with nothing hoisted, its offsets.
     for b in tl.static_range(FIRST, len(BRANCHES)):
@@ -555,20 +562,24 @@ def _statistics(x, taps, first, branches):
         Tensor: (parts, branches * 3, C), float32.
     """
     is_banded = x.numel() > 0 and banded.takes(x, branches[0])
-    sizes = [size for size, *_ in branches]
     layout = layout_of(x.shape)
     splits = num_splits(layout.tiles, layout.blocks, KNOBS['statistics'])
     shape = splits, 3 * len(branches), x.shape[1]
     parts = x.new_empty(shape, dtype=torch.float32)
     if is_banded:
-        banded.statistics(x, taps[: sizes[0] ** 2], first, parts, sizes[0])
-    _statistics_kernel[splits, layout.blocks](
+        most = cdiv(KNOBS['banded_statistics'], cdiv(x.shape[1], 32))
+        splits = min(splits, most)
+        size, *_ = branches[0]
+        own = parts[:splits]
+        banded.statistics(x, taps[: size**2], first, own, size)
+    _statistics_kernel[len(parts), layout.blocks](
         x,
         taps,
         first,
         parts,
         *x.shape[1:],
         layout.tiles,
+        splits,
         BRANCHES=branches,
         FIRST=int(is_banded),
         **layout.constants,

@@ -20,11 +20,12 @@ from ...common import cast_as_convolutions, cdiv, channels_last
 from ...partial_sums import check_device
 
 # CHANNELS of a program are the candidate of which the fewest are beyond the
-# map's, its columns what is left of LANES.
-KNOBS = dict(T=7, CHANNELS=(32, 16), LANES=256, warps=2, registers=168)
+# map's (in 16 bits, 64 are a line of the cache), its columns what is left of
+# LANES.
+KNOBS = dict(T=7, CHANNELS=(64, 32, 16), LANES=512, warps=4, registers=168)
 CANDIDATES = dict(  # for benchmarks/gpu_tune.py
     T=(4, 5, 7, 10),
-    CHANNELS=((32, 16), (16,), (64, 32, 16)),
+    CHANNELS=((64, 32, 16), (32, 16), (16,)),
     LANES=(128, 256, 512),
     warps=(1, 2, 4),
     registers=(255, 168, 128),

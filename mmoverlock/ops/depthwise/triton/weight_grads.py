@@ -52,7 +52,7 @@ WINDOW = tl.constexpr(16)  # columns, and tiles that a product sums over
 # place of 0.52 with 168 (256 channels, 14 x 14, 13 x 13), in spite of 8 to 24
 # bytes that are spilled.
 KNOBS = dict(
-    column_programs=2048,
+    column_programs=1024,
     unit_programs=1056,
     T=3,
     ROWS=3,
@@ -62,7 +62,7 @@ KNOBS = dict(
     registers=128,
 )
 CANDIDATES = dict(  # for benchmarks/gpu_tune.py
-    column_programs=(1024, 2048, 4096),
+    column_programs=(512, 1024, 2048),
     unit_programs=(528, 1056, 2112),
     T=(2, 3, 4),
     ROWS=(3, 5, 7),
