@@ -7,8 +7,8 @@ import tiny
 import torch
 from kernels import relative_error
 from mmengine.config import Config
+from networks import backbone, loss_of, make_block, noise
 
-from mmoverlock.models import OverLoCK
 from mmoverlock.models.blocks import FocusBlock, RepConvBlock
 from mmoverlock.models.layers import (
     GRN,
@@ -21,22 +21,6 @@ from mmoverlock.ops import contmix
 
 LOSS_SCALE = 2.0**10
 EPS = torch.finfo(torch.half).eps
-BN = dict(type='BN')
-BLOCK = dict(kernel_size=13, drop_path=0.0, norm_cfg=BN, deploy=False)
-
-
-def draw(*shape, scale=1.0):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(shape, generator=generator) * scale
-
-
-def build():
-    torch.manual_seed(0)
-    return tiny.randomize(OverLoCK(tiny.DEEPER, fuse_overview=True)).train()
-
-
-def loss_of(outputs):
-    return sum(out.float().square().mean() for out in outputs)
 
 
 def assert_within(actual, expected, dtype, roundings):
@@ -50,9 +34,9 @@ def assert_within(actual, expected, dtype, roundings):
 @pytest.mark.parametrize('dtype', tiny.HALF_FORMATS)
 def test_outputs_and_gradients(dtype):
     """Within a few roundings of double precision; converted models too."""
-    model = build()
+    model = backbone(fuse_overview=True).train()
     exact = copy.deepcopy(model).double()
-    x = draw(2, 3, 64, 96)
+    x = noise(2, 3, 64, 96)
     expected = exact(x.double())
     loss_of(expected).backward()
     with torch.autocast('cpu', dtype):
@@ -80,8 +64,12 @@ LAYERS = dict(
     grn=lambda: GRN(16),
     se=lambda: SEModule(16),
     dwconv=lambda: ResDWConv(16),
-    block=lambda: RepConvBlock(16, layer_scale=True, **BLOCK),
-    focus=lambda: FocusBlock(16, 8, heads=2, first=True, **BLOCK),
+    block=lambda: make_block(
+        RepConvBlock, 16, kernel_size=13, layer_scale=True
+    ),
+    focus=lambda: make_block(
+        FocusBlock, 16, 8, kernel_size=13, heads=2, first=True
+    ),
 )
 
 
@@ -95,9 +83,9 @@ def test_large_and_small_activations(name, scale):
         if parameter.dim() == 4 and parameter.shape[1] > 1:
             torch.nn.init.trunc_normal_(parameter, std=0.02)
     exact = copy.deepcopy(layer).double()
-    maps = [draw(2, 16, 20, 20, scale=scale)]
+    maps = [noise(2, 24 if name == 'focus' else 16, 20, 20) * scale]
     if name == 'focus':
-        maps = draw(2, 24, 20, 20, scale=scale), draw(2, 8, 20, 20)
+        maps.append(noise(2, 8, 20, 20))
     maps[0].requires_grad_()
     with torch.autocast('cpu', torch.float16):
         out = layer(*(x.half() for x in maps))
@@ -140,9 +128,9 @@ def test_kernels_are_made_in_single_precision(backend, dtype):
 )
 def test_tiny_maps(poison, dtype, size):
     """They have finite gradients."""
-    model = build()
+    model = backbone(fuse_overview=True).train()
     with torch.autocast('cpu', dtype):
-        loss = loss_of(model(draw(size[0], 3, *size[1:])))
+        loss = loss_of(model(noise(size[0], 3, *size[1:])))
     (loss * LOSS_SCALE).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), name

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from fusion import far
 from kernels import DEVICE, draw, exact, relative_error
+from networks import make_block
 from torch import nn
 
 from mmoverlock.models import blocks
@@ -31,11 +32,11 @@ pytestmark = pytest.mark.usefixtures('poison')
 
 TRY = backends._try
 NODES = {'RepConvBlock': 'repconv_block', 'FocusBlock': 'focus_block'}
-COMMON = dict(kernel_size=5, drop_path=0.25, deploy=False)
-FOCUS = partial(FocusBlock, 8, 4, heads=1, **COMMON)
+REP = partial(make_block, RepConvBlock, 12, drop_path=0.25)
+FOCUS = partial(make_block, FocusBlock, 8, 4, heads=1, drop_path=0.25)
 BLOCKS = {  # of 12 channels; a Focus block has two maps, but for the first
-    'rep': partial(RepConvBlock, 12, layer_scale=False, **COMMON),
-    'rep, scaled': partial(RepConvBlock, 12, layer_scale=True, **COMMON),
+    'rep': partial(REP, layer_scale=False),
+    'rep, scaled': partial(REP, layer_scale=True),
     'focus, first': partial(FOCUS, first=True),
     'focus': partial(FOCUS, first=False),
     'focus, enlarged': partial(FOCUS, first=False),
