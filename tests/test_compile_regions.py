@@ -5,9 +5,9 @@ import pickle
 from collections import Counter
 
 import pytest
-import tiny
 import torch
 from functorch.compile import make_boxed_func
+from networks import backbone
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -42,9 +42,8 @@ def make():
     counters.clear()
 
     def make(backend='eager', dtype=torch.float64, **options):
-        torch.manual_seed(0)
         counter = CompileCounterWithBackend(backend)
-        plain = tiny.randomize(OverLoCK(ARCH, **options))
+        plain = backbone(ARCH, **options)
         compiled = OverLoCK(ARCH, compile=dict(backend=counter), **options)
         compiled.load_state_dict(plain.state_dict())
         return plain.to(dtype), compiled.to(dtype), counter

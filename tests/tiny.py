@@ -31,7 +31,6 @@ ARCH = dict(
     focus_depths=(1, 1),
     focus_heads=(2, 2),
 )
-HALF_FORMATS = [torch.bfloat16, torch.float16]
 DEEPER = ARCH | dict(depths=(1, 2, 1, 1), focus_depths=(2, 1))
 TEST_SET = 'test_dataloader.dataset'
 # Config files, and what makes their models tiny and their images small.
