@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from fusion import far
 from torch import nn
 
 from mmoverlock.models.reparam import BRANCHES, DilatedReparamConv
@@ -11,17 +12,10 @@ from mmoverlock.models.reparam import BRANCHES, DilatedReparamConv
 BN = dict(type='BN')
 
 
-def randomized(kernel_size):
-    torch.manual_seed(0)
-    conv = DilatedReparamConv(3, kernel_size, BN).double()
-    for module in conv.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.weight)
-            nn.init.normal_(module.bias)
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
+def make_conv(kernel_size):
+    conv = far(DilatedReparamConv(3, kernel_size, BN))
     conv.origin_bn.eps = 0.1
-    return conv.eval()
+    return conv
 
 
 def draw():
@@ -43,7 +37,7 @@ def sum_of_branches(conv, x):
 @pytest.mark.parametrize('kernel_size', BRANCHES)
 def test_merging(kernel_size):
     """One convolution in eval mode, with the gradients of every branch."""
-    conv, x = randomized(kernel_size), draw()
+    conv, x = make_conv(kernel_size), draw()
     operands = [x, *conv.parameters()]
     expected = sum_of_branches(conv, x)
     torch.testing.assert_close(conv(x), expected)
@@ -63,7 +57,7 @@ def test_merging(kernel_size):
 @pytest.mark.parametrize('change', ['momentum', 'one in eval mode', 'type'])
 def test_other_batch_norms(change):
     """What the fast path does not cover is computed plainly."""
-    conv, x = randomized(5).train(), draw()
+    conv, x = make_conv(5).train(), draw()
     if change == 'momentum':  # an average over all batches
         conv.origin_bn.momentum = None
     elif change == 'type':
