@@ -26,7 +26,7 @@ from mmoverlock.models.layers import DropPath
 ON_GPU = torch.cuda.is_available()
 DEVICE = 'cuda' if ON_GPU else 'cpu'
 ARCH = dict(tiny.ARCH, kernel_sizes=(5, 5, 5, 5))
-SIZE, OTHER = (2, 3, 64, 64), (2, 3, 64, 96)
+SIZE, OTHER = (2, 3, 48, 48), (2, 3, 48, 80)
 WARM_UPS = graphs.WARM_UPS if ON_GPU else 1
 STEPS = WARM_UPS + 3
 built = weakref.WeakSet()  # models
