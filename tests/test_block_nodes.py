@@ -30,7 +30,7 @@ SHAPE = 2, 12, 6, 5  # two of the kernel's size, so that it has two windows
 pytestmark = pytest.mark.usefixtures('poison')
 
 TRY = backends._try
-NODES = {'RepConvBlock': 'repconv_block', 'FocusBlock': 'focus_block'}
+NODES = 'repconv_block', 'focus_block'
 REP_BLOCK = partial(make_block, RepConvBlock, 12, drop_path=0.25)
 FOCUS_BLOCK = partial(make_block, FocusBlock, 8, 4, heads=1, drop_path=0.25)
 BLOCKS = {  # of 12 channels; a Focus block has two maps, but for the first
@@ -40,14 +40,13 @@ BLOCKS = {  # of 12 channels; a Focus block has two maps, but for the first
     'focus': partial(FOCUS_BLOCK, first=False),
     'focus, enlarged': partial(FOCUS_BLOCK, first=False),
 }
-TWO_MAPS = 'focus', 'focus, enlarged'
 
 
 @pytest.fixture
 def calls(auto_is_triton, monkeypatch):
     """Runs of nodes."""
     calls = mock.Mock()
-    for name in NODES.values():
+    for name in NODES:
         node = getattr(blocks, name)
 
         def run(*args, node=node):
@@ -77,7 +76,10 @@ def draw_maps(name):
     if name == 'focus, enlarged':
         size = 4, 3  # less than the kernel's
     maps = [draw(batch, count, *size) for count in (channels, 4)]
-    return [x.requires_grad_() for x in maps[: 1 + (name in TWO_MAPS)]]
+    return [
+        x.requires_grad_()
+        for x in maps[: 1 + (name in ('focus', 'focus, enlarged'))]
+    ]
 
 
 def draw_few(name, size=2):
@@ -174,7 +176,7 @@ def test_inference(name, dtype, limit, calls, monkeypatch):
 @pytest.fixture
 def is_one_node(auto_is_triton, monkeypatch):
     """Whether a block would run as one node; neither it nor layers do."""
-    for node in NODES.values():
+    for node in NODES:
         monkeypatch.setattr(blocks, node, mock.Mock(side_effect=KeyError))
     monkeypatch.setattr(blocks, 'conv_and_norm', lambda *_: 1 / 0)
 

@@ -578,9 +578,14 @@ class OverLoCKVariant(OverLoCK):
         kwargs.update(classifier=classifier, fuse_overview=fuse_overview)
         super()._check_arguments(**kwargs)
         check_mixer(self.mixer)
-        check_removals(
-            self.remove, self.mixer['type'], classifier, fuse_overview
-        )
+        check_removals(self.remove, self.mixer['type'])
+        if fuse_overview and 'overview' in self.remove:
+            raise ValueError('fuse_overview=True: there is no overview to add')
+        if not classifier and 'auxiliary_loss' in self.remove:
+            raise ValueError(
+                "remove=['auxiliary_loss'] is for classifier=True; other "
+                'losses are those of the heads, so leave out a head instead'
+            )
 
     @property
     def block_type(self) -> type[RepConvBlock]:
@@ -721,10 +726,8 @@ def check_mixer(mixer: dict) -> None:
             )
 
 
-def check_removals(
-    remove: Sequence[str], mixer: str, classifier: bool, fuse_overview: bool
-) -> None:
-    """Check that a combination of removals makes sense.
+def check_removals(remove: Sequence[str], mixer: str) -> None:
+    """Check that a combination of removals and a mixer makes sense.
 
     Raises:
         ValueError: If it does not; the message says why.
@@ -733,17 +736,9 @@ def check_removals(
         raise ValueError(
             f'remove must be a list of any of {[*REMOVALS]}, got {remove!r}'
         )
-
     for name, others, reason in CLASHES:
         clashing = [other for other in others if other in (*remove, mixer)]
         if name in remove and clashing:
             raise ValueError(
                 f'removing {name!r} does not go with {clashing}: {reason}'
             )
-    if fuse_overview and 'overview' in remove:
-        raise ValueError('fuse_overview=True: there is no overview to add')
-    if not classifier and 'auxiliary_loss' in remove:
-        raise ValueError(
-            "remove=['auxiliary_loss'] is for classifier=True; other losses "
-            'are those of the heads, so leave out a head instead'
-        )
