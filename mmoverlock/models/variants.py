@@ -401,8 +401,10 @@ class WindowAttention(Mixer):
         return self.mixer(tokens, size).mT.unflatten(2, size)
 
 
-class InvolutionConv(Mixer):
+class Involution(Mixer):
     """Involution (Li et al., CVPR 2021), in as many groups as ContMix.
+
+    Kernels are made for every position, from the position alone.
 
     Args:
         mixer (dict): ``kernel_size``, odd, by default 7 as in its paper.
@@ -411,41 +413,22 @@ class InvolutionConv(Mixer):
     defaults = {'kernel_size': 7}
 
     def build(self, channels: int, groups: int, settings: dict) -> nn.Module:
-        size, norm_cfg = settings['kernel_size'], settings['norm_cfg']
-        return Involution(channels, groups, size, norm_cfg)
-
-
-class Involution(nn.Module):
-    """Kernels for every position and group, made from the position alone.
-
-    Args:
-        channels (int): Channels C of the map.
-        groups (int): Groups of channels that share a kernel.
-        kernel_size (int): Size of the kernels.
-        norm_cfg (dict): See :func:`mmoverlock.models.layers.build_bn`.
-    """
-
-    def __init__(
-        self, channels: int, groups: int, kernel_size: int, norm_cfg: dict
-    ):
-        super().__init__()
-        self.groups = groups
-        self.kernel_size = kernel_size
-        self.kernel = nn.Sequential(
+        self.groups, self.window = groups, settings['kernel_size']
+        kernel = nn.Sequential(
             PointwiseConv(channels, channels // 4, bias=False),
-            build_bn(channels // 4, **norm_cfg),
+            build_bn(channels // 4, **settings['norm_cfg']),
             nn.ReLU(),
-            PointwiseConv(channels // 4, groups * kernel_size**2),
+            PointwiseConv(channels // 4, groups * self.window**2),
         )
+        return nn.ModuleDict(dict(kernel=kernel))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, H, W)."""
-        size = self.kernel_size
-        kernels = self.kernel(x).flatten(2).unflatten(1, (self.groups, -1))
-        windows = F.unfold(x, size, padding=size // 2)
-        windows = windows.unflatten(1, (self.groups, -1, size**2))
+    def dynamic_conv(self, z: Tensor, value: Tensor) -> Tensor:
+        kernels = self.mixer['kernel'](value).flatten(2)
+        kernels = kernels.unflatten(1, (self.groups, -1))
+        windows = F.unfold(value, self.window, padding=self.window // 2)
+        windows = windows.unflatten(1, (self.groups, -1, self.window**2))
         mixed = torch.einsum('bgkn,bgckn->bgcn', kernels, windows)
-        return mixed.reshape(x.shape)
+        return mixed.reshape(value.shape)
 
 
 class DeformableConv(Mixer):
@@ -509,7 +492,7 @@ MIXERS = {
     'dilated_reparam': DilatedReparam,
     'neighborhood_attention': NeighborhoodAttention,
     'window_attention': WindowAttention,
-    'involution': InvolutionConv,
+    'involution': Involution,
     'deformable': DeformableConv,
 }
 
