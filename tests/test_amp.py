@@ -17,7 +17,6 @@ from mmoverlock.models.layers import (
     ResDWConv,
     SEModule,
 )
-from mmoverlock.ops import contmix
 
 LOSS_SCALE = 2.0**10
 EPS = torch.finfo(torch.half).eps
@@ -97,30 +96,6 @@ def test_large_and_small_activations(name, scale):
     assert error < 4 * EPS * expected.norm() + lost
     for tensor in (maps[0], *layer.parameters()):
         assert tensor.grad is None or tensor.grad.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    'backend, dtype', [('reference', torch.bfloat16), ('tiled', torch.half)]
-)
-def test_kernels_are_made_in_single_precision(backend, dtype):
-    """Logits of hundreds, whose differences of 1 such formats round off."""
-    torch.manual_seed(0)
-    groups, k = 2, 5
-    query = torch.randn(1, groups * 3, 9, 8) * 20
-    key = torch.randn(1, groups * 3, 2, 2) * 20
-    value = torch.randn(1, groups * 4, 9, 8).to(dtype)
-    weight, bias = torch.randn(9 + k**2, 4), torch.randn(9 + k**2)
-    rpb = torch.randn(groups, 5, 5), torch.randn(groups, 9, 9)
-    operands = query, key, value, weight, bias
-    expected = contmix(
-        *(tensor.double() for tensor in operands),
-        tuple(table.double() for table in rpb),
-        backend,
-    )
-    with torch.autocast('cpu', dtype):
-        actual = contmix(*operands, rpb, backend)
-    assert actual.dtype == dtype
-    assert relative_error(actual, expected) < 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize(
