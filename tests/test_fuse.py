@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from fusion import assert_fuses, far, images
-from networks import backbone
+from fusion import assert_fuses, far
+from networks import backbone, noise
 from tiny import DEEPER
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,7 +21,7 @@ from mmoverlock.models.layers import DWConv
 def test_backbone(form):
     """The released weights are in test_plain.py."""
     model = far(backbone(**form))
-    assert_fuses(model, images(3, 96, 64))
+    assert_fuses(model, noise(2, 3, 96, 64).double())
     for module in model.modules():
         assert not isinstance(module, _BatchNorm)
         assert not getattr(module, 'residual', False)
@@ -140,14 +140,14 @@ SEQUENCES = {
 @pytest.mark.parametrize('name', SEQUENCES)
 def test_sequence(name):
     build, count = SEQUENCES[name]
-    assert assert_fuses(far(build()), images(4, 9, 8)) == count
+    assert assert_fuses(far(build()), noise(2, 4, 9, 8).double()) == count
 
 
 def test_fused_again():
     """What is fused can be copied, moved, and fused again."""
     norm = batch_norm()
     model = far(nn.Sequential(sequence(norm=norm), sequence(norm=norm)))
-    x = images(4, 9, 8)
+    x = noise(2, 4, 9, 8).double()
     expected = fuse(model)(x)
     copied = fuse(copy.deepcopy(model))
     nn.init.zeros_(norm.fused.weight)
@@ -180,7 +180,7 @@ def test_conv_module(name):
     def call(x):
         return model(x), model(x, norm=False), model(x, activate=False)
 
-    assert assert_fuses(model, images(4, 9, 8), call=call) == count
+    assert assert_fuses(model, noise(2, 4, 9, 8).double(), call=call) == count
 
 
 PARTS = (
@@ -227,7 +227,7 @@ def test_parts_that_stay(change):
         for part in parts:
             CHANGES[change](part)
     before = [[*map(torch.clone, part.parameters())] for part in parts]
-    assert_fuses(model, images(3, 64, 64))
+    assert_fuses(model, noise(2, 3, 64, 64).double())
     if change == 'tied':  # weights stay, the parts may have others
         return
     for name, part, weights in zip(PARTS, parts, before, strict=True):
@@ -248,5 +248,5 @@ def test_what_is_changed_by_class():
     conv = model.blocks1[0].proj[1]
     conv.lk_origin.__class__ = DoublingConv
     # The four pairs of the stem, and those of the five other downsamplings.
-    assert assert_fuses(model, images(3, 64, 64)) == 9
+    assert assert_fuses(model, noise(2, 3, 64, 64).double()) == 9
     assert conv.branches
