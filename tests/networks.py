@@ -14,8 +14,9 @@ def backbone(arch=DEEPER, **options):
 
 def make_block(kind, *channels, **options):
     """A block, by default with kernels of size 5, that drops no paths."""
-    settings = dict(norm_cfg=dict(type='BN'), kernel_size=5, drop_path=0.0)
-    return kind(*channels, **settings | dict(deploy=False) | options)
+    settings = dict(kernel_size=5, drop_path=0.0, norm_cfg=dict(type='BN'))
+    settings.update(deploy=False, **options)
+    return kind(*channels, **settings)
 
 
 def noise(*shape, seed=1):  # other numbers than weights have
@@ -24,5 +25,5 @@ def noise(*shape, seed=1):  # other numbers than weights have
 
 
 def loss_of(maps):
-    """A number that all maps have a part in, each another."""
+    """A number that every map has a share in, each a different one."""
     return sum(i * x.float().square().mean() for i, x in enumerate(maps, 1))

@@ -30,7 +30,7 @@ class Variant:
 
 
 class VariantFocusBlock(Variant, FocusBlock):
-    """The same, of the Focus-Net only."""
+    """Changes to a block of the Focus-Net."""
 
 
 class Constant(nn.Module):
