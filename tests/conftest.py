@@ -9,7 +9,7 @@ import os
 import pytest
 import tiny
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 # Without a GPU, Triton's kernels run in its interpreter; it looks at this
 # when it is imported. Every call of a function would change the language
@@ -58,6 +58,16 @@ def trained(tmp_path_factory):
         return config, work_dir, tiny.run_tool(*argv, curves=True)
 
     return train
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """This process is a group of its own."""
+    store = distributed.FileStore(str(tmp_path / 'store'), 1)
+    backend = 'nccl' if torch.cuda.is_available() else 'gloo'
+    distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
 
 
 @pytest.fixture

@@ -53,16 +53,14 @@ def state_dict(shapes):
     }
 
 
-def image(shape):
+def _normal(name, shape):
     shape = tuple(shape)
-    draw = _generator(f'image{shape}').standard_normal(shape)
+    draw = _generator(f'{name}{shape}').standard_normal(shape)
     return torch.from_numpy(draw)
 
 
-def _cotangent(name, output):
-    shape = tuple(output.shape)
-    draw = _generator(f'cotangent {name} {shape}').standard_normal(shape)
-    return torch.from_numpy(draw)
+def image(shape):
+    return _normal('image', shape)
 
 
 def assert_agrees(name, tensor, figures):
@@ -98,7 +96,7 @@ def assert_training_agrees(outputs, image, tensors, figures):
     """
     assert_outputs_agree(outputs, figures)
     loss = sum(
-        (output * _cotangent(name, output)).sum()
+        (output * _normal(f'cotangent {name} ', output.shape)).sum()
         for output, name in zip(outputs, figures['outputs'], strict=True)
     )
     loss.backward()

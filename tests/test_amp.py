@@ -7,8 +7,8 @@ import tiny
 import torch
 from kernels import relative_error
 from mmengine.config import Config
+from networks import backbone, loss_of, make_block, noise
 
-from mmoverlock.models import OverLoCK
 from mmoverlock.models.blocks import FocusBlock, RepConvBlock
 from mmoverlock.models.layers import (
     GRN,
@@ -17,26 +17,9 @@ from mmoverlock.models.layers import (
     ResDWConv,
     SEModule,
 )
-from mmoverlock.ops import contmix
 
 LOSS_SCALE = 2.0**10
 EPS = torch.finfo(torch.half).eps
-BN = dict(type='BN')
-BLOCK = dict(kernel_size=13, drop_path=0.0, norm_cfg=BN, deploy=False)
-
-
-def draw(*shape, scale=1.0):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(shape, generator=generator) * scale
-
-
-def build():
-    torch.manual_seed(0)
-    return tiny.randomize(OverLoCK(tiny.DEEPER, fuse_overview=True)).train()
-
-
-def loss_of(outputs):
-    return sum(out.float().square().mean() for out in outputs)
 
 
 def assert_within(actual, expected, dtype, roundings):
@@ -47,12 +30,12 @@ def assert_within(actual, expected, dtype, roundings):
         assert error < roundings * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize('dtype', tiny.HALF_FORMATS)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_outputs_and_gradients(dtype):
     """Within a few roundings of double precision; converted models too."""
-    model = build()
+    model = backbone(fuse_overview=True).train()
     exact = copy.deepcopy(model).double()
-    x = draw(2, 3, 64, 96)
+    x = noise(2, 3, 64, 96)
     expected = exact(x.double())
     loss_of(expected).backward()
     with torch.autocast('cpu', dtype):
@@ -80,8 +63,12 @@ LAYERS = dict(
     grn=lambda: GRN(16),
     se=lambda: SEModule(16),
     dwconv=lambda: ResDWConv(16),
-    block=lambda: RepConvBlock(16, layer_scale=True, **BLOCK),
-    focus=lambda: FocusBlock(16, 8, heads=2, first=True, **BLOCK),
+    block=lambda: make_block(
+        RepConvBlock, 16, kernel_size=13, layer_scale=True
+    ),
+    focus=lambda: make_block(
+        FocusBlock, 16, 8, kernel_size=13, heads=2, first=True
+    ),
 )
 
 
@@ -95,9 +82,9 @@ def test_large_and_small_activations(name, scale):
         if parameter.dim() == 4 and parameter.shape[1] > 1:
             torch.nn.init.trunc_normal_(parameter, std=0.02)
     exact = copy.deepcopy(layer).double()
-    maps = [draw(2, 16, 20, 20, scale=scale)]
+    maps = [noise(2, 16, 20, 20) * scale]
     if name == 'focus':
-        maps = draw(2, 24, 20, 20, scale=scale), draw(2, 8, 20, 20)
+        maps = noise(2, 24, 20, 20) * scale, noise(2, 8, 20, 20)
     maps[0].requires_grad_()
     with torch.autocast('cpu', torch.float16):
         out = layer(*(x.half() for x in maps))
@@ -112,37 +99,14 @@ def test_large_and_small_activations(name, scale):
 
 
 @pytest.mark.parametrize(
-    'backend, dtype', [('reference', torch.bfloat16), ('tiled', torch.half)]
+    'dtype, shape',
+    [(torch.half, (2, 3, 1, 1)), (torch.bfloat16, (1, 3, 33, 40))],
 )
-def test_kernels_are_made_in_single_precision(backend, dtype):
-    """Logits of hundreds, whose differences of 1 such formats round off."""
-    torch.manual_seed(0)
-    groups, k = 2, 5
-    query = torch.randn(1, groups * 3, 9, 8) * 20
-    key = torch.randn(1, groups * 3, 2, 2) * 20
-    value = torch.randn(1, groups * 4, 9, 8).to(dtype)
-    weight, bias = torch.randn(9 + k**2, 4), torch.randn(9 + k**2)
-    rpb = torch.randn(groups, 5, 5), torch.randn(groups, 9, 9)
-    operands = query, key, value, weight, bias
-    expected = contmix(
-        *(tensor.double() for tensor in operands),
-        tuple(table.double() for table in rpb),
-        backend,
-    )
-    with torch.autocast('cpu', dtype):
-        actual = contmix(*operands, rpb, backend)
-    assert actual.dtype == dtype
-    assert relative_error(actual, expected) < 2 * torch.finfo(dtype).eps
-
-
-@pytest.mark.parametrize(
-    'dtype, size', [(torch.half, (2, 1, 1)), (torch.bfloat16, (1, 33, 40))]
-)
-def test_tiny_maps(poison, dtype, size):
+def test_tiny_maps(poison, dtype, shape):
     """They have finite gradients."""
-    model = build()
+    model = backbone(fuse_overview=True).train()
     with torch.autocast('cpu', dtype):
-        loss = loss_of(model(draw(size[0], 3, *size[1:])))
+        loss = loss_of(model(noise(*shape)))
     (loss * LOSS_SCALE).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), name

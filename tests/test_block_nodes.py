@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from fusion import far
 from kernels import DEVICE, draw, exact, relative_error
+from networks import make_block
 from torch import nn
 
 from mmoverlock.models import blocks
@@ -28,26 +29,24 @@ focus = pytest.importorskip(
 SHAPE = 2, 12, 6, 5  # two of the kernel's size, so that it has two windows
 pytestmark = pytest.mark.usefixtures('poison')
 
-
 TRY = backends._try
-NODES = {'RepConvBlock': 'repconv_block', 'FocusBlock': 'focus_block'}
-COMMON = dict(kernel_size=5, drop_path=0.25, deploy=False)
-FOCUS = partial(FocusBlock, 8, 4, heads=1, **COMMON)
+NODES = 'repconv_block', 'focus_block'
+REP_BLOCK = partial(make_block, RepConvBlock, 12, drop_path=0.25)
+FOCUS_BLOCK = partial(make_block, FocusBlock, 8, 4, heads=1, drop_path=0.25)
 BLOCKS = {  # of 12 channels; a Focus block has two maps, but for the first
-    'rep': partial(RepConvBlock, 12, layer_scale=False, **COMMON),
-    'rep, scaled': partial(RepConvBlock, 12, layer_scale=True, **COMMON),
-    'focus, first': partial(FOCUS, first=True),
-    'focus': partial(FOCUS, first=False),
-    'focus, enlarged': partial(FOCUS, first=False),
+    'rep': partial(REP_BLOCK, layer_scale=False),
+    'rep, scaled': partial(REP_BLOCK, layer_scale=True),
+    'focus, first': partial(FOCUS_BLOCK, first=True),
+    'focus': partial(FOCUS_BLOCK, first=False),
+    'focus, enlarged': partial(FOCUS_BLOCK, first=False),
 }
-TWO_MAPS = 'focus', 'focus, enlarged'
 
 
 @pytest.fixture
 def calls(auto_is_triton, monkeypatch):
     """Runs of nodes."""
     calls = mock.Mock()
-    for name in NODES.values():
+    for name in NODES:
         node = getattr(blocks, name)
 
         def run(*args, node=node):
@@ -77,7 +76,10 @@ def draw_maps(name):
     if name == 'focus, enlarged':
         size = 4, 3  # less than the kernel's
     maps = [draw(batch, count, *size) for count in (channels, 4)]
-    return [x.requires_grad_() for x in maps[: 1 + (name in TWO_MAPS)]]
+    return [
+        x.requires_grad_()
+        for x in maps[: 1 + (name in ('focus', 'focus, enlarged'))]
+    ]
 
 
 def draw_few(name, size=2):
@@ -171,130 +173,95 @@ def test_inference(name, dtype, limit, calls, monkeypatch):
     assert relative_error(out, expected) < limit
 
 
-def excitation(block):
-    return block.se_layer if isinstance(block, FocusBlock) else block.proj[3]
+@pytest.fixture
+def is_one_node(auto_is_triton, monkeypatch):
+    """Whether a block would run as one node; neither it nor layers do."""
+    for node in NODES:
+        monkeypatch.setattr(blocks, node, mock.Mock(side_effect=KeyError))
+    monkeypatch.setattr(blocks, 'conv_and_norm', lambda *_: 1 / 0)
+
+    def is_one_node(block, z):
+        with pytest.raises((KeyError, ZeroDivisionError)) as error:
+            block(*arguments(block, [z]))
+        return error.type is KeyError
+
+    return is_one_node
 
 
-def branches(block):
-    return block.lepe[0] if isinstance(block, FocusBlock) else block.proj[1]
+REP = dict(se='proj.3', conv='proj.1', norm='proj.2', dw='dwconv')
+FOCUS = dict(se='se_layer', conv='lepe.0', norm='gate.1', dw='mlp.2')
 
 
-def norm(block):
-    return block.gate[1] if isinstance(block, FocusBlock) else block.proj[2]
+def parts_of(block):
+    """A function that gets a part of any block by one name."""
+    names = FOCUS if isinstance(block, FocusBlock) else REP
+    names = {'': '', 'bn': names['conv'] + '.origin_bn'} | names
+    return lambda name: block.get_submodule(names[name])
 
 
-def watch(block):
-    excitation(block).register_forward_hook(print)
+def watch(part):
+    return part.register_forward_hook(print)
 
 
-def freeze(block):
-    norm(block).eval()
-
-
-def average(block):
-    branches(block).origin_bn.momentum = None
-
-
-def replace(block):
-    branches(block).backend = 'reference'
-
-
-def merge(block):
-    fuse(block)
+def merge(part, *watched):
+    """For inference, but for what is watched meanwhile."""
+    fuse(part(''))
+    for hook in watched:
+        hook.remove()
     torch.set_grad_enabled(False)
 
 
-def merge_watched(block):
-    merge(block)
-    watch(block)
-
-
-def merge_but_one(block):
-    norm(block).register_forward_hook(print)  # which is left as it is
-    merge(block)
-    norm(block)._forward_hooks.clear()
-
-
-def merge_without_residual(block):
-    conv = block.mlp[2] if isinstance(block, FocusBlock) else block.dwconv
-    watched = conv.register_forward_hook(print)
-    merge(block)
-    watched.remove()
-
-
-def absorb(block):
-    name = 'dwconv1' if isinstance(block, FocusBlock) else 'dwconv'
-    getattr(block, name).absorb_residual()
-
-
-def drop_affine(block):
-    norm(block).affine = False
-
-
-CHANGES = [
-    *(watch, freeze, average, replace, absorb, drop_affine),
-    *(lambda block: block.eval(), lambda block: fuse(block)),
-    *(merge_watched, merge_but_one, merge_without_residual),
-]
-
-
 @pytest.mark.parametrize('name', ['rep, scaled', 'focus, first'])
 @pytest.mark.parametrize(
-    'change, is_one',
+    'change, expected',
     [
-        (lambda block: None, True),
-        (lambda block: block.register_forward_hook(print), True),
-        (merge, True),
-        *((change, False) for change in CHANGES),
+        (lambda part: None, True),
+        (lambda part: watch(part('')), True),
+        (lambda part: merge(part), True),
+        (lambda part: part('norm').eval(), False),
+        (lambda part: setattr(part('norm'), 'affine', False), False),
+        (lambda part: setattr(part('bn'), 'momentum', None), False),
+        (lambda part: setattr(part('conv'), 'backend', 'reference'), False),
+        (lambda part: part('dw').absorb_residual(), False),
+        (lambda part: part('conv').switch_to_deploy(), False),
+        (lambda part: part('').eval(), False),
+        (lambda part: fuse(part('')), False),
+        (lambda part: (merge(part), watch(part('se'))), False),
+        (lambda part: merge(part, watch(part('norm'))), False),
+        (lambda part: merge(part, watch(part('dw'))), False),
     ],
 )
-def test_when_it_is_one_node(
-    name, change, is_one, auto_is_triton, monkeypatch
-):
-    for node in NODES.values():
-        monkeypatch.setattr(blocks, node, mock.Mock(side_effect=KeyError))
-    monkeypatch.setattr(blocks, 'conv_and_norm', lambda *_: 1 / 0)
+def test_when_it_is_one_node(name, change, expected, is_one_node):
     block, (z,) = draw_block(name), draw_maps(name)
     with torch.enable_grad():
-        change(block)
-        with pytest.raises(KeyError if is_one else ZeroDivisionError):
-            block(*arguments(block, [z]))
-        with pytest.raises(ZeroDivisionError):
-            block(*arguments(block, [z.double()]))
+        change(parts_of(block))
+        assert is_one_node(block, z) == expected
+        assert not is_one_node(block, z.double())
 
 
 @pytest.mark.parametrize(
-    'name, change',
+    'name, attribute, value',
     [
-        ('focus, first', dict(contmix_backend='tiled')),
-        ('rep, scaled', dict(ls=nn.Identity())),
+        ('focus, first', 'contmix_backend', 'tiled'),
+        ('rep, scaled', 'ls', nn.Identity()),
     ],
 )
-def test_changes_of_one_block(name, change, auto_is_triton, monkeypatch):
-    monkeypatch.setattr(blocks, 'conv_and_norm', lambda *_: 1 / 0)
+def test_changes_of_one_block(name, attribute, value, is_one_node):
     block = draw_block(name)
-    for attribute, value in change.items():
-        setattr(block, attribute, value)
-    with pytest.raises(ZeroDivisionError):
-        block(*arguments(block, draw_maps(name)))
+    setattr(block, attribute, value)
+    assert not is_one_node(block, *draw_maps(name))
 
 
 @pytest.mark.parametrize('name', ['rep, scaled', 'focus, first'])
-def test_groups_of_processes(name, auto_is_triton, monkeypatch):
+def test_groups_of_processes(name, is_one_node, monkeypatch):
     """All norms have to be of one; it takes the same way for every map."""
-    for node in NODES.values():
-        monkeypatch.setattr(blocks, node, mock.Mock(side_effect=KeyError))
-    monkeypatch.setattr(blocks, 'conv_and_norm', lambda *_: 1 / 0)
     block, (z,) = draw_block(name), draw_maps(name)
-    call = arguments(block, [z[:1, :, :1, :1]])  # which has no deviation
-    with pytest.raises(ZeroDivisionError):
-        block(*call)
+    z = z[:1, :, :1, :1]  # which has no deviation
+    assert not is_one_node(block, z)
     monkeypatch.setattr(blocks, 'group_of', lambda norm: norm.eps)
-    with pytest.raises(KeyError):
-        block(*call)
-    norm(block).eps = 1
-    with pytest.raises(ZeroDivisionError):
-        block(*call)
+    assert is_one_node(block, z)
+    parts_of(block)('norm').eps = 1
+    assert not is_one_node(block, z)
 
 
 def test_missing_parameters(calls, monkeypatch):
@@ -345,17 +312,3 @@ def test_empty_maps(name, auto_is_triton, monkeypatch):
     assert not tried.called
     fused = fuse(block)
     assert fused(*arguments(fused, [z[:0]])).shape == z[:0].shape
-
-
-def test_paths_are_dropped_in_one_launch(monkeypatch):
-    """With the values that they have elsewhere."""
-    monkeypatch.setattr(torch.Tensor, 'is_cuda', True)
-    x = torch.empty(2000, 1, 1, 1, dtype=torch.bfloat16)
-    torch.manual_seed(0)
-    first, second = DropPath(0.2).draw(x, 2)
-    assert not torch.equal(first, second)
-    for keep in (first, second):
-        assert keep.shape == (2000,)
-        assert keep.dtype == torch.float32
-        assert set(keep.tolist()) == {0, 1.25}
-        assert abs(keep.mean().item() - 1) < 0.05

@@ -6,24 +6,21 @@ from functools import partial
 import pytest
 import torch
 from kernels import DEVICE, draw, exact, relative_error
+from networks import backbone, make_block
 from tiny import ARCH
 from torch import nn
 
 from benchmarks import count
-from mmoverlock.models import OverLoCK
 from mmoverlock.models.blocks import FocusBlock, RepConvBlock
 
 pytest.importorskip('triton', '3.6')
-COMMON = dict(
-    kernel_size=5, drop_path=0.0, norm_cfg=dict(type='BN'), deploy=False
-)
 BLOCKS = {
-    'rep': partial(RepConvBlock, 16, layer_scale=True, **COMMON),
-    'focus': partial(FocusBlock, 16, 8, heads=2, first=False, **COMMON),
+    'rep': partial(make_block, RepConvBlock, 16, layer_scale=True),
+    'focus': partial(make_block, FocusBlock, 16, 8, heads=2, first=False),
 }
 
 
-def make_block(name):
+def draw_block(name):
     torch.manual_seed(0)
     block = BLOCKS[name]().to(DEVICE)
     for parameter in block.parameters():
@@ -36,8 +33,7 @@ def make_block(name):
 def test_network(auto_is_triton):
     """Every map is in channels_last on the way, and contiguous at the end."""
     arch = ARCH | dict(channels=(8, 8, 16, 32), kernel_sizes=(5, 7, 7, 5))
-    torch.manual_seed(0)
-    model = OverLoCK(arch, drop_path_rate=0.1).to(DEVICE).eval()
+    model = backbone(arch).to(DEVICE).eval()
     other = copy.deepcopy(model).double()
     x = draw(1, 3, 32, 32)
     strided = []
@@ -65,7 +61,7 @@ def test_network(auto_is_triton):
 )
 def test_hooks(name, watched, channels, auto_is_triton):
     """They see what runs with kernels, too; batches are counted once."""
-    block, maps = make_block(name)
+    block, maps = draw_block(name)
     expected = copy.deepcopy(block).double()(*map(exact, maps))
     seen = []
     for module in map(block.get_submodule, watched):
@@ -103,7 +99,7 @@ def test_layers_that_are_called(name, change, kernels, request, monkeypatch):
         request.getfixturevalue('auto_is_triton')
         for kind in count._kernels():  # which compute nothing here
             monkeypatch.setattr(kind, 'run', lambda *_, **__: None)
-    block, maps = make_block(name)
+    block, maps = draw_block(name)
     # What drops paths is drawn before; sequences are not called.
     uncalled = {'proj', 'proj.9'}
     if name == 'focus':
@@ -125,7 +121,7 @@ def test_layers_that_are_called(name, change, kernels, request, monkeypatch):
 
 
 def test_nothing_takes_the_place_of_a_part():
-    block, maps = make_block('focus')
+    block, maps = draw_block('focus')
     add_adapter(block.weight_proj, [])
     with pytest.raises(TypeError, match='weight_proj is a part.*Adapter'):
         block(*maps)

@@ -5,6 +5,7 @@ The kernels are in test_contmix_triton.py.
 
 import pytest
 import torch
+from kernels import relative_error
 
 from benchmarks.count import Count, _on_gpu, _Operators
 from mmoverlock.ops import contmix
@@ -117,6 +118,25 @@ def test_operators_of_tiled_on_gpus(shape, most):
         with _on_gpu('meta', []), _Operators(Count(), ()) as counted:
             differentiate(operands, 'tiled')
     assert 0 < counted.result.operators <= most
+
+
+@pytest.mark.parametrize(
+    'backend, dtype', [('reference', torch.bfloat16), ('tiled', torch.half)]
+)
+def test_kernels_are_made_in_single_precision(backend, dtype):
+    """Of logits of hundreds, autocast would round differences of 1 off."""
+    operands = {
+        name: operand.detach().float()
+        * (20 if name in ('query', 'key') else 1)
+        for name, operand in draw(1, 9, 8, kernel_size=5).items()
+    }
+    operands['value'] = operands['value'].to(dtype)
+    exact = {name: operand.double() for name, operand in operands.items()}
+    with torch.autocast('cpu', dtype):
+        actual = call(operands, backend)
+    assert actual.dtype == dtype
+    error = relative_error(actual, call(exact, backend))
+    assert error < 2 * torch.finfo(dtype).eps
 
 
 def test_tiles():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from networks import make_block
 from torch import nn
 
 from mmoverlock import ContMixBlock
@@ -11,8 +12,8 @@ from mmoverlock.models.blocks import FocusBlock
 @torch.no_grad()
 def test_it_is_the_dynamic_convolution_of_overlock():
     torch.manual_seed(0)
-    options = dict(first=True, drop_path=0.0, norm_cfg={}, deploy=False)
-    focus = FocusBlock(16, 8, kernel_size=7, heads=2, **options).eval()
+    options = dict(kernel_size=7, heads=2, first=True)
+    focus = make_block(FocusBlock, 16, 8, **options).eval()
     block = ContMixBlock(16, 7, groups=4, prior_channels=8).eval()
     for table in (focus.rpb1, focus.rpb2, focus.weight_proj.weight):
         nn.init.normal_(table)

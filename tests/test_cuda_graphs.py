@@ -13,19 +13,20 @@ from contextlib import nullcontext
 import pytest
 import tiny
 import torch
-from torch import Tensor, distributed, nn
+from networks import backbone, loss_of, noise
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from mmoverlock.models import OverLoCK, graphs
+from mmoverlock.models import graphs
 from mmoverlock.models.fuse import fuse
 from mmoverlock.models.layers import DropPath
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = 'cuda' if ON_GPU else 'cpu'
 ARCH = dict(tiny.ARCH, kernel_sizes=(5, 5, 5, 5))
-SIZE, OTHER = (2, 3, 64, 64), (2, 3, 64, 96)
+SIZE, OTHER = (2, 3, 48, 48), (2, 3, 48, 80)
 WARM_UPS = graphs.WARM_UPS if ON_GPU else 1
 STEPS = WARM_UPS + 3
 built = weakref.WeakSet()  # models
@@ -82,20 +83,13 @@ def record(function, pool, stream):
 
 
 def build(cuda_graphs=True, **options):
-    torch.manual_seed(0)
-    model = OverLoCK(ARCH, cuda_graphs=cuda_graphs, **options)
+    model = backbone(ARCH, cuda_graphs=cuda_graphs, **options)
     built.add(model)
-    return tiny.randomize(model).to(DEVICE)
+    return model.to(DEVICE)
 
 
 def draw(seed, shape=SIZE):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator)
-    return x.to(DEVICE)
-
-
-def loss_of(outs):
-    return sum((i + 1) * out.square().mean() for i, out in enumerate(outs))
+    return noise(*shape, seed=seed).to(DEVICE)
 
 
 def train(model, steps=STEPS, shapes=(SIZE,), lr=1e-3, half=False):
@@ -133,37 +127,48 @@ def backward_passes(model, *seeds):
     return [p.grad for p in model.parameters()]
 
 
+def take_out(model):
+    """A block, and have a parameter that has no gradient."""
+    del model.blocks4[-1]
+    model.unused = nn.PReLU().to(DEVICE)
+
+
 @pytest.mark.parametrize(
-    'shapes, options',
+    'shapes, options, change',
     [
-        ((SIZE, OTHER), {}),
-        ((SIZE,), dict(drop_path_rate=0.5)),
-        ((SIZE,), dict(classifier=True)),
-        ((SIZE,), dict(frozen_stages=2, norm_eval=True)),
+        ((SIZE, OTHER), {}, bool),
+        ((SIZE,), dict(drop_path_rate=0.5), bool),
+        ((SIZE,), dict(classifier=True), bool),
+        ((SIZE,), {}, take_out),
+        (
+            *((SIZE,), dict(frozen_stages=2, norm_eval=True)),
+            # And the output behind them
+            lambda model: model.extra_norm['0'].requires_grad_(False),
+        ),
     ],
 )
-def test_training(replays, shapes, options):
+def test_training(replays, shapes, options, change):
     model, plain = build(**options), build(False, **options)
     results = []
     for each in (model, plain):
-        if 'frozen_stages' in options:  # and the output behind them
-            each.extra_norm['0'].requires_grad_(False)
+        change(each)
         torch.manual_seed(1)
         results.append(train(each, shapes=shapes))
     assert replays == ['run', 'differentiate'] * 3 * len(shapes)
     for outs, others in zip(*results, strict=True):
         for out, other in zip(outs, others, strict=True):
             assert out.requires_grad == other.requires_grad
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
     if options.get('drop_path_rate') and ON_GPU:
         return  # a graph draws other numbers
     torch.testing.assert_close(*results)
     check_same(model, plain)
 
 
-@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
-def test_inference(replays, mode):
+def test_inference(replays):
     model, plain = fuse(build()), fuse(build(False))
-    with mode():
+    with torch.inference_mode():
         for i in range(STEPS):
             torch.testing.assert_close(model(draw(i)), plain(draw(i)))
     assert replays == ['run'] * 3
@@ -214,19 +219,6 @@ def test_outputs_that_no_loss_takes(replays):
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         expected = torch.zeros_like(q) if q.grad is None else q.grad
         torch.testing.assert_close(p.grad, expected)
-
-
-def test_parameters_without_gradients(replays):
-    """A block that is left out has none, as without graphs."""
-    models = []
-    for each in (build(), build(False)):
-        del each.blocks4[-1]
-        each.unused = nn.PReLU().to(DEVICE)
-        train(each)
-        assert each.unused.weight.grad is None
-        models.append(each)
-    assert len(replays) == 6
-    check_same(*models)
 
 
 def test_two_passes_before_a_backward(replays):
@@ -457,39 +449,15 @@ def test_copies(replays):
         replays.clear()
 
 
-def test_ddp(replays, tmp_path):
-    store = distributed.FileStore(str(tmp_path / 'store'), 1)
-    distributed.init_process_group(
-        'nccl' if ON_GPU else 'gloo', store=store, rank=0, world_size=1
-    )
-    try:
-        model, plain = build(), build(False)
-        train(DistributedDataParallel(model))
-        train(plain)
-    finally:
-        distributed.destroy_process_group()
+def test_ddp(replays, process_group):
+    model, plain = build(), build(False)
+    train(DistributedDataParallel(model))
+    train(plain)
     assert len(replays) == 6
     check_same(model, plain)
-
-
-@pytest.mark.parametrize(
-    'options, message',
-    [
-        (dict(cuda_graphs=-1), 'cuda_graphs must be True'),
-        (dict(cuda_graphs=2.5), 'cuda_graphs must be True'),
-        (dict(cuda_graphs=True, compile=True), 'neither compile nor with_cp'),
-        (dict(cuda_graphs=True, with_cp=True), 'neither compile nor with_cp'),
-    ],
-)
-def test_wrong_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        OverLoCK(ARCH, **options)
 
 
 @pytest.mark.skipif(ON_GPU, reason='for machines without a GPU')
 def test_cpu():
     """The same config trains on a CPU."""
-    model, plain = build(), build(False)
-    for each in (model, plain):
-        train(each)
-    check_same(model, plain)
+    check_same(*recorded())

@@ -31,12 +31,12 @@ def free_port():
         return str(server.getsockname()[1])
 
 
-def as_rank(rank, port, size='2'):
-    """Look like a process of torchrun."""
+def as_rank(rank, port):
+    """Look like one of two processes of torchrun."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
-        WORLD_SIZE=size,
+        WORLD_SIZE='2',
         MASTER_ADDR='127.0.0.1',
         MASTER_PORT=port,
     )
@@ -46,13 +46,9 @@ def fork_two(folder, *argv, tool='train'):
     """Run a tool in two processes; return the output of the first."""
     port = free_port()
     logs = [folder / f'log_{rank}' for rank in (0, 1)]
+    start = partial(forked.start, *argv, '--launcher', 'pytorch', tool=tool)
     processes = [
-        forked.start(
-            *(*argv, '--launcher', 'pytorch'),
-            log=log,
-            prepare=partial(as_rank, rank, port),
-            tool=tool,
-        )
+        start(log=log, prepare=partial(as_rank, rank, port))
         for rank, log in enumerate(logs)
     ]
     for process in processes:

@@ -3,10 +3,10 @@
 import copy
 from functools import partial
 
-import golden
 import pytest
 import torch
-from fusion import assert_fuses, far, images
+from fusion import assert_fuses, far
+from networks import backbone, noise
 from tiny import DEEPER
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,22 +17,11 @@ from mmoverlock.models.fuse import fuse
 from mmoverlock.models.layers import DWConv
 
 
-def randomized(model):
-    """In float64 and eval mode."""
-    shapes = {k: v.shape for k, v in model.state_dict().items()}
-    model.load_state_dict(golden.state_dict(shapes))
-    return model.double().eval()
-
-
-def image(*size):
-    return golden.image((1, 3, *size)).double()
-
-
 @pytest.mark.parametrize('form', [{}, dict(fuse_overview=True, deploy=True)])
 def test_backbone(form):
     """The released weights are in test_plain.py."""
-    model = OverLoCK(DEEPER, **form)
-    assert_fuses(randomized(model), image(96, 64))
+    model = far(backbone(**form))
+    assert_fuses(model, noise(2, 3, 96, 64).double())
     for module in model.modules():
         assert not isinstance(module, _BatchNorm)
         assert not getattr(module, 'residual', False)
@@ -151,14 +140,14 @@ SEQUENCES = {
 @pytest.mark.parametrize('name', SEQUENCES)
 def test_sequence(name):
     build, count = SEQUENCES[name]
-    assert assert_fuses(far(build()), images(4, 9, 8)) == count
+    assert assert_fuses(far(build()), noise(2, 4, 9, 8).double()) == count
 
 
 def test_fused_again():
     """What is fused can be copied, moved, and fused again."""
     norm = batch_norm()
     model = far(nn.Sequential(sequence(norm=norm), sequence(norm=norm)))
-    x = images(4, 9, 8)
+    x = noise(2, 4, 9, 8).double()
     expected = fuse(model)(x)
     copied = fuse(copy.deepcopy(model))
     nn.init.zeros_(norm.fused.weight)
@@ -191,7 +180,7 @@ def test_conv_module(name):
     def call(x):
         return model(x), model(x, norm=False), model(x, activate=False)
 
-    assert assert_fuses(model, images(4, 9, 8), call=call) == count
+    assert assert_fuses(model, noise(2, 4, 9, 8).double(), call=call) == count
 
 
 PARTS = (
@@ -225,24 +214,24 @@ class Reader(nn.Module):
 @pytest.mark.parametrize('change', [*CHANGES, 'shared', 'tied'])
 def test_parts_that_stay(change):
     """Those of a block that have a hook, say, or another reader."""
-    model = backbone = randomized(OverLoCK(DEEPER))
-    parts = [backbone.get_submodule(name) for name in PARTS]
+    model = network = far(backbone())
+    parts = [network.get_submodule(name) for name in PARTS]
     if change == 'shared':
-        model = Reader(backbone, parts)
+        model = Reader(network, parts)
     elif change == 'tied':
         ties = [nn.Module() for _ in parts]
         for tie, part in zip(ties, parts, strict=True):
             tie.weight = part.weight
-        model = Reader(backbone, ties)
+        model = Reader(network, ties)
     else:
         for part in parts:
             CHANGES[change](part)
     before = [[*map(torch.clone, part.parameters())] for part in parts]
-    assert_fuses(model, image(64, 64))
+    assert_fuses(model, noise(2, 3, 64, 64).double())
     if change == 'tied':  # weights stay, the parts may have others
         return
     for name, part, weights in zip(PARTS, parts, before, strict=True):
-        assert backbone.get_submodule(name) is part, name
+        assert network.get_submodule(name) is part, name
         assert all(map(torch.equal, part.parameters(), weights)), name
 
 
@@ -255,9 +244,9 @@ class Subclass(OverLoCK):
 
 def test_what_is_changed_by_class():
     """A backbone, whose pairs get copies, and a layer of a branch."""
-    model = randomized(Subclass(DEEPER))
+    model = far(Subclass(DEEPER))
     conv = model.blocks1[0].proj[1]
     conv.lk_origin.__class__ = DoublingConv
     # The four pairs of the stem, and those of the five other downsamplings.
-    assert assert_fuses(model, image(64, 64)) == 9
+    assert assert_fuses(model, noise(2, 3, 64, 64).double()) == 9
     assert conv.branches

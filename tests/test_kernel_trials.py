@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from kernels import draw
+from networks import make_block
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -20,7 +21,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 FIT = errors.OutOfResources(232448, 101376, 'shared memory')
-COMMON = dict(drop_path=0.0, norm_cfg=dict(type='BN'), deploy=False)
 FORWARD = 'layernorm.triton._forward_kernel'
 
 
@@ -152,8 +152,8 @@ def test_every_operator(launches):
     """Blocks give what they give in double precision, statistics too."""
     launches.errors = dict.fromkeys(KERNELS, FIT)
     torch.manual_seed(0)
-    rep = RepConvBlock(4, kernel_size=5, layer_scale=True, **COMMON)
-    focus = FocusBlock(4, 2, kernel_size=5, heads=1, first=False, **COMMON)
+    rep = make_block(RepConvBlock, 4, layer_scale=True)
+    focus = make_block(FocusBlock, 4, 2, heads=1, first=False)
     blocks = [
         (rep, [draw(2, 4, 3, 5)]),
         (focus, [draw(2, 6, 5, 5), draw(2, 2, 5, 5)]),

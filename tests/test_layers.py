@@ -1,14 +1,18 @@
 """What golden figures do not tell of small layers: see test_parity.py."""
 
+import copy
 from importlib import import_module
 
 import pytest
 import torch
+from fusion import far
 from torch import nn
 
-from mmoverlock.models.layers import GRN
+from mmoverlock.models.layers import GRN, DropPath
+from mmoverlock.models.reparam import BRANCHES, DilatedReparamConv
 
 reference = import_module('mmoverlock.ops.grn.reference')
+BN = dict(type='BN')
 
 
 @pytest.mark.parametrize('squares', [1, 30, 1000])  # a row, two rows, all
@@ -28,3 +32,79 @@ def test_grn(squares, monkeypatch):
     operands[0] = dead.requires_grad_()
     for grad in torch.autograd.grad(grn(dead).sum(), operands):
         assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize('on_gpu', [False, True])
+def test_drop_path(on_gpu, monkeypatch):
+    """Of branches on their own, image by image; a GPU draws in one launch."""
+    monkeypatch.setattr(torch.Tensor, 'is_cuda', on_gpu)
+    drop, x = DropPath(0.2), torch.ones(2000, 2, 1, 1, dtype=torch.bfloat16)
+    assert torch.equal(drop.eval()(x), x)
+    torch.manual_seed(0)
+    first, second = drop.train().draw(x, 2)
+    assert first.dtype == torch.float32 and not torch.equal(first, second)
+    dropped = drop(x)[..., 0, 0].float()
+    for keep in (first, second, *dropped.unbind(1)):
+        assert keep.shape == (2000,)
+        assert set(keep.tolist()) == {0, 1.25}
+        assert abs(keep.mean().item() - 1) < 0.05
+    assert torch.equal(*dropped.unbind(1))
+
+
+def make_conv(kernel_size):
+    conv = far(DilatedReparamConv(3, kernel_size, BN))
+    conv.origin_bn.eps = 0.1
+    return conv
+
+
+def draw():
+    return torch.randn(2, 3, 21, 24).double().requires_grad_()
+
+
+def sum_of_branches(conv, x):
+    """By the names of the release."""
+    names = [('lk_origin', 'origin_bn')] + [
+        (f'dil_conv_k{size}_{dilation}', f'dil_bn_k{size}_{dilation}')
+        for size, dilation in BRANCHES[conv.lk_origin.kernel_size[0]]
+    ]
+    return sum(
+        conv.get_submodule(norm)(conv.get_submodule(name)(x))
+        for name, norm in names
+    )
+
+
+@pytest.mark.parametrize('kernel_size', BRANCHES)
+def test_merging(kernel_size):
+    """One convolution in eval mode, with the gradients of every branch."""
+    conv, x = make_conv(kernel_size), draw()
+    operands = [x, *conv.parameters()]
+    expected = sum_of_branches(conv, x)
+    torch.testing.assert_close(conv(x), expected)
+    torch.testing.assert_close(
+        *(
+            torch.autograd.grad(out.sin().sum(), operands)
+            for out in (conv(x), sum_of_branches(conv, x))
+        )
+    )
+    for _ in range(2):  # the second time, there is nothing to merge
+        conv.switch_to_deploy()
+        torch.testing.assert_close(conv(x), expected)
+    deployed = DilatedReparamConv(3, kernel_size, BN, deploy=True)
+    assert set(deployed.state_dict()) == set(conv.state_dict())
+
+
+@pytest.mark.parametrize('change', ['momentum', 'one in eval mode', 'type'])
+def test_other_batch_norms(change):
+    """What the fast path does not cover is computed plainly."""
+    conv, x = make_conv(5).train(), draw()
+    if change == 'momentum':  # an average over all batches
+        conv.origin_bn.momentum = None
+    elif change == 'type':
+        conv.origin_bn = nn.InstanceNorm2d(3, affine=True).double()
+    else:
+        conv.origin_bn.eval()
+    other = copy.deepcopy(conv)
+    torch.testing.assert_close(conv(x), sum_of_branches(other, x))
+    torch.testing.assert_close(
+        dict(conv.state_dict()), dict(other.state_dict())
+    )

@@ -449,9 +449,9 @@ def test_empty_map(run, shape):
 @pytest.mark.parametrize(
     'run, without',
     [
-        (run, without)
-        for run in (squeeze_excite, scaled_residual, update_prior)
-        for without in ['', *WITHOUT[run]]
+        case
+        for case in CASES
+        if case[0] in (squeeze_excite, scaled_residual, update_prior)
     ],
 )
 def test_reference_under_autocast(run, without):

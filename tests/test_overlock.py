@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from networks import backbone, loss_of, noise
 from tiny import DEEPER as TINY
-from tiny import randomize
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,21 +13,7 @@ from mmoverlock.models import OverLoCK
 from mmoverlock.models.blocks import FocusBlock
 from mmoverlock.models.layers import DropPath
 
-
-def tiny(**kwargs):
-    torch.manual_seed(0)
-    return OverLoCK(TINY, **kwargs)
-
-
-def image(batch=2, height=64, width=96):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, 3, height, width, generator=generator)
-
-
-def loss_of(outputs):
-    return sum(
-        (out * (i + 1)).square().mean() for i, out in enumerate(outputs)
-    )
+IMAGES = noise(2, 3, 64, 96)
 
 
 def test_initialization():
@@ -56,21 +42,15 @@ def test_settings():
             assert not module.weight.requires_grad
         elif isinstance(module, FocusBlock):
             assert module.contmix_backend == 'reference'
-    synchronized = tiny(norm_cfg=dict(type='SyncBN'))
+    synchronized = backbone(norm_cfg=dict(type='SyncBN'))
     assert isinstance(synchronized.patch_embed1[1], nn.SyncBatchNorm)
 
 
-def test_drop_path():
-    """Rates grow linearly with depth, over all blocks; images are dropped."""
-    model = tiny(drop_path_rate=0.7)
+def test_drop_path_rates():
+    """They grow linearly with depth, over all blocks."""
+    model = backbone(drop_path_rate=0.7)
     rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
     assert rates == pytest.approx([i / 10 for i in range(8)])
-    drop, x = DropPath(0.25), torch.ones(4000, 2, 1, 1)
-    assert torch.equal(drop.eval()(x), x)
-    dropped = drop.train()(x)
-    assert torch.equal(dropped[:, 0], dropped[:, 1])
-    assert sorted(dropped.unique().tolist()) == pytest.approx([0, 4 / 3])
-    assert dropped.mean().item() == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +83,11 @@ def test_drop_path():
         (dict(classifier=True, out_indices=(1, 3)), r'=True .*got \(1, 3\)'),
         (dict(classifier=True, fuse_overview=True), '=True .* and True'),
         (dict(init_cfg=[dict(checkpoint='a.pth')]), 'init_cfg.*a.pth'),
+        (dict(compile='yes'), "compile must be.*'yes'"),
+        (dict(cuda_graphs=-1), 'cuda_graphs must be True'),
+        (dict(cuda_graphs=2.5), 'cuda_graphs must be True'),
+        (dict(cuda_graphs=True, compile={}), 'neither compile nor with_cp'),
+        (dict(cuda_graphs=True, with_cp=True), 'neither compile nor with_cp'),
     ],
 )
 def test_bad_arguments(kwargs, message):
@@ -112,11 +97,11 @@ def test_bad_arguments(kwargs, message):
 
 def test_outputs():
     """Any subset has the same maps; test_robustness.py has their shapes."""
-    x = image(2, 33, 70)
-    complete = randomize(tiny()).eval()
+    x = noise(2, 3, 33, 70)
+    complete = backbone().eval()
     maps, state = complete(x), complete.state_dict()
     for out_indices in ([0], (1, 2), (2,), (1, 3)):
-        model = tiny(out_indices=out_indices).eval()
+        model = OverLoCK(TINY, out_indices=out_indices).eval()
         model.load_state_dict(
             {name: state[name] for name in model.state_dict()}
         )
@@ -139,9 +124,9 @@ def test_convolutions_get_channels_last(batch, training):
                     strides.append((x.stride(), like.stride()))
             return function(*args, **kwargs or {})
 
-    model = tiny().train(training)
+    model = backbone().train(training)
     with Record():
-        model(image(batch))
+        model(IMAGES[:batch])
     assert len(strides) > 30
     for actual, expected in strides:
         assert actual == expected
@@ -159,7 +144,7 @@ FREEZING = [  # what each step from 0 to 4 adds
 @pytest.mark.parametrize('frozen_stages', range(-1, 5))
 def test_frozen_stages(frozen_stages):
     prefixes = tuple(sum(FREEZING[: frozen_stages + 1], []))
-    model = tiny(frozen_stages=frozen_stages, fuse_overview=True)
+    model = backbone(frozen_stages=frozen_stages, fuse_overview=True)
     assert model.train() is model
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad != name.startswith(prefixes), name
@@ -170,10 +155,10 @@ def test_frozen_stages(frozen_stages):
 
 def test_norm_eval():
     """Statistics stay, weights learn; nothing else is in eval mode."""
-    model = tiny(norm_eval=True).train()
+    model = backbone(norm_eval=True).train()
     assert all(block.training for block in model.blocks1)
     before = [buffer.clone() for buffer in model.buffers()]
-    loss_of(model(image())).backward()
+    loss_of(model(IMAGES)).backward()
     torch.testing.assert_close([*model.buffers()], before, rtol=0, atol=0)
     assert model.patch_embed1[1].weight.grad.any()
 
@@ -182,11 +167,11 @@ def test_checkpointing():
     """Equal outputs, gradients and statistics, with drop path on."""
     results, calls = [], []
     for option in (False, (0, 1, 1, 1, 1, 1)):
-        model = randomize(tiny(with_cp=option, drop_path_rate=0.3)).train()
+        model = backbone(with_cp=option, drop_path_rate=0.3).train()
         if option:
             for block in (*model.blocks1, *model.blocks2):
                 block.register_forward_pre_hook(lambda m, _: calls.append(m))
-        x = image().requires_grad_()
+        x = IMAGES.clone().requires_grad_()
         torch.manual_seed(1)
         outputs = model(x)
         loss_of(outputs).backward()
@@ -197,5 +182,12 @@ def test_checkpointing():
     assert [calls.count(block) for block in model.blocks1] == [1]
     assert [calls.count(block) for block in model.blocks2] == [2, 1]
     with torch.no_grad():
-        model(image())
-    assert [*tiny(with_cp=True).checkpointed.values()] == [1, 2, 1, 1, 2, 1]
+        model(IMAGES)
+    assert [*backbone(with_cp=True).checkpointed.values()] == [
+        1,
+        2,
+        1,
+        1,
+        2,
+        1,
+    ]

@@ -8,6 +8,7 @@ from unittest import mock
 import golden
 import pytest
 import torch
+from networks import noise
 from tiny import ARCH as TINY
 from tiny import randomize
 
@@ -19,7 +20,7 @@ from mmoverlock.models.fuse import fuse
 from mmoverlock.models.weights import add_prefixes, merge
 
 XT = 'xt', 'extreme-tiny'
-IMAGES = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+IMAGES = noise(2, 3, 64, 96)
 
 
 @pytest.fixture

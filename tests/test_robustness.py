@@ -6,10 +6,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from tiny import DEEPER as TINY
-from tiny import randomize
-
-from mmoverlock.models import OverLoCK
+from networks import backbone, loss_of, noise
 
 repeatable = settings(
     max_examples=8,
@@ -34,16 +31,6 @@ options = st.fixed_dictionaries(
 )
 
 
-def build(in_channels=3, **kwargs):
-    torch.manual_seed(0)
-    return randomize(OverLoCK(TINY, in_channels, **kwargs))
-
-
-def image(shape, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(shape, generator=generator, dtype=dtype)
-
-
 def assert_maps(model, outputs, shape):
     for output, channels, stride in zip(
         outputs, model.out_channels, model.out_strides, strict=True
@@ -57,8 +44,8 @@ def assert_maps(model, outputs, shape):
 @given(images, options)
 def test_training(shape, kwargs):
     """All sizes, channels and options; gradients are finite."""
-    model = build(shape[1], **kwargs).train()
-    x = image(shape).requires_grad_()
+    model = backbone(in_channels=shape[1], **kwargs).train()
+    x = noise(*shape).requires_grad_()
     try:
         outputs = model(x)
     except ValueError as error:  # see test_one_small_image
@@ -66,7 +53,7 @@ def test_training(shape, kwargs):
         assert shape[0] == 1 and max(shape[2:]) <= 32
         return
     assert_maps(model, outputs, shape)
-    sum(output.square().mean() for output in outputs).backward()
+    loss_of(outputs).backward()
     assert x.grad.isfinite().all()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
@@ -77,8 +64,8 @@ def test_training(shape, kwargs):
 @given(images, options, st.sampled_from(['columns', 'part', 'last']))
 def test_inference(shape, kwargs, layout):
     """Equal in every memory layout, and after merging; in double precision."""
-    model = build(shape[1], **kwargs).double().eval()
-    x = image(shape, torch.float64)
+    model = backbone(in_channels=shape[1], **kwargs).double().eval()
+    x = noise(*shape).double()
     expected = model(x)
     assert_maps(model, expected, shape)
     around = torch.zeros(*shape[:2], 90, 90).double()
@@ -99,19 +86,19 @@ def test_inference(shape, kwargs, layout):
 @pytest.mark.parametrize('size', [(1, 1), (16, 400)])
 def test_extreme_sizes(size):
     """And a batch of nothing, as from a filter that leaves nothing."""
-    model = build(fuse_overview=True).train()
-    outputs = model(image((2, 3, *size)))
+    model = backbone(fuse_overview=True).train()
+    outputs = model(noise(2, 3, *size))
     assert_maps(model, outputs, (2, 3, *size))
-    sum(output.square().mean() for output in outputs).backward()
+    loss_of(outputs).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
-    assert_maps(model, model.eval()(image((0, 3, *size))), (0, 3, *size))
+    assert_maps(model, model.eval()(noise(0, 3, *size)), (0, 3, *size))
 
 
 def test_one_small_image():
     """It trains where batch norms do not count it."""
-    build().train()(image((1, 3, 33, 32)))
-    build(out_indices=(0,)).train()(image((1, 3, 5, 1)))
-    build(norm_eval=True).train()(image((1, 3, 32, 32)))
+    backbone().train()(noise(1, 3, 33, 32))
+    backbone(out_indices=(0,)).train()(noise(1, 3, 5, 1))
+    backbone(norm_eval=True).train()(noise(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize(
@@ -127,4 +114,4 @@ def test_one_small_image():
 )
 def test_bad_input(shape, dtype, message):
     with pytest.raises(ValueError, match=message):
-        build().train()(torch.zeros(shape, dtype=dtype))
+        backbone().train()(torch.zeros(shape, dtype=dtype))

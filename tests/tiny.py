@@ -31,7 +31,6 @@ ARCH = dict(
     focus_depths=(1, 1),
     focus_heads=(2, 2),
 )
-HALF_FORMATS = [torch.bfloat16, torch.float16]
 DEEPER = ARCH | dict(depths=(1, 2, 1, 1), focus_depths=(2, 1))
 TEST_SET = 'test_dataloader.dataset'
 # Config files, and what makes their models tiny and their images small.
@@ -162,17 +161,29 @@ def run_tool(name, *argv, status=0, curves=False):
     return output.getvalue()
 
 
+def _shrink(task, name):
+    """The config of a name, of a tiny model and small images."""
+    cfg = Config.fromfile(ROOT / 'configs' / name)
+    cfg.model.backbone.update(arch=ARCH, init_cfg=None)
+    cfg.merge_from_dict(CONFIGS[task][1])
+    return cfg
+
+
+def _write(cfg, folder, name, options):
+    cfg.merge_from_dict(options)
+    path = Path(folder) / f'{name}.py'
+    cfg.dump(path)
+    return path
+
+
 def write_model(task, folder, settings=None):
     """Write a tiny model's config and checkpoint; return the files.
 
     The task is 'det', 'seg' or 'cls'; the settings are by dotted keys.
     """
-    name, options = CONFIGS[task]
-    cfg = Config.fromfile(ROOT / 'configs' / name)
-    cfg.model.backbone.update(arch=ARCH, init_cfg=None)
-    cfg.merge_from_dict(options | (settings or {}))
-    config, checkpoint = folder / f'{task}.py', folder / f'{task}.pth'
-    cfg.dump(config)
+    cfg = _shrink(task, CONFIGS[task][0])
+    config = _write(cfg, folder, task, settings or {})
+    checkpoint = folder / f'{task}.pth'
     save_model(cfg, checkpoint)
     return str(config), str(checkpoint)
 
@@ -243,10 +254,7 @@ def classifier(folder, **settings):
             checkpoint=dict(type='CheckpointHook', **saving),
         ),
     )
-    config.update(settings)
-    path = Path(folder) / 'classifier.py'
-    Config(config).dump(path)
-    return path
+    return _write(Config(config | settings), folder, 'classifier', {})
 
 
 def _drawn(task, layout, folder, config, images, resize):
@@ -256,9 +264,7 @@ def _drawn(task, layout, folder, config, images, resize):
     """
     root = folder / layout
     run_tool('make_sample_data', layout, root, '--images=4', '--size=96')
-    cfg = Config.fromfile(ROOT / 'configs' / config)
-    cfg.model.backbone.update(arch=ARCH, init_cfg=None)
-    cfg.merge_from_dict(CONFIGS[task][1])
+    cfg = _shrink(task, config)
     cfg.default_hooks.logger.interval = 1
     pipeline = cfg.test_dataloader.dataset.pipeline
     cfg.train_dataloader.dataset.pipeline[resize].scale = pipeline[1].scale
@@ -269,13 +275,6 @@ def _drawn(task, layout, folder, config, images, resize):
         if split != 'train':
             loader.dataset.update(pipeline=pipeline, indices=images)
     return cfg
-
-
-def _write(cfg, folder, name, options):
-    cfg.merge_from_dict(options)
-    path = Path(folder) / f'{name}.py'
-    cfg.dump(path)
-    return path
 
 
 def detector(folder, config=CONFIGS['det'][0], **options):

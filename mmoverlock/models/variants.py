@@ -19,17 +19,8 @@ from torch import Tensor, nn
 from ..ops import contmix
 from ..ops.dynamic_conv import tiled
 from ..ops.dynamic_conv.reference import bias_starts, window_starts
-from .blocks import (
-    NUM_REGIONS,
-    SMALL_KERNEL_SIZE,
-    FocusBlock,
-    RepConvBlock,
-)
-from .layers import (
-    PointwiseConv,
-    SEModule,
-    build_bn,
-)
+from .blocks import NUM_REGIONS, SMALL_KERNEL_SIZE, FocusBlock, RepConvBlock
+from .layers import PointwiseConv, SEModule, build_bn
 from .overlock import OverLoCK
 from .reparam import DilatedReparamConv
 
@@ -39,29 +30,41 @@ class Variant:
 
 
 class VariantFocusBlock(Variant, FocusBlock):
-    """The block of the Focus-Net, with steps that may change.
+    """Changes to a block of the Focus-Net."""
 
-    ``gate`` and ``lepe`` may be None.
+
+class Constant(nn.Module):
+    """In the place of a part that is removed.
+
+    Args:
+        value (int | None): What is computed instead of a map.
     """
 
-    def mix_and_gate(self, z: Tensor, initial_prior: Tensor | None) -> Tensor:
-        fused = self.fusion(z)
-        y = self.dynamic_conv(self.guides(z, initial_prior), fused)
-        y = self.dyconv_proj(y)
-        if self.lepe is not None:
-            y = y + self.lepe(fused)
-        gate = None if self.gate is None else self.gate(fused)
-        return self.se_layer(y, gate)
+    def __init__(self, value: int | None):
+        super().__init__()
+        self.value = value
 
-    def guides(self, z: Tensor, initial_prior: Tensor | None) -> Tensor:
-        """One map that queries and then keys are made from."""
-        return z
+    def forward(self, x: Tensor) -> int | None:
+        return self.value
 
 
 # ----------------------------------------------------------------- removals
 
 
-class WithoutOverview(VariantFocusBlock):
+class WithoutKernelGuidance(VariantFocusBlock):
+    """No guidance at kernel weight level: keys are made from the features."""
+
+    def __init__(self, channels: int, prior_channels: int, **kwargs):
+        super().__init__(
+            channels, prior_channels, key_channels=channels, **kwargs
+        )
+
+    def dynamic_conv(self, z: Tensor, value: Tensor) -> Tensor:
+        x = z[:, : self.splits[0]]
+        return super().dynamic_conv(torch.cat([x, x], dim=1), value)
+
+
+class WithoutOverview(WithoutKernelGuidance):
     """No Deep-stage Decomposition: a plain pyramid of four stages.
 
     There is no Overview-Net, no context prior and no auxiliary loss. Stage 3
@@ -70,11 +73,7 @@ class WithoutOverview(VariantFocusBlock):
     """
 
     def __init__(self, channels: int, prior_channels: int, **kwargs):
-        kwargs.update(first=True, key_channels=channels)
-        super().__init__(channels, 0, **kwargs)
-
-    def guides(self, z: Tensor, initial_prior: None) -> Tensor:
-        return torch.cat([z, z], dim=1)
+        super().__init__(channels, 0, **kwargs | dict(first=True))
 
 
 class WithoutFeatureGuidance(VariantFocusBlock):
@@ -88,21 +87,11 @@ class WithoutFeatureGuidance(VariantFocusBlock):
         kwargs.update(first=True, key_channels=prior_channels)
         super().__init__(channels, 0, **kwargs)
 
-    def guides(self, z: Tensor, initial_prior: Tensor) -> Tensor:
-        return torch.cat([z, initial_prior], dim=1)
-
-
-class WithoutKernelGuidance(VariantFocusBlock):
-    """No guidance at kernel weight level: keys are made from the features."""
-
-    def __init__(self, channels: int, prior_channels: int, **kwargs):
-        super().__init__(
-            channels, prior_channels, key_channels=channels, **kwargs
-        )
-
-    def guides(self, z: Tensor, initial_prior: Tensor) -> Tensor:
-        x = z[:, : self.splits[0]]
-        return torch.cat([x, x], dim=1)
+    def mix_and_gate(self, z: Tensor, initial_prior: Tensor) -> Tensor:
+        fused = self.fusion(z)
+        guides = torch.cat([z, initial_prior], dim=1)
+        y = self.dyconv_proj(self.dynamic_conv(guides, fused))
+        return self.se_layer(y + self.lepe(fused), self.gate(fused))
 
 
 class WithoutInitialPrior(VariantFocusBlock):
@@ -112,11 +101,8 @@ class WithoutInitialPrior(VariantFocusBlock):
         super().__init__(*args, **kwargs | dict(first=True))
 
 
-class WithoutPriorUpdate(VariantFocusBlock):
+class WithoutPriorUpdate(WithoutInitialPrior):
     """The prior stays P0: every block reads it instead of the updated one."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs | dict(first=True))
 
     def read(self, z: Tensor, initial_prior: Tensor) -> Tensor:
         return torch.cat([z[:, : self.splits[0]], initial_prior], dim=1)
@@ -127,7 +113,7 @@ class WithoutGate(VariantFocusBlock):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.gate = None
+        self.gate = Constant(None)
 
 
 class WithoutLePE(VariantFocusBlock):
@@ -135,7 +121,7 @@ class WithoutLePE(VariantFocusBlock):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.lepe = None
+        self.lepe = Constant(0)
 
 
 class WithoutSE(Variant):
@@ -230,7 +216,7 @@ class ContMix(VariantFocusBlock):
         self.rpb2 = nn.Parameter(torch.zeros(shape))
 
 
-class NeighborhoodAttention(VariantFocusBlock):
+class NeighborhoodAttention(ContMix):
     """Neighborhood attention (Hassani et al., CVPR 2023) in ContMix's windows.
 
     Logits are products of a position's query with the keys of the positions in
@@ -244,23 +230,19 @@ class NeighborhoodAttention(VariantFocusBlock):
 
     sizes = {'kernel_size': SMALL_KERNEL_SIZE}
 
-    def __init__(self, *args, mixer: dict, **kwargs):
+    def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.kernel_size = size = mixer.get('kernel_size', self.kernel_size)
-        shape = len(self.rpb2), 2 * size - 1, 2 * size - 1
-        self.rpb2 = nn.Parameter(torch.zeros(shape))
         self.weight_key[0] = nn.Identity()
         del self.weight_proj
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         exact = self.contmix_backend == 'reference'
-        halves = zip(
-            value.chunk(2, dim=1), (self.rpb1, self.rpb2), strict=True
+        small, large = value.chunk(2, dim=1)
+        query = query * self.scale
+        mixed = (
+            attend(query, key, small, self.rpb1, exact),
+            attend(query, key, large, self.rpb2, exact),
         )
-        mixed = [
-            attend(query * self.scale, key, half, table, exact)
-            for half, table in halves
-        ]
         return torch.cat(mixed, dim=1)
 
 
@@ -335,25 +317,23 @@ class Mixer(VariantFocusBlock):
     """
 
     sizes = {'kernel_size': 1}  # that may be set, and the least of each
+    defaults = {}  # of these, where they are not those of the stage
 
     def __init__(self, channels: int, *args, mixer: dict, **kwargs):
         super().__init__(channels, *args, **kwargs)
         groups = len(self.rpb2)
-        for name in ('query', 'key', 'proj'):
-            delattr(self, f'weight_{name}')
+        del self.weight_query, self.weight_key, self.weight_proj
         del self.rpb1, self.rpb2
-        self.mixer = self.build_mixer(channels, groups, mixer, kwargs)
+        settings = kwargs | self.defaults | mixer
+        self.mixer = self.build(channels, groups, settings)
 
-    def build_mixer(
-        self, channels: int, groups: int, mixer: dict, settings: dict
-    ) -> nn.Module:
+    def build(self, channels: int, groups: int, settings: dict) -> nn.Module:
         """A module from and to (B, channels, H, W).
 
         Args:
             channels (int): Channels of the map.
             groups (int): Groups that ContMix has.
-            mixer (dict): Settings of the mixer.
-            settings (dict): Settings of the block.
+            settings (dict): Of the block and of the mixer.
         """
         raise NotImplementedError
 
@@ -370,12 +350,10 @@ class StaticConv(Mixer):
 
     deploy = True
 
-    def build_mixer(
-        self, channels: int, groups: int, mixer: dict, settings: dict
-    ) -> nn.Module:
+    def build(self, channels: int, groups: int, settings: dict) -> nn.Module:
         return DilatedReparamConv(
             channels,
-            mixer.get('kernel_size', self.kernel_size),
+            settings['kernel_size'],
             settings['norm_cfg'],
             self.deploy or settings['deploy'],
             settings['depthwise_backend'],
@@ -403,13 +381,13 @@ class WindowAttention(Mixer):
     """
 
     sizes = {'window_size': 1}
+    defaults = {'window_size': 7}
 
-    def build_mixer(
-        self, channels: int, groups: int, mixer: dict, settings: dict
-    ) -> nn.Module:
+    def build(self, channels: int, groups: int, settings: dict) -> nn.Module:
         module = _import('mmpretrain.models.utils.attention', 'mmpretrain')
-        size = mixer.get('window_size', 7)
-        return module.ShiftWindowMSA(channels, groups // 2, size)
+        return module.ShiftWindowMSA(
+            channels, groups // 2, settings['window_size']
+        )
 
     def shift(self) -> None:
         """Shift the windows by half."""
@@ -423,51 +401,34 @@ class WindowAttention(Mixer):
         return self.mixer(tokens, size).mT.unflatten(2, size)
 
 
-class InvolutionConv(Mixer):
+class Involution(Mixer):
     """Involution (Li et al., CVPR 2021), in as many groups as ContMix.
+
+    Kernels are made for every position, from the position alone.
 
     Args:
         mixer (dict): ``kernel_size``, odd, by default 7 as in its paper.
     """
 
-    def build_mixer(
-        self, channels: int, groups: int, mixer: dict, settings: dict
-    ) -> nn.Module:
-        size = mixer.get('kernel_size', 7)
-        return Involution(channels, groups, size, settings['norm_cfg'])
+    defaults = {'kernel_size': 7}
 
-
-class Involution(nn.Module):
-    """Kernels for every position and group, made from the position alone.
-
-    Args:
-        channels (int): Channels C of the map.
-        groups (int): Groups of channels that share a kernel.
-        kernel_size (int): Size of the kernels.
-        norm_cfg (dict): See :func:`mmoverlock.models.layers.build_bn`.
-    """
-
-    def __init__(
-        self, channels: int, groups: int, kernel_size: int, norm_cfg: dict
-    ):
-        super().__init__()
-        self.groups = groups
-        self.kernel_size = kernel_size
-        self.kernel = nn.Sequential(
+    def build(self, channels: int, groups: int, settings: dict) -> nn.Module:
+        self.groups, self.window = groups, settings['kernel_size']
+        kernel = nn.Sequential(
             PointwiseConv(channels, channels // 4, bias=False),
-            build_bn(channels // 4, **norm_cfg),
+            build_bn(channels // 4, **settings['norm_cfg']),
             nn.ReLU(),
-            PointwiseConv(channels // 4, groups * kernel_size**2),
+            PointwiseConv(channels // 4, groups * self.window**2),
         )
+        return nn.ModuleDict(dict(kernel=kernel))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, H, W)."""
-        size = self.kernel_size
-        kernels = self.kernel(x).flatten(2).unflatten(1, (self.groups, -1))
-        windows = F.unfold(x, size, padding=size // 2)
-        windows = windows.unflatten(1, (self.groups, -1, size**2))
+    def dynamic_conv(self, z: Tensor, value: Tensor) -> Tensor:
+        kernels = self.mixer['kernel'](value).flatten(2)
+        kernels = kernels.unflatten(1, (self.groups, -1))
+        windows = F.unfold(value, self.window, padding=self.window // 2)
+        windows = windows.unflatten(1, (self.groups, -1, self.window**2))
         mixed = torch.einsum('bgkn,bgckn->bgcn', kernels, windows)
-        return mixed.reshape(x.shape)
+        return mixed.reshape(value.shape)
 
 
 class DeformableConv(Mixer):
@@ -480,15 +441,13 @@ class DeformableConv(Mixer):
         mixer (dict): ``kernel_size``, odd, by default 3.
     """
 
-    def build_mixer(
-        self, channels: int, groups: int, mixer: dict, settings: dict
-    ) -> nn.Module:
+    defaults = {'kernel_size': 3}
+
+    def build(self, channels: int, groups: int, settings: dict) -> nn.Module:
         module = _import('mmcv.ops', 'mmcv with its compiled operators')
-        size = mixer.get('kernel_size', 3)
+        size = settings['kernel_size']
         return module.ModulatedDeformConv2dPack(
-            *(channels, channels, size),
-            padding=size // 2,
-            groups=groups,
+            channels, channels, size, padding=size // 2, groups=groups
         )
 
     def dynamic_conv(self, z: Tensor, value: Tensor) -> Tensor:
@@ -497,11 +456,8 @@ class DeformableConv(Mixer):
             # same shape and, sampling apart, the same cost.
             conv = self.mixer
             conv.conv_offset(value)
-            return F.conv2d(
-                *(value, conv.weight, conv.bias),
-                padding=conv.padding,
-                groups=conv.groups,
-            )
+            sizes = conv.stride, conv.padding, conv.dilation, conv.groups
+            return F.conv2d(value, conv.weight, conv.bias, *sizes)
         # Other memory formats are misread.
         return self.mixer(value.contiguous())
 
@@ -536,9 +492,24 @@ MIXERS = {
     'dilated_reparam': DilatedReparam,
     'neighborhood_attention': NeighborhoodAttention,
     'window_attention': WindowAttention,
-    'involution': InvolutionConv,
+    'involution': Involution,
     'deformable': DeformableConv,
 }
+
+PRIORS = 'initial_prior', 'prior_update'
+GUIDANCE = 'feature_guidance', 'kernel_guidance'
+OTHERS = [name for name, kind in MIXERS.items() if issubclass(kind, Mixer)]
+# A removal, other removals and mixers that it does not go with, and why.
+CLASHES = [
+    ('overview', [*GUIDANCE, *PRIORS], 'there is no prior without it'),
+    ('overview', ['auxiliary_loss'], 'there is no such loss without it'),
+    ('feature_guidance', PRIORS, 'the prior is not updated without it'),
+    ('feature_guidance', GUIDANCE[1:], 'remove the overview instead'),
+    ('initial_prior', ['prior_update'], 'without updates the prior is P0'),
+    *((name, OTHERS, 'it makes nothing from the prior') for name in GUIDANCE),
+    ('small_kernel', ['neighborhood_attention', *OTHERS], 'it has none'),
+    ('dilated', ['dilated_reparam'], "what remains is the mixer 'static'"),
+]
 
 
 @MODELS.register_module(force=True)
@@ -577,10 +548,12 @@ class OverLoCKVariant(OverLoCK):
         self.mixer = mixer if isinstance(mixer, dict) else dict(type=mixer)
         self.settings = dict(kwargs, arch=arch)
         super().__init__(arch, **kwargs)
-        for name in self._unread():
-            if hasattr(self, name.split('.')[0]):
-                parent, _, child = name.rpartition('.')
-                delattr(self.get_submodule(parent), child)
+        # What nothing would read
+        if 'overview' in remove:
+            for name in ('patch_embed4', 'high_level_proj'):
+                self._modules.pop(name, None)
+        if not self._carries_prior and hasattr(self, 'patch_embedx'):
+            del self.patch_embedx['h_proj']
 
     def _check_arguments(
         self, *, classifier: bool, fuse_overview: bool, **kwargs
@@ -588,35 +561,33 @@ class OverLoCKVariant(OverLoCK):
         kwargs.update(classifier=classifier, fuse_overview=fuse_overview)
         super()._check_arguments(**kwargs)
         check_mixer(self.mixer)
-        check_removals(
-            self.remove, self.mixer['type'], classifier, fuse_overview
-        )
+        check_removals(self.remove, self.mixer['type'])
+        if fuse_overview and 'overview' in self.remove:
+            raise ValueError('fuse_overview=True: there is no overview to add')
+        if not classifier and 'auxiliary_loss' in self.remove:
+            raise ValueError(
+                "remove=['auxiliary_loss'] is for classifier=True; other "
+                'losses are those of the heads, so leave out a head instead'
+            )
 
     @property
     def block_type(self) -> type[RepConvBlock]:
         """The class of the blocks of the Base-Net and the Overview-Net."""
-        kinds = [REMOVALS[name] for name in sorted({*self.remove})]
-        kinds = [k for k in kinds if not issubclass(k, FocusBlock)]
+        kinds = [k for k in self._removed if not issubclass(k, FocusBlock)]
         return _compose(*kinds, RepConvBlock)
 
     @property
     def focus_block_type(self) -> Callable[..., FocusBlock]:
         """The class of the blocks of the Focus-Net."""
-        kinds = [REMOVALS[name] for name in sorted({*self.remove})]
-        if self.mixer != dict(type='contmix'):
-            kinds.append(MIXERS[self.mixer['type']])
-            kind = _compose(*kinds, VariantFocusBlock)
-            return partial(kind, mixer=self.mixer)
-        return _compose(*kinds, VariantFocusBlock if kinds else FocusBlock)
+        if self.mixer == dict(type='contmix'):
+            return _compose(*self._removed, FocusBlock)
+        mixer = MIXERS[self.mixer['type']]
+        kind = _compose(*self._removed, mixer, FocusBlock)
+        return partial(kind, mixer=self.mixer)
 
-    def _unread(self) -> list[str]:
-        """Parts of the network that nothing would read."""
-        names = []
-        if 'overview' in self.remove:
-            names += ['patch_embed4', 'high_level_proj']
-        if not self._carries_prior:
-            names.append('patch_embedx.h_proj')
-        return names
+    @property
+    def _removed(self) -> list[type]:
+        return [REMOVALS[name] for name in sorted({*self.remove})]
 
     @property
     def _carries_prior(self) -> bool:
@@ -738,10 +709,8 @@ def check_mixer(mixer: dict) -> None:
             )
 
 
-def check_removals(
-    remove: Sequence[str], mixer: str, classifier: bool, fuse_overview: bool
-) -> None:
-    """Check that a combination of removals makes sense.
+def check_removals(remove: Sequence[str], mixer: str) -> None:
+    """Check that a combination of removals and a mixer makes sense.
 
     Raises:
         ValueError: If it does not; the message says why.
@@ -750,45 +719,9 @@ def check_removals(
         raise ValueError(
             f'remove must be a list of any of {[*REMOVALS]}, got {remove!r}'
         )
-
-    def refuse(name: str, others: Sequence[str], reason: str) -> None:
-        clashing = [other for other in others if other in remove]
+    for name, others, reason in CLASHES:
+        clashing = [other for other in others if other in (*remove, mixer)]
         if name in remove and clashing:
-            raise ValueError(f'remove={[name, *clashing]}: {reason}')
-
-    priors = 'initial_prior', 'prior_update'
-    guidance = 'feature_guidance', 'kernel_guidance'
-    refuse(
-        'overview',
-        (*guidance, *priors, 'auxiliary_loss'),
-        'without an Overview-Net there is no prior and no auxiliary loss',
-    )
-    refuse(
-        'feature_guidance',
-        priors,
-        'a prior that is not concatenated is not updated either',
-    )
-    refuse(
-        'feature_guidance',
-        ['kernel_guidance'],
-        'nothing would read the prior; remove the overview instead',
-    )
-    refuse(
-        'initial_prior',
-        ['prior_update'],
-        'the prior can be P0 in every block, or in none but the first',
-    )
-    if mixer not in ('contmix', 'neighborhood_attention'):
-        for name in ('feature_guidance', 'kernel_guidance'):
-            refuse(name, [name], f'{mixer!r} makes nothing from the prior')
-    if mixer != 'contmix':
-        refuse('small_kernel', ['small_kernel'], f'{mixer!r} has none')
-    if mixer == 'dilated_reparam':
-        refuse('dilated', ['dilated'], "what remains is the mixer 'static'")
-    if fuse_overview and 'overview' in remove:
-        raise ValueError('fuse_overview=True: there is no overview to add')
-    if not classifier and 'auxiliary_loss' in remove:
-        raise ValueError(
-            "remove=['auxiliary_loss'] is for classifier=True; other losses "
-            'are those of the heads, so leave out a head instead'
-        )
+            raise ValueError(
+                f'removing {name!r} does not go with {clashing}: {reason}'
+            )

@@ -1,0 +1,96 @@
+"""What only one operator promises; the others are in test_operators.py."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernels import DEVICE, draw, exact
+from test_operators import draw_operands, leaves
+
+from mmoverlock.ops import feed_forward, residual_conv
+from mmoverlock.ops.pointwise import round_parameters
+
+kernels = pytest.importorskip(
+    'mmoverlock.ops.conv3x3.triton', exc_type=ImportError
+)
+
+
+def test_squares_are_those_of_the_rounded_map():
+    torch.manual_seed(0)
+    x, weight = draw(2, 3, 6, 5, dtype=torch.bfloat16), draw(3, 1, 3, 3)
+    y, squares = residual_conv(x, weight, squares=True, backend='triton')
+    expected = y.double().square().sum((2, 3))
+    torch.testing.assert_close(squares.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings('ignore:overflow')  # of the interpreter
+def test_gelu_of_residual_conv():
+    """The polynomial, from end to end."""
+    x = torch.cat((torch.linspace(-12, 12, 97), torch.tensor([-1e30, 1e30])))
+    x = x.to(DEVICE).view(1, 1, 1, -1).requires_grad_()
+    weight = torch.zeros(1, 1, 3, 3, device=DEVICE)
+    y = residual_conv(x, weight, gelu=True, backend='triton')
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    other = exact(x)
+    expected = F.gelu(other)
+    (slope,) = torch.autograd.grad(expected.sum(), other)
+    for actual, value in ((y, expected), (grad, slope)):
+        torch.testing.assert_close(
+            actual.double(), value, rtol=4e-7, atol=4e-7
+        )
+
+
+@pytest.mark.parametrize('kernel', ['forward', 'backward'])
+def test_plan_of_residual_conv(kernel):
+    """Multiprocessors are busy, which no result would tell."""
+    form = kernels.KNOBS[kernel]
+    slots = 132 * form.resident
+    for shape in ((128, 64, 56, 56), (2, 64, 200, 336), (128, 2048, 7, 7)):
+        lanes, _, strips, blocks, splits = kernels.plan(shape, form, slots)
+        assert splits * blocks <= slots
+        tiles = -(-shape[0] * strips // lanes[0])
+        turns = -(-tiles // splits)
+        assert tiles * blocks / slots / turns > 0.75, shape
+
+
+def test_dead_maps_of_feed_forward():
+    """Channels that are zero everywhere have finite gradients."""
+    operands = draw_operands(feed_forward, (1, 2, 3, 3))
+    for name in ('x', 'bias1', 'conv_bias'):  # before the norm
+        operands[name] = torch.zeros_like(operands[name], requires_grad=True)
+    out = feed_forward(**operands)
+    grads = torch.autograd.grad(out.sum(), leaves(operands), create_graph=True)
+    assert all(grad.isfinite().all() for grad in grads)
+    with pytest.raises(NotImplementedError, match="take the backend 'refer"):
+        grads[0].sum().backward()  # of gradients, there are none
+
+
+def test_fused_form_of_feed_forward():
+    """Without a shift of the norm, as :func:`fuse` leaves it."""
+    operands = draw_operands(feed_forward, (1, 4, 5, 3))
+    operands['beta'] = None
+    with torch.no_grad():
+        out = feed_forward(**operands)
+        operands['beta'] = torch.zeros(1, 12, 1, 1, device=DEVICE)
+        assert torch.equal(out, feed_forward(**operands))
+
+
+def test_hidden_map_of_feed_forward(monkeypatch):
+    """Wide maps have one; with it, gradients are the same to the bit."""
+    results = []
+    for most in (4, 3):
+        monkeypatch.setattr('mmoverlock.ops.ffn.triton.MAX_REPEATED', most)
+        torch.manual_seed(0)
+        operands = draw_operands(feed_forward, (1, 4, 3, 2), torch.bfloat16)
+        out = feed_forward(**operands)
+        kept = [t.shape for t in out.grad_fn.saved_tensors]
+        assert kept.count((1, 12, 3, 2)) == (1 if most == 4 else 2)
+        results.append(torch.autograd.grad(out.sum(), leaves(operands)))
+    assert all(map(torch.equal, *results))
+
+
+def test_rounding():
+    """One dtype is left as it is; others are as PyTorch rounds."""
+    x = draw(5)
+    assert round_parameters(x.dtype, x)[0].data_ptr() == x.data_ptr()
+    for rounded in round_parameters(torch.bfloat16, x, x.bfloat16()):
+        assert torch.equal(rounded, x.bfloat16())
