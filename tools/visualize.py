@@ -279,7 +279,7 @@ def show_kernels(found, picture, steps):
     shades = dict(cmap='RdBu_r', norm=LogNorm(1 / largest, largest))
     groups = len(found[0][2][0][0])
     cell = min((WIDTH - 2) / groups, 0.75)
-    row = max(2 * cell + 0.3, 1.6 * picture.shape[0] / picture.shape[1] + 0.4)
+    row = max(2 * cell + 0.3, 1.6 * picture.shape[0] / picture.shape[1] + 0.6)
     size = 2 + cell * groups, row * len(found) + 0.5
     figure = plt.figure(figsize=size, layout='constrained')
     widths = [1.9, *[cell] * groups]
