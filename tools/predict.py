@@ -59,7 +59,9 @@ def build_parser():
         '--out', required=True, type=Path, metavar='DIR', help='results'
     )
     parser.add_argument(
-        '--device', help='cpu, cuda, cuda:1 ...; default: a GPU if there is'
+        '--device',
+        type=cli.device,
+        help='cpu, cuda, cuda:1 ...; default: a GPU if there is',
     )
     parser.add_argument(
         '--score-thr',

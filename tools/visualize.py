@@ -467,7 +467,9 @@ def build_parser():
         command.add_argument('checkpoint', help='checkpoint file or URL')
         command.add_argument('inputs', nargs='+', metavar='INPUT')
         command.add_argument('--out', required=True, type=Path, metavar='DIR')
-        command.add_argument('--device', help='default: a GPU if there is')
+        command.add_argument(
+            '--device', type=cli.device, help='default: a GPU if there is'
+        )
         cli.add_config_arguments(command)
     kernels = commands.choices['kernels']
     kernels.add_argument(
