@@ -83,6 +83,14 @@ RESULTS = ('out_file_path', 'proposals_file')  # of metrics, which write them
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DENIED = (errno.EACCES, errno.EROFS)
+NO_FOLDER = (errno.EEXIST, errno.ENOTDIR)  # but a file of that name
+
+# What starts the processes, and a variable that it sets.
+LAUNCHERS = {
+    'pytorch': ('torchrun', 'RANK'),
+    'slurm': ('srun', 'SLURM_PROCID'),
+    'mpi': ('mpirun', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+}
 
 
 class UserError(Exception):
@@ -103,13 +111,14 @@ def user_errors(tool: str) -> Iterator[None]:
     """Report user mistakes on stderr, after the tool's name, with status 2.
 
     They are `UserError`, `CheckpointError`, `ConfigError`, `DataError`, and
-    an `OSError` for want of room or of permission.
+    an `OSError` for want of room, of permission or of a folder.
     """
     try:
         yield
     except Exception as error:
         known = UserError | CheckpointError | ConfigError | DataError
-        unwritable = getattr(error, 'errno', None) in NO_ROOM + DENIED
+        number = getattr(error, 'errno', None)
+        unwritable = number in NO_ROOM + DENIED + NO_FOLDER
         if not unwritable and not isinstance(error, known):
             raise
         print(f'{tool}: {error}', file=sys.stderr)
@@ -175,7 +184,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        choices=['none', *LAUNCHERS],
         help='what starts the processes of distributed runs; default: none',
     )
     parser.add_argument(
@@ -184,6 +193,16 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=int,
         help='given by torch.distributed.launch',
     )
+
+
+def device(name: str) -> str:
+    """The type of the option --device, which has to be there."""
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition('\n')[0]
+        raise UserError(f'--device {name}: {reason}') from error
+    return name
 
 
 def load_config(args: Namespace) -> Config:
@@ -218,6 +237,12 @@ def load_config(args: Namespace) -> Config:
     cfg.work_dir = args.work_dir or cfg.get('work_dir')
     cfg.work_dir = cfg.work_dir or os.path.join('work_dirs', path.stem)
     cfg.launcher = args.launcher
+    starter, variable = LAUNCHERS.get(args.launcher, (None, None))
+    if starter and variable not in os.environ:
+        raise UserError(
+            f'--launcher {args.launcher} is for processes that {starter} '
+            f'starts: there is no {variable} in the environment'
+        )
     if args.launcher == 'mpi':  # mmengine reads both, and sets neither
         os.environ['LOCAL_RANK'] = os.environ['OMPI_COMM_WORLD_LOCAL_RANK']
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
@@ -248,9 +273,14 @@ def merge_options(cfg: Config, options: dict) -> None:
     its default. What comes before must exist.
 
     Raises:
-        UserError: If a key leads nowhere.
+        UserError: If a key leads nowhere, or a number becomes text.
     """
-    for key in options:
+    for key, value in options.items():
+        for above in options:
+            if key.startswith(f'{above}.'):
+                raise UserError(
+                    f'--cfg-options {key}: {above} is set too; set one of them'
+                )
         path, *parts = key.split('.')
         if path not in TOP_LEVEL_KEYS:
             problem = f'there is no {path}'
@@ -278,6 +308,9 @@ def merge_options(cfg: Config, options: dict) -> None:
                 f'--cfg-options {key}: {path} is a list; set all of it, or a '
                 f'key of one element, as in {path}.0.KEY'
             )
+        old = node.get(parts[-1]) if parts and isinstance(node, dict) else node
+        if isinstance(value, str) and type(old) in (int, float):
+            raise UserError(f'--cfg-options {key} is a number, not {value!r}')
     try:
         cfg.merge_from_dict(options)
     except TypeError as error:

@@ -63,7 +63,8 @@ def test_checkpoints(folder, tmp_path, command):
     file = work / 'epoch_1.pth'
     attack = Attack(tmp_path / 'marker')
     torch.save({'state_dict': {'a': torch.ones(1)}, 'b': attack}, file)
-    Config.fromfile(folder / 'classifier.py').dump(work / 'config.py')
+    config = log.with_name('config.py')
+    Config.fromfile(folder / 'classifier.py').dump(config)
     argv = command.format(folder=folder, file=file, work=work).split()
     message = refused(tmp_path, *argv)
     assert str(file) in message and 'refused: it asks for posix.mk' in message
@@ -77,9 +78,13 @@ def test_data(folder, tmp_path):
     cfg.test_evaluator.out_file_path = 'results.pkl'  # which is written
     dataset = dict(cfg.val_dataloader.dataset, ann_file=str(file))
     cfg.val_dataloader.dataset = dict(type='ConcatDataset', datasets=[dataset])
-    cfg.dump(tmp_path / 'config.py')
+    log = tmp_path / 'run/vis_data/scalars.json'
+    log.parent.mkdir(parents=True)
+    log.touch()
+    config = log.with_name('config.py')
+    cfg.dump(config)
     key = 'val_dataloader.dataset.datasets.0.ann_file'
-    for argv in (['train', tmp_path / 'config.py'], ['summarize', tmp_path]):
+    for argv in (['train', config], ['summarize', tmp_path]):
         message = refused(tmp_path, *argv)
         assert f'{key}={file} is not read, because it could run' in message
         assert 'save what it holds as .json' in message

@@ -314,7 +314,9 @@ def test_faults(copied):
     image.write_bytes(b'no image')
     assert f'{image} is damaged' in fails(data)
     image.unlink()
-    assert 'train has to hold a folder of images for each' in fails(data)
+    said = fails(data)
+    assert 'train has to hold a folder of images for each' in said
+    assert 'n11939491: 0 images' in said
     folder.rmdir()
     said = fails(data)
     assert re.search('folders/val has other classes than .*n11939491', said)

@@ -75,7 +75,7 @@ MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
         ('train no.py', 'config no.py: ... No such file'),
         (f'train {tiny.ROOT}/LICENSE', 'LICENSE: Only py/yml'),
         ('train FILES/baseless.py', 'nowhere.py'),
-        ('summarize FILES/coco', 'there is no config in'),
+        ('summarize FILES/coco', 'there are no scalars.json in'),
         (f'test {MASK_RCNN} no.pth', 'checkpoint no.pth does not exist'),
         ('predict FILES/cls.py no.pth x', 'checkpoint no.pth does not exist'),
         ('predict FILES/cls.py FILES/seg.pth x', 'does not fit the model'),
@@ -114,6 +114,11 @@ MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
         (f'{OPTION} {BACKBONE}.arch.depths=1', 'You may set `_delete_=True`'),
         (f'{OPTION} param_scheduler.2.end=5', 'no 2 in param_scheduler'),
         (f'{OPTION} param_scheduler.0=5', 'param_scheduler is a list; set'),
+        (f'{OPTION} model={{}} model.type=A', 'model.type: model is set too'),
+        (f'{OPTION} {BACKBONE}.arch=s {BACKBONE}.arch.depths=1', 'set one of'),
+        (f'{OPTION} train_cfg.max_epochs=1O', "is a number, not '1O'"),
+        (f'{STOCK} --launcher pytorch', 'that torchrun starts'),
+        ('train FILES/detector.py --work-dir FILES/cls.py', 'File exists: '),
         (f'{OPTION} data_root=x', 'data_root is a variable of the config'),
         (f'{TRAIN} model.type=A', 'the config: A is not in the mmdet::model'),
         (f'{FLOPS} --cfg-options model.type=A', 'A is not in the mmpretrain'),
@@ -147,6 +152,8 @@ MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
             'names the classes',
         ),
         (f'{PREDICT} x --cfg-options default_scope=mmpose', 'scope mmpose'),
+        (f'{PREDICT} x --device abacus', '--device abacus: Expected one of'),
+        (f'{KERNELS} --device cuda:99', '--device cuda:99: '),
         (f'{KERNELS} --at 64,0', '64,0 is outside of a, which'),
         (f'{KERNELS} --block 1', '1: stage 3 has blocks 0 to 0'),
         (f'{PRIOR} none', 'none: there is no such file'),
@@ -206,5 +213,6 @@ def test_ops_missing(mistake, monkeypatch):
 
 def test_launcher_without_gpu(mistake, monkeypatch, files):
     monkeypatch.setattr(cli, 'get_device', lambda: 'cpu')
+    monkeypatch.setenv('SLURM_PROCID', '0')
     argv = files / 'detector.py', '--launcher', 'slurm'
     assert '--launcher slurm needs GPUs; ' in mistake('train', *argv)

@@ -99,10 +99,24 @@ def test_segmentor_and_inputs(models, photos, predict, tmp_path):
     (tmp_path / 'text.avi').write_text('text')
     thin = tmp_path / 'thin.png'
     Image.new('RGB', (2000, 2)).save(thin)
-    inputs = thin, photos, bad, photos / 's*' / 'b.png', tmp_path / 'none.png'
+    gray = tmp_path / 'gray.png'
+    Image.new('L', (80, 60)).save(gray)
+    inputs = (
+        thin,
+        gray,
+        photos,
+        bad,
+        photos / 's*' / 'b.png',
+        tmp_path / 'none.png',
+    )
     inputs += tmp_path / 'empty', tmp_path / 'text.avi'
+    inputs += (
+        '--cfg-options',
+        f'{tiny.TEST_SET}.pipeline.0.color_type=unchanged',
+    )
     found, message = predict('seg', *inputs, status=1)
-    assert '5 inputs could not be read' in message
+    assert '6 inputs could not be read' in message
+    assert f'{gray}: it has 1 channels, and the model takes 3' in message
     assert f'{tmp_path / "text.avi"}: not a video' in message
     assert f'{thin}: the test pipeline fails on its 2000 x 2 pix' in message
     assert f'{bad}: damaged, no image, or none that the test' in message

@@ -96,7 +96,8 @@ def write_work_dir(cfg, folder):
     write_run(folder, '1', training(1), training(2), last)
     state = inference.build_model(cfg).state_dict()
     torch.save({'state_dict': state}, folder / 'epoch_1.pth')
-    cfg.dump(folder / 'config.py')
+    cfg.dump(folder / '1' / 'vis_data' / 'config.py')
+    (folder / 'config.py').write_text('model = {}')  # a test's
     return folder
 
 
@@ -115,13 +116,13 @@ def test_classifier(tmp_path, figures, monkeypatch):
     (folder / 'predictions.png').unlink()
     monkeypatch.setattr(tool, 'draw_curves', lambda *args: {'a': 1})
     cfg.val_dataloader = cfg.test_dataloader = None
-    cfg.dump(folder / 'config.py')
+    cfg.dump(folder / '1' / 'vis_data' / 'config.py')
     out = tiny.run_tool('summarize', folder)
     assert 'neither a validation nor a test' in out
     assert not (folder / 'predictions.png').exists()
     monkeypatch.setattr(tool, 'draw_curves', lambda *args: {})
     out = tiny.run_tool('summarize', folder, status=2)
-    assert 'or scalars.json' in out
+    assert 'a checkpoint or losses' in out
 
 
 def test_segmentor(tmp_path, figures, monkeypatch):

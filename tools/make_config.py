@@ -351,7 +351,8 @@ def read_folders(args):
         if len(found) < 2 or not all(found.values()):
             raise DataError(
                 f'{folder} has to hold a folder of images for each of two '
-                f'classes or more, and has {[*found]}'
+                'classes or more, and has '
+                + ', '.join(f'{k}: {len(v)} images' for k, v in found.items())
             )
         if [*found] != [*classes]:
             odd = found.keys() ^ classes.keys()

@@ -40,6 +40,7 @@ from mmoverlock.inference import (
     draw,
     find_files,
     init_model,
+    input_channels,
     load,
     predict,
 )
@@ -58,7 +59,9 @@ def build_parser():
         '--out', required=True, type=Path, metavar='DIR', help='results'
     )
     parser.add_argument(
-        '--device', help='cpu, cuda, cuda:1 ...; default: a GPU if there is'
+        '--device',
+        type=cli.device,
+        help='cpu, cuda, cuda:1 ...; default: a GPU if there is',
     )
     parser.add_argument(
         '--score-thr',
@@ -160,7 +163,7 @@ def run(args, cfg):
     model = init_model(cfg, args.checkpoint, args.device or get_device())
     if args.fuse:
         fuse(model)
-    pipeline = build_pipeline(cfg)
+    pipeline, channels = build_pipeline(cfg), input_channels(model)
     classes = model.dataset_meta.get('classes')
     if not classes:
         raise cli.UserError(
@@ -180,6 +183,11 @@ def run(args, cfg):
 
     def predict_one(path, file, name, frame):
         data, picture = load(pipeline, str(file))
+        if len(data['inputs']) != channels:
+            raise UnreadableImage(
+                f'it has {len(data["inputs"])} channels, and the model takes '
+                f'{channels}'
+            )
         sample = predict(model, data)
         height, width = picture.shape[:2]
         record = {

@@ -7,7 +7,6 @@ images; of a classifier, both as text.
 """
 
 import argparse
-import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -80,15 +79,16 @@ def main(argv=None):
     args = parser.parse_args(argv)
     folder = args.work_dir
     with cli.user_errors('summarize.py'):
-        configs = sorted(folder.glob('*.py'), key=os.path.getmtime)
-        if not configs:
-            raise cli.UserError(f'there is no config in {folder}')
-        cfg = Config.fromfile(configs[-1])
+        # The config beside them, because a test replaces the folder's own.
+        runs = sorted(folder.glob('*/vis_data/scalars.json'))
+        if not runs:
+            raise cli.UserError(f'there are no scalars.json in {folder}')
+        cfg = Config.fromfile(runs[-1].with_name('config.py'))
         cli.check_files(cfg)
         checkpoint = latest_checkpoint(folder)
         last = draw_curves(folder, cfg.train_dataloader.batch_size)
         if not checkpoint or not last:
-            raise cli.UserError(f'{folder} lacks a checkpoint or scalars.json')
+            raise cli.UserError(f'{folder} lacks a checkpoint or losses')
         for name, value in last.items():
             print(f'{name}: {value:.4g}')
         print(f'checkpoint: {checkpoint}')

@@ -279,7 +279,7 @@ def show_kernels(found, picture, steps):
     shades = dict(cmap='RdBu_r', norm=LogNorm(1 / largest, largest))
     groups = len(found[0][2][0][0])
     cell = min((WIDTH - 2) / groups, 0.75)
-    row = max(2 * cell + 0.3, 1.6 * picture.shape[0] / picture.shape[1] + 0.4)
+    row = max(2 * cell + 0.3, 1.6 * picture.shape[0] / picture.shape[1] + 0.6)
     size = 2 + cell * groups, row * len(found) + 0.5
     figure = plt.figure(figsize=size, layout='constrained')
     widths = [1.9, *[cell] * groups]
@@ -467,7 +467,9 @@ def build_parser():
         command.add_argument('checkpoint', help='checkpoint file or URL')
         command.add_argument('inputs', nargs='+', metavar='INPUT')
         command.add_argument('--out', required=True, type=Path, metavar='DIR')
-        command.add_argument('--device', help='default: a GPU if there is')
+        command.add_argument(
+            '--device', type=cli.device, help='default: a GPU if there is'
+        )
         cli.add_config_arguments(command)
     kernels = commands.choices['kernels']
     kernels.add_argument(
