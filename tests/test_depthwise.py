@@ -155,3 +155,25 @@ def test_autocast(count):
     for operand in operands:
         assert operand.grad.dtype == torch.float32
         assert operand.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('backend', ['auto', 'reference'])
+@pytest.mark.parametrize('enabled', [False, True])
+def test_few_channels_in_16_bits(enabled, backend, monkeypatch):
+    """oneDNN gets them in single precision; in 16 bits it never returned."""
+    x, weight, bias = draw((1, 16, 3, 40), 15, torch.bfloat16)
+    convolve = F.conv2d
+
+    def check(x, *args):
+        assert x.dtype == torch.float32
+        assert not torch.is_autocast_enabled('cpu')
+        return convolve(x, *args)
+
+    expected = convolve(
+        x.double(), weight.double(), bias.double(), 1, 7, 1, 16
+    )
+    monkeypatch.setattr(F, 'conv2d', check)
+    with torch.no_grad(), torch.autocast('cpu', enabled=enabled):
+        out = depthwise_conv2d(x, weight, bias, backend=backend)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), expected, rtol=0.01, atol=0.05)

@@ -161,9 +161,26 @@ def _identity(weight: Tensor) -> Tensor:
 def _conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1
 ) -> Tensor:
+    if _never_returns(x, weight):
+        operands = (t if t is None else t.float() for t in (x, weight, bias))
+        with torch.autocast('cpu', enabled=False):
+            return _conv2d(*operands, dilation).to(x.dtype)
     x = _with_strides(x)
     padding = [side // 2 * dilation for side in weight.shape[2:]]
     return F.conv2d(x, weight, bias, 1, padding, dilation, len(weight))
+
+
+def _never_returns(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN may convolve forever.
+
+    It does so with 32 columns and more on some CPUs (torch 2.13, AVX-512).
+    """
+    return (
+        x.device.type == 'cpu'
+        and x.element_size() == 2
+        and len(weight) <= 16
+        and weight.shape[-1] >= 15
+    )
 
 
 def _with_strides(x: Tensor) -> Tensor:
