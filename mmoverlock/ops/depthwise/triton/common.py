@@ -259,6 +259,7 @@ class Layout(NamedTuple):
 
 @lru_cache
 def layout_of(shape: torch.Size) -> Layout:
+    """The layout of maps of a shape, (B, C, H, W)."""
     batch, channels, height, width = shape
     block = min(KNOBS['CHANNELS'], key=lambda n: cdiv(channels, n) * n)
     columns, rows = KNOBS['LANES'] // block, KNOBS['T']
