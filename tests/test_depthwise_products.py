@@ -98,7 +98,7 @@ def test_statistics(case, size, programs, monkeypatch, poison):
     monkeypatch.setitem(branches_module.KNOBS, 'statistics', programs)
     # Parts without those of the first branch
     few = -(-programs // 264)
-    monkeypatch.setitem(branches_module.KNOBS, 'banded_statistics', few)
+    monkeypatch.setitem(banded.KNOBS, 'statistics', few)
     shape, dtype, branches, taps = prepare(*case)
     x, first = maps(2, shape, dtype)
     x += 2

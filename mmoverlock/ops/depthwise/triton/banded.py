@@ -33,21 +33,32 @@ from ...batch_norm.triton import store_statistics
 from ...common import cdiv
 from ...launching import jit
 from .common import SIZES
-from .weight_grads import WINDOW, by_channel, dot, matrices, own_channels
+from .weight_grads import (
+    WINDOW,
+    by_channel,
+    dot,
+    matrices,
+    num_splits,
+    own_channels,
+)
 
 SIZE = 13  # of the smallest kernel, without dilation
 # Rows of a tile, and of a kernel at a time. CHANNELS of a program are the
 # first that divide those of the map, or the last; a warp takes PAIR of them
 # from one load. With 128 registers, 16 warps fit a multiprocessor: on an H200
 # two fifths less time than with 192 and 8 of them, in spite of up to 56 bytes
-# that are spilled.
-KNOBS = dict(T=3, R=2, CHANNELS=(32, 16), PAIR=2, registers=128)
+# that are spilled. Statistics are those of so many programs, where there is
+# enough to do.
+KNOBS = dict(
+    T=3, R=2, CHANNELS=(32, 16), PAIR=2, registers=128, statistics=264
+)
 CANDIDATES = dict(  # for benchmarks/gpu_tune.py
     T=(2, 3, 4, 5),
     R=(2, 3, 4),
     CHANNELS=((32, 16), (16,), (8,)),
     PAIR=(1, 2, 4),
     registers=(255, 192, 168, 128),
+    statistics=(132, 264, 528),
 )
 
 
@@ -350,8 +361,7 @@ def _launch(kernel, x, *args, splits=None, **constants):
     batch, channels, height, width = x.shape
     across = cdiv(width, WINDOW.value)
     tiles = batch * cdiv(height, KNOBS['T']) * across
-    sizes = KNOBS['CHANNELS']
-    size = next((n for n in sizes if channels % n == 0), sizes[-1])
+    size = _block(channels)
     grid = splits or cdiv(tiles, WINDOW.value), cdiv(channels, size)
     kernel[grid](
         *args,
@@ -369,6 +379,12 @@ def _launch(kernel, x, *args, splits=None, **constants):
         maxnreg=KNOBS['registers'],
         **constants,
     )
+
+
+def _block(channels):
+    """Channels of a program."""
+    sizes = KNOBS['CHANNELS']
+    return next((n for n in sizes if channels % n == 0), sizes[-1])
 
 
 def convolve_map(
@@ -392,14 +408,20 @@ def convolve_map(
 
 def statistics(
     x: Tensor, taps: Tensor, y: Tensor, parts: Tensor, size: int
-) -> None:
-    """Write a convolution, and the first three parts of its statistics.
+) -> int:
+    """Write a convolution, and its statistics into the first of some parts.
 
     Args:
         x, y (Tensor): (B, C, H, W) in channels_last, not empty.
         taps (Tensor): (size^2, C), in the dtype of x.
-        parts (Tensor): (splits, 3 or more, C), float32.
+        parts (Tensor): (parts, 3 or more, C), float32; three are taken.
+
+    Returns:
+        int: How many parts are written.
     """
+    channels = x.shape[1]
+    blocks = cdiv(channels, _block(channels))
+    splits = num_splits(len(parts), blocks, KNOBS['statistics'])
     _launch(
         _banded_statistics_kernel,
         x,
@@ -408,6 +430,7 @@ def statistics(
         y,
         parts,
         parts.stride(0),
-        splits=len(parts),
+        splits=splits,
         K=size,
     )
+    return splits

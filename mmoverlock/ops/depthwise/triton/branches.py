@@ -69,10 +69,8 @@ from .conv2d import convolve_maps
 from .weight_grads import inner_products, num_splits, weight_grads
 
 # Programs of kernels that end in sums, where there is enough to do.
-KNOBS = dict(statistics=396, banded_statistics=264)
-CANDIDATES = dict(  # for benchmarks/gpu_tune.py
-    statistics=(264, 396, 528), banded_statistics=(132, 264, 528)
-)
+KNOBS = dict(statistics=396)
+CANDIDATES = dict(statistics=(264, 396, 528))  # for benchmarks/gpu_tune.py
 BLOCK = tl.constexpr(32)  # channels of kernels that finish sums
 FEW = tl.constexpr(8)  # the same where every row of a kernel finishes them
 
@@ -567,11 +565,8 @@ def _statistics(x, taps, first, branches):
     shape = splits, 3 * len(branches), x.shape[1]
     parts = x.new_empty(shape, dtype=torch.float32)
     if is_banded:
-        most = cdiv(KNOBS['banded_statistics'], cdiv(x.shape[1], 32))
-        splits = min(splits, most)
         size, *_ = branches[0]
-        own = parts[:splits]
-        banded.statistics(x, taps[: size**2], first, own, size)
+        splits = banded.statistics(x, taps[: size**2], first, parts, size)
     _statistics_kernel[len(parts), layout.blocks](
         x,
         taps,

@@ -101,15 +101,16 @@ def load_rows(p_row, o_x, row, step, height, m_x, T: tl.constexpr):
     """
     rows = ()
     for t in tl.static_range(T):
-        rows = rows + (load_row(p_row + t * step, o_x, row + t, height, m_x),)
+        rows = rows + (load_row(p_row, o_x, row, t, step, height, m_x),)
     return rows
 
 
 @triton.jit
-def load_row(p_row, o_x, row, height, m_x):
+def load_row(p_row, o_x, row, t, step, height, m_x):
+    """The row that is t rows below the first one; see :func:`load_rows`."""
+    m_x = m_x & (row + t >= 0) & (row + t < height)
     # The pointer is one for all threads, which does not take their time.
-    m_x = m_x & (row >= 0) & (row < height)
-    return widen(tl.load(p_row + o_x, mask=m_x, other=0))
+    return widen(tl.load(p_row + t * step + o_x, mask=m_x, other=0))
 
 
 @triton.jit
@@ -142,9 +143,11 @@ def convolve(
     REACH: tl.constexpr = K // 2 * D
     LAST: tl.constexpr = K * K - 1 if FLIP else 0
     SIGN: tl.constexpr = -1 if FLIP else 1
+    step = width * channels
     # Offsets of every row, if hoisted, would take half the registers.
     for s in tl.range(K, disable_licm=True):
         x = col + s * D - REACH
+        o_x = x * channels + channel
         m_x = m_channel & (x >= 0) & (x < width)
         p_tap = p_taps + (LAST + SIGN * s) * channels + channel
         taps = ()
@@ -155,13 +158,7 @@ def convolve(
             taps = taps + (widen(b_tap),)
         for i in tl.static_range(T + (K - 1) * D):
             if is_read(i, K, D, T):
-                b_x = load_row(
-                    p_row + (i - REACH) * width * channels,
-                    x * channels + channel,
-                    row + i - REACH,
-                    height,
-                    m_x,
-                )
+                b_x = load_row(p_row, o_x, row, i - REACH, step, height, m_x)
                 for t in tl.static_range(T):
                     if meets(i - t, K, D):
                         part = tl.fma(b_x, taps[(i - t) // D], acc[t])
@@ -194,17 +191,13 @@ def tap_sums(
         b_grad: T rows (X, C) of the gradient, zero outside of the map.
     """
     REACH: tl.constexpr = K // 2 * D
+    step = width * channels
     x = col + s * D - REACH
+    o_x = x * channels + channel
     m_x = m_channel & (x >= 0) & (x < width)
     for i in tl.static_range(T + (K - 1) * D):
         if is_read(i, K, D, T):
-            b_x = load_row(
-                p_row + (i - REACH) * width * channels,
-                x * channels + channel,
-                row + i - REACH,
-                height,
-                m_x,
-            )
+            b_x = load_row(p_row, o_x, row, i - REACH, step, height, m_x)
             for r in tl.static_range(K):
                 if 0 <= i - r * D and i - r * D < T:
                     part = tl.fma(b_x, b_grad[i - r * D], acc[r])
