@@ -35,7 +35,7 @@ from yapf.yapflib import yapf_api
 from mmoverlock import cli
 from mmoverlock.data import DataError, Finding
 from mmoverlock.data.checks import annotation_file
-from mmoverlock.data.files import CheckedPipeline, read_json
+from mmoverlock.data.files import CheckedPipeline, raise_first, read_json
 from mmoverlock.inference import IMAGES
 
 ROOT = Path(__file__).parents[1]
@@ -161,9 +161,7 @@ def read_coco(args):
     folders = image_folders(args.data)
     images, splits, names, used = {}, {}, {}, set()
     for split, [path] in files.items():
-        for finding in annotation_file(str(path)):
-            if finding.fault:
-                raise DataError(finding)
+        raise_first(annotation_file(str(path)))
         contents = read_json(path)
         annotations = contents.get('annotations')
         if not annotations:
