@@ -117,11 +117,13 @@ def _kept_categories() -> Iterator[dict]:
 
 def _explain(error: Exception) -> None:
     """Raise `DataError` if data are why a dataset could not be loaded."""
-    dataset = None
+    dataset, is_empty = None, False
     for frame, _ in traceback.walk_tb(error.__traceback__):
         owner = frame.f_locals.get('self')
         if frame.f_code.co_name == 'full_init':
             dataset = owner
+        elif frame.f_code.co_name == '_serialize_data':
+            is_empty = not owner.data_list
     if not isinstance(dataset, BaseDataset):
         return
     path = dataset.ann_file
@@ -132,7 +134,7 @@ def _explain(error: Exception) -> None:
             categories = contents['categories']
             raise_first(category_names(path, categories, dataset))
     where = ' and '.join(filter(None, [*dataset.data_prefix.values(), path]))
-    if 'need at least one array to concatenate' in str(error):
+    if is_empty:
         raise DataError(
             f'nothing to load in {where}: there are no images, or none has '
             'annotations of the classes of the dataset'
