@@ -23,6 +23,7 @@ from mmoverlock.models.layers import DropPath
 from mmoverlock.models.recomputation import recompute
 from mmoverlock.ops import backends
 
+tape = pytest.importorskip('mmoverlock.ops.tape', exc_type=ImportError)
 focus = pytest.importorskip(
     'mmoverlock.ops.blocks.triton.focus', exc_type=ImportError
 )
@@ -312,3 +313,39 @@ def test_empty_maps(name, auto_is_triton, monkeypatch):
     assert not tried.called
     fused = fuse(block)
     assert fused(*arguments(fused, [z[:0]])).shape == z[:0].shape
+
+
+@pytest.mark.parametrize(
+    'name, dtype',
+    [
+        ('rep', torch.bfloat16),
+        ('rep, scaled', torch.float32),
+        ('focus', torch.bfloat16),
+        ('focus, enlarged', torch.float32),
+    ],
+)
+def test_tapes(name, dtype, calls, monkeypatch):
+    """The same bits as without one, of other values than were recorded."""
+    cast = partial(torch.autocast, DEVICE, torch.bfloat16)
+
+    def run(factor, fused=False):
+        block = draw_block(name)
+        for parameter in block.parameters():
+            parameter.data *= factor
+        maps = [factor * x.detach().to(dtype) for x in draw_maps(name)]
+        with cast(enabled=dtype != torch.float32):
+            if fused:
+                with torch.no_grad():
+                    return fuse(block)(*arguments(block, maps))
+            return step(block, [x.requires_grad_() for x in maps])
+
+    expected = run(1.5), run(1.5, fused=True)
+    monkeypatch.setattr(tape, 'MIN_RUNS', 1)
+    monkeypatch.setattr(tape, '_tapes', tapes := {})
+    run(1), run(1, fused=True)
+    assert len(tapes) == 3
+    assert all(tapes.values())
+    monkeypatch.setattr(tape, '_record', None)
+    monkeypatch.setattr(focus.conv, 'forward', None)
+    actual = run(1.5), run(1.5, fused=True)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)

@@ -25,6 +25,7 @@ from mmoverlock.ops import backends, sum_of_branches
 batch_norm = pytest.importorskip(
     'mmoverlock.ops.batch_norm.triton', exc_type=ImportError
 )
+tape = pytest.importorskip('mmoverlock.ops.tape', exc_type=ImportError)
 debug = pytest.importorskip('torch.distributed.tensor.debug')
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -102,6 +103,7 @@ def compare_blocks(rank):
     patches = [
         mock.patch.object(backends, 'why_not_triton', lambda device: None),
         mock.patch.object(backends, '_try', lambda *args: None),
+        mock.patch.multiple(tape, MIN_RUNS=2, _tapes={}),
     ]
     for name in ('rep, scaled', 'focus', 'stem'):
         run = None
@@ -123,9 +125,22 @@ def compare_blocks(rank):
         reduced = mock.patch.object(
             distributed, 'all_reduce', wraps=distributed.all_reduce
         )
-        with patches[0], patches[1], gathered as gathers, reduced as sums:
+        with (
+            patches[0],
+            patches[1],
+            patches[2],
+            gathered as gathers,
+            reduced as sums,
+        ):
             results, buffers = step(block, maps, run)
-        counts[name] = gathers.call_count, sums.call_count
+            # Recorded, and then from tapes
+            for _ in range(2 * (name != 'stem')):
+                copies = [x.detach().requires_grad_() for x in maps]
+                block = draw_block(name, 'SyncBN')
+                again, _ = step(block, copies)
+                torch.testing.assert_close(again, results, rtol=0, atol=0)
+        times = 1 if name == 'stem' else 3
+        counts[name] = gathers.call_count / times, sums.call_count / times
         if name.startswith('rep'):
             run = Regions(dict(backend='eager'))
             with patches[0], patches[1], gathered as gathers:

@@ -1,11 +1,15 @@
 """Facts that depend on the caller, and on installed packages."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 MIN_TRITON = 3, 6
+_thread = threading.local()
 any_size = False  # whether graphs that are traced now take maps of any size
 
 
@@ -15,8 +19,12 @@ def is_compiling() -> bool:
 
 
 def is_traced() -> bool:
-    """Whether torch.compile or a mode of dispatch sees every operator."""
-    return is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    """Whether torch.compile or a mode of dispatch sees every operator.
+
+    A recorder of this project's is a mode that does not count.
+    """
+    modes = torch._C._len_torch_dispatch_stack()
+    return is_compiling() or modes > (recorder() is not None)
 
 
 def is_exporting() -> bool:
@@ -66,3 +74,22 @@ def check_triton() -> None:
             f'{needs}; this is triton {triton.__version__} '
             f'with torch {torch.__version__}'
         )
+
+
+def recorder() -> Any:
+    """The recorder of this thread's launches, None if there is none.
+
+    It has a method ``launch`` for a function, which takes a stream by name,
+    and the other arguments; see :mod:`mmoverlock.ops.tape`.
+    """
+    return getattr(_thread, 'recorder', None)
+
+
+@contextmanager
+def recorded_by(recorder: Any) -> Iterator[None]:
+    """Have a recorder told about all launches of this thread."""
+    _thread.recorder = recorder
+    try:
+        yield
+    finally:
+        _thread.recorder = None

@@ -1,14 +1,19 @@
 """Launching kernels with little of the host's time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import driver
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
+
+from .environment import recorder
 
 MAX_KEPT = 2**12  # of a kernel
 
@@ -40,16 +45,19 @@ class Kernel(JITFunction):
         kept = self.kept.get(key)
         if kept is None:
             with torch.cuda.device(device):
-                self._compile(key, grid, args, kwargs)
-            return
-        compiled, constants = kept
-        active = driver.active
-        if device == active.get_current_device():
-            stream = active.get_current_stream(device)
-            compiled[grid](*args, *constants, stream=stream)
+                kept = self._compile(key, grid, args, kwargs)
         else:
-            with torch.cuda.device(device):
-                compiled[grid](*args, *constants)
+            compiled, constants = kept
+            active = driver.active
+            if device == active.get_current_device():
+                stream = active.get_current_stream(device)
+                compiled[grid](*args, *constants, stream=stream)
+            else:
+                with torch.cuda.device(device):
+                    compiled[grid](*args, *constants)
+        if recorder() is not None:
+            compiled, constants = kept
+            recorder().launch(compiled[grid], (*args, *constants))
 
     def _compile(
         self,
@@ -57,14 +65,32 @@ class Kernel(JITFunction):
         grid: tuple[int, ...],
         args: tuple,
         kwargs: dict[str, Any],
-    ) -> None:
+    ) -> tuple[Any, list]:
         """Launch the kernel by Triton, and keep what it was compiled to."""
         compiled = self.run(*args, grid=grid, warmup=False, **kwargs)
+        names = self.arg_names[len(args) :]
+        kept = compiled, [kwargs[name] for name in names]
         if compiled is not None:
-            names = self.arg_names[len(args) :]
             if len(self.kept) == MAX_KEPT:
                 self.kept.clear()
-            self.kept[key] = compiled, [kwargs[name] for name in names]
+            self.kept[key] = kept
+        return kept
+
+
+class Interpreted(InterpretedFunction):
+    """A kernel that Triton interprets."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+        return partial(self.launch, grid)
+
+    def launch(self, grid: tuple[int, ...], *args, **kwargs) -> None:
+        def run(*args, stream: None = None) -> None:
+            with _disable_current_modes():  # it calls PyTorch itself
+                self.run(*args, grid=grid, warmup=False, **kwargs)
+
+        run(*args)
+        if recorder() is not None:
+            recorder().launch(run, args)
 
 
 def _first(args: tuple) -> Tensor:
@@ -98,5 +124,22 @@ def jit(function: Callable | None = None, **options) -> Callable:
     if function is None:
         return partial(jit, **options)
     if triton.knobs.runtime.interpret:
-        return triton.jit(function, **options)
+        return Interpreted(function, **options)
     return Kernel(function, **options)
+
+
+@contextmanager
+def on_device(index: int) -> Iterator[int | None]:
+    """Make a device the current one, for launches on its stream.
+
+    Yields:
+        int | None: The stream; None where Triton interprets.
+    """
+    if triton.knobs.runtime.interpret:
+        yield None
+        return
+    active = driver.active
+    with ExitStack() as stack:
+        if index != active.get_current_device():
+            stack.enter_context(torch.cuda.device(index))
+        yield active.get_current_stream(index)

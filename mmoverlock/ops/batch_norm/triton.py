@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, distributed
 
-from .. import partial_sums, tiles
+from .. import partial_sums, tape, tiles
 from ..backends import takes_triton
 from ..common import (
     cdiv,
@@ -486,7 +486,7 @@ def gather(parts: Sequence[Tensor], group: Any) -> list[Tensor]:
         combine_parts(each, out)
     world = distributed.get_world_size(group)
     whole = own.new_empty(world * len(own))
-    _all_gather(whole, own, group)
+    tape.exchange(_all_gather, whole, own, group)
     whole = whole.unflatten(0, (world, -1))
     return [
         each.unflatten(1, shape)
@@ -508,12 +508,16 @@ def _all_gather(whole, own, group):
     (run or distributed.all_gather_into_tensor)(whole, own, group)
 
 
+def _all_reduce(sums, group):
+    distributed.all_reduce(sums, group=group)
+
+
 def total(sums: Tensor, group: Any = None) -> Tensor:
     """Sums over all processes; those of one process are left as they are."""
     if group is None:
         return sums
     sums = sums.clone()
-    distributed.all_reduce(sums, group=group)
+    tape.exchange(_all_reduce, sums, group)
     return sums
 
 

@@ -29,7 +29,7 @@ from ...pointwise import round_parameters, rows, to_map
 from ...pointwise.triton import product, weight_grads
 from ...prior import triton as prior
 from .. import FocusParameters
-from .node import contiguous_fields, run_node
+from .node import contiguous_fields, run_fused, run_node
 
 aten = torch.ops.aten
 
@@ -505,6 +505,7 @@ def focus_block(
     size = enlarged_size(z.shape[2:], kernel_size)
     settings = _Settings(scale, eps, regions, size, group)
     if parameters.mix_norm is None:
-        return _infer(z, initial, contiguous_fields(parameters), settings)
+        parameters = contiguous_fields(parameters)
+        return run_fused(_infer, (z, initial), parameters, settings)
     maps = z, initial
     return run_node(_forward, _backward, maps, parameters, keeps, settings)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ... import partial_sums
+from ... import partial_sums, tape
 from ...batch_norm import Norm
 from ...batch_norm.triton import check_map
 from ...common import (
@@ -51,11 +51,32 @@ def run_node(
     """
     check_map(maps[0])
     leaves = _leaves(parameters)
-    if not all(leaf.is_contiguous() for leaf in leaves):
+    if not all(map(Tensor.is_contiguous, leaves)):
         parameters = tree_map_only(Tensor, Tensor.contiguous, parameters)
         leaves = _leaves(parameters)
     operands = parameters, *settings
     return _Node.apply(forward, backward, len(maps), operands, *maps, *leaves)
+
+
+def run_fused(
+    function: Callable, maps: Sequence[Tensor | None], *operands
+) -> Tensor:
+    """Run a fused block, whose operands come behind its maps."""
+    found, tensors, key = _describe(maps, operands)
+
+    def run() -> tuple[list[Tensor], None]:
+        return [function(*maps, *operands)], None
+
+    (result,), _ = tape.play(run, [*found, *tensors], (function, *key))
+    return result
+
+
+def _describe(maps, operands):
+    """The maps that there are, tensors of the operands, a key of a tape."""
+    found, key = tape.describe(maps)
+    tensors, others = tape.describe(operands)
+    strides = (x.stride() for x in found)
+    return found, tensors, (*key, *strides, *others)
 
 
 def _leaves(parameters: tuple) -> list[Tensor]:
@@ -81,26 +102,44 @@ class _Node(torch.autograd.Function):
         operands: tuple,
         *tensors,
     ) -> Tensor:
-        result, saved = forward(*tensors[:count], *operands)
+        maps = tensors[:count]
+
+        def run() -> tuple[list[Tensor | None], tuple]:
+            result, saved = forward(*maps, *operands)
+            facts = type(saved), lengths(saved)
+            return [result, *flatten(saved)], facts
+
+        found, ctx.tensors, key = _describe(maps, operands)
+        ctx.key = forward, *key
+        (result, *saved), (ctx.kind, ctx.lengths) = tape.play(
+            run, [*found, *ctx.tensors], ctx.key
+        )
         ctx.backward_of_block, ctx.operands = backward, operands
-        ctx.kind, ctx.lengths = type(saved), lengths(saved)
         # The parameters, so that a change of them is noticed
-        ctx.save_for_backward(*flatten(saved), *tensors[count:])
+        ctx.save_for_backward(*saved, *tensors[count:])
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.kind(*nest(saved_tensors(ctx), ctx.lengths))
-        with partial_sums.together():
-            grad_maps, grads = ctx.backward_of_block(
-                channels_last(grad), saved, *ctx.operands
-            )
-        leaves = []
-        for name in ctx.operands[0]._fields:
-            value = grads[name]
-            if name == 'branches':
-                leaves += [t for branch in value for t in branch]
-            else:
-                leaves += value
-        return *(None,) * 4, *grad_maps, *leaves
+        grad, saved = channels_last(grad), saved_tensors(ctx)
+
+        def run() -> tuple[list[Tensor | None], None]:
+            with partial_sums.together():
+                grad_maps, grads = ctx.backward_of_block(
+                    grad, ctx.kind(*nest(saved, ctx.lengths)), *ctx.operands
+                )
+            leaves = []
+            for name in ctx.operands[0]._fields:
+                value = grads[name]
+                if name == 'branches':
+                    leaves += [t for branch in value for t in branch]
+                else:
+                    leaves += value
+            return [*grad_maps, *leaves], None
+
+        operands = grad, *saved
+        found = [t for t in operands if t is not None]
+        key = ctx.backward_of_block, tape.alignment(found), ctx.key
+        grads, _ = tape.play(run, [*operands, *ctx.tensors], key)
+        return *(None,) * 4, *grads

@@ -19,7 +19,7 @@ from ...excitation import triton as excitation
 from ...ffn import triton as ffn
 from ...layernorm import triton as layer_norm
 from .. import RepConvParameters
-from .node import contiguous_fields, run_node
+from .node import contiguous_fields, run_fused, run_node
 
 
 class _Saved(NamedTuple):
@@ -129,5 +129,5 @@ def repconv_block(
     partial_sums.check_device(x)
     x = channels_last(x)
     if parameters.branches_norm is None:
-        return _infer(x, contiguous_fields(parameters), eps)
+        return run_fused(_infer, (x,), contiguous_fields(parameters), eps)
     return run_node(_forward, _backward, (x,), parameters, keep, eps, group)
