@@ -44,15 +44,19 @@ def contiguous(*tensors) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def saved_tensors(ctx: Any) -> list[Tensor | None]:
+def saved_tensors(ctx: Any, count: int | None = None) -> list[Tensor | None]:
     """Tensors that a node has saved, with maps in channels_last.
 
     Hooks, such as those of ``save_on_cpu``, may bring them back in another
     layout. Parameters of four dimensions are equal in both.
+
+    Args:
+        ctx: Of the node.
+        count (int, optional): How many of the first. Defaults to all.
     """
     return [
         channels_last(t) if t is not None and t.dim() == 4 else t
-        for t in ctx.saved_tensors
+        for t in ctx.saved_tensors[:count]
     ]
 
 

@@ -12,10 +12,11 @@ A view is one step, however many operators made it; kernels that read a view
 from where its memory begins take that memory, and need none.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from functools import partial, reduce
+from itertools import count
 from operator import attrgetter, itemgetter, or_
 from types import BuiltinFunctionType
 from typing import Any, NamedTuple
@@ -47,6 +48,7 @@ ALLOCATIONS = {
     )
 }
 _dtype, _shape = attrgetter('dtype'), attrgetter('shape')
+_numbers = defaultdict(count().__next__)
 _tapes = {}  # by key; None where there cannot be one
 _runs = Counter()  # without a tape, by hash of the key
 
@@ -294,6 +296,11 @@ def describe(values: Sequence) -> tuple[list[Tensor], tuple]:
     _sort(values, tensors, facts)
     forms = *map(_dtype, tensors), *map(_shape, tensors), alignment(tensors)
     return tensors, (*facts, *forms)
+
+
+def number(key: tuple) -> int:
+    """A number for a long part of a key, which is found faster."""
+    return _numbers[key]
 
 
 def alignment(tensors: Sequence[Tensor]) -> Hashable:

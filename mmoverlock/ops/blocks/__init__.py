@@ -12,13 +12,9 @@ Pair = tuple[Tensor, Tensor | None]
 Weights = tuple[Tensor] | Pair  # without a bias or with one
 
 
-def _forms(parameters: tuple) -> Iterator[tuple | int | None]:
-    """How many tensors there are of each kind, and which are missing."""
-    for value in parameters:
-        if isinstance(value, list):
-            yield len(value)
-        else:
-            yield value and tuple(map(type, value))
+def _forms(parameters: tuple) -> Iterator[tuple | None]:
+    """How many tensors there are of each kind, and which lack a bias."""
+    return (value and (len(value), value[-1] is None) for value in parameters)
 
 
 class RepConvParameters(NamedTuple):

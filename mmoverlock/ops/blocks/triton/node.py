@@ -76,7 +76,7 @@ def _describe(maps, operands):
     found, key = tape.describe(maps)
     tensors, others = tape.describe(operands)
     strides = (x.stride() for x in found)
-    return found, tensors, (*key, *strides, *others)
+    return found, tensors, (*key, *strides, tape.number(others))
 
 
 def _leaves(parameters: tuple) -> list[Tensor]:
@@ -115,6 +115,7 @@ class _Node(torch.autograd.Function):
             run, [*found, *ctx.tensors], ctx.key
         )
         ctx.backward_of_block, ctx.operands = backward, operands
+        ctx.count = len(saved)
         # The parameters, so that a change of them is noticed
         ctx.save_for_backward(*saved, *tensors[count:])
         return result
@@ -122,7 +123,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad, saved = channels_last(grad), saved_tensors(ctx)
+        grad, saved = channels_last(grad), saved_tensors(ctx, ctx.count)
 
         def run() -> tuple[list[Tensor | None], None]:
             with partial_sums.together():
