@@ -30,6 +30,7 @@ from .data import DataError
 from .data.config import name_of
 from .data.runner import CheckData, checked
 from .engine import AverageStatistics, CurvesHook, LoadingCheck, Reseed
+from .engine.parallel import exchanging_lists
 from .inference import ConfigError, scope_of
 from .models import OverLoCK
 
@@ -354,7 +355,7 @@ def build_runner(cfg: Config, complete: bool) -> Runner:
     runner_type = cfg.get('runner_type', 'Runner')
     if isinstance(runner_type, str):
         runner_type = RUNNERS.get(runner_type)
-    runner = checked(runner_type).from_cfg(cfg)
+    runner = exchanging_lists(checked(runner_type)).from_cfg(cfg)
     hooks = AverageStatistics(), CheckData(), CurvesHook(), Reseed()
     for hook in (LoadingCheck(complete), *hooks):
         if type(hook) not in map(type, runner.hooks):
@@ -370,13 +371,15 @@ def _prepare_cpu_launch(cfg: Config) -> None:
             'pytorch, in processes that torchrun starts'
         )
     torch.distributed.init_process_group('gloo')
-    cfg.model_wrapper_cfg = {
-        'type': 'MMDistributedDataParallel',
-        'broadcast_buffers': False,
-        'find_unused_parameters': cfg.get('find_unused_parameters', False),
-        **(cfg.get('model_wrapper_cfg') or {}),
-        'device_ids': None,
-    }
+    find_unused = cfg.get('find_unused_parameters', False)
+    if find_unused or cfg.get('model_wrapper_cfg'):
+        cfg.model_wrapper_cfg = {
+            'type': 'MMDistributedDataParallel',
+            'broadcast_buffers': False,
+            'find_unused_parameters': find_unused,
+            **(cfg.get('model_wrapper_cfg') or {}),
+            'device_ids': None,
+        }
     synchronized = [
         key
         for key, value in _leaves(cfg.model, 'model')

@@ -72,7 +72,7 @@ def assert_in_step(work_dir, checkpoint):
     """
     first, second = ranks(work_dir)
     for rank in (first, second):
-        assert rank['wrapper'] == 'MMDistributedDataParallel'
+        assert rank['wrapper'] == 'ForeachDistributedDataParallel'
         assert not rank['find_unused']
         assert rank['norms'] == {'BatchNorm2d'}
     pairs = [*zip(first['losses'], second['losses'], strict=True)]

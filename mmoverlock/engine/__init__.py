@@ -7,12 +7,14 @@ from .optimizers import (
     GroupedOptimWrapperConstructor,
     LayerDecayOptimWrapperConstructor,
 )
+from .parallel import ForeachDistributedDataParallel
 from .strategy import ResumableFSDPStrategy, overlock_wrap_policy
 
 __all__ = [
     'AverageStatistics',
     'CPUAmpOptimWrapper',
     'CurvesHook',
+    'ForeachDistributedDataParallel',
     'ForeachExponentialMovingAverage',
     'GroupedOptimWrapperConstructor',
     'LayerDecayOptimWrapperConstructor',
