@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 
 CONTEXT = multiprocessing.get_context('spawn')
@@ -61,6 +61,10 @@ class Worker:
 def _serve(pipe):
     os.setpgid(0, 0)
     os.dup2(2, 1)  # stdout is for the rows
+    with suppress(ImportError):  # of Triton
+        from mmoverlock.ops import tape
+
+        tape.MIN_RUNS = 1  # as a training is after some steps
     figures = {}
     while 'failed' not in figures:
         try:

@@ -7,6 +7,7 @@ import torch
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from torch import distributed, multiprocessing, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mmoverlock.engine import ForeachDistributedDataParallel
@@ -136,6 +137,25 @@ def test_gradients_of_other_strides(process_group):
         assert view.stride() == other.stride()
     place = [p is conv.weight for p in bucket.parameters].index(True)
     torch.testing.assert_close(bucket.gradients()[place], grad)
+
+
+def test_operators_of_a_bucket(process_group):
+    """However many parameters it has."""
+    wrapper, _ = steps(0, ForeachDistributedDataParallel, count=0)
+    for parameter in wrapper.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    names = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            names.append(operator.__name__.split('.')[0])
+            return operator(*args, **kwargs or {})
+
+    wrapper._sent = []
+    with Names():
+        wrapper._finish()
+    copy = '_foreach_copy_'
+    assert names == [copy, 'div_', 'allreduce_', copy]
 
 
 @pytest.mark.parametrize(
