@@ -4,6 +4,7 @@ from mmengine.config import Config
 from mmengine.registry import (
     FUNCTIONS,
     HOOKS,
+    MODEL_WRAPPERS,
     MODELS,
     OPTIM_WRAPPER_CONSTRUCTORS,
     OPTIM_WRAPPERS,
@@ -16,6 +17,7 @@ NAMES = {
     'AverageStatistics': HOOKS,
     'CPUAmpOptimWrapper': OPTIM_WRAPPERS,
     'CurvesHook': HOOKS,
+    'ForeachDistributedDataParallel': MODEL_WRAPPERS,
     'ForeachExponentialMovingAverage': MODELS,
     'GroupedOptimWrapperConstructor': OPTIM_WRAPPER_CONSTRUCTORS,
     'LayerDecayOptimWrapperConstructor': OPTIM_WRAPPER_CONSTRUCTORS,

@@ -23,8 +23,9 @@ def is_traced() -> bool:
 
     A recorder of this project's is a mode that does not count.
     """
-    modes = torch._C._len_torch_dispatch_stack()
-    return is_compiling() or modes > (recorder() is not None)
+    if is_compiling():
+        return True
+    return torch._C._len_torch_dispatch_stack() > (recorder() is not None)
 
 
 def is_exporting() -> bool:
