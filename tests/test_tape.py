@@ -126,6 +126,20 @@ def test_autocast(play):
     assert rounded.dtype == torch.float32
 
 
+@torch.inference_mode()
+def test_copies_in_inference_mode(play):
+    """There, operators that may copy are not taken apart."""
+
+    def copies(x):
+        return [x.mT.contiguous(), x.mT.reshape(-1), x.reshape(-1)]
+
+    for i in range(4):
+        x = torch.arange(6.0).view(2, 3) + i
+        results, runs = play(copies, x)
+        torch.testing.assert_close(results, copies(x), rtol=0, atol=0)
+    assert runs == 2
+
+
 HIDDEN = torch.ones(3)
 
 

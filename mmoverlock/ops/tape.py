@@ -185,6 +185,9 @@ class _Recorder(TorchDispatchMode):
         views = [out] if isinstance(out, Tensor) else out
         if owner is None or any(view.dtype != owner.dtype for view in views):
             return False
+        # Within inference_mode reshape, say, is one operator and may copy.
+        if not all(torch._C._is_alias_of(view, base) for view in views):
+            return False
         offsets = [view.storage_offset() - owner.offset for view in views]
         if any(offsets) and not owner.is_made:
             return False
