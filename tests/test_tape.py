@@ -122,8 +122,10 @@ def test_autocast(play):
             (exact, rounded), runs = play(products, torch.randn(4, 4))
         assert (exact.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
     assert runs == 2
-    (exact, rounded), runs = play(products, torch.randn(4, 4))
-    assert rounded.dtype == torch.float32
+    for dtype in (torch.float32, torch.float16):
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            (exact, rounded), runs = play(products, torch.randn(4, 4))
+        assert rounded.dtype == dtype
 
 
 @torch.inference_mode()

@@ -345,7 +345,8 @@ def play(
     device = operands[0].device.type
     is_cast = torch.is_autocast_enabled(device)
     index = operands[0].get_device()
-    key = key, index, is_cast
+    # A backward pass need not be cast as its forward pass was.
+    key = key, index, is_cast and torch.get_autocast_dtype(device)
     tape = _tapes.get(key)
     if tape is not None:
         # What autocast casts is cast by steps.
