@@ -211,3 +211,16 @@ def test_none_within_a_mode(play):
     with FlopCounterMode(display=False) as mode:
         _, runs = play(product, torch.ones(3, 3))
     assert (runs, mode.get_total_flops()) == (3, 54)
+
+
+@pytest.mark.parametrize(
+    'pattern, other',
+    [
+        (lambda x: (x, None), lambda x: (None, x)),
+        (lambda x: (x, 1), lambda x: (1, x)),
+        (lambda x: ([x], x), lambda x: (x, [x])),
+    ],
+)
+def test_keys_tell_where_tensors_are(pattern, other):
+    x = torch.ones(3)
+    assert tape.describe(pattern(x))[1] != tape.describe(other(x))[1]

@@ -318,10 +318,10 @@ def _sort(values: Sequence, tensors: list[Tensor], facts: list) -> None:
         if isinstance(value, Tensor):
             tensors.append(value)
         elif isinstance(value, list | tuple):
-            facts.append(len(value))
+            facts += len(tensors), len(value)
             _sort(value, tensors, facts)
-        else:
-            facts.append(value)
+        else:  # behind so many tensors
+            facts += len(tensors), value
 
 
 def play(
