@@ -213,6 +213,23 @@ def test_none_within_a_mode(play):
     assert (runs, mode.get_total_flops()) == (3, 54)
 
 
+def test_operands_that_are_one_tensor(play):
+    """They read as one, so a tape is not for others; that of others is."""
+
+    def difference(x, y):
+        return [x - 2 * y]
+
+    x, y = torch.ones(3), torch.full((3,), 5.0)
+    for runs, operands in enumerate([(x, x), (x, x), (y, y)], 1):
+        (out,), count = play(difference, *operands)
+        assert count == min(runs, 2)
+        assert out.tolist() == 3 * [-operands[0][0]]
+    for runs, operands in enumerate([(x, y), (y, x), (x, y), (x, x)], 3):
+        (out,), count = play(difference, *operands)
+        assert count == min(runs, 4)
+        assert torch.equal(out, *difference(*operands))
+
+
 @pytest.mark.parametrize(
     'pattern, other',
     [

@@ -65,6 +65,11 @@ class Tape(NamedTuple):
     places: list  # operands come first, empty as all but constants
     results: list[int | None]
     facts: Any  # what else the function returned
+    same: list[tuple[int, int]]  # operands that were one tensor
+
+    def takes(self, operands: Sequence[Tensor | None]) -> bool:
+        """Whether what was one tensor is; nobody knows which was read."""
+        return all(operands[i] is operands[j] for i, j in self.same)
 
     def run(
         self, operands: Sequence[Tensor | None], stream: int | None
@@ -116,9 +121,11 @@ class _Recorder(TorchDispatchMode):
         self.constants = {}  # their places, as of the next two
         self.tensors = WeakTensorKeyDictionary()
         self.owners = {}  # of tensors, by place
-        self.is_complete = True
+        self.is_complete, self.same = True, []
         for place, operand in enumerate(operands):
             if operand is not None:
+                if operand in self.tensors:
+                    self.same.append((self.tensors[operand], place))
                 self._set(place, operand)
 
     def __torch_dispatch__(
@@ -166,7 +173,7 @@ class _Recorder(TorchDispatchMode):
             needed |= outs.union(step.args)
             function, args, out, is_launch, _ = step
             steps.append((function, _pick(args), out, [*ended], is_launch))
-        return Tape(steps[::-1], self.places, found, facts)
+        return Tape(steps[::-1], self.places, found, facts, self.same)
 
     def _allocate(self, out: Tensor) -> None:
         function = partial(
@@ -348,6 +355,11 @@ def play(
     # A backward pass need not be cast as its forward pass was.
     key = key, index, is_cast and torch.get_autocast_dtype(device)
     tape = _tapes.get(key)
+    if tape is not None and not tape.takes(operands):
+        key = key, 'apart'  # those of saved maps that hooks bring back, say
+        tape = _tapes.get(key)
+        if tape is not None and not tape.takes(operands):
+            return function()
     if tape is not None:
         # What autocast casts is cast by steps.
         mode = torch.autocast(device, enabled=False) if is_cast else None
