@@ -178,17 +178,21 @@ def test_memory_is_given_back(play, monkeypatch):
         return out
 
     def chain(x):
-        for _ in range(3):
+        for _ in range(2):
             y = torch.empty_like(x)
             x = y.copy_(x).view(-1).sum()[None]
             torch.empty_like(y)
-        return [x]
+        z = torch.empty_like(x)
+        z.copy_(x)  # from which its memory comes, as a result
+        del z
+        y = torch.empty_like(x)
+        return [y.copy_(x) + 0]
 
     monkeypatch.setattr(torch, 'empty_strided', allocate)
     for _ in range(3):
         (out,), _ = play(chain, torch.ones(5))
     assert out == 5
-    assert len(made) == 3
+    assert len(made) == 4
 
 
 def test_how_many(play, monkeypatch):

@@ -79,13 +79,15 @@ class Tape(NamedTuple):
         for function, pick, out, ended, is_launch in self.steps:
             if is_launch:
                 function(*pick(places), stream=stream)
+            elif type(out) is int:
+                places[out] = function(*pick(places)) if pick else function()
+            elif out is None:
+                function(*pick(places))
             else:
-                result = function(*pick(places)) if pick else function()
-                if type(out) is int:
-                    places[out] = result
-                elif out is not None:
-                    for place, value in zip(out, result, strict=True):
-                        places[place] = value
+                results = function(*pick(places))
+                for place, result in zip(out, results, strict=True):
+                    places[place] = result
+                results = result = None  # which no later step waits for
             for place in ended:
                 places[place] = None
         return [None if i is None else places[i] for i in self.results]
