@@ -245,3 +245,12 @@ def test_operands_that_are_one_tensor(play):
 def test_keys_tell_where_tensors_are(pattern, other):
     x = torch.ones(3)
     assert tape.describe(pattern(x))[1] != tape.describe(other(x))[1]
+
+
+def test_how_many_numbers(monkeypatch):
+    """Of keys are given; others stand for themselves."""
+    monkeypatch.setattr(tape, 'MAX_TAPES', len(tape._numbers) + 1)
+    keys = [(object(),) for _ in range(3)]
+    numbers = [tape.number(key) for key in keys]
+    assert numbers[1:] == keys[1:]
+    assert [tape.number(key) for key in keys] == numbers

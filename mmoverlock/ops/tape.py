@@ -312,7 +312,10 @@ def describe(values: Sequence) -> tuple[list[Tensor], tuple]:
 
 def number(key: tuple) -> int:
     """A number for a long part of a key, which is found faster."""
-    return _numbers[key]
+    found = _numbers.get(key)
+    if found is None:
+        found = _numbers[key] if len(_numbers) < MAX_TAPES else key
+    return found
 
 
 def alignment(tensors: Sequence[Tensor]) -> Hashable:
