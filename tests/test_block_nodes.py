@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fusion import far
 from kernels import DEVICE, draw, exact, relative_error
 from networks import make_block
-from torch import nn
+from torch import Tensor, nn
 
 from mmoverlock.models import blocks
 from mmoverlock.models.blocks import FocusBlock, RepConvBlock
@@ -349,3 +349,23 @@ def test_tapes(name, dtype, calls, monkeypatch):
     monkeypatch.setattr(focus.conv, 'forward', None)
     actual = run(1.5), run(1.5, fused=True)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_tapes_and_dtypes_that_hooks_change(calls, monkeypatch):
+    """Of saved maps, which come back in single precision."""
+    results = []
+    for runs in (100, 1):
+        monkeypatch.setattr(tape, 'MIN_RUNS', runs)
+        monkeypatch.setattr(tape, '_tapes', {})
+        for unpack in (lambda x: x, Tensor.float):
+            name = 'rep, scaled'
+            maps = [
+                x.detach().bfloat16().requires_grad_() for x in draw_few(name)
+            ]
+            with (
+                torch.autocast(DEVICE, torch.bfloat16),
+                torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack),
+            ):
+                result = step(draw_block(name), maps)
+        results.append(result)
+    torch.testing.assert_close(*results, rtol=0, atol=0)

@@ -122,8 +122,24 @@ def test_autocast(play):
             (exact, rounded), runs = play(products, torch.randn(4, 4))
         assert (exact.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
     assert runs == 2
-    (exact, rounded), runs = play(products, torch.randn(4, 4))
-    assert rounded.dtype == torch.float32
+    for dtype in (torch.float32, torch.float16):
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            (exact, rounded), runs = play(products, torch.randn(4, 4))
+        assert rounded.dtype == dtype
+
+
+@torch.inference_mode()
+def test_copies_in_inference_mode(play):
+    """There, operators that may copy are not taken apart."""
+
+    def copies(x):
+        return [x.mT.contiguous(), x.mT.reshape(-1), x.reshape(-1)]
+
+    for i in range(4):
+        x = torch.arange(6.0).view(2, 3) + i
+        results, runs = play(copies, x)
+        torch.testing.assert_close(results, copies(x), rtol=0, atol=0)
+    assert runs == 2
 
 
 HIDDEN = torch.ones(3)
@@ -162,17 +178,21 @@ def test_memory_is_given_back(play, monkeypatch):
         return out
 
     def chain(x):
-        for _ in range(3):
+        for _ in range(2):
             y = torch.empty_like(x)
             x = y.copy_(x).view(-1).sum()[None]
             torch.empty_like(y)
-        return [x]
+        z = torch.empty_like(x)
+        z.copy_(x)  # from which its memory comes, as a result
+        del z
+        y = torch.empty_like(x)
+        return [y.copy_(x) + 0]
 
     monkeypatch.setattr(torch, 'empty_strided', allocate)
     for _ in range(3):
         (out,), _ = play(chain, torch.ones(5))
     assert out == 5
-    assert len(made) == 3
+    assert len(made) == 4
 
 
 def test_how_many(play, monkeypatch):
@@ -195,3 +215,42 @@ def test_none_within_a_mode(play):
     with FlopCounterMode(display=False) as mode:
         _, runs = play(product, torch.ones(3, 3))
     assert (runs, mode.get_total_flops()) == (3, 54)
+
+
+def test_operands_that_are_one_tensor(play):
+    """They read as one, so a tape is not for others; that of others is."""
+
+    def difference(x, y):
+        return [x - 2 * y]
+
+    x, y = torch.ones(3), torch.full((3,), 5.0)
+    for runs, operands in enumerate([(x, x), (x, x), (y, y)], 1):
+        (out,), count = play(difference, *operands)
+        assert count == min(runs, 2)
+        assert out.tolist() == 3 * [-operands[0][0]]
+    for runs, operands in enumerate([(x, y), (y, x), (x, y), (x, x)], 3):
+        (out,), count = play(difference, *operands)
+        assert count == min(runs, 4)
+        assert torch.equal(out, *difference(*operands))
+
+
+@pytest.mark.parametrize(
+    'pattern, other',
+    [
+        (lambda x: (x, None), lambda x: (None, x)),
+        (lambda x: (x, 1), lambda x: (1, x)),
+        (lambda x: ([x], x), lambda x: (x, [x])),
+    ],
+)
+def test_keys_tell_where_tensors_are(pattern, other):
+    x = torch.ones(3)
+    assert tape.describe(pattern(x))[1] != tape.describe(other(x))[1]
+
+
+def test_how_many_numbers(monkeypatch):
+    """Of keys are given; others stand for themselves."""
+    monkeypatch.setattr(tape, 'MAX_TAPES', len(tape._numbers) + 1)
+    keys = [(object(),) for _ in range(3)]
+    numbers = [tape.number(key) for key in keys]
+    assert numbers[1:] == keys[1:]
+    assert [tape.number(key) for key in keys] == numbers

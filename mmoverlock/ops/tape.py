@@ -65,6 +65,11 @@ class Tape(NamedTuple):
     places: list  # operands come first, empty as all but constants
     results: list[int | None]
     facts: Any  # what else the function returned
+    same: list[tuple[int, int]]  # operands that were one tensor
+
+    def takes(self, operands: Sequence[Tensor | None]) -> bool:
+        """Whether what was one tensor is; nobody knows which was read."""
+        return all(operands[i] is operands[j] for i, j in self.same)
 
     def run(
         self, operands: Sequence[Tensor | None], stream: int | None
@@ -74,13 +79,15 @@ class Tape(NamedTuple):
         for function, pick, out, ended, is_launch in self.steps:
             if is_launch:
                 function(*pick(places), stream=stream)
+            elif type(out) is int:
+                places[out] = function(*pick(places)) if pick else function()
+            elif out is None:
+                function(*pick(places))
             else:
-                result = function(*pick(places)) if pick else function()
-                if type(out) is int:
-                    places[out] = result
-                elif out is not None:
-                    for place, value in zip(out, result, strict=True):
-                        places[place] = value
+                results = function(*pick(places))
+                for place, result in zip(out, results, strict=True):
+                    places[place] = result
+                results = result = None  # which no later step waits for
             for place in ended:
                 places[place] = None
         return [None if i is None else places[i] for i in self.results]
@@ -116,9 +123,11 @@ class _Recorder(TorchDispatchMode):
         self.constants = {}  # their places, as of the next two
         self.tensors = WeakTensorKeyDictionary()
         self.owners = {}  # of tensors, by place
-        self.is_complete = True
+        self.is_complete, self.same = True, []
         for place, operand in enumerate(operands):
             if operand is not None:
+                if operand in self.tensors:
+                    self.same.append((self.tensors[operand], place))
                 self._set(place, operand)
 
     def __torch_dispatch__(
@@ -166,7 +175,7 @@ class _Recorder(TorchDispatchMode):
             needed |= outs.union(step.args)
             function, args, out, is_launch, _ = step
             steps.append((function, _pick(args), out, [*ended], is_launch))
-        return Tape(steps[::-1], self.places, found, facts)
+        return Tape(steps[::-1], self.places, found, facts, self.same)
 
     def _allocate(self, out: Tensor) -> None:
         function = partial(
@@ -184,6 +193,9 @@ class _Recorder(TorchDispatchMode):
         owner = self.owners.get(self.tensors.get(base))
         views = [out] if isinstance(out, Tensor) else out
         if owner is None or any(view.dtype != owner.dtype for view in views):
+            return False
+        # Within inference_mode reshape, say, is one operator and may copy.
+        if not all(torch._C._is_alias_of(view, base) for view in views):
             return False
         offsets = [view.storage_offset() - owner.offset for view in views]
         if any(offsets) and not owner.is_made:
@@ -300,7 +312,10 @@ def describe(values: Sequence) -> tuple[list[Tensor], tuple]:
 
 def number(key: tuple) -> int:
     """A number for a long part of a key, which is found faster."""
-    return _numbers[key]
+    found = _numbers.get(key)
+    if found is None:
+        found = _numbers[key] if len(_numbers) < MAX_TAPES else key
+    return found
 
 
 def alignment(tensors: Sequence[Tensor]) -> Hashable:
@@ -315,10 +330,10 @@ def _sort(values: Sequence, tensors: list[Tensor], facts: list) -> None:
         if isinstance(value, Tensor):
             tensors.append(value)
         elif isinstance(value, list | tuple):
-            facts.append(len(value))
+            facts += len(tensors), len(value)
             _sort(value, tensors, facts)
-        else:
-            facts.append(value)
+        else:  # behind so many tensors
+            facts += len(tensors), value
 
 
 def play(
@@ -342,8 +357,14 @@ def play(
     device = operands[0].device.type
     is_cast = torch.is_autocast_enabled(device)
     index = operands[0].get_device()
-    key = key, index, is_cast
+    # A backward pass need not be cast as its forward pass was.
+    key = key, index, is_cast and torch.get_autocast_dtype(device)
     tape = _tapes.get(key)
+    if tape is not None and not tape.takes(operands):
+        key = key, 'apart'  # those of saved maps that hooks bring back, say
+        tape = _tapes.get(key)
+        if tape is not None and not tape.takes(operands):
+            return function()
     if tape is not None:
         # What autocast casts is cast by steps.
         mode = torch.autocast(device, enabled=False) if is_cast else None

@@ -141,6 +141,7 @@ class _Node(torch.autograd.Function):
 
         operands = grad, *saved
         found = [t for t in operands if t is not None]
-        key = ctx.backward_of_block, tape.alignment(found), ctx.key
+        dtypes = tuple([t.dtype for t in found])  # hooks may change them
+        key = ctx.backward_of_block, tape.alignment(found), dtypes, ctx.key
         grads, _ = tape.play(run, [*operands, *ctx.tensors], key)
         return *(None,) * 4, *grads
