@@ -61,10 +61,6 @@ class Worker:
 def _serve(pipe):
     os.setpgid(0, 0)
     os.dup2(2, 1)  # stdout is for the rows
-    with suppress(ImportError):  # of Triton
-        from mmoverlock.ops import tape
-
-        tape.MIN_RUNS = 1  # as a training is after some steps
     figures = {}
     while 'failed' not in figures:
         try:
@@ -72,12 +68,22 @@ def _serve(pipe):
         except EOFError:
             return
         try:
+            _record_at_once()
             figures = run()
         except ModuleNotFoundError as error:
             figures = dict(missing=error.name)
         except Exception as error:
             figures = dict(failed=f'{type(error).__name__}: {error}'[:1000])
         pipe.send(figures)
+
+
+def _record_at_once():
+    """Have blocks, if there are any, run as they do after some steps."""
+    if 'mmoverlock.ops' in sys.modules:
+        with suppress(ImportError):  # of Triton
+            from mmoverlock.ops import tape
+
+            tape.MIN_RUNS = 1
 
 
 def run_all(jobs):

@@ -355,7 +355,7 @@ def build_runner(cfg: Config, complete: bool) -> Runner:
     runner_type = cfg.get('runner_type', 'Runner')
     if isinstance(runner_type, str):
         runner_type = RUNNERS.get(runner_type)
-    runner = exchanging_lists(checked(runner_type)).from_cfg(cfg)
+    runner = checked(exchanging_lists(runner_type)).from_cfg(cfg)
     hooks = AverageStatistics(), CheckData(), CurvesHook(), Reseed()
     for hook in (LoadingCheck(complete), *hooks):
         if type(hook) not in map(type, runner.hooks):

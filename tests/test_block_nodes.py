@@ -15,6 +15,7 @@ from fusion import far
 from kernels import DEVICE, draw, exact, relative_error
 from networks import make_block
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mmoverlock.models import blocks
 from mmoverlock.models.blocks import FocusBlock, RepConvBlock
@@ -263,6 +264,16 @@ def test_groups_of_processes(name, is_one_node, monkeypatch):
     assert is_one_node(block, z)
     parts_of(block)('norm').eps = 1
     assert not is_one_node(block, z)
+
+
+@pytest.mark.parametrize('name', ['rep', 'focus, first'])
+def test_graphs_of_make_fx(name, auto_is_triton):
+    """They have the operators of the layers in them."""
+    block, maps = draw_block(name), draw_maps(name)
+    with torch.no_grad():
+        graph = make_fx(block)(*arguments(block, maps)).graph
+    targets = [str(node.target) for node in graph.nodes]
+    assert sum(name.startswith('mmoverlock.') for name in targets) >= 5
 
 
 def test_missing_parameters(calls, monkeypatch):

@@ -2,9 +2,12 @@
 
 from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+
+from mmoverlock.ops.environment import recorded_by
 
 launching = pytest.importorskip('mmoverlock.ops.launching')
 
@@ -115,3 +118,25 @@ def test_limit(compiled, monkeypatch):
         kernel[(1,)](x, (), count, 0.1, SIZE=4, FLAG=False)
         assert 0 < len(kernel.kept) <= 3
     assert len(asked) == 7
+
+
+def test_what_a_recorder_is_told(compiled, monkeypatch):
+    """A function that launches again, None where there is none."""
+    kernel, asked = compiled
+    recorder, x = mock.Mock(), torch.ones(4)
+    with recorded_by(recorder):
+        for _ in range(2):
+            kernel[(2,)](x, (), 3, 0.5, SIZE=4, FLAG=True)
+        run = 'triton.runtime.jit.JITFunction.run'
+        monkeypatch.setattr(run, lambda *_, **__: None)
+        kernel[(2,)](x, (), 4, 0.5, SIZE=4, FLAG=True)
+    kernel[(2,)](x, (), 3, 0.5, SIZE=4, FLAG=True)
+    calls = [call.args for call in recorder.launch.call_args_list]
+    assert len(calls) == 3
+    for run, args in calls[:2]:
+        assert args[0] is x
+        assert args[1:] == ((), 3, 0.5, 4, True)
+        run(*args, stream=9)
+        *_, last = asked[0][-1]
+        assert last == ((2, 1, 1), args, 9)
+    assert calls[2][0] is None

@@ -169,3 +169,46 @@ def test_tied_weights_are_averaged_once():
     network.move()
     average.update_parameters(network)
     torch.testing.assert_close(average.module.tied.weight, start + 0.25)
+
+
+@pytest.mark.parametrize(
+    'constructor',
+    ['GroupedOptimWrapperConstructor', 'LayerDecayOptimWrapperConstructor'],
+)
+def test_gradients_have_the_strides_of_parameters(constructor, monkeypatch):
+    """Fused operators on GPUs take no others, though sides of 1 have any."""
+    model = OverLoCK(TINY)
+    optimizer = dict(type='AdamW', lr=0.1, fused=True)
+    paramwise = dict(layer_decay_rate=0.5)
+    wrapper = build_optim_wrapper(
+        model,
+        dict(
+            constructor=constructor,
+            optimizer=optimizer,
+            paramwise_cfg=paramwise,
+        ),
+    )
+    maps = model(torch.randn(2, 3, 64, 64))
+    sum(x.square().mean() for x in maps).backward()
+    conv = model.high_level_proj.weight
+    conv.grad = conv.grad.contiguous(memory_format=torch.channels_last)
+    before = [p.grad.clone() for p in model.parameters()]
+
+    def strides(tensors):
+        return [t.stride() for t in tensors]
+
+    assert strides(model.parameters()) != strides(before)
+    lists = []
+    step = torch._fused_adamw_
+
+    def check(params, grads, *args, **kwargs):
+        lists.append((strides(params), strides(grads)))
+        step(params, grads, *args, **kwargs)
+
+    monkeypatch.setattr(torch, '_fused_adamw_', check)
+    wrapper.step()
+    assert lists
+    for ours, theirs in lists:
+        assert ours == theirs
+    grads = [p.grad for p in model.parameters()]
+    torch.testing.assert_close(grads, before, rtol=0, atol=0)

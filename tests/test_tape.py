@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmoverlock.ops.environment import recorder
+
 tape = pytest.importorskip('mmoverlock.ops.tape', exc_type=ImportError)
 
 
@@ -150,16 +152,23 @@ def twice(x: Tensor) -> Tensor:
     return 2 * x
 
 
+def not_compiled(x):
+    if recorder() is not None:
+        recorder().launch(None, (x,))
+    return [x + 1]
+
+
 @pytest.mark.parametrize(
     'function',
     [
+        not_compiled,
         lambda x: [x + HIDDEN],
         lambda x: [x * x.sum().item()],
         lambda x: [twice(x)],
     ],
 )
 def test_what_is_never_recorded(function, play):
-    """A tensor that is no operand, a number that is read, what launches."""
+    """Unknown launches, tensors and operators, and numbers that are read."""
     for i in range(5):
         (out,), runs = play(function, x := torch.randn(3))
         assert runs == i + 1
@@ -179,7 +188,7 @@ def test_memory_is_given_back(play, monkeypatch):
 
     def chain(x):
         for _ in range(2):
-            y = torch.empty_like(x)
+            y = x.new_empty(x.shape)
             x = y.copy_(x).view(-1).sum()[None]
             torch.empty_like(y)
         z = torch.empty_like(x)
@@ -193,6 +202,21 @@ def test_memory_is_given_back(play, monkeypatch):
         (out,), _ = play(chain, torch.ones(5))
     assert out == 5
     assert len(made) == 4
+
+
+def test_memory_like_operands(play):
+    """Has their strides, along sides of 1 too."""
+
+    def copy(x):
+        return [torch.empty_like(x).copy_(x), torch.empty_like(x).double()]
+
+    x = torch.randn(4, 1, 3, 2)
+    for step in (6, 1, 7, 7):
+        operand = x.as_strided(x.shape, (6, step, 2, 1))
+        (like, _), runs = play(copy, operand)
+        assert like.stride() == torch.empty_like(operand).stride()
+        torch.testing.assert_close(like, x, rtol=0, atol=0)
+    assert runs == 2
 
 
 def test_how_many(play, monkeypatch):

@@ -66,9 +66,16 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     parameter. Optimizers of PyTorch run group by group: a step of AdamW for
     the 1,755 parameters of OverLoCK-T is 21,000 operators on a GPU, and with
     parameters of equal settings in one group, and ``fused=True``, it is 6.
+    Those take gradients with the very strides of their parameters, even along
+    sides of 1, and have them laid out so.
 
     Arguments are those of mmengine's.
     """
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        wrapper = super().__call__(model)
+        wrapper.optimizer.register_step_pre_hook(_lay_out_gradients)
+        return wrapper
 
     def add_params(
         self,
@@ -97,6 +104,25 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             params (list[dict]): A group for every parameter.
             model (nn.Module): All of it.
         """
+
+
+def _lay_out_gradients(optimizer: torch.optim.Optimizer, *_) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group['params']:
+            grad = parameter.grad
+            if grad is not None and grad.stride() != parameter.stride():
+                parameter.grad = lay_out_as(parameter, grad)
+
+
+def lay_out_as(like: Tensor, x: Tensor) -> Tensor:
+    """A tensor with the strides of another of its size, if memory is the same.
+
+    It is where only strides along sides of 1 differ.
+    """
+    sides = zip(like.shape, like.stride(), x.stride(), strict=True)
+    if all(size == 1 or step == other for size, step, other in sides):
+        return x.as_strided(like.shape, like.stride())
+    return x
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module(force=True)

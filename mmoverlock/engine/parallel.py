@@ -15,6 +15,8 @@ from mmengine.registry import MODEL_WRAPPERS
 from torch import Tensor, distributed, nn
 from torch.autograd import Variable
 
+from .optimizers import lay_out_as
+
 
 class _Bucket(NamedTuple):
     """Parameters, and memory for the gradients of all of them."""
@@ -26,19 +28,13 @@ class _Bucket(NamedTuple):
     def gradients(self) -> list[Tensor]:
         """With the strides of the parameters, where these are as good.
 
-        Along a side of 1 gradients may have any, for which operators on
-        lists would take them one by one.
+        With others, operators on lists would take them one by one.
         """
         grads = [parameter.grad for parameter in self.parameters]
         for i, (grad, view) in enumerate(zip(grads, self.views, strict=True)):
-            if grad.stride() != view.stride() and _is_laid_out_as(grad, view):
-                grads[i] = grad.as_strided(view.shape, view.stride())
+            if grad.stride() != view.stride():
+                grads[i] = lay_out_as(view, grad)
         return grads
-
-
-def _is_laid_out_as(x: Tensor, y: Tensor) -> bool:
-    sides = zip(x.shape, x.stride(), y.stride(), strict=True)
-    return all(n == 1 or step == other for n, step, other in sides)
 
 
 def _buckets(parameters: Iterable[nn.Parameter], size: float) -> list[_Bucket]:

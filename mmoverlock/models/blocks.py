@@ -16,6 +16,7 @@ from ..ops import (
     enlarged_size,
     feed_forward,
     is_compiling,
+    is_proxied,
     takes_triton,
     update_prior,
 )
@@ -167,7 +168,9 @@ def _is_one_node(
     The layers have to be what they are at first, but for norms in inference:
     those have to be fused. Nobody may watch the layers.
     """
-    if type(x) is not Tensor or is_compiling() or not takes_triton('auto', x):
+    if type(x) is not Tensor or not takes_triton('auto', x):
+        return False
+    if is_compiling() or is_proxied():  # graphs are of operators
         return False
     layers = _layers_by_kind(block, names)
     if layers is None:

@@ -9,7 +9,7 @@ from .depthwise import (
     sum_of_branches,
 )
 from .dynamic_conv import contmix, enlarged_size
-from .environment import is_compiling, is_traced
+from .environment import is_compiling, is_proxied, is_traced
 from .excitation import squeeze_excite
 from .ffn import feed_forward
 from .grn import response_norm, response_scale
@@ -30,6 +30,7 @@ __all__ = [
     'enlarged_size',
     'feed_forward',
     'is_compiling',
+    'is_proxied',
     'is_traced',
     'layer_norm',
     'residual_conv',

@@ -28,6 +28,12 @@ def is_traced() -> bool:
     return torch._C._len_torch_dispatch_stack() > (recorder() is not None)
 
 
+def is_proxied() -> bool:
+    """Whether make_fx makes a graph of the operators that it sees."""
+    mode = torch._C._TorchDispatchModeKey.PROXY
+    return torch._C._get_dispatch_mode(mode) is not None
+
+
 def is_exporting() -> bool:
     """Whether torch.export traces the call.
 

@@ -57,7 +57,8 @@ class Kernel(JITFunction):
                     compiled[grid](*args, *constants)
         if recorder() is not None:
             compiled, constants = kept
-            recorder().launch(compiled[grid], (*args, *constants))
+            run = None if compiled is None else compiled[grid]
+            recorder().launch(run, (*args, *constants))
 
     def _compile(
         self,

@@ -47,6 +47,7 @@ ALLOCATIONS = {
         'new_empty_strided',
     )
 }
+EMPTY_LIKE = torch.ops.aten.empty_like.default
 _dtype, _shape = attrgetter('dtype'), attrgetter('shape')
 _numbers = defaultdict(count().__next__)
 _tapes = {}  # by key; None where there cannot be one
@@ -119,6 +120,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, operands: Sequence[Tensor | None]):
         super().__init__()
+        self.operands = range(len(operands))
         self.steps, self.places = [], [None] * len(operands)
         self.constants = {}  # their places, as of the next two
         self.tensors = WeakTensorKeyDictionary()
@@ -144,13 +146,17 @@ class _Recorder(TorchDispatchMode):
         elif operator.namespace != 'aten' or _has_tensors(kwargs):
             self.is_complete = False
         elif operator._schema.name in ALLOCATIONS:
-            self._allocate(out)
+            self._allocate(operator, args, kwargs, out)
         elif not operator.is_view or not self._view(args[0], out):
             self._call(_binding(operator, kwargs), args, out)
         return out
 
-    def launch(self, function: Callable, args: tuple) -> None:
-        """Record a launch by a function that is given a stream by name."""
+    def launch(self, function: Callable | None, args: tuple) -> None:
+        """Record a launch by a function that is given a stream by name.
+
+        There is none where Triton did not compile the kernel.
+        """
+        self.is_complete &= function is not None
         places = [self._find(arg, is_address=True) for arg in args]
         self.steps.append(_Step(function, places, is_launch=True))
 
@@ -177,16 +183,21 @@ class _Recorder(TorchDispatchMode):
             steps.append((function, _pick(args), out, [*ended], is_launch))
         return Tape(steps[::-1], self.places, found, facts, self.same)
 
-    def _allocate(self, out: Tensor) -> None:
-        function = partial(
-            torch.empty_strided,
-            tuple(out.shape),
-            out.stride(),
-            dtype=out.dtype,
-            device=out.device,
-        )
+    def _allocate(
+        self, operator: OpOverload, args: tuple, kwargs: dict, out: Tensor
+    ) -> None:
+        like = self.tensors.get(args[0]) if operator is EMPTY_LIKE else None
+        if like in self.operands and 'memory_format' not in kwargs:
+            # Strides of operands differ in sides of 1, which keys leave out
+            function, places = torch.empty_like, [like]
+            form = dict(dtype=out.dtype)
+        else:
+            function, places = torch.empty_strided, []
+            form = dict(size=tuple(out.shape), stride=out.stride())
+            form |= dict(dtype=out.dtype, device=out.device)
         place = self._set(self._add(), out, is_made=True)
-        self.steps.append(_Step(function, [], place, is_idle=True))
+        function = partial(function, **form)
+        self.steps.append(_Step(function, places, place, is_idle=True))
 
     def _view(self, base: Tensor, out: Tensor | Sequence[Tensor]) -> bool:
         """Record views as what they are in memory, if that is known."""
@@ -195,7 +206,7 @@ class _Recorder(TorchDispatchMode):
         if owner is None or any(view.dtype != owner.dtype for view in views):
             return False
         # Within inference_mode reshape, say, is one operator and may copy.
-        if not all(torch._C._is_alias_of(view, base) for view in views):
+        if any(_memory(view) != _memory(base) for view in views):
             return False
         offsets = [view.storage_offset() - owner.offset for view in views]
         if any(offsets) and not owner.is_made:
@@ -268,6 +279,10 @@ class _Recorder(TorchDispatchMode):
             is_made,
         )
         return place
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _has_tensors(tree: Any) -> bool:
