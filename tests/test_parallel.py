@@ -32,6 +32,7 @@ class Model(BaseModel):
             nn.Conv2d(8, 4, 1).requires_grad_(False),
             nn.Conv2d(4, 4, 2),
         ).to(memory_format=torch.channels_last)
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
         self.unused = None
         self.repeats = False
 
@@ -41,7 +42,7 @@ class Model(BaseModel):
             image = nn.functional.pad(x, (0, 0, 0, 0, 0, 1)).requires_grad_()
             loss = checkpoint(self.net[-1], image, use_reentrant=True).sum()
         x = self.net(x.contiguous(memory_format=torch.channels_last))
-        return dict(loss=loss + x.square().mean())
+        return dict(loss=loss + (x * self.scale.float()).square().mean())
 
 
 def start(rank, folder):
@@ -90,16 +91,16 @@ def compare(rank, folder):
             for name, wrap in wrappers.items()
         }
         if accumulative_counts == 1:
-            assert len(sent) == 4 * 3
-            assert all(sent[::3]) and not any(sent[2::3])
+            assert len(sent) == 4 * 4
+            assert all(sent[::4]) and not any(sent[3::4])
         else:
-            assert not any(sent) and len(sent) == 3
+            assert not any(sent) and len(sent) == 4
         _, expected = found['mmengine']
         for _, weights in found.values():
             torch.testing.assert_close(weights, expected)
         torch.save(expected, f'{folder}/{accumulative_counts}_{rank}.pth')
     wrapper, _ = found['lists']
-    assert len(wrapper._buckets) == 3
+    assert len(wrapper._buckets) == 4  # one is of another dtype
     early = wrapper._buckets[0].parameters[0]
     assert early is wrapper.module.net[-1].bias
     for options, message in (
@@ -132,7 +133,7 @@ def test_gradients_of_other_strides(process_group):
         parameter.grad = torch.ones_like(parameter)
     grad = torch.randn(8, 3).as_strided((8, 1, 3, 1), (3, 1, 1, 7))
     conv.weight.grad = grad
-    (bucket,) = wrapper._buckets
+    bucket, _ = wrapper._buckets
     for view, other in zip(bucket.views, bucket.gradients(), strict=True):
         assert view.stride() == other.stride()
     place = [p is conv.weight for p in bucket.parameters].index(True)
@@ -155,7 +156,8 @@ def test_operators_of_a_bucket(process_group):
     with Names():
         wrapper._finish()
     copy = '_foreach_copy_'
-    assert names == [copy, 'div_', 'allreduce_', copy]
+    each = [copy, 'div_', 'allreduce_']  # of a dtype
+    assert names == [*each, *each, copy, copy]
 
 
 @pytest.mark.parametrize(

@@ -38,14 +38,16 @@ class _Bucket(NamedTuple):
 
 
 def _buckets(parameters: Iterable[nn.Parameter], size: float) -> list[_Bucket]:
-    """Buckets of neighbors of one kind, of so many bytes if they have more."""
-    groups, kind, room = [], None, 0
+    """Buckets of one dtype and device, closed when they have so many bytes."""
+    groups, unfinished = [], {}
     for parameter in parameters:
-        if kind != (parameter.dtype, parameter.device) or room <= 0:
-            groups.append([])
-            kind, room = (parameter.dtype, parameter.device), size
-        groups[-1].append(parameter)
-        room -= parameter.nbytes
+        kind = parameter.dtype, parameter.device
+        group, room = unfinished.get(kind, (None, 0))
+        if room <= 0:
+            group, room = [], size
+            groups.append(group)
+        group.append(parameter)
+        unfinished[kind] = group, room - parameter.nbytes
     buckets = []
     for group in groups:
         starts = [0]

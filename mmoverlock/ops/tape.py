@@ -9,7 +9,8 @@ read and write. From then on these steps run from a list. Memory comes from the
 allocator as before, and is given back behind the last step that reads it.
 
 A view is one step, however many operators made it; kernels that read a view
-from where its memory begins take that memory, and need none.
+from where its memory begins take that memory, and need none. Settings of
+kernels (``KNOBS``) that change after a recording are not looked at.
 """
 
 from collections import Counter, defaultdict
@@ -49,7 +50,7 @@ ALLOCATIONS = {
 }
 EMPTY_LIKE = torch.ops.aten.empty_like.default
 _dtype, _shape = attrgetter('dtype'), attrgetter('shape')
-_numbers = defaultdict(count().__next__)
+_numbers = defaultdict(count().__next__)  # of parts of keys
 _tapes = {}  # by key; None where there cannot be one
 _runs = Counter()  # without a tape, by hash of the key
 
