@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import closing, suppress
+from contextlib import closing
 from functools import partial
 
 CONTEXT = multiprocessing.get_context('spawn')
@@ -68,22 +68,12 @@ def _serve(pipe):
         except EOFError:
             return
         try:
-            _record_at_once()
             figures = run()
         except ModuleNotFoundError as error:
             figures = dict(missing=error.name)
         except Exception as error:
             figures = dict(failed=f'{type(error).__name__}: {error}'[:1000])
         pipe.send(figures)
-
-
-def _record_at_once():
-    """Have blocks, if there are any, run as they do after some steps."""
-    if 'mmoverlock.ops' in sys.modules:
-        with suppress(ImportError):  # of Triton
-            from mmoverlock.ops import tape
-
-            tape.MIN_RUNS = 1
 
 
 def run_all(jobs):

@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from mmoverlock.models import OverLoCK, graphs
 from mmoverlock.models.fuse import fuse
 from mmoverlock.models.reparam import DilatedReparamConv
-from mmoverlock.ops import contmix, depthwise_conv2d
+from mmoverlock.ops import contmix, depthwise_conv2d, tape
 
 MB = 2**20
 DTYPES = {
@@ -101,7 +101,7 @@ MODELS = {
         ),
     ),
 }
-HOW = 'compiled', 'CUDA graphs'
+HOW = 'compiled', 'CUDA graphs', 'no tapes'
 STRIDES = dict(
     blocks1=4,
     blocks2=8,
@@ -220,8 +220,8 @@ def build(name, size, train, device, how=None):
 
     OverLoCK is fused for inference, and so are the branches of its large
     convolutions. How it runs is one of ``HOW`` or None: its blocks are what
-    is compiled. Peers are compiled whole, and are classifiers where images
-    are of 224 x 224.
+    is compiled or, from the second run on, taken from tapes. Peers are
+    compiled whole, and are classifiers where images are of 224 x 224.
     """
     if name in [*PEERS]:
         import timm
@@ -241,6 +241,8 @@ def build(name, size, train, device, how=None):
             compile=how == 'compiled',
             cuda_graphs=how == 'CUDA graphs',
         )
+        tape.MIN_RUNS = 10**9 if how == 'no tapes' else 1
+        tape._tapes.clear()
         if not train:
             fuse(model)
     model.to(device).train(train)
@@ -688,6 +690,8 @@ def rows(device):
             add_network(name, size, train=train)
     for size, train in kinds:
         add_network('t', size, train=train, how='CUDA graphs')
+    for size, train in kinds:
+        add_network('t', size, train=train, how='no tapes')
     for size, train in kinds:
         add_network('t', size, train=train, run=kernels)
     for batch in (32, 128):

@@ -107,6 +107,8 @@ def measured(monkeypatch):
     monkeypatch.setattr(gpu_rows, 'BUDGET', 0)
     monkeypatch.setattr(gpu_rows, 'WARM_UPS', 0)
     monkeypatch.setattr(gpu_rows, 'LEAST', 1)
+    for name, value in dict(MIN_RUNS=0, _tapes={}).items():
+        monkeypatch.setattr(gpu_rows.tape, name, value)
     return gpu_rows
 
 
@@ -143,6 +145,7 @@ def test_networks(measured):
         model = measured.build(ARCH, SIZE, True, CPU, how)
         assert model.regions.compile is (how == 'compiled')
         assert bool(model.graphs) is (how == 'CUDA graphs')
+        assert (measured.tape.MIN_RUNS == 1) is (how != 'no tapes')
     for stage in ('blocks1', 'sub_blocks3'):
         measured.compile_block(stage, SIZE, 'bf16', CPU, ARCH)
 
