@@ -160,6 +160,34 @@ def test_operators_of_a_bucket(process_group):
     assert names == [*each, *each, copy, copy]
 
 
+class Joined(BaseModel):
+    """The gradients of both parameters are views of one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.ones(2, 4))
+        self.second = nn.Parameter(torch.ones(3, 4))
+
+    def forward(self, mode):
+        return dict(loss=torch.cat([self.first, self.second]).square().sum())
+
+
+def joined():
+    """A training of such a model, each parameter in a bucket of its own."""
+    wrapper = ForeachDistributedDataParallel(Joined(), 0)
+    optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.25)
+    return wrapper, OptimWrapper(optimizer)
+
+
+def test_gradients_that_share_memory(process_group):
+    """To write one is not taken for growth of the other."""
+    wrapper, wrapped = joined()
+    assert len(wrapper._buckets) == 2
+    wrapper.train_step({}, wrapped)
+    for parameter in wrapper.parameters():
+        torch.testing.assert_close(parameter, torch.full_like(parameter, 0.5))
+
+
 @pytest.mark.parametrize(
     'distributed, config, given, expected',
     [

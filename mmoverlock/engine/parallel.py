@@ -168,16 +168,17 @@ class ForeachDistributedDataParallel(nn.Module):
             )
         for bucket in left:
             self._send(bucket)
-        for bucket, (work, grads, versions) in zip(
+        # Before any is written, as views of one tensor share a version
+        if any(_versions(grads) != sent for _, grads, sent in self._sent):
+            raise RuntimeError(
+                'a gradient grew after it had been sent, as it may where '
+                'layers that share weights are recomputed: set '
+                "model_wrapper_cfg = dict(type='MMDistributedDataParallel') "
+                'in the config'
+            )
+        for bucket, (work, grads, _) in zip(
             self._buckets, self._sent, strict=True
         ):
-            if _versions(grads) != versions:
-                raise RuntimeError(
-                    'a gradient grew after it had been sent, as it may where '
-                    'layers that share weights are recomputed: set '
-                    "model_wrapper_cfg = dict(type='MMDistributedDataParallel'"
-                    ') in the config'
-                )
             work.wait()
             torch._foreach_copy_(grads, bucket.views)
         self._sent = None
