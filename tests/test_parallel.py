@@ -83,6 +83,7 @@ def watched(model, sent):
 
 def compare(rank, folder):
     start(rank, folder)
+    check_first_weights(rank)
     for accumulative_counts in (1, 3):
         sent = []
         wrappers = WRAPPERS | dict(lists=partial(watched, sent=sent))
@@ -110,6 +111,17 @@ def compare(rank, folder):
         with pytest.raises(RuntimeError, match=message):
             steps(rank, WRAPPERS['lists'], **options)
     distributed.destroy_process_group()
+
+
+def check_first_weights(rank):
+    """Of tensors with gaps, and of one whose elements share memory, too."""
+    model = nn.Module()
+    model.gaps = nn.Parameter(torch.full((4, 4), float(rank))[:, ::2])
+    model.register_buffer('turned', torch.full((2, 3), float(rank)).T)
+    model.register_buffer('one', torch.zeros(1).expand(1000))
+    ForeachDistributedDataParallel(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        assert not tensor.any()
 
 
 def test_as_mmengine(tmp_path):

@@ -83,7 +83,7 @@ class ForeachDistributedDataParallel(nn.Module):
         super().__init__()
         self.module = module
         for tensor in (*module.parameters(), *module.buffers()):
-            distributed.broadcast(tensor.detach(), 0)
+            _broadcast(tensor.detach())
         trained = [p for p in module.parameters() if p.requires_grad]
         # The last layers have their gradients first
         self._buckets = _buckets(trained[::-1], bucket_cap_mb * 2**20)
@@ -182,6 +182,14 @@ class ForeachDistributedDataParallel(nn.Module):
             work.wait()
             torch._foreach_copy_(grads, bucket.views)
         self._sent = None
+
+
+def _broadcast(tensor: Tensor) -> None:
+    """Give it the values of the first process, however it lies in memory."""
+    first = tensor.contiguous()  # gloo takes memory from start to end
+    distributed.broadcast(first, 0)
+    if first is not tensor and not first.equal(tensor):
+        tensor.copy_(first)
 
 
 def _versions(tensors: list[Tensor]) -> list[int]:
