@@ -173,8 +173,8 @@ class ForeachDistributedDataParallel(nn.Module):
             raise RuntimeError(
                 'a gradient grew after it had been sent, as it may where '
                 'layers that share weights are recomputed: set '
-                "model_wrapper_cfg = dict(type='MMDistributedDataParallel') "
-                'in the config'
+                "model_wrapper_cfg = dict(type='MMDistributedDataParallel', "
+                'broadcast_buffers=False) in the config'
             )
         for bucket, (work, grads, _) in zip(
             self._buckets, self._sent, strict=True
