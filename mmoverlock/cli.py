@@ -372,12 +372,14 @@ def _prepare_cpu_launch(cfg: Config) -> None:
         )
     torch.distributed.init_process_group('gloo')
     find_unused = cfg.get('find_unused_parameters', False)
-    if find_unused or cfg.get('model_wrapper_cfg'):
+    wrapper = cfg.get('model_wrapper_cfg') or {}
+    kind = name_of(wrapper.get('type'))
+    if (find_unused or wrapper) and kind != 'ForeachDistributedDataParallel':
         cfg.model_wrapper_cfg = {
             'type': 'MMDistributedDataParallel',
             'broadcast_buffers': False,
             'find_unused_parameters': find_unused,
-            **(cfg.get('model_wrapper_cfg') or {}),
+            **wrapper,
             'device_ids': None,
         }
     synchronized = [

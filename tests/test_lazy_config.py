@@ -93,3 +93,7 @@ def test_runs(monkeypatch):
     cfg = Config(dict(launcher='pytorch', model=norms))
     cli._prepare_cpu_launch(cfg)
     assert [norm['type'] for norm in cfg.model.values()] == ['BN'] * 4
+    wrapper = dict(type='ForeachDistributedDataParallel')  # has no options
+    cfg.model_wrapper_cfg = wrapper
+    cli._prepare_cpu_launch(cfg)
+    assert cfg.model_wrapper_cfg == wrapper

@@ -83,6 +83,7 @@ def watched(model, sent):
 
 def compare(rank, folder):
     start(rank, folder)
+    check_first_weights(rank)
     for accumulative_counts in (1, 3):
         sent = []
         wrappers = WRAPPERS | dict(lists=partial(watched, sent=sent))
@@ -110,6 +111,17 @@ def compare(rank, folder):
         with pytest.raises(RuntimeError, match=message):
             steps(rank, WRAPPERS['lists'], **options)
     distributed.destroy_process_group()
+
+
+def check_first_weights(rank):
+    """Of tensors with gaps, and of one whose elements share memory, too."""
+    model = nn.Module()
+    model.gaps = nn.Parameter(torch.full((4, 4), float(rank))[:, ::2])
+    model.register_buffer('turned', torch.full((2, 3), float(rank)).T)
+    model.register_buffer('one', torch.zeros(1).expand(1000))
+    ForeachDistributedDataParallel(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        assert not tensor.any()
 
 
 def test_as_mmengine(tmp_path):
@@ -158,6 +170,34 @@ def test_operators_of_a_bucket(process_group):
     copy = '_foreach_copy_'
     each = [copy, 'div_', 'allreduce_']  # of a dtype
     assert names == [*each, *each, copy, copy]
+
+
+class Joined(BaseModel):
+    """The gradients of both parameters are views of one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.ones(2, 4))
+        self.second = nn.Parameter(torch.ones(3, 4))
+
+    def forward(self, mode):
+        return dict(loss=torch.cat([self.first, self.second]).square().sum())
+
+
+def joined():
+    """A training of such a model, each parameter in a bucket of its own."""
+    wrapper = ForeachDistributedDataParallel(Joined(), 0)
+    optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.25)
+    return wrapper, OptimWrapper(optimizer)
+
+
+def test_gradients_that_share_memory(process_group):
+    """To write one is not taken for growth of the other."""
+    wrapper, wrapped = joined()
+    assert len(wrapper._buckets) == 2
+    wrapper.train_step({}, wrapped)
+    for parameter in wrapper.parameters():
+        torch.testing.assert_close(parameter, torch.full_like(parameter, 0.5))
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ class ForeachDistributedDataParallel(nn.Module):
         super().__init__()
         self.module = module
         for tensor in (*module.parameters(), *module.buffers()):
-            distributed.broadcast(tensor.detach(), 0)
+            _broadcast(tensor.detach())
         trained = [p for p in module.parameters() if p.requires_grad]
         # The last layers have their gradients first
         self._buckets = _buckets(trained[::-1], bucket_cap_mb * 2**20)
@@ -168,19 +168,28 @@ class ForeachDistributedDataParallel(nn.Module):
             )
         for bucket in left:
             self._send(bucket)
-        for bucket, (work, grads, versions) in zip(
+        # Before any is written, as views of one tensor share a version
+        if any(_versions(grads) != sent for _, grads, sent in self._sent):
+            raise RuntimeError(
+                'a gradient grew after it had been sent, as it may where '
+                'layers that share weights are recomputed: set '
+                "model_wrapper_cfg = dict(type='MMDistributedDataParallel', "
+                'broadcast_buffers=False) in the config'
+            )
+        for bucket, (work, grads, _) in zip(
             self._buckets, self._sent, strict=True
         ):
-            if _versions(grads) != versions:
-                raise RuntimeError(
-                    'a gradient grew after it had been sent, as it may where '
-                    'layers that share weights are recomputed: set '
-                    "model_wrapper_cfg = dict(type='MMDistributedDataParallel'"
-                    ') in the config'
-                )
             work.wait()
             torch._foreach_copy_(grads, bucket.views)
         self._sent = None
+
+
+def _broadcast(tensor: Tensor) -> None:
+    """Give it the values of the first process, however it lies in memory."""
+    first = tensor.contiguous()  # gloo takes memory from start to end
+    distributed.broadcast(first, 0)
+    if first is not tensor and not first.equal(tensor):
+        tensor.copy_(first)
 
 
 def _versions(tensors: list[Tensor]) -> list[int]:
