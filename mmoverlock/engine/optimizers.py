@@ -74,7 +74,8 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         wrapper = super().__call__(model)
-        wrapper.optimizer.register_step_pre_hook(_lay_out_gradients)
+        if isinstance(wrapper.optimizer, torch.optim.Optimizer):
+            wrapper.optimizer.register_step_pre_hook(_lay_out_gradients)
         return wrapper
 
     def add_params(
