@@ -10,7 +10,6 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import driver
-from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from .environment import recorder
@@ -78,20 +77,23 @@ class Kernel(JITFunction):
         return kept
 
 
-class Interpreted(InterpretedFunction):
-    """A kernel that Triton interprets."""
+if triton.knobs.runtime.interpret:
+    from triton.runtime.interpreter import InterpretedFunction  # needs NumPy
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable:
-        return partial(self.launch, grid)
+    class Interpreted(InterpretedFunction):
+        """A kernel that Triton interprets."""
 
-    def launch(self, grid: tuple[int, ...], *args, **kwargs) -> None:
-        def run(*args, stream: None = None) -> None:
-            with _disable_current_modes():  # it calls PyTorch itself
-                self.run(*args, grid=grid, warmup=False, **kwargs)
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+            return partial(self.launch, grid)
 
-        run(*args)
-        if recorder() is not None:
-            recorder().launch(run, args)
+        def launch(self, grid: tuple[int, ...], *args, **kwargs) -> None:
+            def run(*args, stream: None = None) -> None:
+                with _disable_current_modes():  # it calls PyTorch itself
+                    self.run(*args, grid=grid, warmup=False, **kwargs)
+
+            run(*args)
+            if recorder() is not None:
+                recorder().launch(run, args)
 
 
 def _first(args: tuple) -> Tensor:
