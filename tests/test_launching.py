@@ -140,3 +140,20 @@ def test_what_a_recorder_is_told(compiled, monkeypatch):
         *_, last = asked[0][-1]
         assert last == ((2, 1, 1), args, 9)
     assert calls[2][0] is None
+
+
+def test_device_of_a_tape(compiled, monkeypatch):
+    """It is made the current one where it is not; the stream is its own."""
+    monkeypatch.setattr(launching.triton.knobs.runtime, 'interpret', False)
+    entered = []
+
+    @contextmanager
+    def device(index):
+        entered.append(index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, 'device', device)
+    for index in (-1, 3):
+        with launching.on_device(index) as stream:
+            assert stream == 7
+    assert entered == [3]
