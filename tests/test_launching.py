@@ -87,10 +87,9 @@ def test_what_is_compiled_again(compiled, changed):
     assert len(asked) == 2
 
 
-def test_devices(compiled, monkeypatch):
-    """Everything runs on the device of the tensors, whichever is current."""
-    kernel, asked = compiled
-    x = torch.ones(4)
+@pytest.fixture
+def entered(monkeypatch):
+    """Devices that were made the current one."""
     entered = []
 
     @contextmanager
@@ -99,6 +98,13 @@ def test_devices(compiled, monkeypatch):
         yield
 
     monkeypatch.setattr(torch.cuda, 'device', device)
+    return entered
+
+
+def test_devices(compiled, entered, monkeypatch):
+    """Everything runs on the device of the tensors, whichever is current."""
+    kernel, asked = compiled
+    x = torch.ones(4)
     for index in (0, 1, 0, -1):
         monkeypatch.setattr(torch.Tensor, 'get_device', lambda _, i=index: i)
         kernel[(1,)]((x,), 1, 1, 0.1, SIZE=4, FLAG=False)
@@ -142,17 +148,9 @@ def test_what_a_recorder_is_told(compiled, monkeypatch):
     assert calls[2][0] is None
 
 
-def test_device_of_a_tape(compiled, monkeypatch):
+def test_device_of_a_tape(compiled, entered, monkeypatch):
     """It is made the current one where it is not; the stream is its own."""
     monkeypatch.setattr(launching.triton.knobs.runtime, 'interpret', False)
-    entered = []
-
-    @contextmanager
-    def device(index):
-        entered.append(index)
-        yield
-
-    monkeypatch.setattr(torch.cuda, 'device', device)
     for index in (-1, 3):
         with launching.on_device(index) as stream:
             assert stream == 7

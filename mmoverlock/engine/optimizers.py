@@ -111,8 +111,10 @@ def _lay_out_gradients(optimizer: torch.optim.Optimizer, *_) -> None:
     for group in optimizer.param_groups:
         for parameter in group['params']:
             grad = parameter.grad
-            if grad is not None and grad.stride() != parameter.stride():
-                parameter.grad = lay_out_as(parameter, grad)
+            if grad is not None:
+                laid_out = lay_out_as(parameter, grad)
+                if laid_out is not grad:
+                    parameter.grad = laid_out
 
 
 def lay_out_as(like: Tensor, x: Tensor) -> Tensor:
@@ -120,6 +122,8 @@ def lay_out_as(like: Tensor, x: Tensor) -> Tensor:
 
     It is where only strides along sides of 1 differ.
     """
+    if x.stride() == like.stride():
+        return x
     sides = zip(like.shape, like.stride(), x.stride(), strict=True)
     if all(size == 1 or step == other for size, step, other in sides):
         return x.as_strided(like.shape, like.stride())

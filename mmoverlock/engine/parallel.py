@@ -30,11 +30,12 @@ class _Bucket(NamedTuple):
 
         With others, operators on lists would take them one by one.
         """
-        grads = [parameter.grad for parameter in self.parameters]
-        for i, (grad, view) in enumerate(zip(grads, self.views, strict=True)):
-            if grad.stride() != view.stride():
-                grads[i] = lay_out_as(view, grad)
-        return grads
+        return [
+            lay_out_as(view, parameter.grad)
+            for view, parameter in zip(
+                self.views, self.parameters, strict=True
+            )
+        ]
 
 
 def _buckets(parameters: Iterable[nn.Parameter], size: float) -> list[_Bucket]:

@@ -13,11 +13,10 @@ from where its memory begins take that memory, and need none. Settings of
 kernels (``KNOBS``) that change after a recording are not looked at.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from functools import partial, reduce
-from itertools import count
 from operator import attrgetter, itemgetter, or_
 from types import BuiltinFunctionType
 from typing import Any, NamedTuple
@@ -50,7 +49,7 @@ ALLOCATIONS = {
 }
 EMPTY_LIKE = torch.ops.aten.empty_like.default
 _dtype, _shape = attrgetter('dtype'), attrgetter('shape')
-_numbers = defaultdict(count().__next__)  # of parts of keys
+_numbers = {}  # of parts of keys
 _tapes = {}  # by key; None where there cannot be one
 _runs = Counter()  # without a tape, by hash of the key
 
@@ -328,10 +327,9 @@ def describe(values: Sequence) -> tuple[list[Tensor], tuple]:
 
 def number(key: tuple) -> int:
     """A number for a long part of a key, which is found faster."""
-    found = _numbers.get(key)
-    if found is None:
-        found = _numbers[key] if len(_numbers) < MAX_TAPES else key
-    return found
+    if len(_numbers) < MAX_TAPES:
+        return _numbers.setdefault(key, len(_numbers))
+    return _numbers.get(key, key)
 
 
 def alignment(tensors: Sequence[Tensor]) -> Hashable:
