@@ -8,7 +8,7 @@ import torch
 from fusion import far
 from torch import nn
 
-from mmoverlock.models.layers import GRN, DropPath
+from mmoverlock.models.layers import GRN, DropPath, draw_paths
 from mmoverlock.models.reparam import BRANCHES, DilatedReparamConv
 
 reference = import_module('mmoverlock.ops.grn.reference')
@@ -34,21 +34,22 @@ def test_grn(squares, monkeypatch):
         assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize('on_gpu', [False, True])
-def test_drop_path(on_gpu, monkeypatch):
-    """Of branches on their own, image by image; a GPU draws in one launch."""
-    monkeypatch.setattr(torch.Tensor, 'is_cuda', on_gpu)
-    drop, x = DropPath(0.2), torch.ones(2000, 2, 1, 1, dtype=torch.bfloat16)
-    assert torch.equal(drop.eval()(x), x)
+def test_drop_path():
+    """Of branches on their own, image by image, of several blocks at once."""
+    drops = DropPath(0.2), DropPath(0.0, 2), DropPath(0.5, branches=2)
+    x = torch.ones(2000, 2, 1, 1, dtype=torch.bfloat16)
+    assert torch.equal(drops[0].eval()(x), x)
     torch.manual_seed(0)
-    first, second = drop.train().draw(x, 2)
-    assert first.dtype == torch.float32 and not torch.equal(first, second)
-    dropped = drop(x)[..., 0, 0].float()
-    for keep in (first, second, *dropped.unbind(1)):
-        assert keep.shape == (2000,)
-        assert set(keep.tolist()) == {0, 1.25}
-        assert abs(keep.mean().item() - 1) < 0.05
+    drops[0].train()
+    (first,), nothing, others = draw_paths(drops, x)
+    assert nothing == (None, None) and not torch.equal(*others)
+    for keep, scale in zip((first, *others), (1.25, 2, 2), strict=True):
+        assert keep.dtype == torch.float32 and keep.shape == (2000,)
+        assert set(keep.tolist()) == {0, scale}
+        assert abs(keep.mean().item() - 1) < 0.06
+    dropped = drops[0](x)[..., 0, 0].float()
     assert torch.equal(*dropped.unbind(1))
+    assert set(dropped[:, 0].tolist()) == {0, 1.25}
 
 
 def make_conv(kernel_size):

@@ -46,6 +46,15 @@ def test_settings():
     assert isinstance(synchronized.patch_embed1[1], nn.SyncBatchNorm)
 
 
+def test_block_that_is_something_else():
+    """In the place of a block: the others still drop for themselves."""
+    model = backbone(drop_path_rate=0.9).train()
+    model.blocks2[0] = nn.Identity()
+    with torch.no_grad():
+        outs = model(torch.randn(2, 3, 64, 64))
+    assert all(out.isfinite().all() for out in outs)
+
+
 def test_drop_path_rates():
     """They grow linearly with depth, over all blocks."""
     model = backbone(drop_path_rate=0.7)

@@ -42,6 +42,7 @@ from .layers import (
     computes_as,
     conv_and_norm,
     counts_batches,
+    draw_paths,
     exchanges,
     group_of,
     is_plain,
@@ -251,15 +252,15 @@ class RepConvBlock(nn.Module):
         )
         self.ls = LayerScale(channels) if layer_scale else None
 
-    def draw(self, x: Tensor) -> Sequence[Tensor | None]:
-        """See :meth:`mmoverlock.models.layers.DropPath.draw`."""
-        return self.proj[-1].draw(x, 1)
+    @property
+    def path(self) -> DropPath:
+        return self.proj[-1]
 
     def forward(
         self, x: Tensor, keeps: Sequence[Tensor | None] | None = None
     ) -> Tensor:
-        """(B, C, H, W) to (B, C, H, W), with what :meth:`draw` has drawn."""
-        (keep,) = keeps or self.draw(x)
+        """(B, C, H, W) to (B, C, H, W), with what may have been drawn."""
+        (keep,) = keeps or draw_paths([self.path], x)[0]
         if self._is_one_node(x):
             x = cast_as_convolutions(x)
             operands = x, self._operands(), keep, self.proj[0].eps
@@ -401,11 +402,11 @@ class FocusBlock(nn.Module):
             *_feed_forward_layers(total, 3 * channels, total)
         )
         self.ls2 = LayerScale(total)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPath(drop_path, branches=2)
 
-    def draw(self, z: Tensor) -> Sequence[Tensor | None]:
-        """See :meth:`mmoverlock.models.layers.DropPath.draw`."""
-        return self.drop_path.draw(z, 2)
+    @property
+    def path(self) -> DropPath:
+        return self.drop_path
 
     def forward(
         self,
@@ -418,13 +419,14 @@ class FocusBlock(nn.Module):
         Args:
             z (Tensor): Features and prior, (B, C + P, H, W).
             initial_prior (Tensor): What the Overview-Net said, (B, P, H, W).
-            keeps (Sequence[Tensor | None], optional): What :meth:`draw` has
-                drawn. Defaults to None: it is drawn here.
+            keeps (Sequence[Tensor | None], optional): See
+                :func:`mmoverlock.models.layers.draw_paths`. Defaults to None:
+                they are drawn here.
 
         Returns:
             Tensor: Of the shape of ``z``.
         """
-        keeps = keeps or self.draw(z)
+        keeps = keeps or draw_paths([self.path], z)[0]
         if self._is_one_node(z):
             operands = (
                 cast_as_convolutions(z),
@@ -583,3 +585,20 @@ class FocusBlock(nn.Module):
             self.contmix_backend,
             self.scale,
         )
+
+
+def draw_drops(blocks: Sequence[nn.Module], x: Tensor) -> list[tuple]:
+    """Last arguments of blocks: what they drop, drawn at once.
+
+    Args:
+        blocks (Sequence[nn.Module]): One after the other. If one of them is
+            something else in the place of a block, each draws for itself.
+        x (Tensor): The map that the first one reads, (B, C, H, W).
+
+    Returns:
+        list[tuple]: For each block.
+    """
+    if not all(isinstance(b, RepConvBlock | FocusBlock) for b in blocks):
+        return [()] * len(blocks)
+    paths = [block.path for block in blocks]
+    return [(keeps,) for keeps in draw_paths(paths, x)]

@@ -74,10 +74,8 @@ class Regions:
             self._compiled = torch.compile(
                 _run, **dict(dynamic=True) | options
             )
-        # The rates of drops differ: a graph of those would be of one block.
-        keeps = block.draw(args[0])
         with self.settings():
-            return self._compiled(block, *args, keeps)
+            return self._compiled(block, *args)
 
 
 @contextmanager

@@ -268,53 +268,74 @@ class ResDWConv(DWConv):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops a residual branch, sample by sample.
+    """Stochastic depth: drops residual branches, sample by sample.
 
     Args:
         drop_prob (float): Probability of a drop, in [0, 1).
+        branches (int): Number of branches, which are dropped on their own.
+            Defaults to 1.
     """
 
-    def __init__(self, drop_prob: float):
+    def __init__(self, drop_prob: float, branches: int = 1):
         super().__init__()
         self.drop_prob = drop_prob
+        self.branches = branches
 
     def forward(self, x: Tensor) -> Tensor:
-        (keep,) = self.draw(x, 1)
+        ((keep, *_),) = draw_paths([self], x)
         return _scale_samples(x, keep)
-
-    def draw(self, x: Tensor, count: int) -> Sequence[Tensor | None]:
-        """Scales of the samples of so many branches.
-
-        Args:
-            x (Tensor): (B, C, H, W).
-            count (int): Branches that are dropped on their own.
-
-        Returns:
-            Sequence[Tensor | None]: (B, ) for each, or None where it is 1.
-        """
-        kept = 1 - self.drop_prob
-        if not self.training or kept == 1:
-            return (None,) * count
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        operands = (count, len(x)), dtype, x.device
-        if x.is_cuda and not is_compiling():  # in one launch
-            keep, _ = torch.native_dropout(
-                _ones(*operands), self.drop_prob, True
-            )
-        else:
-            keep = torch.empty(operands[0], dtype=dtype, device=x.device)
-            keep.bernoulli_(kept).div_(kept)
-        return keep.unbind()
 
     def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob}'
 
 
-@lru_cache
-def _ones(
-    shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+def draw_paths(
+    paths: Sequence[DropPath], x: Tensor
+) -> list[Sequence[Tensor | None]]:
+    """Scales of the samples of residual branches, all drawn at once.
+
+    Args:
+        paths (Sequence[DropPath]): One for each block.
+        x (Tensor): (B, C, H, W).
+
+    Returns:
+        list[Sequence[Tensor | None]]: (B, ) for each branch of each block, or
+        None where it is 1.
+    """
+    shares = tuple(
+        1 - path.drop_prob
+        for path in paths
+        for _ in range(path.branches * path.training)
+        if path.drop_prob
+    )
+    scales = iter(())
+    if shares:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        repeat = _repeat if is_compiling() else _repeat_once
+        kept = repeat((1, *shares), len(x), dtype, x.device)
+        # Views of a vector, none at its start, are alike to compiled blocks
+        _, *views = torch.bernoulli(kept).div_(kept).split(len(x))
+        scales = iter(views)
+    return [
+        tuple(
+            next(scales) if path.training and path.drop_prob else None
+            for _ in range(path.branches)
+        )
+        for path in paths
+    ]
+
+
+def _repeat(
+    values: tuple[float, ...],
+    count: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
-    return torch.ones(shape, dtype=dtype, device=device)
+    values = torch.tensor(values, dtype=dtype, device=device)
+    return values.repeat_interleave(count)
+
+
+_repeat_once = lru_cache(_repeat)  # a GPU would wait for the copy
 
 
 def _scale_samples(x: Tensor, keep: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops import check_backend, is_compiling, takes_triton, why_not_triton
 from ..ops.dynamic_conv import BACKENDS
-from .blocks import FocusBlock, RepConvBlock
+from .blocks import FocusBlock, RepConvBlock, draw_drops
 from .compilation import Regions
 from .graphs import Graphs
 from .layers import LayerNorm2d, LayerScale, StridedConv, build_bn, run_layers
@@ -604,12 +604,15 @@ class OverLoCK(BaseModule):
         return maps
 
     def _run(self, group: str, x: Tensor, *args: Tensor) -> Tensor:
+        blocks = getattr(self, group)
+        drawn = draw_drops(blocks, x)
         with self.regions.settings():
-            for i, block in enumerate(getattr(self, group)):
+            for i, block in enumerate(blocks):
+                operands = block, x, *args, *drawn[i]
                 if i < self.checkpointed[group] and torch.is_grad_enabled():
-                    x = recompute(block, self.regions, block, x, *args)
+                    x = recompute(block, self.regions, *operands)
                 else:
-                    x = self.regions(block, x, *args)
+                    x = self.regions(*operands)
         return x
 
     def train(self, mode: bool = True) -> 'OverLoCK':
