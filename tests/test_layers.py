@@ -2,16 +2,25 @@
 
 import copy
 from importlib import import_module
+from unittest.mock import Mock
 
 import pytest
 import torch
 from fusion import far
 from torch import nn
 
-from mmoverlock.models.layers import GRN, DropPath, draw_paths
+from mmoverlock.models.layers import (
+    GRN,
+    DropPath,
+    StridedConv,
+    draw_paths,
+    run_layers,
+)
 from mmoverlock.models.reparam import BRANCHES, DilatedReparamConv
 
 reference = import_module('mmoverlock.ops.grn.reference')
+layers_module = import_module('mmoverlock.models.layers')
+CHANNELS_LAST = torch.channels_last
 BN = dict(type='BN')
 
 
@@ -50,6 +59,30 @@ def test_drop_path():
     dropped = drops[0](x)[..., 0, 0].float()
     assert torch.equal(*dropped.unbind(1))
     assert set(dropped[:, 0].tolist()) == {0, 1.25}
+
+
+@pytest.mark.parametrize('half', [False, True])
+@pytest.mark.parametrize('kind', [torch.contiguous_format, CHANNELS_LAST])
+def test_weights_as_gpus_like_them(half, kind, monkeypatch):
+    """As layers say; gradients are laid out as the parameters that take them.
+
+    A parameter takes those in their own memory, then.
+    """
+    torch.manual_seed(0)
+    layers = nn.Sequential(StridedConv(3, 4, 3, 2, 1), nn.Conv2d(4, 5, 2))
+    layers.to(memory_format=kind)
+    for shape in ((2, 3, 7, 6), (2, 3, 8, 3)):
+        x, results = torch.randn(shape), []
+        for on_gpu in (False, True):
+            takes = Mock(return_value=on_gpu)
+            monkeypatch.setattr(layers_module, 'takes_triton', takes)
+            with torch.autocast('cpu', torch.bfloat16, enabled=half):
+                y = run_layers(layers, x)
+            grads = torch.autograd.grad(y.sum(), [*layers.parameters()])
+            results.append((y, *grads))
+        torch.testing.assert_close(*results)
+        for grad in grads[::2]:
+            assert grad.is_contiguous(memory_format=kind)
 
 
 def make_conv(kernel_size):

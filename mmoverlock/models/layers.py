@@ -12,6 +12,7 @@ from ..ops import (
     Norm,
     batch_norm,
     conv_norm,
+    convolution_dtype,
     is_compiling,
     layer_norm,
     residual_conv,
@@ -228,8 +229,12 @@ class StridedConv(nn.Conv2d):
     map in bfloat16 is one column wide. A column of zeros changes nothing else.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (0, 1)) if x.shape[3] == 1 else x)
+    def _conv_forward(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        if input.shape[3] == 1:
+            input = F.pad(input, (0, 1))
+        return super()._conv_forward(input, weight, bias)
 
 
 class DWConv(nn.Conv2d):
@@ -384,18 +389,51 @@ def conv_and_norm(
 
 
 def run_layers(layers: nn.Sequential, x: Tensor) -> Tensor:
-    """``layers(x)``, where norms of several processes are kernels."""
+    """``layers(x)``, as GPUs like it.
+
+    Norms of several processes are kernels, weights of convolutions are
+    rounded and laid out as maps are, in one launch each.
+    """
     if not is_plain(layers, nn.Sequential) or not takes_triton('auto', x):
         return layers(x)
     for layer in layers:
         group = group_of(layer) if counts_batches(layer) else None
-        if group is None:
+        if isinstance(layer, nn.Conv2d) and is_plain(layer, nn.Conv2d):
+            x = _convolve(layer, x)
+        elif group is None:
             x = layer(x)
         elif takes_triton('auto', x, batch_norm, x, as_operand(layer)):
             x = batch_norm(x, as_operand(layer), group)
         else:
             x = layer(x)
     return x
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    weight, bias = pair_of(conv)
+    weight = _LayOut.apply(weight, convolution_dtype(x))
+    return conv._conv_forward(x, weight, bias)
+
+
+class _LayOut(torch.autograd.Function):
+    """A weight in another dtype and channels_last; its gradient as it was."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return weight.to(dtype, memory_format=torch.channels_last)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        weight, _ = inputs
+        ctx.dtype, ctx.format = weight.dtype, torch.preserve_format
+        if weight.is_contiguous():
+            ctx.format = torch.contiguous_format
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype, memory_format=ctx.format), None
 
 
 def has_no_hooks(module: nn.Module) -> bool:
