@@ -20,7 +20,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from mmoverlock.models import blocks
 from mmoverlock.models.blocks import FocusBlock, RepConvBlock
 from mmoverlock.models.fuse import fuse
-from mmoverlock.models.layers import DropPath
 from mmoverlock.models.recomputation import recompute
 from mmoverlock.ops import backends
 
@@ -102,7 +101,7 @@ def step(block, maps, run=None, kernels=True):
     keeps = torch.tensor([[0, 2], [0.5, 0]]).to(maps[0])
     keeps = keeps[:, -len(maps[0]) :]
     with mock.patch.object(
-        DropPath, 'draw', lambda _, x, count: keeps[:count].unbind()
+        blocks, 'draw_paths', lambda paths, x: [keeps[: paths[0].branches]]
     ):
         out = (run or block)(*arguments(block, maps))
         for buffer in block.buffers() if kernels else ():

@@ -52,6 +52,7 @@ def test_drop_path():
     drops[0].train()
     (first,), nothing, others = draw_paths(drops, x)
     assert nothing == (None, None) and not torch.equal(*others)
+    assert len(draw_paths(drops, x[:0])[2]) == 2
     for keep, scale in zip((first, *others), (1.25, 2, 2), strict=True):
         assert keep.dtype == torch.float32 and keep.shape == (2000,)
         assert set(keep.tolist()) == {0, scale}

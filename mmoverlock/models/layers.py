@@ -318,9 +318,9 @@ def draw_paths(
         dtype = torch.promote_types(x.dtype, torch.float32)
         repeat = _repeat if is_compiling() else _repeat_once
         kept = repeat((1, *shares), len(x), dtype, x.device)
+        drawn = torch.bernoulli(kept).div_(kept).view(len(shares) + 1, len(x))
         # Views of a vector, none at its start, are alike to compiled blocks
-        _, *views = torch.bernoulli(kept).div_(kept).split(len(x))
-        scales = iter(views)
+        scales = iter(drawn.unbind()[1:])
     return [
         tuple(
             next(scales) if path.training and path.drop_prob else None

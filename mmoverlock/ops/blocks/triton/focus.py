@@ -161,7 +161,9 @@ def _forward(z, initial, p, keeps, settings):
     if p.prior:
         updated = prior.forward(z, initial, *p.prior)
     weights = *p.mix, *p.query, *p.key, *p.value, *p.gate, p.out[0], *p.expand
-    rounded = round_parameters(z.dtype, *weights, p.reduce[0])
+    taps, rounded = large_conv.pack(
+        z.dtype, p.branches, (*weights, p.reduce[0])
+    )
     mix, mix_bias, query, key, value, gate, out, *hidden = rounded
     identity, _ = conv.forward(updated, *p.conv1)
     x = layer_norm.forward(identity, *p.norm1, settings.eps[0])
@@ -190,7 +192,7 @@ def _forward(z, initial, p, keeps, settings):
 
     values = _product(pooled, value)
     gates = _product(fused, gate)
-    branches_out, branches = large_conv.forward(fused, p.branches, group)
+    branches_out, branches = large_conv.forward(fused, p.branches, taps, group)
     others = p.mix_norm, p.query_norm, p.key_norm, p.out_norm
     measured = batch_norm.measure(
         (values, branches_out, gates),
@@ -257,8 +259,8 @@ def _forward(z, initial, p, keeps, settings):
         middle,
         identity2,
         x2,
-        kept[:4],
-        rounded,
+        tuple(kept[:4]),
+        tuple(rounded),
     )
     return result, saved
 

@@ -18,6 +18,7 @@ from ...depthwise.triton import depthwise_conv2d
 from ...excitation import triton as excitation
 from ...ffn import triton as ffn
 from ...layernorm import triton as layer_norm
+from ...pointwise import round_parameters
 from .. import RepConvParameters
 from .node import contiguous_fields, run_fused, run_node
 
@@ -34,18 +35,21 @@ class _Saved(NamedTuple):
     state: Tensor
     excited: Tensor
     ffn: tuple
+    rounded: tuple
 
 
 def _forward(x, p, keep, eps, group):
     """The result, and what to keep."""
+    others = *p.expand, p.reduce[0]
+    taps, rounded = large_conv.pack(x.dtype, p.branches, others)
     identity, _ = conv.forward(x, *p.conv1)
     y = layer_norm.forward(identity, *p.norm1, eps)
-    branches_out, branches = large_conv.forward(y, p.branches, group)
+    branches_out, branches = large_conv.forward(y, p.branches, taps, group)
     measured = batch_norm.measure([branches_out], [p.branches_norm], group)
     excited, state = excitation.forward(
         branches_out, *p.excite, measured=measured
     )
-    result, *kept = _feed_forward(excited, p, identity, keep, True)
+    result, *kept = _feed_forward(excited, p, rounded, identity, keep, True)
     saved = _Saved(
         x,
         identity,
@@ -55,18 +59,22 @@ def _forward(x, p, keep, eps, group):
         measured[1],
         state,
         excited,
-        tuple(kept),
+        tuple(kept[:4]),
+        tuple(rounded),
     )
     return result, saved
 
 
-def _feed_forward(x, p, identity, keep, residual):
+def _feed_forward(x, p, weights, identity, keep, residual):
+    expand, expand_bias, reduce = weights
     return ffn.feed_forward.function(
         x,
-        *p.expand,
+        expand,
+        expand_bias,
         *p.conv2,
         *p.response,
-        *p.reduce,
+        reduce,
+        p.reduce[1],
         identity,
         *(p.scale or (None, None)),
         keep,
@@ -80,7 +88,8 @@ def _infer(x, p, eps):
     x = layer_norm.forward(identity, *p.norm1, eps)
     x = depthwise_conv2d(x, *p.branches)
     x, _ = excitation.forward(x, *p.excite)
-    return _feed_forward(x, p, identity, None, False)[0]
+    weights = round_parameters(x.dtype, *p.expand, p.reduce[0])
+    return _feed_forward(x, p, weights, identity, None, False)[0]
 
 
 def _backward(grad, s, p, keep, eps, group):
@@ -88,8 +97,10 @@ def _backward(grad, s, p, keep, eps, group):
     grads = {}
     hidden = *p.expand, *p.conv2, *p.response, *p.reduce
     others = None, None, None, keep
+    expand, expand_bias, reduce = s.rounded
+    weights = expand, reduce, expand_bias
     grad_y, *results = ffn._feed_forward_backward.function(
-        grad, s.excited, *s.ffn, *hidden, *others, True
+        grad, s.excited, *s.ffn, *weights, *hidden, *others, True
     )
     for i, name in enumerate(('expand', 'conv2', 'response', 'reduce')):
         grads[name] = results[2 * i : 2 * i + 2]

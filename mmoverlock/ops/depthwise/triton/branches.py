@@ -68,8 +68,10 @@ from .common import (
 from .conv2d import convolve_maps
 from .weight_grads import inner_products, num_splits, weight_grads
 
-# Programs of kernels that end in sums, where there is enough to do.
-KNOBS = dict(statistics=396)
+KNOBS = dict(
+    statistics=396,  # programs of kernels that end in sums, at most
+    copied=2048,  # values that a program rounds
+)
 CANDIDATES = dict(statistics=(264, 396, 528))  # for benchmarks/gpu_tune.py
 BLOCK = tl.constexpr(32)  # channels of kernels that finish sums
 FEW = tl.constexpr(8)  # the same where every row of a kernel finishes them
@@ -82,12 +84,24 @@ def _channels(channels, BLOCK: tl.constexpr):
     return channel, channel < channels
 
 
-@jit
-def _pack_kernel(weights, batches, p_taps, channels, BRANCHES: tl.constexpr):
+@jit(do_not_specialize=('total',))
+def _pack_kernel(
+    weights,
+    batches,
+    p_taps,
+    sources,
+    p_copies,
+    counts,
+    channels,
+    total,
+    BRANCHES: tl.constexpr,
+    VALUES: tl.constexpr,
+):
     """Taps of all branches, (C, k * k) each, to (all taps, C).
 
-    Adds one to the number of batches, () each, of every branch. Grid (blocks
-    of channels, all taps).
+    Adds one to the number of batches, () each, of every branch. Some more
+    parameters, of ``counts`` values, are copied in the dtype of the taps. Grid
+    (blocks of channels, all ``total`` taps and blocks of values).
     """
     channel, m_channel = _channels(channels, BLOCK)
     tap = tl.program_id(1)
@@ -103,6 +117,16 @@ def _pack_kernel(weights, batches, p_taps, channels, BRANCHES: tl.constexpr):
             )
             if (own == 0) & (tl.program_id(0) == 0):
                 tl.store(batches[b], tl.load(batches[b]) + 1)
+    block = (tap - total) * tl.num_programs(0) + tl.program_id(0)
+    for i in tl.static_range(len(p_copies)):
+        blocks = tl.cdiv(counts[i], VALUES)
+        if (block >= 0) & (block < blocks):
+            o_value = block * VALUES + tl.arange(0, VALUES)
+            m_value = o_value < counts[i]
+            b_value = tl.load(sources[i] + o_value, mask=m_value)
+            b_value = b_value.to(p_copies[i].dtype.element_ty)
+            tl.store(p_copies[i] + o_value, b_value, mask=m_value)
+        block -= blocks
 
 
 @jit(do_not_specialize=SIZES)
@@ -511,24 +535,74 @@ class Measured(NamedTuple):
     bias: Tensor
 
 
+def _pack(dtype, weights, batches, dilations, others=()):
+    """Taps (all taps, C) in a dtype, and others; batches are counted."""
+    plan = _plan(tuple(w.shape[-1] for w in weights), tuple(dilations))
+    channels = len(weights[0])
+    taps = weights[0].new_empty(plan.taps, channels, dtype=dtype)
+    copies = [torch.empty_like(t, dtype=dtype) for t in others]
+    counts = [t.numel() for t in others]
+    width = cdiv(channels, BLOCK.value)
+    blocks = sum(cdiv(count, KNOBS['copied']) for count in counts)
+    _pack_kernel[width, plan.taps + cdiv(blocks, width)](
+        tuple(weights),
+        tuple(batches),
+        taps,
+        tuple(others),
+        tuple(copies),
+        tuple(counts),
+        channels,
+        plan.taps,
+        BRANCHES=plan.branches,
+        VALUES=KNOBS['copied'],
+    )
+    return taps, copies
+
+
+def pack(
+    dtype: torch.dtype, branches: Sequence, others: Sequence[Tensor] = ()
+) -> tuple[Tensor, list[Tensor]]:
+    """What a step's kernels read of parameters, in one launch.
+
+    Batches of the branches' norms are counted.
+
+    Args:
+        dtype (torch.dtype): Of the map.
+        branches (Sequence[Branch]): Contiguous.
+        others (Sequence[Tensor]): Contiguous.
+
+    Returns:
+        tuple[Tensor, list[Tensor]]: Taps for :func:`forward`, and the others,
+        all in that dtype and without gradients.
+    """
+    with torch.no_grad():
+        others = [t.detach() for t in others]
+        weights, *_, batches, dilations, _, _ = columns(branches)
+        if all(t.dtype == dtype for t in others):
+            return _pack(dtype, weights, batches, dilations)[0], others
+        return _pack(dtype, weights, batches, dilations, others)
+
+
 def _measure(
-    x, weights, scales, shifts, dilations, eps, running, group=None
+    x,
+    weights,
+    scales,
+    shifts,
+    dilations,
+    eps,
+    running,
+    group=None,
+    taps=None,
 ) -> Measured:
     """Measure and merge the branches, and move what batch norms keep."""
+    if taps is None:
+        taps, _ = _pack(x.dtype, weights, running.batches, dilations)
     plan = _plan(tuple(w.shape[-1] for w in weights), tuple(dilations))
     channels, n = x.shape[1], len(weights)
-    taps = x.new_empty(plan.taps, channels)
     first = torch.empty_like(x)
     statistics = x.new_empty(n, 3, channels, dtype=torch.float64)
     kernel = x.new_empty(plan.size**2, channels)
     bias = x.new_empty(channels, dtype=torch.float32)
-    _pack_kernel[cdiv(channels, BLOCK.value), plan.taps](
-        tuple(weights),
-        tuple(running.batches),
-        taps,
-        channels,
-        BRANCHES=plan.branches,
-    )
     parts = _statistics(x, taps, first, plan.branches)
     if group is not None:
         (parts,) = gather([parts], group)
@@ -668,13 +742,14 @@ def columns(tuples: Sequence[tuple]) -> list[list]:
 
 
 def forward(
-    x: Tensor, branches: Sequence, group: Any = None
+    x: Tensor, branches: Sequence, taps: Tensor, group: Any = None
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """The sum, and the tensors that :func:`backward` needs.
 
     Args:
         x (Tensor): (B, C, H, W), in channels_last, not empty.
         branches (Sequence[Branch]): Contiguous.
+        taps (Tensor): What :func:`pack` makes of them.
         group (ProcessGroup, optional): The processes that have statistics in
             common. Defaults to None: this one has its own.
     """
@@ -682,7 +757,7 @@ def forward(
         branches
     )
     running = _Running(means, variances, batches, momenta)
-    measured = _measure(x, *norms, dilations, eps, running, group)
+    measured = _measure(x, *norms, dilations, eps, running, group, taps)
     return _forward(x, measured), measured[:3]
 
 
