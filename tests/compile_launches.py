@@ -260,13 +260,14 @@ def compile_all(capability, dtype, every_shape=True):
     """
     where = capability, dtype
     # What others launch, too
-    others = [residual_conv, conv_norm, depthwise_conv2d]
-    wide = [run for run in SPECS if run not in (branches, *others)]
+    others = [residual_conv, depthwise_conv2d]
+    apart = branches, conv_norm, *others
+    wide = [run for run in SPECS if run not in apart]
     maps = [(14, 14, 13)]
-    narrow = [(56, [branches])]
+    narrow = [(56, [branches]), (512, [conv_norm])]
     if every_shape:
         wide += others
-        narrow += [(64, [feed_forward])]
+        narrow += [(64, [conv_norm, feed_forward])]
         maps += [(50, 84, 13)]
     kinds = [(640, wide), *narrow]
     large = [(64, 14), (56, 28)] if every_shape else [(64, 14)]

@@ -39,13 +39,17 @@ def test_gelu_of_residual_conv():
         )
 
 
-@pytest.mark.parametrize('kernel', ['forward', 'backward'])
-def test_plan_of_residual_conv(kernel):
+@pytest.mark.parametrize(
+    'kernel, most', [('forward', 64), ('backward', 64), ('forward', 512)]
+)
+def test_plan_of_residual_conv(kernel, most):
     """Multiprocessors are busy, which no result would tell."""
-    form = kernels.KNOBS[kernel]
-    slots = 132 * form.resident
     for shape in ((128, 64, 56, 56), (2, 64, 200, 336), (128, 2048, 7, 7)):
-        lanes, _, strips, blocks, splits = kernels.plan(shape, form, slots)
+        form = kernels.KNOBS[kernel].of_channels(min(most, shape[1]))
+        assert form.registers * 32 * form.warps * form.resident <= 65536
+        slots = 132 * form.resident
+        plan = kernels.plan(shape, form, slots, most)
+        lanes, _, strips, blocks, splits = plan
         assert splits * blocks <= slots
         tiles = -(-shape[0] * strips // lanes[0])
         turns = -(-tiles // splits)

@@ -278,7 +278,13 @@ SHAPES = dict.fromkeys(
         ((2, 7, 5, 1), HALF),  # a column
         ((2, 16, 6, 7), BRAIN),
     ],
-    conv_norm: [((2, 20, 5, 8), SINGLE), ((3, 70, 2, 3), BRAIN)],
+    conv_norm: [
+        ((2, 20, 5, 8), SINGLE),  # two launches
+        ((3, 48, 11, 9), SINGLE),  # several programs
+        ((1, 384, 4, 3), HALF),
+        ((1, 1024, 2, 1), SINGLE),
+        ((5, 112, 3, 2), BRAIN),
+    ],
     feed_forward: [
         ((2, 4, 9, 8), SINGLE),  # several tiles of pixels
         ((1, 24, 3, 2), SINGLE),  # and blocks of channels

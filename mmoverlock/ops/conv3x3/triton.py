@@ -58,6 +58,12 @@ class Form(NamedTuple):
         """Of a thread."""
         return 65536 // (32 * self.warps * self.resident) // 8 * 8
 
+    def of_channels(self, channels: int) -> 'Form':
+        """The same of a program that has so many channels, a power of 2."""
+        warps = max(self.warps, channels // (32 * self.channels))
+        resident = max(1, self.warps * self.resident // warps)
+        return self._replace(warps=warps, resident=resident)
+
 
 KNOBS = dict(
     forward=Form(channels=2, columns=7, warps=4, resident=4),
@@ -418,16 +424,19 @@ class Plan(NamedTuple):
 
 
 @lru_cache(1024)
-def plan(shape: tuple, form: Form, slots: int) -> Plan:
+def plan(
+    shape: tuple, form: Form, slots: int, most: int = KNOBS['channels'][1]
+) -> Plan:
     """How to cut a map.
 
     Args:
         shape (tuple): (B, C, H, W).
         form (Form): Of the kernel.
         slots (int): Programs that run at a time.
+        most (int): Channels of a program, at most.
     """
     batch, channels, height, width = shape
-    least, most = KNOBS['channels']
+    least, _ = KNOBS['channels']
     block = min(max(next_power_of_2(channels), least), most)
     lanes = 32 * form.warps * form.channels // block, block
     blocks = cdiv(channels, block)

@@ -33,7 +33,7 @@ KNOBS = dict(
 
 
 @triton.jit
-def _normalize(b_x, m_x, channels, eps):
+def normalize(b_x, m_x, channels, eps):
     """Normalized rows (ROWS, C) and their reciprocal deviations (ROWS, 1)."""
     mean = tl.sum(b_x, 1)[:, None] / channels
     b_x = tl.where(m_x, b_x - mean, 0)
@@ -65,7 +65,7 @@ def _forward_kernel(
     b_x = tiles.load(p_x, o_x, m_x)
     b_weight = tiles.load(p_weight, o_channel, m_channel)
     b_bias = tiles.load(p_bias, o_channel, m_channel)
-    b_x, _ = _normalize(b_x, m_channel, channels, eps)
+    b_x, _ = normalize(b_x, m_channel, channels, eps)
     tiles.store(p_y, o_x, tl.fma(b_x, b_weight, b_bias), m_x)
 
 
@@ -170,7 +170,7 @@ def _backward_kernel(
                 DOWN,
                 ACROSS,
             )
-        b_z, rstd = _normalize(b_x, m_channel, channels, eps)
+        b_z, rstd = normalize(b_x, m_channel, channels, eps)
         b_grad_weight = tl.fma(b_grad, b_z, b_grad_weight)
         b_grad_bias += b_grad
         b_dz = b_grad * b_weight

@@ -17,6 +17,7 @@ from ... import partial_sums
 from ...batch_norm import triton as batch_norm
 from ...common import channels_last
 from ...conv3x3 import triton as conv
+from ...conv3x3_norm import triton as conv_norm
 from ...depthwise.triton import branches as large_conv
 from ...depthwise.triton import depthwise_conv2d
 from ...dynamic_conv import enlarged_size
@@ -165,8 +166,8 @@ def _forward(z, initial, p, keeps, settings):
         z.dtype, p.branches, (*weights, p.reduce[0])
     )
     mix, mix_bias, query, key, value, gate, out, *hidden = rounded
-    identity, _ = conv.forward(updated, *p.conv1)
-    x = layer_norm.forward(identity, *p.norm1, settings.eps[0])
+    eps1, eps2 = settings.eps
+    identity, x = conv_norm.forward(updated, *p.conv1, *p.norm1, eps1)
 
     neighbors, _ = conv.forward(x, *p.mix_conv, residual=False)
     source = _enlarge(x, settings.size)
@@ -216,8 +217,7 @@ def _forward(z, initial, p, keeps, settings):
         offset=offset,
     )
 
-    identity2, _ = conv.forward(middle, *p.conv2)
-    x2 = layer_norm.forward(identity2, *p.norm2, settings.eps[1])
+    identity2, x2 = conv_norm.forward(middle, *p.conv2, *p.norm2, eps2)
     expand, expand_bias, reduce = hidden
     result, *kept = ffn.feed_forward.function(
         x2,
@@ -274,8 +274,8 @@ def _infer(z, initial, p, settings):
     *rounded, value, out, reduce = round_parameters(z.dtype, *weights)
     pairs = zip(rounded[::2], rounded[1::2], strict=True)
     mix, query, key, gate, expand = pairs
-    identity, _ = conv.forward(z, *p.conv1, residual=False)
-    x = layer_norm.forward(identity, *p.norm1, settings.eps[0])
+    eps1, eps2 = settings.eps
+    identity, x = conv_norm.forward(z, *p.conv1, *p.norm1, eps1, False)
     y, _ = conv.forward(x, *p.mix_conv, residual=False, activate=True)
     y = _product(y, *mix)
     fused, *_ = response_norm.forward(y, *p.response)
@@ -294,8 +294,7 @@ def _infer(z, initial, p, settings):
     z, _ = product(
         y, out, p.out[1], identity=identity, gain=gain, offset=offset
     )
-    identity, _ = conv.forward(z, *p.conv2, residual=False)
-    x = layer_norm.forward(identity, *p.norm2, settings.eps[1])
+    identity, x = conv_norm.forward(z, *p.conv2, *p.norm2, eps2, False)
     result, *_ = ffn.feed_forward.function(
         x,
         *expand,

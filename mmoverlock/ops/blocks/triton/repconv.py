@@ -13,6 +13,7 @@ from ... import partial_sums
 from ...batch_norm import triton as batch_norm
 from ...common import channels_last
 from ...conv3x3 import triton as conv
+from ...conv3x3_norm import triton as conv_norm
 from ...depthwise.triton import branches as large_conv
 from ...depthwise.triton import depthwise_conv2d
 from ...excitation import triton as excitation
@@ -42,8 +43,7 @@ def _forward(x, p, keep, eps, group):
     """The result, and what to keep."""
     others = *p.expand, p.reduce[0]
     taps, rounded = large_conv.pack(x.dtype, p.branches, others)
-    identity, _ = conv.forward(x, *p.conv1)
-    y = layer_norm.forward(identity, *p.norm1, eps)
+    identity, y = conv_norm.forward(x, *p.conv1, *p.norm1, eps)
     branches_out, branches = large_conv.forward(y, p.branches, taps, group)
     measured = batch_norm.measure([branches_out], [p.branches_norm], group)
     excited, state = excitation.forward(
@@ -84,8 +84,7 @@ def _feed_forward(x, p, weights, identity, keep, residual):
 
 def _infer(x, p, eps):
     """The result where norms are parts of convolutions."""
-    identity, _ = conv.forward(x, *p.conv1, residual=False)
-    x = layer_norm.forward(identity, *p.norm1, eps)
+    identity, x = conv_norm.forward(x, *p.conv1, *p.norm1, eps, False)
     x = depthwise_conv2d(x, *p.branches)
     x, _ = excitation.forward(x, *p.excite)
     weights = round_parameters(x.dtype, *p.expand, p.reduce[0])
