@@ -92,6 +92,32 @@ def test_hidden_map_of_feed_forward(monkeypatch):
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.parametrize('width, parts', [(7, 1), (28, 1), (40, 3), (70, 5)])
+def test_parts_of_squares(width, parts, poison):
+    """One of all strips of an image that a program of 4 has."""
+    torch.manual_seed(0)
+    x, weight = draw(3, 64, 2, width), draw(64, 1, 3, 3)
+    y, sums = kernels.forward(x, weight, squares=True)
+    assert sums.shape == (3, parts, 64)
+    torch.testing.assert_close(sums.sum(1), y.square().sum((2, 3)))
+
+
+def test_scales_of_feed_forward(monkeypatch, poison):
+    """A launch makes them of many parts, programs of the product of few."""
+    results = []
+    for most in (2, 3):
+        monkeypatch.setattr('mmoverlock.ops.ffn.triton.MAX_PARTS', most)
+        operands = draw_operands(feed_forward, (2, 22, 2, 40))  # 3 parts
+        out = feed_forward(**operands)
+        kept = out.grad_fn.saved_tensors[3:5]
+        grads = torch.autograd.grad(out.sum(), leaves(operands))
+        results.append([out, *kept, *grads])
+        monkeypatch.setattr('mmoverlock.ops.grn.triton.scales', None)
+    assert results[0][2].shape == (2, 66)
+    for pair in zip(*results, strict=True):
+        torch.testing.assert_close(*pair)
+
+
 def test_rounding():
     """One dtype is left as it is; others are as PyTorch rounds."""
     x = draw(5)

@@ -8,7 +8,8 @@ meantime. Lanes run along channels, then along strips, which may be of
 different images: small maps fill the lanes, too.
 
 **Forward.** A loaded row is added to the three rows of the output that see
-it. Where the sums of squares are asked for, every strip writes its own.
+it. Where the sums of squares are asked for, a program adds up those of strips
+of one image.
 
 **Backward**, one pass, in which the gradient g of the output is made while
 it is loaded: ``grad * scale + y * coef``. The gradient of a value and what
@@ -21,6 +22,7 @@ in bfloat16, if rows and columns that strips share are found in the caches.
 """
 
 from functools import lru_cache
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -135,14 +137,15 @@ def _forward_kernel(
     ACTIVATE: tl.constexpr,
     COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """``y[n] = bias + f(x[n]) + sum over taps of weight[tap] f(x[n + tap])``.
 
     f is GELU or the identity, and is added if RESIDUAL; with ACTIVATE, GELU
     of that is stored. x and y (B, H, W, C), weight (C, 9), bias (C, ); squares
-    (strips, C), the sums over a strip of the squares of y; grid (blocks of
-    LANES[0] of all strips blocks of LANES[1] of C, ). A block has the shape of
-    LANES, and is of one row and one column of every strip.
+    (strips / GROUP, C), the sums over GROUP strips of the squares of y; grid
+    (blocks of LANES[0] of all strips blocks of LANES[1] of C, ). A block has
+    the shape of LANES, and is of one row and one column of every strip.
     """
     blocks = tl.cdiv(channels, LANES[1])
     program = tl.program_id(0)
@@ -212,8 +215,11 @@ def _forward_kernel(
                 b_wide = tl.where(m_y, b_y.to(tl.float32), 0)
                 total = tl.fma(b_wide, b_wide, total)
     if p_squares is not None:
-        o_sum = strip.to(tl.int64) * step + o_channel
-        tl.store(p_squares + o_sum, total, mask=m_lane)
+        PARTS: tl.constexpr = LANES[0] // GROUP
+        part = program // blocks * PARTS + tl.arange(0, PARTS)[:, None]
+        m_sum = (part < strips // GROUP) & (o_channel < channels)
+        b_sum = tl.sum(tl.reshape(total, (PARTS, GROUP, LANES[1])), 1)
+        tl.store(p_squares + part * step + o_channel, b_sum, mask=m_sum)
 
 
 @triton.jit
@@ -477,16 +483,18 @@ def forward(
 
     Returns:
         tuple[Tensor, Tensor | None]: (B, C, H, W) as ``x``, and the partial
-        sums of its squares, (B, strips, C), in single precision.
+        sums of its squares, (B, parts, C), in single precision.
     """
     y = torch.empty_like(x)
     form = KNOBS['forward']
     slots = partial_sums.programs(x.device, form.resident)
     lanes, rows, strips, blocks, _ = plan(tuple(x.shape), form, slots)
     batch, channels, height, width = x.shape
-    sums = None
+    sums, group = None, 1
     if squares:
-        sums = x.new_empty(batch, strips, channels, dtype=torch.float32)
+        group = gcd(lanes[0], strips)
+        parts = strips // group
+        sums = x.new_empty(batch, parts, channels, dtype=torch.float32)
     grid = (cdiv(batch * strips, lanes[0]) * blocks,)
     _forward_kernel[grid](
         x,
@@ -504,6 +512,7 @@ def forward(
         ACTIVATE=activate,
         COLUMNS=form.columns,
         LANES=lanes,
+        GROUP=group,
         num_warps=form.warps,
         maxnreg=form.registers,
     )

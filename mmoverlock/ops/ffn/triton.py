@@ -9,12 +9,12 @@ With H positions, D hidden channels, g the gradient of the result::
 
 Forward, the hidden map is written twice and read twice: ``h`` by the first
 product, ``y`` and its sums of squares by the convolution, and the second
-product scales what it loads. Backward it is kept as ``y`` and as ``h``, which
-is made again where a product takes no longer than writing it. The gradient of
-``y s + beta`` is written once by a product that also sums it and its product
-with ``y``, which is all that the norm needs, and the convolution's gradient
-turns it into that of ``y`` while loading. Products without a scale are those
-of PyTorch.
+product scales what it loads, by what it makes of these sums where they are
+few. Backward it is kept as ``y`` and as ``h``, which is made again where a
+product takes no longer than writing it. The gradient of ``y s + beta`` is
+written once by a product that also sums it and its product with ``y``, which
+is all that the norm needs, and the convolution's gradient turns it into that
+of ``y`` while loading. Products without a scale are those of PyTorch.
 """
 
 from typing import Any
@@ -36,6 +36,10 @@ from ..residual import triton as scaled_residual
 
 # Channels of x, at most, where h is made again: the product is one of bytes.
 MAX_REPEATED = 160
+# Parts of sums of squares, at most, that every program of the product reads:
+# 16 bytes a channel beside 256 or 384 of the map and the weight. In
+# classification there are 1 or 2, in detection 15 to 60.
+MAX_PARTS = 4
 
 
 @custom_op('mmoverlock::feed_forward')
@@ -68,9 +72,15 @@ def feed_forward(
     y, squares = conv.forward(
         h, conv_weight, conv_bias, gelu=True, residual=residual, squares=True
     )
-    norm, scale = response_norm.scales(
-        squares, gamma, y.shape[1], squares.shape[1], square=False
-    )
+    batch, parts, channels = squares.shape
+    response = None
+    if parts > MAX_PARTS:
+        norm, scale = response_norm.scales(
+            squares, gamma, channels, parts, square=False
+        )
+    else:
+        norm, scale = (squares.new_empty(batch, channels) for _ in range(2))
+        response = squares, gamma, norm
     out, _ = product(
         y,
         rounded[1],
@@ -81,6 +91,7 @@ def feed_forward(
         identity=None if identity is None else channels_last(identity),
         gain=gain,
         offset=offset,
+        response=response,
     )
     if x.shape[1] <= MAX_REPEATED:
         h = x.new_empty(0)

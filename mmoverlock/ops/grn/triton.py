@@ -18,6 +18,7 @@ behind, has this part in common.
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -80,27 +81,24 @@ def _sum_kernel(
     tl.store(p_sums + o_sum, b_sum, mask=m_channel)
 
 
-@jit(do_not_specialize=('parts',))
-def _scale_kernel(
+@triton.jit
+def store_scales(
     p_squares,
     p_gamma,
     p_norm,
     p_scale,
+    image,
     parts,
     channels,
     SQUARE: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Norms and scales (B, C) from parts of squares; grid (B, ).
-
-    squares (B, parts, C), which are those of a map if SQUARE.
-    """
-    image = tl.program_id(0).to(tl.int64)
-    o_channel = tl.arange(0, CHANNELS)
-    m_channel = o_channel < channels
+    """The share of an image in :func:`_scale_kernel`."""
     p_image = p_squares + image * parts * channels
     p_factor = p_image if SQUARE else None
+    o_channel = tl.arange(0, CHANNELS)
+    m_channel = o_channel < channels
     b_norm = tl.sqrt(
         tiles.sum_rows(
             p_image,
@@ -119,6 +117,36 @@ def _scale_kernel(
     o_out = image * channels + o_channel
     tl.store(p_norm + o_out, b_norm, mask=m_channel)
     tl.store(p_scale + o_out, b_scale, mask=m_channel)
+
+
+@jit(do_not_specialize=('parts',))
+def _scale_kernel(
+    p_squares,
+    p_gamma,
+    p_norm,
+    p_scale,
+    parts,
+    channels,
+    SQUARE: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Norms and scales (B, C) from parts of squares; grid (B, ).
+
+    squares (B, parts, C), which are those of a map if SQUARE.
+    """
+    store_scales(
+        p_squares,
+        p_gamma,
+        p_norm,
+        p_scale,
+        tl.program_id(0).to(tl.int64),
+        parts,
+        channels,
+        SQUARE,
+        ROWS,
+        CHANNELS,
+    )
 
 
 @jit(do_not_specialize=('parts',))

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tiles
-from ..common import cdiv
+from ..common import cdiv, next_power_of_2
 from ..gelu import gelu_slope
+from ..grn.triton import store_scales
 from ..launching import jit
 
 # Tiles: pixels, outputs, inputs; warps and stages of loads.
@@ -86,6 +87,9 @@ def _load_map(
 @jit(do_not_specialize=SIZES)
 def _product_kernel(
     p_x,
+    p_squares,
+    p_gamma,
+    p_norm,
     p_scale,
     p_shift,
     p_weight,
@@ -107,6 +111,8 @@ def _product_kernel(
     PIXELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """``y[n] = (weight (x[n] scale[image] + shift) + bias) keep[image]``.
@@ -119,6 +125,10 @@ def _product_kernel(
     outputs). With a factor (B, H W, outputs), also what the gradient of a
     scale and a shift behind it is made of: sums (B, count, 2 outputs) over
     the pixels of a tile of ``out factor`` and ``out``.
+
+    With squares (B, PARTS, inputs), every program makes GRN's scale of its
+    image by itself, of these and gamma (inputs, ), and stores it and the norms
+    (B, inputs), the same bits as others do, to load it where it is needed.
     """
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     FACTOR: tl.constexpr = tl.float32 if UPCAST else DTYPE
@@ -127,6 +137,20 @@ def _product_kernel(
     o_pixel = tile * PIXELS + tl.arange(0, PIXELS)
     o_out = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     m_out = o_out < outputs
+    if p_squares is not None:
+        store_scales(
+            p_squares,
+            p_gamma,
+            p_norm,
+            p_scale,
+            image,
+            PARTS,
+            inputs,
+            False,
+            1,
+            CHANNELS,
+        )
+        tl.debug_barrier()  # of the threads of a program
     acc = tl.zeros((PIXELS, OUTPUTS), tl.float32)
     for first in range(0, inputs, INPUTS):
         o_in = first + tl.arange(0, INPUTS)
@@ -398,6 +422,7 @@ def product(
     gain: Tensor | None = None,
     offset: Tensor | None = None,
     gelu_input: Tensor | None = None,
+    response: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """A product of the channels of every pixel, and what is around it.
 
@@ -419,6 +444,9 @@ def product(
         gain, offset (Tensor, optional): O values each, contiguous.
         gelu_input (Tensor, optional): (B, O, H, W) in channels_last; the
             result is its gradient, that of its GELU is the product.
+        response (tuple[Tensor, Tensor, Tensor], optional): Squares (B, parts,
+            I), of few parts, gamma (I values) and norms (B, I), of GRN: the
+            scale and the norms are made of the first two, and written.
 
     Returns:
         tuple[Tensor, Tensor | None]: The result, (B, O, H, W) in
@@ -436,10 +464,14 @@ def product(
     sums = None
     if factor is not None:
         sums = x.new_empty(batch, count, 2 * outputs, dtype=torch.float32)
+    squares, gamma, norm = response or (None, None, None)
     if out.numel():
         grid = batch * count, cdiv(outputs, knobs['outputs'])
         _product_kernel[grid](
             x,
+            squares,
+            gamma,
+            norm,
             scale,
             shift,
             weight,
@@ -457,6 +489,8 @@ def product(
             inputs,
             outputs,
             *strides,
+            PARTS=0 if squares is None else squares.shape[1],
+            CHANNELS=0 if squares is None else next_power_of_2(inputs),
             UPCAST=_upcast(x),
             **_blocks(knobs),
         )
