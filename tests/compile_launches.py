@@ -45,7 +45,7 @@ from mmoverlock.ops.batch_norm import Norm
 from mmoverlock.ops.batch_norm import triton as batch_norm
 from mmoverlock.ops.blocks.triton import focus
 from mmoverlock.ops.dynamic_conv import triton as contmix
-from mmoverlock.ops.pointwise.triton import weight_grads
+from mmoverlock.ops.pointwise.triton import WeightGrad, weight_grads
 
 CUOBJDUMP = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
 PACKAGE = f'{ops.__name__}.'
@@ -191,6 +191,13 @@ def compile_sums(capability, dtype):
     x, y = (
         torch.empty(25088, n, dtype=dtype, device='meta') for n in (384, 256)
     )
+    scale = torch.empty(128, 384, device='meta')
+    pairs = (x, y), (y, y), (y, y), (y, x, None, None, None, True)
+    pairs += (y, x[:, :256]), (y, x, scale, scale[0], scale[:, 0])
+    products = [
+        WeightGrad((a.new_empty(a.shape[1], b.shape[1]), a[0]), a, b, *others)
+        for a, b, *others in pairs
+    ]
 
     maps = [
         draw(2, 320, *size, dtype=dtype).to('meta')
@@ -220,9 +227,7 @@ def compile_sums(capability, dtype):
     def run():
         for z in maps:
             excite(z)
-        parts = weight_grads((x, y), (y, y), (y, y), (y, x), (y, x[:, :256]))
-        sums = [part for pair in parts for part in pair]
-        partial_sums.add(*((part, part[0].clone()) for part in sums))
+        partial_sums.add(make=weight_grads, operands=products)
         focus.conv.forward(grad, taps, vector, activate=True)
         focus.conv.backward(grad, grad, taps, keep=keep, kept=grad)
         for other in (None, pooled):
@@ -230,6 +235,7 @@ def compile_sums(capability, dtype):
                 grad, grad, vector, 1e-6, grad, vector, other
             )
         focus.product(grad, matrix, transposed=True, gelu_input=grad)
+        focus.product(grad, matrix, vector, gelu=True)
 
     return compile_launches(run, capability)
 

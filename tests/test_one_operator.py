@@ -1,16 +1,21 @@
 """What only one operator promises; the others are in test_operators.py."""
 
+from operator import mul
+
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import DEVICE, draw, exact
-from test_operators import draw_operands, leaves
+from kernels import DEVICE, draw, exact, relative_error
+from test_operators import TOLERANCES, draw_operands, leaves
 
-from mmoverlock.ops import feed_forward, residual_conv
-from mmoverlock.ops.pointwise import round_parameters
+from mmoverlock.ops import feed_forward, partial_sums, residual_conv
+from mmoverlock.ops.pointwise import round_parameters, rows
 
 kernels = pytest.importorskip(
     'mmoverlock.ops.conv3x3.triton', exc_type=ImportError
+)
+pointwise = pytest.importorskip(
+    'mmoverlock.ops.pointwise.triton', exc_type=ImportError
 )
 
 
@@ -116,6 +121,54 @@ def test_scales_of_feed_forward(monkeypatch, poison):
     assert results[0][2].shape == (2, 66)
     for pair in zip(*results, strict=True):
         torch.testing.assert_close(*pair)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_products_and_gradients_of_weights(dtype, poison):
+    """Of GELU, of a part of a map, and what has a scale for each image."""
+    torch.manual_seed(0)
+    x, y = draw(3, 70, 6, 5, dtype=dtype), draw(3, 35, 6, 5, dtype=dtype)
+    weight, bias = draw(35, 70, 1, 1, dtype=dtype), draw(35)
+    scale, shift, keep = draw(3, 70), draw(70), draw(3)
+    out, _ = pointwise.product(x, weight, bias, gelu=True)
+    expected = F.conv2d(F.gelu(exact(x)), exact(weight), bias.double())
+    assert relative_error(out, expected) < TOLERANCES[dtype]
+
+    scaled = exact(x) * scale[..., None, None] + shift.view(-1, 1, 1)
+    expected, products = [], []
+    for map_, channels, others in (
+        (exact(x), 70, ()),
+        (exact(x)[:, :33], 33, ()),
+        (F.gelu(exact(x)), 70, (None, None, None, True)),
+        (scaled * keep.view(-1, 1, 1, 1), 70, (scale, shift, keep)),
+    ):
+        outs = [draw(35, channels), draw(35)]
+        operands = rows(y), rows(x[:, :channels])
+        products.append(pointwise.WeightGrad(outs, *operands, *others))
+        expected.append(rows(exact(y)).mT @ rows(map_))
+    partial_sums.add(make=pointwise.weight_grads, operands=products)
+    for product, value in zip(products, expected, strict=True):
+        assert relative_error(product.outs[0], value) < TOLERANCES[dtype]
+        factor = 1 if product.keep is None else keep.view(-1, 1, 1, 1)
+        value = (y.double() * factor).sum((0, 2, 3))
+        assert relative_error(product.outs[1], value) < TOLERANCES[dtype]
+
+
+def test_shares_of_gradients_of_weights():
+    """Their programs run at a time; none has much more than another."""
+    for items, blocks in (
+        ((512, *[392] * 5, 98), (36, 12, 8, 8, 12, 4, 2)),  # 14 x 14
+        ((128, *[98] * 6), (48, 16, 12, 12, 16, 6, 4)),  # 7 x 7
+        ((6272,), (4,)),
+        ((1,), (300,)),
+    ):
+        splits = pointwise._splits(items, blocks)
+        assert all(1 <= s <= n for s, n in zip(splits, items, strict=True))
+        programs = sum(map(mul, splits, blocks))
+        assert programs <= max(pointwise.PROGRAMS, sum(blocks))
+        longest = max(-(-n // s) for s, n in zip(splits, items, strict=True))
+        work = sum(map(mul, items, blocks))
+        assert longest <= 1.4 * max(1, work / pointwise.PROGRAMS)
 
 
 def test_rounding():

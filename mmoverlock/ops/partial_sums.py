@@ -6,7 +6,7 @@ operands give equal bits, on GPUs with as many multiprocessors.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -122,20 +122,40 @@ def together() -> Iterator[None]:
 
     Nothing within may read one, nor may one of these contexts be in another.
     """
-    _thread.jobs = jobs = []
+    _thread.pending = pending = [], {}
     try:
         yield
     finally:
-        _thread.jobs = None
+        _thread.pending = None
+    _add_pending(*pending)
+
+
+def add(
+    *jobs: tuple[Tensor | None, ...],
+    make: Callable | None = None,
+    operands: Sequence = (),
+) -> None:
+    """As :func:`add_now`; within :func:`together`, when that ends.
+
+    Args:
+        jobs (tuple): As there.
+        make (callable, optional): Makes more of them, of the operands of all
+            that name it.
+        operands (Sequence): Its arguments.
+    """
+    pending = getattr(_thread, 'pending', None)
+    found, makers = pending or ([], {})
+    found += jobs
+    makers.setdefault(make, []).extend(operands)
+    if pending is None:
+        _add_pending(found, makers)
+
+
+def _add_pending(jobs: list, makers: dict[Callable | None, list]) -> None:
+    for make, operands in makers.items():
+        if operands:
+            jobs += make(*operands)
     add_now(*jobs)
-
-
-def add(*jobs: tuple[Tensor | None, ...]) -> None:
-    """As :func:`add_now`; within :func:`together`, when that ends."""
-    if getattr(_thread, 'jobs', None) is not None:
-        _thread.jobs += jobs
-    else:
-        add_now(*jobs)
 
 
 def add_now(*jobs: tuple[Tensor | None, ...]) -> None:

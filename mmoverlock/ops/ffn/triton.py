@@ -31,7 +31,7 @@ from ..common import (
 from ..conv3x3 import triton as conv
 from ..grn import triton as response_norm
 from ..pointwise import product_weight_grad, round_parameters, rows, to_map
-from ..pointwise.triton import product, weight_grad
+from ..pointwise.triton import WeightGrad, product, weight_grads
 from ..residual import triton as scaled_residual
 
 # Channels of x, at most, where h is made again: the product is one of bytes.
@@ -210,10 +210,7 @@ def _feed_forward_backward(
         sums, None, gamma, norm, sums.shape[1]
     )
     jobs.append((parts, grad_gamma, grad_beta))
-    for parts, out in zip(
-        weight_grad(grad, y, scale, beta, keep), grads[5:], strict=True
-    ):
-        jobs.append((parts, out))
+    second = WeightGrad(grads[5:], rows(grad), rows(y), scale, beta, keep)
     grad_h, parts = conv.backward(
         grad_scaled,
         h,
@@ -226,7 +223,7 @@ def _feed_forward_backward(
         sum_grad_x=True,
     )
     jobs.append((parts, grad_conv_weight, grad_conv_bias, grad_bias1))
-    partial_sums.add(*jobs)
+    partial_sums.add(*jobs, make=weight_grads, operands=[second])
     grad_x = to_map(rows(grad_h) @ rounded1.flatten(1), x)
     grad_weight1 = product_weight_grad(grad_h, x, weight1)
     return [grad_x, grad_weight1, *grads, *grad_others]

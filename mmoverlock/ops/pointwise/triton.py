@@ -2,12 +2,16 @@
 
 Maps are (B, H * W, C) in memory (channels_last). What comes before or behind
 a product and would be a pass over a map by itself is done where values are
-loaded or stored: a scale per image and channel, sums over an image. Tiles of
-pixels do not cross images.
+loaded or stored: a scale per image and channel, GELU, sums over an image.
+Tiles of pixels do not cross images where something is of an image.
 
 These products are bound by memory in the network's first two stages: every
 map is read or written once.
 """
+
+from collections.abc import Sequence
+from operator import mul
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,7 +20,7 @@ from torch import Tensor
 
 from .. import tiles
 from ..common import cdiv, next_power_of_2
-from ..gelu import gelu_slope
+from ..gelu import gelu, gelu_slope
 from ..grn.triton import store_scales
 from ..launching import jit
 
@@ -29,6 +33,7 @@ KNOBS = dict(
 )
 # In place of these for fp32: what has registers and 99 KB of shared memory
 WIDE = dict(outputs=64, inputs=32, num_stages=2)
+ACTIVE = dict(inputs=32)  # with GELU of x: with 64, 16 bytes spilled on 8.0
 CANDIDATES = {  # for benchmarks/gpu_tune.py
     f'{kernel}.{name}': values
     for kernel in ('product', 'weight_grad')
@@ -40,8 +45,8 @@ CANDIDATES = {  # for benchmarks/gpu_tune.py
         num_stages=(2, 3, 4),
     ).items()
 }
-PROGRAMS = 264  # of the gradient of a weight, where there is enough to do
-SIZES = ('pixels', 'count', 'items')
+PROGRAMS = 264  # of gradients of weights, where there is enough to do
+SIZES = ('pixels', 'count')
 INTERPRET = triton.knobs.runtime.interpret
 PRECISION = tl.constexpr('tf32x3')  # of products of fp32
 
@@ -58,11 +63,12 @@ def _load_map(
     o_channel,
     channels,
     step,
+    GELU: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
     """A block (PIXELS, C) of ``(x * scale[image] + shift) * keep[image]``.
 
-    Without a scale, it is x. Pixels are ``step`` apart in memory.
+    Without a scale, it is x or its GELU. Pixels are ``step`` apart in memory.
 
     Pixels behind the last one are zero before the shift; nothing counts them.
     """
@@ -81,6 +87,8 @@ def _load_map(
         if p_keep is not None:
             b_wide *= tl.load(p_keep + image)
         b_map = b_wide.to(p_map.dtype.element_ty)
+    if GELU:
+        b_map = gelu(b_map.to(tl.float32)).to(p_map.dtype.element_ty)
     return b_map.to(FACTOR)
 
 
@@ -113,6 +121,7 @@ def _product_kernel(
     INPUTS: tl.constexpr,
     PARTS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    GELU: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """``y[n] = (weight (x[n] scale[image] + shift) + bias) keep[image]``.
@@ -165,6 +174,7 @@ def _product_kernel(
             o_in,
             inputs,
             inputs,
+            GELU,
             FACTOR,
         )
         b_weight = tl.load(
@@ -223,12 +233,13 @@ def _weight_grad(
     inputs,
     outputs,
     step,
+    GELU: tl.constexpr,
     PIXELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """A tile of part ``split`` of :func:`_weight_grad_kernel`."""
+    """A tile of part ``split`` of :func:`_weight_grads_kernel`."""
     FACTOR: tl.constexpr = tl.float32 if UPCAST else p_x.dtype.element_ty
     o_out = block_out * OUTPUTS + tl.arange(0, OUTPUTS)
     o_in = block_in * INPUTS + tl.arange(0, INPUTS)
@@ -248,6 +259,7 @@ def _weight_grad(
             o_out,
             outputs,
             outputs,
+            False,
             FACTOR,
         )
         b_x = _load_map(
@@ -261,6 +273,7 @@ def _weight_grad(
             o_in,
             inputs,
             step,
+            GELU,
             FACTOR,
         )
         acc = tl.dot(tl.trans(b_grad), b_x, acc=acc, input_precision=PRECISION)
@@ -280,79 +293,35 @@ def _weight_grad(
         tl.store(p_bias_parts + o_part, total, mask=m_out)
 
 
-@jit(do_not_specialize=SIZES)
-def _weight_grad_kernel(
-    p_grad,
-    p_x,
-    p_scale,
-    p_shift,
-    p_keep,
-    p_parts,
-    p_bias_parts,
-    pixels,
-    count,
-    items,
-    inputs,
-    outputs,
-    PIXELS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    INPUTS: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Parts of the gradients of a weight and a bias.
-
-    ``parts[o, i] = sum over n of g[n, o] (x[n, i] scale[image, i] + shift[i])
-    ``, ``bias_parts[o] = sum over n of g[n, o]``, ``g = grad keep[image]``.
-
-    grad (B, H W, outputs), x (B, H W, inputs), parts (splits, outputs,
-    inputs) and (splits, outputs); grid (splits, blocks of outputs, blocks of
-    inputs).
-    """
-    _weight_grad(
-        p_grad,
-        p_x,
-        p_scale,
-        p_shift,
-        p_keep,
-        p_parts,
-        p_bias_parts,
-        tl.program_id(0),
-        tl.num_programs(0),
-        tl.program_id(1),
-        tl.program_id(2),
-        pixels,
-        count,
-        items,
-        inputs,
-        outputs,
-        inputs,
-        PIXELS,
-        OUTPUTS,
-        INPUTS,
-        UPCAST,
-    )
-
-
 @jit
 def _weight_grads_kernel(
     grads,
     maps,
+    scales,
+    shifts,
+    keeps,
     parts,
     bias_parts,
+    odd_images,
     odd_pixels,
     odd_splits,
     inputs,
     outputs,
     steps,
+    GELU: tl.constexpr,
     PIXELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """The same for some products, without what is around them.
+    """Parts of the gradients of the weights and biases of some products.
 
-    Of each, grad (N, outputs), x (N, inputs), whose rows are ``step`` apart,
-    parts (splits, outputs, inputs) and (splits, outputs); grid (splits of all,
+    ``parts[o, i] = sum over n of g[n, o] (x[n, i] scale[image, i] + shift[i])
+    ``, ``bias_parts[o] = sum over n of g[n, o]``, ``g = grad keep[image]``.
+
+    Of each, grad (B, H W, outputs), x (B, H W, inputs), whose pixels are
+    ``step`` apart, parts (splits, outputs, inputs) and (splits, outputs);
+    without a scale, B is 1, and x may be GELU of a map. Grid (splits of all,
     times blocks of outputs and of inputs, ). Odd numbers 2 N + 1 keep Triton
     from compiling for kinds of them.
     """
@@ -363,13 +332,13 @@ def _weight_grads_kernel(
         blocks = tl.cdiv(inputs[i], INPUTS)
         programs = splits * tl.cdiv(outputs[i], OUTPUTS) * blocks
         if (program >= 0) & (program < programs):
-            items = tl.cdiv(pixels, PIXELS)
+            count = tl.cdiv(pixels, PIXELS)
             _weight_grad(
                 grads[i],
                 maps[i],
-                None,
-                None,
-                None,
+                scales[i],
+                shifts[i],
+                keeps[i],
                 parts[i],
                 bias_parts[i],
                 program % splits,
@@ -377,11 +346,12 @@ def _weight_grads_kernel(
                 program // splits // blocks,
                 program // splits % blocks,
                 pixels,
-                items,
-                items,
+                count,
+                odd_images[i] // 2 * count,
                 inputs[i],
                 outputs[i],
                 steps[i],
+                GELU[i],
                 PIXELS,
                 OUTPUTS,
                 INPUTS,
@@ -397,10 +367,6 @@ def _upcast(x: Tensor) -> bool:
 
 def _knobs(kernel: str, x: Tensor) -> dict[str, int]:
     return KNOBS[kernel] | (WIDE if x.element_size() == 4 else {})
-
-
-def _count_tiles(x: Tensor, knobs: dict) -> int:
-    return cdiv(x.shape[2:].numel(), knobs['pixels'])
 
 
 def _blocks(knobs: dict) -> dict[str, int]:
@@ -423,6 +389,7 @@ def product(
     offset: Tensor | None = None,
     gelu_input: Tensor | None = None,
     response: tuple[Tensor, Tensor, Tensor] | None = None,
+    gelu: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """A product of the channels of every pixel, and what is around it.
 
@@ -447,21 +414,25 @@ def product(
         response (tuple[Tensor, Tensor, Tensor], optional): Squares (B, parts,
             I), of few parts, gamma (I values) and norms (B, I), of GRN: the
             scale and the norms are made of the first two, and written.
+        gelu (bool): Whether the product is that of GELU of x, which has no
+            scale then. Defaults to False.
 
     Returns:
         tuple[Tensor, Tensor | None]: The result, (B, O, H, W) in
         channels_last, and with a factor the parts (B, tiles, 2 * O) of the
         sums over an image of the result times the factor and by itself.
     """
-    knobs = _knobs('product', x)
+    knobs = _knobs('product', x) | (ACTIVE if gelu else {})
     batch, inputs, height, width = x.shape
     outputs = weight.shape[1 if transposed else 0]
     strides = (1, outputs) if transposed else (inputs, 1)
     dtype = x.dtype if identity is None else identity.dtype
     out = x.new_empty(batch, height, width, outputs, dtype=dtype)
     out = out.permute(0, 3, 1, 2)
-    count = _count_tiles(x, knobs)
-    sums = None
+    pixels, sums = height * width, None
+    if scale is keep is factor is None:  # tiles may cross images
+        batch, pixels = 1, batch * pixels
+    count = cdiv(pixels, knobs['pixels'])
     if factor is not None:
         sums = x.new_empty(batch, count, 2 * outputs, dtype=torch.float32)
     squares, gamma, norm = response or (None, None, None)
@@ -484,94 +455,55 @@ def product(
             out,
             factor,
             sums,
-            height * width,
+            pixels,
             count,
             inputs,
             outputs,
             *strides,
             PARTS=0 if squares is None else squares.shape[1],
             CHANNELS=0 if squares is None else next_power_of_2(inputs),
+            GELU=gelu,
             UPCAST=_upcast(x),
             **_blocks(knobs),
         )
     return out, sums
 
 
-def weight_grad(
-    grad: Tensor,
-    x: Tensor,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    keep: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the weight and the bias of :func:`product`.
+class WeightGrad(NamedTuple):
+    """What gradients of a weight and a bias of :func:`product` are made of."""
 
-    There may be a shift or ``keep`` where there is a scale.
-
-    Returns:
-        tuple[Tensor, Tensor]: Partial sums for :func:`partial_sums.add`,
-        (parts, 1, O * I) and (parts, 1, O).
-    """
-    knobs = _knobs('weight_grad', x)
-    inputs, outputs = x.shape[1], grad.shape[1]
-    count = _count_tiles(x, knobs)
-    items = len(x) * count
-    blocks = (
-        cdiv(outputs, knobs['outputs']),
-        cdiv(inputs, knobs['inputs']),
-    )
-    splits = cdiv(PROGRAMS, blocks[0] * blocks[1])
-    splits = max(1, min(items, splits))
-    parts, bias_parts = (
-        x.new_empty(splits, 1, size, dtype=torch.float32)
-        for size in (outputs * inputs, outputs)
-    )
-    _weight_grad_kernel[(splits, *blocks)](
-        grad,
-        x,
-        scale,
-        shift,
-        keep,
-        parts,
-        bias_parts,
-        x.shape[2:].numel(),
-        count,
-        items,
-        inputs,
-        outputs,
-        UPCAST=_upcast(x),
-        **_blocks(knobs),
-    )
-    return parts, bias_parts
+    outs: Sequence[Tensor]  # that take them; the bias may be missing
+    grad: Tensor  # of the result, (N, O), contiguous
+    x: Tensor  # (N, I), whose values are next to each other
+    scale: Tensor | None = None
+    shift: Tensor | None = None  # this one and keep only where a scale is
+    keep: Tensor | None = None
+    gelu: bool = False
 
 
-def weight_grads(
-    *products: tuple[Tensor, Tensor],
-) -> list[tuple[Tensor, Tensor]]:
+def weight_grads(*products: WeightGrad) -> list[tuple[Tensor, Tensor]]:
     """Gradients of the weights and the biases of some products, in one launch.
 
-    Args:
-        products (tuple[Tensor, Tensor]): The gradient of the result, (N, O),
-            contiguous, and x, (N, I), whose values are next to each other.
-
     Returns:
-        list[tuple[Tensor, Tensor]]: Of each, partial sums for
-        :func:`partial_sums.add`, (parts, 1, O * I) and (parts, 1, O).
+        list[tuple[Tensor, Tensor]]: For :func:`partial_sums.add`, whose parts
+        are (parts, 1, O * I) and (parts, 1, O).
     """
-    grads, maps = zip(*products, strict=True)
+    outs, grads, maps, scales, shifts, keeps, gelus = zip(
+        *products, strict=True
+    )
     knobs = _knobs('weight_grad', maps[0])
     outputs, inputs = ([t.shape[1] for t in ts] for ts in (grads, maps))
     blocks = [
         cdiv(o, knobs['outputs']) * cdiv(i, knobs['inputs'])
         for o, i in zip(outputs, inputs, strict=True)
     ]
-    # Each takes its share of those that run at a time.
-    rows = [x.shape[0] for x in maps]
-    work = sum(n * count for n, count in zip(rows, blocks, strict=True))
-    splits = [
-        max(1, min(cdiv(n, knobs['pixels']), PROGRAMS * n // work))
-        for n in rows
+    images = [1 if scale is None else len(scale) for scale in scales]
+    pixels = [len(x) // n for x, n in zip(maps, images, strict=True)]
+    items = [
+        n * cdiv(size, knobs['pixels'])
+        for n, size in zip(images, pixels, strict=True)
     ]
+    splits = _splits(items, blocks)
     parts = [
         [
             grad.new_empty(count, 1, size, dtype=torch.float32)
@@ -581,20 +513,42 @@ def weight_grads(
             grads, splits, outputs, inputs, strict=True
         )
     ]
-    grid = sum(
-        count * size for count, size in zip(splits, blocks, strict=True)
-    )
+    grid = sum(map(mul, splits, blocks))
     _weight_grads_kernel[(grid,)](
         grads,
         maps,
+        scales,
+        shifts,
+        keeps,
         tuple(part for part, _ in parts),
         tuple(part for _, part in parts),
-        tuple(2 * n + 1 for n in rows),
+        tuple(2 * n + 1 for n in images),
+        tuple(2 * n + 1 for n in pixels),
         tuple(2 * count + 1 for count in splits),
         tuple(inputs),
         tuple(outputs),
         tuple(x.stride(0) for x in maps),
+        GELU=gelus,
         UPCAST=_upcast(maps[0]),
         **_blocks(knobs),
     )
-    return parts
+    return [
+        job
+        for pair in zip(parts, outs, strict=True)
+        for job in zip(*pair, strict=False)
+    ]
+
+
+def _splits(items: list[int], blocks: list[int]) -> list[int]:
+    """Parts of each product, for programs that all run at a time.
+
+    Args:
+        items (list[int]): Tiles of pixels of each.
+        blocks (list[int]): Programs of a part of each.
+    """
+    length = cdiv(sum(map(mul, items, blocks)), PROGRAMS)  # of a program
+    while True:
+        splits = [cdiv(n, length) for n in items]
+        if sum(map(mul, splits, blocks)) <= max(PROGRAMS, sum(blocks)):
+            return splits
+        length += cdiv(length, 16)

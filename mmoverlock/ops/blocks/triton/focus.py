@@ -27,7 +27,7 @@ from ...ffn import triton as ffn
 from ...grn import triton as response_norm
 from ...layernorm import triton as layer_norm
 from ...pointwise import round_parameters, rows, to_map
-from ...pointwise.triton import product, weight_grads
+from ...pointwise.triton import WeightGrad, product, weight_grads
 from ...prior import triton as prior
 from .. import FocusParameters
 from .node import contiguous_fields, run_fused, run_node
@@ -51,7 +51,7 @@ class _Saved(NamedTuple):
     updated: Tensor
     identity: Tensor
     x: Tensor
-    mix: tuple  # before the norm, before GELU, before the product, behind it
+    mix: tuple  # before the norm, before GELU, behind the product
     response: tuple  # norm and scale
     fused: Tensor
     sources: tuple  # of queries and keys, of values; enlarged
@@ -181,8 +181,7 @@ def _forward(z, initial, p, keeps, settings):
         group,
     )
     normal, normal_queries, normal_keys = (y for y, *_ in side_by_side)
-    active = F.gelu(normal)
-    products = _product(active, mix, mix_bias)
+    products, _ = product(normal, mix, mix_bias, gelu=True)
     fused, *response = response_norm.forward(products, *p.response)
 
     mixable = _enlarge(fused, settings.size)
@@ -238,7 +237,7 @@ def _forward(z, initial, p, keeps, settings):
         updated,
         identity,
         x,
-        (neighbors, normal, active, products),
+        (neighbors, normal, products),
         response,
         fused,
         (source, mixable),
@@ -330,10 +329,11 @@ def _backward(grad, s, p, keeps, settings):
         jobs.append((parts, *grads))
         return grads
 
-    def differentiate(grad, x, *tensors):
+    def differentiate(grad, x, *tensors, gelu=False):
         """Gradients that a launch for all products will make."""
         grads = [torch.empty_like(tensor) for tensor in tensors]
-        products.append((rows(channels_last(grad)), rows(x), grads))
+        operands = rows(channels_last(grad)), rows(x)
+        products.append(WeightGrad(grads, *operands, gelu=gelu))
         return grads
 
     grads = {}
@@ -421,12 +421,12 @@ def _backward(grad, s, p, keeps, settings):
     )
     rows(grad).addmm_(rows(grad_gate), gate.flatten(1))
     grad, parts = response_norm.backward(
-        grad, s.mix[3], p.response[0], *s.response
+        grad, s.mix[2], p.response[0], *s.response
     )
     grads['response'] = empty(p.response, parts)
 
-    neighbors, normal, active, _ = s.mix
-    grads['mix'] = differentiate(grad, active, *p.mix)
+    neighbors, normal, _ = s.mix
+    grads['mix'] = differentiate(grad, normal, *p.mix, gelu=True)
     grad, _ = product(grad, mix, transposed=True, gelu_input=normal)
     side_by_side = _norm_grads(
         (grad, grad_query, grad_key),
@@ -480,10 +480,7 @@ def _backward(grad, s, p, keeps, settings):
         first, shift, second, initial_shift = grads['prior']
         jobs.append((parts, first, second, shift))
         jobs.append((parts, None, None, initial_shift))
-    parts = weight_grads(*(operands for *operands, _ in products))
-    for (*_, outs), sums in zip(products, parts, strict=True):
-        jobs += zip(sums, outs, strict=False)
-    partial_sums.add(*jobs)
+    partial_sums.add(*jobs, make=weight_grads, operands=products)
     return (grad, grad_initial), grads
 
 
