@@ -75,6 +75,7 @@ def _forward_kernel(
         False,
         COLUMNS,
         LANES,
+        1,
     )
     tl.debug_barrier()  # Other threads have stored what this one reads.
     WIDE: tl.constexpr = triton.next_power_of_2(COLUMNS)
