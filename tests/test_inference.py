@@ -1,5 +1,7 @@
 """mmoverlock.inference: what a config says, and images as tests see them."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import tiny
@@ -27,80 +29,62 @@ BANDS = np.random.default_rng(0).integers(0, 256, (40, 50, 5), np.uint8)
 PIXELS = BANDS[..., :3]
 
 
-def test_tools_see_what_tests_see(tmp_path, monkeypatch):
+def test_tools_see_what_tests_see(tmp_path):
     """Inputs of the network in a test, and in three tools; of five bands."""
     tifffile = pytest.importorskip('tifffile')
-    file = tmp_path / 'a.tif'
-    tifffile.imwrite(file, BANDS, photometric='minisblack')
-    (tmp_path / 'list.txt').write_text('a.tif 1')
     cfg = Config.fromfile(tiny.classifier(tmp_path))
-    cfg.model.data_preprocessor = dict(
-        num_classes=2, mean=[9.0] * 5, std=[50.0] * 5
-    )
+    file = tmp_path / 'data' / 'tif' / 'a' / 'a.tif'
+    file.parent.mkdir(parents=True)
+    tifffile.imwrite(file, BANDS, photometric='minisblack')
+    cfg.model.data_preprocessor = dict(mean=[9.0] * 5, std=[50.0] * 5)
     cfg.model.backbone.in_channels = 5
-    dataset = dict(
-        type='CustomDataset',
-        data_root=str(tmp_path),
-        ann_file='list.txt',
-        classes=['a', 'b'],
-        pipeline=[
-            dict(type='LoadImageFromFile', imdecode_backend='tifffile'),
-            dict(type='Resize', scale=(64, 64)),
-            dict(type='PackInputs'),
-        ],
-        test_mode=True,
-    )
-    for split in ('val', 'test'):
-        cfg[f'{split}_dataloader'].dataset = concat(dataset)
-    work = tmp_path / 'work'
-    cfg.work_dir = str(work)
+    cfg.val_dataloader = cfg.test_dataloader
+    dataset = cfg.test_dataloader.dataset
+    dataset.update(data_prefix='tif', classes=['a'])
+    dataset.pipeline[0].imdecode_backend = 'tifffile'
+    dataset.pipeline.insert(1, dict(type='Resize', scale=(64, 64)))
+    cfg.work_dir = str(tmp_path / 'work')
+    config, checkpoint = tmp_path / 'config.py', tmp_path / 'a.pth'
+    cfg.dump(config)
     _, picture = load(build_pipeline(cfg), str(file))
     assert (picture == PIXELS).all()
-    seen = []
     forward = OverLoCK.forward
-    monkeypatch.setattr(
-        OverLoCK, 'forward', lambda m, x: (seen.append(x), forward(m, x))[1]
-    )
-    runner = Runner.from_cfg(cfg)
-    runner.test()
-    [expected] = seen
-    assert expected.std() > 0.3
-    checkpoint = str(work / 'a.pth')
-    torch.save({'state_dict': runner.model.state_dict()}, checkpoint)
-    cfg.dump(tmp_path / 'config.py')
-    argv = tmp_path / 'config.py', checkpoint, file, '--out', work
-    tiny.run_tool('predict', *argv, '--device=cpu')
-    tiny.run_tool('visualize', 'features', *argv, '--device=cpu')
-    tiny.load_tool('summarize').draw_predictions(
-        cfg, checkpoint, work / 'p.png', 1, 0
-    )
-    torch.testing.assert_close(seen, [expected] * 4, rtol=0, atol=0)
+    with mock.patch.object(OverLoCK, 'forward', autospec=True) as spy:
+        spy.side_effect = forward
+        runner = Runner.from_cfg(cfg)
+        runner.test()
+        torch.save(runner.model.state_dict(), checkpoint)
+        argv = config, checkpoint, file, '--out', cfg.work_dir
+        tiny.run_tool('predict', *argv, '--device=cpu')
+        tiny.run_tool('visualize', 'features', *argv, '--device=cpu')
+        tiny.load_tool('summarize').draw_predictions(
+            cfg, str(checkpoint), tmp_path / 'p.png', 1, 0
+        )
+    expected, *seen = (call.args[1] for call in spy.call_args_list)
+    assert expected.shape == (1, 5, 64, 64) and expected.std() > 0.3
+    torch.testing.assert_close(seen, [expected] * 3, rtol=0, atol=0)
 
 
 def test_pictures():
     """8 bits are drawn on as they are, anything else is stretched."""
-    gray = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    assert (to_picture(gray) == gray[..., None].repeat(3, 2)).all()
+    gray = PIXELS[..., 0]
+    assert (to_picture(gray) == gray[..., None]).all()
     for dtype in (np.uint8, np.float32):
         picture = to_picture(BANDS.astype(dtype))
         assert picture.dtype == np.uint8 and (picture == PIXELS).all()
     ramp = np.tile(np.linspace(0, 1, 101), (3, 1)).T[None]
     for values in (ramp, (ramp * 1000 - 500).astype(np.int32)):
-        picture = to_picture(values)[0, :, 0]
-        assert picture[0] == 0 and picture[-1] == 255
-        assert abs(int(picture[50]) - 127) <= 2
-        assert (np.diff(picture.astype(int)) >= 0).all()
+        picture = to_picture(values)[0, :, 0].astype(int)
+        assert (picture[0], picture[-1]) == (0, 255)
+        assert abs(picture[50] - 127) <= 2 and (np.diff(picture) >= 0).all()
     assert not to_picture(np.full((2, 2, 3), 700, np.uint16)).any()
     assert to_picture(np.array([[np.nan, 1e6], [0, 1e6]])).max() == 255
 
 
-def test_left_out(tmp_path):
-    """tools/predict.py says what else it cannot read."""
-    file = tmp_path / 'a.png'
-    file.touch()
-    pipeline = Compose([lambda data: None])
+def test_left_out():
+    """What else cannot be read is in test_predict.py."""
     with pytest.raises(inference.UnreadableImage, match='leaves it out'):
-        load(pipeline, str(file))
+        load(Compose([lambda data: None]), __file__)
 
 
 # ------------------------------------------------------------------- configs
@@ -120,12 +104,8 @@ def named(*classes):
     return LEAF | dict(metainfo=dict(classes=[*classes]))
 
 
-def concat(*datasets):
-    return dict(type='ConcatDataset', datasets=[*datasets])
-
-
-def repeat(dataset):
-    return dict(type='RepeatDataset', times=2, dataset=dataset)
+def wrap(kind, **settings):
+    return dict(type=f'{kind}Dataset', **settings)
 
 
 def config(**splits):
@@ -136,65 +116,57 @@ def config(**splits):
     return Config(dict(default_scope='mmdet', **loaders))
 
 
+DEEP = wrap('Concat', datasets=[named('x', 'y'), LEAF])
+DEEP = wrap('Concat', datasets=[wrap('Repeat', times=2, dataset=DEEP)])
+MIX = wrap(
+    'MultiImageMix',
+    dataset=named('x', 'y') | dict(pipeline=[LOAD | OLD, *TRUTH]),
+    pipeline=[PACK],
+)
+UNNAMED = dict(type='mmpretrain.CustomDataset', data_root='')
+
+
 @pytest.mark.parametrize(
-    'dataset',
+    'splits, classes',
     [
-        concat(repeat(concat(named('x', 'y'), LEAF))),
-        dict(
-            type='MultiImageMixDataset',
-            dataset=named('x', 'y') | dict(pipeline=[LOAD | OLD, *TRUTH]),
-            pipeline=[PACK],
-        ),
+        (dict(test=DEEP, val=named('v'), train=named('r')), ['x', 'y']),
+        (dict(test=None, val=MIX, train=named('r')), ['x', 'y']),
+        (dict(train=named('r')), ['r']),
+        (dict(test=UNNAMED, val=named('v')), None),
+        ({}, None),
     ],
 )
-def test_datasets(dataset):
-    """In any wrapper, for testing or else validating; no truth is loaded."""
-    for splits in dict(train=LEAF, test=dataset), dict(test=None, val=dataset):
-        cfg = config(**splits)
-        assert dataset_meta(cfg)['classes'] == ['x', 'y']
-        steps = build_pipeline(cfg).transforms
-        names = [type(step).__name__ for step in steps]
-        assert names == ['LoadImageFromFile', 'PackDetInputs']
-        assert steps[0].backend_args is None  # files are local
-        assert steps[0].file_client_args is None
+def test_classes(splits, classes):
+    """Those to test, to validate, to train; no set is skipped."""
+    assert dataset_meta(config(**splits)).get('classes') == classes
 
 
-def test_order_of_datasets():
-    """To test, to validate, to train; one without classes is not skipped."""
-    sets = dict(test=named('t'), val=named('v'), train=named('r'))
-    for split, dataset in [*sets.items()]:
-        classes = dataset['metainfo']['classes']
-        assert dataset_meta(config(**sets))['classes'] == classes
-        del sets[split]
-    assert dataset_meta(config()) == {}
-    unnamed = dict(type='mmpretrain.CustomDataset', data_root='')
-    assert dataset_meta(config(test=unnamed, val=named('v'))) == {}
-    assert dataset_meta(config(val=LEAF))['classes'][2] == 'car'
+@pytest.mark.parametrize('splits', [dict(test=DEEP), dict(val=MIX), {}])
+def test_pipeline(splits):
+    """In any wrapper; files are local, and no truth is loaded."""
+    cfg = config(train=LEAF, **splits)
+    if not splits:
+        with pytest.raises(inference.ConfigError, match='test_pipeline = '):
+            build_pipeline(cfg)
+        cfg.test_pipeline = LEAF['pipeline']
+    load, pack = build_pipeline(cfg).transforms
+    assert type(load).__name__ == 'LoadImageFromFile'
+    assert type(pack).__name__ == 'PackDetInputs'
+    assert load.backend_args is load.file_client_args is None
 
 
-def test_no_pipeline():
-    """Only a training set, whose pipeline is another one."""
-    cfg = config(train=LEAF, test=dict(type='CocoDataset'))
-    with pytest.raises(inference.ConfigError, match='test_pipeline = '):
-        build_pipeline(cfg)
-    cfg.test_pipeline = [LOAD, PACK]
-    assert len(build_pipeline(cfg).transforms) == 2
-
-
-@pytest.mark.parametrize('as_class', [False, True])
-def test_classes_in_a_file(tmp_path, as_class):
+def test_classes_in_a_file(tmp_path):
     """Of both forms that mmpretrain takes; names, not letters of the path."""
     file = tmp_path / 'classes.txt'
     given = dict(classes=str(file))
-    dataset = dict(type='mmpretrain.CustomDataset', **given)
-    if as_class:
-        kind = DATASETS.get('mmpretrain.CustomDataset')
-        dataset = dict(type=kind, metainfo=given)
-    cfg = config(test=dataset)
-    with pytest.raises(inference.ConfigError, match='classes.txt.*not exist'):
-        dataset_meta(cfg)
-    file.write_text('some dog\ncat\n')
-    assert dataset_meta(cfg)['classes'] == ['some dog', 'cat']
+    kind = DATASETS.get('mmpretrain.CustomDataset')
+    for dataset in (UNNAMED | given, dict(type=kind, metainfo=given)):
+        file.unlink(missing_ok=True)
+        cfg = config(test=dataset)
+        with pytest.raises(inference.ConfigError, match='txt.*not exist'):
+            dataset_meta(cfg)
+        file.write_text('some dog\ncat\n')
+        assert dataset_meta(cfg)['classes'] == ['some dog', 'cat']
 
 
 def test_classes_of_a_checkpoint(tmp_path):
@@ -216,14 +188,10 @@ def test_classes_of_a_checkpoint(tmp_path):
 
 def test_scope():
     """Of configs without a default scope, as of types that are classes."""
-    for kind, scope in (
-        ('mmoverlock.models.classification.OverLoCKClsHead', 'mmpretrain'),
-        ('torch.nn.Linear', None),
-        ('MaskRCNN', None),
-    ):
-        cfg = Config(dict(model=dict(type=kind)))
-        assert inference.scope_of(cfg) == scope
-    assert inference.scope_of(Config()) is None
+    head = 'mmoverlock.models.classification.OverLoCKClsHead'
+    scopes = {head: 'mmpretrain', 'torch.nn.Linear': None, 'MaskRCNN': None}
+    for kind, scope in scopes.items():
+        assert inference.scope_of(Config({'model': {'type': kind}})) == scope
 
 
 def test_palettes():

@@ -1,10 +1,14 @@
 """tools/visualize.py: the pictures of every subcommand, and their numbers."""
 
+import re
+from unittest import mock
+
 import numpy as np
 import pytest
 import tiny
 import torch
 from mmengine.config import Config
+from networks import make_block
 from PIL import Image
 
 from mmoverlock.inference import (
@@ -24,35 +28,30 @@ tool = tiny.load_tool('visualize')
 def files(tmp_path_factory):
     """The config, checkpoint and image of a classifier, and of a detector."""
     folder = tmp_path_factory.mktemp('files')
-    photo = folder / 'photo.png'
-    rng = np.random.default_rng(0)
-    small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    Image.fromarray(small).resize((120, 90)).save(photo)
-    models = {task: tiny.write_model(task, folder) for task in ('cls', 'det')}
-    return {task: [*model, str(photo)] for task, model in models.items()}
+    tiny.photo(folder / 'photo.png', (120, 90))
+    return {
+        task: (*tiny.write_model(task, folder), str(folder / 'photo.png'))
+        for task in ('cls', 'det')
+    }
 
 
 @pytest.fixture
 def draw(files, tmp_path, monkeypatch):
-    """Runs a subcommand; returns the figure, and what `show_maps` got."""
+    """Runs a subcommand; returns the figure, its maps and what is printed."""
     monkeypatch.setitem(tool.STYLE, 'savefig.dpi', 60)
-    calls, figures = [], []
-    show, save = tool.show_maps, tool.save
-    monkeypatch.setattr(
-        tool, 'show_maps', lambda *args: calls.append(args) or show(*args)
-    )
-    monkeypatch.setattr(
-        tool, 'save', lambda *args: figures.append(args) or save(*args)
-    )
+    show, save = (mock.Mock(wraps=f) for f in (tool.show_maps, tool.save))
+    monkeypatch.setattr(tool, 'show_maps', show)
+    monkeypatch.setattr(tool, 'save', save)
 
     def draw(command, task, *options):
         argv = command, *files[task], '--out', tmp_path, '--device', 'cpu'
         output = tiny.run_tool('visualize', *argv, *options)
-        figure, path = figures.pop()
+        figure, path = save.call_args.args
         assert path.parent == tmp_path and str(path) in output
         pixels = np.asarray(Image.open(path).convert('RGB')).reshape(-1, 3)
         assert len(np.unique(pixels, axis=0)) > 200
-        return figure, calls.pop() if calls else output
+        maps = show.call_args.args[0] if show.called else None
+        return figure, maps, output
 
     return draw
 
@@ -67,26 +66,25 @@ def load_files(files):
 
 @torch.no_grad()
 def test_prior(files, draw):
-    """What the Overview-Net says, and what stage 3 makes of it."""
-    figure, (maps, picture, padded, _) = draw('prior', 'cls')
-    backbone, inputs, expected = load_files(files['cls'])
-    assert padded == inputs.shape[2:]
-    assert (picture == expected).all()
+    """Of the Overview-Net, and as it is after stage 3."""
+    figure, maps, _ = draw('prior', 'cls')
+    backbone, inputs, picture = load_files(files['cls'])
     prior, updated = maps.values()
     base = backbone.base_net(inputs)[-1]
     overview = backbone.overview_net(base)
     torch.testing.assert_close(prior, backbone.high_level_proj(overview)[0])
     stage3 = backbone.focus_net(base, overview)[0]
     torch.testing.assert_close(updated, stage3[0, -len(prior) :])
-    title = 'context prior P0\n8 channels, 2 x 2'
-    assert figure.axes[1].get_title() == title
+    image, first = figure.axes[:2]
+    assert (image.images[0].get_array() == picture).all()
+    assert first.get_title() == 'context prior P0\n8 channels, 2 x 2'
 
 
 def test_features(files, draw):
     """Of a detector; of a classifier, where its heads read."""
-    _, (maps, *_) = draw('features', 'cls')
+    _, maps, _ = draw('features', 'cls')
     assert [*maps] == ['Overview-Net', 'Focus-Net']
-    figure, (maps, *_) = draw('features', 'det')
+    figure, maps, _ = draw('features', 'det')
     assert [*maps] == [f'map {i}, stride {4 * 2**i}' for i in range(4)]
     backbone, inputs, picture = load_files(files['det'])
     for map_, expected in zip(maps.values(), backbone(inputs), strict=True):
@@ -102,27 +100,24 @@ def test_features(files, draw):
 
 
 def test_kernels(draw):
+    """At given pixels, or on the middle line; one scale for all."""
     options = '--at', '10,20', '60,5', '--stage', '4', '--block', '0'
-    figure, _ = draw('kernels', 'cls', *options)
+    figure, *_ = draw('kernels', 'cls', *options)
     titles = [figure.axes[i].get_title() for i in (0, 9)]
     assert titles == ['x = 10, y = 20', 'x = 60, y = 5']
     cells = [c.images[0] for c in figure.axes[1:9] + figure.axes[10:18]]
     for cell in cells:
         assert cell.get_array().mean() == pytest.approx(1, abs=1e-4)
-    # One scale for all
     ((low, high),) = {(cell.norm.vmin, cell.norm.vmax) for cell in cells}
     assert low == pytest.approx(1 / high)
-    figure, _ = draw('kernels', 'cls')  # where nobody says where
+    figure, *_ = draw('kernels', 'cls')
     assert figure.axes[0].get_title() == 'x = 16, y = 32'
 
 
 def test_windows_in_the_picture():
     """Rectangles and rings are where the windows and positions are."""
     picture = np.zeros((40, 60, 3), np.uint8)
-    kernels = [
-        (torch.full((2, 5, 5), 1 / 25), 0, 3),
-        (torch.full((2, 7, 7), 1 / 49), 1, 2),
-    ]
+    kernels = [(torch.ones(2, 5, 5), 0, 3), (torch.ones(2, 7, 7), 1, 2)]
     figure = tool.show_kernels([((45, 9), (1, 5), kernels)], picture, (8, 9))
     boxes = [patch.get_bbox().bounds for patch in figure.axes[0].patches]
     assert boxes == [(26.5, -0.5, 45, 40), (17.5, 7.5, 63, 56)]
@@ -135,22 +130,21 @@ def test_windows_in_the_picture():
 def test_dynamic_kernels():
     """They give the block's mix when the windows are multiplied by hand."""
     torch.manual_seed(0)
-    shape = dict(kernel_size=7, heads=2, first=True, drop_path=0.0)
-    options = dict(norm_cfg={'type': 'BN'}, contmix_backend='auto')
-    block = FocusBlock(16, 8, **shape, **options, deploy=False).eval()
+    options = dict(kernel_size=7, heads=2, first=True, contmix_backend='auto')
+    block = make_block(FocusBlock, 16, 8, **options).eval()
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter)
     z, value = torch.randn(1, 24, 9, 12), torch.randn(1, 16, 9, 12)
     modules = {'query': block.weight_query, 'key': block.weight_key}
     with tool.recording(**modules) as got:
         mixed = block.dynamic_conv(z, value)[0]
-    halves = value[0].chunk(2)
     for row, column in ((0, 0), (4, 6), (8, 11), (1, 9)):
         parts = []
         kernels = tool.dynamic_kernels(block, **got, position=(row, column))
-        for half, (kernel, top, left) in zip(halves, kernels, strict=True):
+        for half, (kernel, top, left) in zip(
+            value[0].chunk(2), kernels, strict=True
+        ):
             k = kernel.shape[-1]
-            assert kernel.shape == (4, k, k)
             assert top == min(max(row - k // 2, 0), 9 - k)
             window = half[:, top : top + k, left : left + k]
             parts.append((kernel.repeat_interleave(2, 0) * window).sum((1, 2)))
@@ -160,61 +154,42 @@ def test_dynamic_kernels():
 
 def test_erf(draw):
     """What is printed is what is drawn."""
-    figure, output = draw('erf', 'cls', '--size', '64')
-    lines = output.splitlines()
-    start = lines.index('area ratios, 1 images of 64 x 64')
-    for i, line in enumerate(lines[start + 2 : start + 4]):
-        assert line.startswith(f'stage {3 + i}')
-        ratios = [float(n.strip('%')) for n in line.split()[2:]]
-        assert len(ratios) == 4 and 0 < ratios[0] and ratios[-1] <= 100
-        assert ratios == sorted(ratios)
-        axes = figure.axes[i]
+    figure, _, output = draw('erf', 'cls', '--size', '64')
+    assert 'area ratios, 1 images of 64 x 64' in output
+    for stage, axes in zip((3, 4), figure.axes, strict=False):
         assert axes.images[0].get_array().max() == pytest.approx(1)
+        (line,) = re.findall(f'^stage {stage}(.*)', output, re.M)
+        ratios = [float(word.strip('%')) for word in line.split()]
+        assert ratios == sorted(ratios) and 0 < ratios[0] < ratios[3] <= 100
         written = ' / '.join(f'{ratio:.1f}' for ratio in ratios)
         assert f'in {written} % of the area' in axes.get_xlabel()
 
 
 def test_area_ratios():
-    """Squares that grow around an odd centre until they hold the share."""
-    found = torch.rand(32, 32, generator=torch.Generator().manual_seed(0))
-    found[12:22, 14:24] += 5
-    expected = []
-    for share in tool.SHARES:
-        for half in range(1, 40):
-            # Around the position from 16 to 20, whose centre is 17.5.
-            low, high = max(18 - half, 0), min(18 + half, 32)
-            if found[low:high, low:high].sum() >= share * found.sum():
-                break
-        expected.append((high - low) ** 2 / 32**2)
-    assert tool.area_ratios(found, 17.5) == pytest.approx(expected)
+    """Of squares around a center beside the middle, which end at the edge."""
+    found = torch.ones(8, 8)
+    found[0] = found[:, 0] = 0
+    # Of the 49 pixels that count, they hold 4, 16, 36 and all.
+    expected = [16 / 64, 16 / 64, 36 / 64, 49 / 64]
+    assert tool.area_ratios(found, 4.5) == expected
 
 
-def test_effective_field_is_a_gradient():
-    """Of the central position: finite differences agree."""
+def test_effective_field():
+    """Gradients of the central position, where positive, of all images."""
     torch.manual_seed(0)
     backbone = OverLoCK(tiny.ARCH).double().eval()
     for parameter in backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    picture = np.zeros((64, 64, 3), np.uint8)
+    image = torch.randn(1, 3, 64, 64, dtype=torch.float64, requires_grad=True)
     module = backbone.sub_blocks3[-1]
-    images = [('', image, picture)] * 2
+    with tool.recording(a=module) as maps:
+        backbone(image)
+    maps['a'][0, :, 2, 2].sum().backward()
+    images = [('', image.detach(), np.zeros((64, 64, 3), np.uint8))] * 2
     sums, centers = tool.effective_field(backbone, {'a': module}, images, 64)
     assert centers == {'a': 2.5 * 16 - 0.5}
-
-    @torch.no_grad()
-    def center(x):
-        with tool.recording(a=module) as maps:
-            backbone(x)
-        return maps['a'][0, :, 2, 2].sum().item()
-
-    expected = 0
-    for channel in range(3):
-        step = torch.zeros_like(image)
-        step[0, channel, 40, 30] = 1e-4
-        slope = (center(image + step) - center(image - step)) / 2e-4
-        expected += len(images) * max(slope, 0)
-    assert sums['a'][40, 30].item() == pytest.approx(expected, rel=1e-4)
+    expected = 2 * image.grad[0].clamp_min(0).sum(0)
+    torch.testing.assert_close(sums['a'], expected)
 
 
 def test_principal_components():
@@ -222,13 +197,11 @@ def test_principal_components():
     maps = torch.zeros(4, 6, 5, dtype=torch.float64)
     ramp = torch.arange(6.0)[:, None].expand(6, 5) - 2.5
     maps[0], maps[1] = 4 * ramp, -3 * ramp
-    maps[2] = 0.1 * torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    maps[2] = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0])
     components, shares = tool.principal_components(maps)
-    expected = 5 * ramp.double()
-    torch.testing.assert_close(components[..., 0], expected)
-    variances = expected.var(correction=0), maps[2].var(correction=0)
-    expected = torch.stack(variances) / sum(variances)
-    torch.testing.assert_close(shares[:2], expected)
-    assert components[..., 2].abs().max() < 1e-6
+    first = 5 * ramp.double()
+    torch.testing.assert_close(components[..., 0], first)
+    variances = torch.stack([first, maps[2]]).var((1, 2))
+    torch.testing.assert_close(shares[:2], variances / variances.sum())
     red = tool.as_colors(components)[..., 0].mean(1)
     assert (red.diff() > 0).all() and red[0] < 0.05 and red[-1] > 0.95

@@ -307,3 +307,10 @@ def imagenet(folder, **options):
     cfg.train_dataloader.batch_size = 4
     cfg.train_cfg.max_epochs = 1
     return _write(cfg, folder, 'imagenet', options)
+
+
+def photo(path, size):
+    """Write a picture of some large patches, of size (width, height)."""
+    random = np.random.default_rng(0)
+    patches = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(patches).resize(size).save(path)
