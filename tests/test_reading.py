@@ -37,31 +37,21 @@ def test_training_state(path):
         'args': Namespace(lr=0.1),
         'names': {'a'},
         'runtime_info': OrderedDict(eta=np.float64(3), step=np.int32(4)),
+        'arrays': [
+            np.asfortranarray(np.arange(6, dtype='i2').reshape(2, 3)),
+            np.array([True, False]),
+            np.array(7, 'f4'),
+        ],
     }
-    arrays = [
-        np.asfortranarray(np.arange(6, dtype='i2').reshape(2, 3)),
-        np.array([True, False]),
-        np.array(7, 'f4'),
-    ]
     history = HistoryBuffer([1.5, 2.5], [1, 1])
-    other = {
-        'state_dict': weights,
-        'arrays': arrays,
-        'log_scalars': {'train/loss': history, 'empty': HistoryBuffer()},
-    }
+    scalars = {'loss': history, 'empty': HistoryBuffer()}
+    other = {'state_dict': weights, 'log_scalars': scalars}
     contents = reread(path, plain | other)
-    state, found, history = (contents.pop(key) for key in other)
-    assert contents == plain
-    for key, value in plain.items():
-        assert type(contents[key]) is type(value)
-    assert isinstance(contents['runtime_info']['eta'], np.float64)
+    state, scalars = (contents.pop(key) for key in other)
+    assert repr(contents) == repr(plain)  # types too
     torch.testing.assert_close(state, weights, rtol=0, atol=0)
     assert state._metadata == weights._metadata
-    for result, array in zip(found, arrays, strict=True):
-        np.testing.assert_array_equal(result, array)
-        assert result.dtype == array.dtype
-        assert result.flags.f_contiguous == array.flags.f_contiguous
-    history = history['train/loss']
+    history = scalars['loss']
     assert type(history) is HistoryBuffer and history.max_length == 1000000
     history.update(6.5)  # what was read can be gone on with
     assert (history.mean(), history.statistics('max')) == (3.5, 6.5)
@@ -74,12 +64,8 @@ def test_safetensors(tmp_path):
     package.save_file(state, path)
     contents = read(str(path))
     assert contents.keys() == {'state_dict'}
-    torch.testing.assert_close(
-        dict(contents['state_dict']), state, rtol=0, atol=0
-    )
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match='truncated or damaged'):
-        read(str(path))
+    found = dict(contents['state_dict'])
+    torch.testing.assert_close(found, state, rtol=0, atol=0)
 
 
 # ------------------------------------------------------------ broken files
@@ -159,8 +145,7 @@ def test_one_process_of_a_machine_downloads(kept, monkeypatch, first):
 
     def barrier():
         there.append(kept.exists())
-        if not first:
-            torch.save({'weight': torch.ones(1)}, kept)
+        torch.save({'weight': torch.ones(1)}, kept)
 
     monkeypatch.setattr(reading, 'barrier', barrier)
     monkeypatch.setenv('LOCAL_RANK', '0' if first else '3')
@@ -185,15 +170,15 @@ class Made:
         """Pickles want what they call to be callable."""
 
 
-GLOBALS = Made(getattr, (HistoryBuffer.mean, '__globals__'))
-
-
 @pytest.mark.parametrize(
     'value',
     [
         # Attributes of what is allowed.
         Made(Made(getattr, (HistoryBuffer, 'mean')), (1,)),
-        Made(*GLOBALS.reduced, None, None, iter([('np', 1)])),
+        Made(
+            *(getattr, (HistoryBuffer.mean, '__globals__')),
+            *(None, None, iter([('np', 1)])),
+        ),
         Made(np.dtype, ('i8,O',)),  # whose items are pointers
     ],
 )

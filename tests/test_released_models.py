@@ -80,26 +80,8 @@ def test_released_mask_rcnn(tmp_path):
     }
     file = tmp_path / 'maskrcnn1x.pth'
     torch.save({'meta': meta, 'state_dict': state}, file)
-    log = tiny.run_tool(
-        *('test', config, file, '--work-dir', tmp_path / 'work'),
-        *('--cfg-options', 'model.backbone.deploy=True'),
-    )
+    argv = 'test', config, file, '--work-dir', tmp_path / 'work'
+    deploy = '--cfg-options', 'model.backbone.deploy=True'
+    log = tiny.run_tool(*argv, *deploy)
     assert 'coco/segm_mAP' in log
     assert re.search(r'loaded .*: (\d+) of \1 tensors fit\n', log)
-
-
-def test_options_are_not_evaluated(tmp_path, monkeypatch):
-    """Not when they are read, merged, nor when the config is saved."""
-    monkeypatch.chdir(tmp_path)
-    value = '!!python/object/apply:os.mkdir [marker]'
-    config = str(CONFIGS / 'mask_rcnn/overlock_xt_1x.py')
-    train = tiny.load_tool('train')
-    args = train.build_parser().parse_args(
-        [config, '--cfg-options', 'log_level=INFO', f'work_dir={value}']
-    )
-    assert args.cfg_options['log_level'] == 'INFO'
-    cfg = train.cli.load_config(args)
-    cfg.dump('config.py')
-    again = Config.fromfile('config.py')
-    assert again.work_dir == args.cfg_options['work_dir']
-    assert not (tmp_path / 'marker').exists()

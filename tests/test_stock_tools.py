@@ -21,21 +21,21 @@ from matplotlib import pyplot  # noqa: E402
 TASKS = {
     'det': (tiny.detector, 'mmdet', 'epoch_1.pth', 'coco/segm_mAP'),
     'seg': (tiny.segmentor, 'mmseg', 'iter_2.pth', 'mIoU'),
-    'cls': (tiny.imagenet, 'mmpretrain', 'epoch_1.pth', 'accuracy/top1'),
+    'cls': (tiny.imagenet, 'mmpretrain', 'epoch_1.pth', 'accuracy/top5'),
 }
 
 
 def run(package, name, *arguments):
     """Run a package's tool."""
-    package = Path(find_spec(package).origin).parent
-    tool = package / '.mim' / 'tools' / f'{name}.py'
-    argv = [str(word) for word in (tool, *arguments)]
+    tools = Path(find_spec(package).origin).parent / '.mim' / 'tools'
+    argv = [str(word) for word in (tools / f'{name}.py', *arguments)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(sys, 'argv', argv))
         stack.enter_context(mock.patch.dict(os.environ, LOCAL_RANK='0'))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(pyplot.rc_context())
         stack.callback(pyplot.close, 'all')
+        stack.callback(tiny.forget_instances)
         runpy.run_path(argv[0], run_name='__main__')
 
 
@@ -45,12 +45,12 @@ def test_tools(task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pyplot.switch_backend('Agg')
     write, package, checkpoint, metric = TASKS[task]
-    config = write(tmp_path)
+    config, checkpoint = write(tmp_path), Path('trained', checkpoint)
     run(package, 'train', config, '--work-dir', 'trained')
-    checkpoint = Path('trained') / checkpoint
-    weights = torch.load(checkpoint, weights_only=False)['state_dict']
-    assert all(weight.isfinite().all() for weight in weights.values())
-    tiny.forget_instances()
+    saved = torch.load(checkpoint, weights_only=False)
+    weights = saved['state_dict'].values()
+    assert all(weight.isfinite().all() for weight in weights)
+    assert ('ema_state_dict' in saved) == (task == 'cls')
     run(package, 'test', config, checkpoint, '--work-dir', 'tested')
     (log,) = Path('tested').glob('*/*.json')
     assert metric in json.loads(log.read_text())
