@@ -1,24 +1,23 @@
-"""Loading weights: what fits, what is said about it, and the released files.
+"""Loading weights: what fits, and what is said about it.
 
-That files are read safely is in test_reading.py.
+That files are read safely is in test_reading.py; released ones are in
+test_hub.py and test_released_models.py.
 """
 
 from logging import INFO, WARNING
 
 import pytest
 import torch
-from golden import load, state_dict
 from mmengine.hooks import EMAHook
 from mmengine.model import BaseModel
 from mmengine.runner import CheckpointLoader, Runner
-from tiny import ARCH
+from tiny import ARCH, DEEPER
 from torch import nn
 
 from mmoverlock.checkpoint import CheckpointError, load_safely
 from mmoverlock.engine import LoadingCheck
 from mmoverlock.models import OverLoCK, weights
 from mmoverlock.models.weights import (
-    OUTPUT_LAYERS,
     add_prefixes,
     arch_of,
     load_pretrained,
@@ -47,130 +46,115 @@ def save(tmp_path):
     return save
 
 
-def tiny(seed=0, **kwargs):
+def tiny(seed=0, arch=ARCH, **kwargs):
     torch.manual_seed(seed)
-    model = OverLoCK(ARCH, **kwargs)
+    model = OverLoCK(arch, **kwargs)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             tensor.data.uniform_(0.1, 0.5)
     return model
 
 
-def assert_loaded(model, state, left_alone=()):
+def assert_loaded(model, state):
     """All tensors of a model are those of a state dict."""
     for name, tensor in model.state_dict().items():
-        if not name.startswith(left_alone):
-            assert torch.equal(tensor, state[name]), name
+        assert torch.equal(tensor, state[name]), name
 
 
-def test_released_classifier(save, messages):
-    """As it is, into detectors, with one message."""
-    state = state_dict(load('keys_cls_xt'))
-    path = save(state)
-    init_cfg = dict(type='Pretrained', checkpoint=path)
-    model = OverLoCK('xt', fuse_overview=True, init_cfg=init_cfg).double()
-    model.init_weights()
-    assert_loaded(model, state, OUTPUT_LAYERS)
-    assert (model.extra_norm['0'].weight == 1).all()
-    text = (
-        f'loaded {path}: 1549 of 1563 tensors fit; missing: extra_norm.* (10),'
-        ' h_proj.* (4); left out: aux_head.* (7), head.* (8)'
-    )
-    assert messages == [(INFO, text)]
+def old(state):
+    """As DataParallel, and a PyTorch that did not count batches, had it."""
+    names = [n for n in state if not n.endswith('num_batches_tracked')]
+    return {f'module.{name}': state[name] for name in names}
 
 
-STEM = 'patch_embed1.0.weight'
-OVERVIEW = 'left out: extra_norm.* (2), h_proj.* (4)'
-LAST = 'left out: patch_embedx.* (12), sub_blocks4.* (109), extra_norm.* (2)'
-IMAGES = f'of another shape: {STEM} (4, 3, 3, 3) instead of (4, 5, 3, 3)'
+def of_a_detector(state):
+    return {'state_dict': add_prefixes(state), 'meta': {}}
+
+
+def of_a_trainer(state):
+    return {'model': merge(state, EPS), 'epoch': 3}
+
+
+def released(state):
+    return state | dict.fromkeys(['head.4.weight', 'head.4.bias'], ONE)
+
+
+ONE = torch.ones(1)
+EPS = 0.5  # which no checkpoint says
+DEPLOY = dict(deploy=True, norm_cfg=dict(type='BN', eps=EPS))
+FUSE = dict(fuse_overview=True)
+NEW = '; missing: extra_norm.* (10), h_proj.* (4); left out: head.* (2);'
+OVERVIEW = '; left out: extra_norm.* (2), h_proj.* (4);'
+LAST = (
+    '; left out: patch_embedx.* (12), sub_blocks4.* (109), extra_norm.* (2);'
+)
+STEM = 'patch_embed1.0.weight (4, 3, 3, 3) instead of (4, 5, 3, 3)'
 
 
 @pytest.mark.parametrize(
-    ('written', 'built', 'text'),
+    ('written', 'form', 'built', 'level', 'end'),
     [
-        (dict(fuse_overview=True), {}, OVERVIEW),
-        ({}, dict(out_indices=(0, 1, 2)), LAST),
-        ({}, dict(in_channels=5), IMAGES),
+        ({}, old, {}, INFO, ';'),
+        ({}, of_a_detector, DEPLOY, INFO, ';'),
+        ({}, of_a_trainer, DEPLOY, INFO, ';'),
+        (dict(classifier=True), released, FUSE, INFO, NEW),
+        (FUSE, dict, {}, WARNING, OVERVIEW),
+        ({}, dict, dict(out_indices=(0, 1, 2)), WARNING, LAST),
+        (
+            {},
+            dict,
+            dict(in_channels=5),
+            WARNING,
+            f'; of another shape: {STEM};',
+        ),
     ],
 )
-def test_fits(written, built, text, save, messages):
-    """Of detectors, fewer maps, other images: all but that, with a warning."""
-    state, model = tiny(1, **written).state_dict(), tiny(**built)
-    load_pretrained(model, save(state))
-    if text == IMAGES:
-        state[STEM] = tiny(**built).state_dict()[STEM]  # as initialized
-    assert_loaded(model, state)
-    [(level, message)] = messages
-    assert level == WARNING
-    assert message.endswith(f' tensors fit; {text}')
-
-
-def test_forms_of_files(save, messages):
-    """OpenMMLab's, DataParallel's of an old PyTorch, merged, a trainer's."""
-    state = tiny(1).state_dict()
-    merged = merge(state)
-    old = {
-        f'module.{name}': value
-        for name, value in state.items()
-        if not name.endswith('num_batches_tracked')
-    }
-    for contents, deploy in (
-        ({'state_dict': add_prefixes(state)}, False),
-        (old, False),
-        (merged, True),
-        ({'model': merged, 'epoch': 3}, True),
-    ):
-        model = tiny(deploy=deploy)
-        load_pretrained(model, save(contents))
-        assert_loaded(model, merged if deploy else state)
-    assert all(text.endswith('tensors fit') for _, text in messages)
-
-
-def test_merging_on_the_way_is_exact(save):
-    """By the eps of the config, which is no part of a checkpoint."""
-    norm_cfg = dict(type='BN', eps=0.5)
-    model = tiny(1, norm_cfg=norm_cfg).double().eval()
-    deployed = tiny(norm_cfg=norm_cfg, deploy=True).double().eval()
-    load_pretrained(deployed, save(add_prefixes(model.state_dict())))
-    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    with torch.no_grad():
-        torch.testing.assert_close(deployed(x), model(x))
+def test_fits(written, form, built, level, end, save, messages):
+    """What fits is loaded, merged on the way; the rest stays as it was."""
+    state = tiny(1, **written).state_dict()
+    model, expected = tiny(**built), tiny(**built).state_dict()
+    load_pretrained(model, save(form(state)))
+    fitting = merge(state, EPS) if built == DEPLOY else state
+    for name, weight in fitting.items():
+        if name in expected and expected[name].shape == weight.shape:
+            expected[name] = weight
+    assert_loaded(model, expected)
+    [(said, message)] = messages
+    assert said == level and f' tensors fit{end}' in f'{message};'
 
 
 BIAS = 'blocks2.0.dwconv.bias'
 BRANCH = 'blocks1.0.proj.1.dil_bn_k5_1.bias'
+OTHER = (
+    r'it looks like OverLoCK of depths \[1, 1.* and channels \[8.*, and the '
+    r'model is OverLoCK of depths \[1, 2.*: change the arch or take another'
+)
 
 
 @pytest.mark.parametrize(
-    ('lacking', 'deploy', 'words'),
+    ('lacking', 'form', 'built', 'words'),
     [
-        (BIAS, False, f'fit; missing: {BIAS}$'),
-        (BRANCH, True, '0.proj.1. cannot be merged'),
-        (None, False, 'reparam.*deploy=True'),
+        (BIAS, dict, {}, f'fit; missing: {BIAS}$'),
+        (BRANCH, dict, DEPLOY, '0.proj.1. cannot be merged'),
+        (None, merge, {}, 'reparam.*deploy=True'),
+        (None, dict, dict(arch=DEEPER), OTHER),
     ],
 )
-def test_does_not_fit(lacking, deploy, words, save):
+def test_does_not_fit(lacking, form, built, words, save):
     """An error that says why, and nothing is loaded."""
-    state, model = tiny(1).state_dict(), tiny(deploy=deploy)
-    if lacking:
-        del state[lacking]
+    state, model = tiny(1).state_dict(), tiny(**built)
+    state.pop(lacking, None)
     with pytest.raises(CheckpointError, match=words):
-        load_pretrained(model, save(state if lacking else merge(state)))
-    assert_loaded(model, tiny(deploy=deploy).state_dict())
+        load_pretrained(model, save(form(state)))
+    assert_loaded(model, tiny(**built).state_dict())
 
 
-def test_other_arch(save):
-    """By names and shapes; fewer maps and merged branches are no matter."""
-    with torch.device('meta'):
-        model = OverLoCK('t', out_indices=(0, 1))
-        merged = OverLoCK('s', deploy=True).state_dict()
-    words = (
-        r'does not fit the model: it looks like OverLoCK of depths \[1.* and '
-        r'channels \[8, 16.*, and the model is OverLoCK t: change the arch'
-    )
-    with pytest.raises(CheckpointError, match=words):
-        load_pretrained(model, save(tiny().state_dict()))
-    for name, state in dict(t=model.state_dict(), s=merged).items():
+def test_archs_are_told_from_each_other():
+    """Fewer maps and merged branches are no matter."""
+    options = dict(xt={}, t=dict(out_indices=(0, 1)), s=DEPLOY, b={})
+    for name, built in options.items():
+        with torch.device('meta'):
+            state = OverLoCK(name, **built).state_dict()
         assert arch_of(add_prefixes(state), OverLoCK.arch_zoo) == name
 
 
@@ -251,7 +235,9 @@ def test_incomplete_checkpoint(load_into, messages):
     assert 'weights.pth does not fit the model: ' in str(error.value)
     assert str(error.value).endswith(words)
     load_into(model, {'state_dict': state})
-    assert_loaded(model, state, ('neck.weight', f'backbone.{BIAS}'))
+    own = model.state_dict()
+    kept = {name: own[name] for name in (f'backbone.{BIAS}', 'neck.weight')}
+    assert_loaded(model, state | kept)
     [(level, text)] = messages
     assert level == WARNING and text.endswith(words)
 
