@@ -1,8 +1,9 @@
 """What the released networks compute, as numbers: `tests/data`.
 
 `keys_<task>_<arch>.json` has the names and shapes of the released model's
-parameters and buffers, the other files its outputs (in training mode also
-gradients and buffers) for the weights and input that are drawn here, in
+parameters and buffers, `heads_<task>.json` the names of what the release's
+mmdet or mmseg has beside it, the other files its outputs (in training mode
+also gradients and buffers) for the weights and input that are drawn here, in
 float64. Every tensor is drawn from a generator seeded by its name.
 """
 

@@ -100,30 +100,31 @@ def test_features(files, draw):
 
 
 def test_kernels(draw):
-    """At given pixels, or on the middle line; one scale for all."""
+    """At given pixels, or on the middle line."""
     options = '--at', '10,20', '60,5', '--stage', '4', '--block', '0'
     figure, *_ = draw('kernels', 'cls', *options)
     titles = [figure.axes[i].get_title() for i in (0, 9)]
     assert titles == ['x = 10, y = 20', 'x = 60, y = 5']
-    cells = [c.images[0] for c in figure.axes[1:9] + figure.axes[10:18]]
-    for cell in cells:
-        assert cell.get_array().mean() == pytest.approx(1, abs=1e-4)
-    ((low, high),) = {(cell.norm.vmin, cell.norm.vmax) for cell in cells}
-    assert low == pytest.approx(1 / high)
     figure, *_ = draw('kernels', 'cls')
     assert figure.axes[0].get_title() == 'x = 16, y = 32'
 
 
-def test_windows_in_the_picture():
-    """Rectangles and rings are where the windows and positions are."""
+def test_kernels_and_windows():
+    """Ratios to an average, of one scale; windows where they are."""
     picture = np.zeros((40, 60, 3), np.uint8)
-    kernels = [(torch.ones(2, 5, 5), 0, 3), (torch.ones(2, 7, 7), 1, 2)]
+    small, large = torch.full((2, 5, 5), 0.04), torch.full((2, 7, 7), 0.1)
+    kernels = [(small, 0, 3), (large, 1, 2)]
     figure = tool.show_kernels([((45, 9), (1, 5), kernels)], picture, (8, 9))
-    boxes = [patch.get_bbox().bounds for patch in figure.axes[0].patches]
+    image, *cells = figure.axes[:5]
+    boxes = [patch.get_bbox().bounds for patch in image.patches]
     assert boxes == [(26.5, -0.5, 45, 40), (17.5, 7.5, 63, 56)]
-    assert figure.axes[0].lines[0].get_xydata().tolist() == [[45, 9]]
-    rings = [axes.lines[0].get_xydata()[0] for axes in figure.axes[1:5]]
+    assert image.lines[0].get_xydata().tolist() == [[45, 9]]
+    rings = [axes.lines[0].get_xydata()[0] for axes in cells]
     assert np.array_equal(rings, [(2, 1), (2, 1), (3, 0), (3, 0)])
+    for axes, ratio in zip(cells, (1, 1, 4.9, 4.9), strict=True):
+        np.testing.assert_allclose(axes.images[0].get_array(), ratio)
+        norm = axes.images[0].norm
+        assert (norm.vmin, norm.vmax) == pytest.approx((1 / 4.9, 4.9))
     tool.plt.close(figure)
 
 
