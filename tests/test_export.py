@@ -14,17 +14,15 @@ tiny.need_openmmlab()
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 tool = tiny.load_tool('export')
-THIRD = {
-    'model.backbone.out_indices': [2],
-    'model.backbone.arch.kernel_sizes': [5, 7, 5, 5],
-}
+SMALL = {'model.backbone.arch.kernel_sizes': [5, 7, 5, 5]}
+THIRD = SMALL | {'model.backbone.out_indices': [2]}
 
 
 @pytest.fixture
 def export(tmp_path):
     """Exports a tiny model; what is printed, and what training leaves."""
 
-    def export(task, path, *options, settings=None):
+    def export(task, path, *options, settings=SMALL):
         files = tiny.write_model(task, tmp_path, settings)
         out = tiny.run_tool('export', *files, '--out', path, *options)
         cfg = Config.fromfile(files[0])
@@ -119,7 +117,7 @@ def test_segmentor_onnx_of_any_size(export, tmp_path):
 @torch.no_grad()
 def test_classifier_torchscript(export, tmp_path):
     """Of images with five channels."""
-    settings = {
+    settings = SMALL | {
         'model.backbone.in_channels': 5,
         'model.data_preprocessor.mean': [1.0] * 5,
         'model.data_preprocessor.std': [2.0] * 5,

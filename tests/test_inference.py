@@ -37,9 +37,10 @@ def test_tools_see_what_tests_see(tmp_path):
     tifffile.imwrite(file, BANDS, photometric='minisblack')
     cfg.model.data_preprocessor = dict(mean=[9.0] * 5, std=[50.0] * 5)
     cfg.model.backbone.in_channels = 5
+    cfg.model.head.num_classes = 1
     cfg.val_dataloader = cfg.test_dataloader
     dataset = cfg.test_dataloader.dataset
-    dataset.update(data_prefix='tif', classes=['a', 'b'])
+    dataset.update(data_prefix='tif', classes=['a'])
     dataset.pipeline[0].imdecode_backend = 'tifffile'
     dataset.pipeline.insert(1, dict(type='Resize', scale=(64, 64)))
     cfg.work_dir = str(tmp_path / 'work')

@@ -154,7 +154,7 @@ def test_dynamic_kernels():
 
 
 def test_erf(draw):
-    """What is printed is what is drawn."""
+    """The figure has the ratios that are printed."""
     figure, _, output = draw('erf', 'cls', '--size', '64')
     assert 'area ratios, 1 images of 64 x 64' in output
     for stage, axes in zip((3, 4), figure.axes, strict=False):
