@@ -309,8 +309,8 @@ def imagenet(folder, **options):
     return _write(cfg, folder, 'imagenet', options)
 
 
-def photo(path, size):
+def photo(path, size, seed=0):
     """Write a picture of some large patches, of size (width, height)."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     patches = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
     Image.fromarray(patches).resize(size).save(path)
