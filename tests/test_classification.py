@@ -79,6 +79,7 @@ def parts():
 def test_losses(parts):
     """Cross entropies, from which every parameter gets a gradient."""
     backbone, head, feats = parts
+    assert backbone.out_strides == (32, 32)
     samples = [DataSample().set_gt_label(label) for label in (1, 3)]
     losses = head.loss(feats, samples)
     main, aux = (

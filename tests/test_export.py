@@ -147,6 +147,14 @@ def test_order_of_channels(kind, key):
         assert tool.normalization(model)['channels'] == channels
 
 
+@pytest.mark.parametrize('size, shape', [(7, (14, 20)), (6, (9, 16))])
+def test_matrix_pool(size, shape):
+    """To the maps that dynamic kernels are made of, and the pyramid's."""
+    maps = torch.randn(2, 3, *shape)
+    expected = nn.functional.adaptive_avg_pool2d(maps, size)
+    torch.testing.assert_close(tool.MatrixPool(size)(maps), expected)
+
+
 def test_disagreement(tmp_path, monkeypatch):
     """A file that does not agree is reported, and so is no comparison."""
     config = tiny.ROOT / 'configs' / tiny.CONFIGS['cls'][0]
