@@ -262,7 +262,7 @@ def load(pipeline: Compose, path: str) -> tuple[dict, np.ndarray]:
         the order BGR, in whose pixels boxes and masks are predicted.
 
     Raises:
-        UnreadableImage: If the pipeline fails.
+        UnreadableImage: If the pipeline fails or leaves the image out.
     """
     if not os.path.isfile(path):
         raise UnreadableImage('there is no such file')
@@ -271,6 +271,8 @@ def load(pipeline: Compose, path: str) -> tuple[dict, np.ndarray]:
     try:
         for transform in pipeline.transforms:
             data = transform(data)
+            if data is None:
+                break
             if picture is None and 'img' in data:
                 picture = to_picture(data['img'])
     except Exception as error:  # damaged bytes can fail in any way
@@ -280,6 +282,8 @@ def load(pipeline: Compose, path: str) -> tuple[dict, np.ndarray]:
             what = f'the test pipeline fails on its {width} x {height} pixels'
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())
         raise UnreadableImage(f'{what}: {reason}') from error
+    if data is None or picture is None:
+        raise UnreadableImage('the test pipeline leaves it out')
     return data, picture
 
 

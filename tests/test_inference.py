@@ -114,6 +114,15 @@ MIX = dict(
 UNNAMED = dict(type='mmpretrain.CustomDataset', data_root='')
 
 
+def test_left_out(tmp_path):
+    """tools/predict.py says what else it cannot read."""
+    file = tmp_path / 'a.png'
+    file.touch()
+    pipeline = mock.Mock(transforms=[lambda data: None])
+    with pytest.raises(inference.UnreadableImage, match='leaves it out'):
+        load(pipeline, str(file))
+
+
 @pytest.mark.parametrize(
     'splits, classes',
     [

@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+import zipfile
 from argparse import Namespace
 from collections import Counter, OrderedDict
 
@@ -64,6 +65,11 @@ def test_no_checkpoint(path, monkeypatch):
     monkeypatch.setenv('HOME', str(path.parent))
     with pytest.raises(CheckpointError, match='No such file'):
         read('~/a.pth')
+    torch.jit.script(nn.Linear(1, 1)).save(str(path))
+    script = path.read_bytes()
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('a.txt', 'text')
+    archive = path.read_bytes()
     torch.save({'weight': torch.full((99,), 7.25)}, path)
     data = path.read_bytes()
     flipped = bytearray(data)  # torch.load gives it for a weight
@@ -73,6 +79,8 @@ def test_no_checkpoint(path, monkeypatch):
         (pickle.dumps({'weight': 1}, 2), 'is no checkpoint: it starts with'),
         (data[:-10], 'a.pth is truncated or damaged'),
         (flipped, 'wrong checksum of a/data/0'),
+        (archive, 'zip file, but no checkpoint'),
+        (script, 'TorchScript program'),
         ({}, 'a.pth has no weights, but nothing'),
         ({'state_dict': {'a': 1}}, 'no weights, but a$'),
         ({'state_dict': 3}, 'truncated or damaged'),

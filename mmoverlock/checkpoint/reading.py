@@ -151,6 +151,11 @@ def _read_file(path: str) -> dict:
 
 def _read_zip(path: str) -> dict:
     with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if any(name.endswith('/constants.pkl') for name in names):
+            raise CheckpointError('is a TorchScript program, no checkpoint')
+        if not any(name.endswith('/data.pkl') for name in names):
+            raise CheckpointError('is a zip file, but no checkpoint')
         damaged = archive.testzip()  # torch.load looks at no checksums
         if damaged:
             raise ValueError(f'wrong checksum of {damaged}')
