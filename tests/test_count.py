@@ -24,13 +24,13 @@ BACKEND = 'triton'
 # Of t with fewer blocks in bf16 on 128 images of 224 x 224: operators of
 # PyTorch, launches of Triton, GB, GB of mixed layouts, and GB at a time.
 BOUNDS = {
-    ('network', True): (195, 273, 26.6, 0.9, 3.7),
-    ('network, SyncBN', True): (226, 435, 28.1, 0.9, 3.7),
-    ('network', False): (73, 84, 6.9, 0.5, 0.9),
-    ('RepConv block', True): (5, 30, 6.3, 0.0, 1.3),
-    ('RepConv block', False): (2, 8, 1.5, 0.0, 0.7),
-    ('Focus block', True): (23, 49, 3.4, 0.1, 0.8),
-    ('Focus block', False): (7, 17, 0.9, 0.1, 0.3),
+    ('network', True): (183, 265, 26.4, 0.7, 3.7),
+    ('network, SyncBN', True): (214, 427, 27.9, 0.7, 3.7),
+    ('network', False): (73, 76, 6.7, 0.5, 0.9),
+    ('RepConv block', True): (4, 29, 6.3, 0.0, 1.3),
+    ('RepConv block', False): (2, 7, 1.4, 0.0, 0.7),
+    ('Focus block', True): (23, 47, 3.3, 0.1, 0.8),
+    ('Focus block', False): (7, 15, 0.8, 0.1, 0.3),
 }
 
 
