@@ -104,28 +104,27 @@ def loops_of(sass: str) -> Loop:
     return root
 
 
-def disassemble(cubin: bytes) -> tuple[int, int, Loop]:
-    """Registers, bytes of local memory, and instructions."""
+def _print(tool: str, option: str, cubin: bytes) -> str:
+    """What a tool that Triton brings along prints of machine code."""
     import triton
 
     tools = Path(triton.__file__).parent / 'backends/nvidia/bin'
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run(
-                [tools / tool, option, file.name],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-            for tool, option in (
-                ('cuobjdump', '-res-usage'),
-                ('nvdisasm', '-c'),
-            )
-        )
-    registers, stack = re.search(r'REG:(\d+) STACK:(\d+)', usage).groups()
-    return int(registers), int(stack), loops_of(sass)
+        return subprocess.run(
+            [tools / tool, option, file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of local memory."""
+    text = _print('cuobjdump', '-res-usage', cubin)
+    registers, stack = re.search(r'REG:(\d+) STACK:(\d+)', text).groups()
+    return int(registers), int(stack)
 
 
 def _banded(a):
@@ -299,7 +298,9 @@ class Kernel:
 
     @classmethod
     def of(cls, name, grid, arguments, binary):
-        registers, spills, loops = disassemble(binary.asm['cubin'])
+        cubin = binary.asm['cubin']
+        registers, spills = usage(cubin)
+        loops = loops_of(_print('nvdisasm', '-c', cubin))
         kernel, *task = name.split('.')[-1].split()
         try:
             if task[:1] == ['keys']:

@@ -1,15 +1,11 @@
 """Compiles what code launches for a GPU that is not there.
 
-``python tests/compile_launches.py [CAPABILITY]`` prints what the kernels of
-operators take. The interpreter must be off.
+The interpreter must be off.
 """
 
 import importlib
 import pkgutil
-import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,8 +27,8 @@ from triton.runtime import driver
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import count
+from benchmarks.kernels import usage
 from mmoverlock import ops
-from mmoverlock.models.reparam import BRANCHES
 from mmoverlock.ops import (
     conv_norm,
     depthwise_conv2d,
@@ -47,7 +43,6 @@ from mmoverlock.ops.blocks.triton import focus
 from mmoverlock.ops.dynamic_conv import triton as contmix
 from mmoverlock.ops.pointwise.triton import WeightGrad, weight_grads
 
-CUOBJDUMP = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
 PACKAGE = f'{ops.__name__}.'
 LARGE = (13, 1), (3, 2)  # what runs on tensor cores in 16 bits, and the rest
 
@@ -96,7 +91,10 @@ def compile_launches(run, capability):
     def compile_launch(kernel, *args, grid, warmup, **kwargs):
         binary = launch(kernel, *args, grid=grid, warmup=True, **kwargs)
         if binary.hash not in uses:
-            uses[binary.hash] = _name(kernel), _usage(binary)
+            registers, spills = usage(binary.asm['cubin'])
+            use = dict(registers=registers, spills=spills)
+            use['shared'] = binary.metadata.shared
+            uses[binary.hash] = _name(kernel), use
 
     patches = [
         patch.object(triton.JITFunction, 'run', compile_launch),
@@ -110,24 +108,6 @@ def compile_launches(run, capability):
     with count._on_gpu('meta', patches):
         run()
     return [*uses.values()]
-
-
-def _usage(binary):
-    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
-        file.write(binary.asm['cubin'])
-        file.flush()
-        usage = subprocess.run(
-            [CUOBJDUMP, '-res-usage', file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    registers, stack = re.search(r'REG:(\d+) STACK:(\d+)', usage).groups()
-    return dict(
-        registers=int(registers),
-        spills=int(stack),
-        shared=binary.metadata.shared,
-    )
 
 
 def _without_data(tensor):
@@ -285,23 +265,3 @@ def compile_all(capability, dtype, every_shape=True):
         sums=compile_sums(*where),
         contmix=sum((compile_contmix(*where, *size) for size in maps), []),
     )
-
-
-if __name__ == '__main__':
-    capability = int(sys.argv[1]) if len(sys.argv) > 1 else 90
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        kinds = compile_all(capability, dtype)
-        for size, channels, height in (
-            (17, 64, 56),
-            (15, 128, 28),
-            (13, 256, 14),
-            (7, 512, 7),
-        ):
-            sizes = (size, 1), *BRANCHES[size]
-            kinds[f'{size} x {size}'] = compile_branches(
-                capability, dtype, sizes, channels, height
-            )
-        for kind, uses in kinds.items():
-            print(capability, dtype, kind)
-            for name, use in uses:
-                print(f'    {name:22}', use)

@@ -10,10 +10,6 @@ def value(number):
     return dict(ms=number, process=os.getpid())
 
 
-def figures(**figures):
-    return figures
-
-
 def fail():
     raise ValueError('it fails')
 

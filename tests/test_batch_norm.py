@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernels import draw, exact
-from test_operators import make_norms
+from test_operators import assert_close, make_norms
 
 from mmoverlock.ops import Norm, batch_norm, partial_sums, squeeze_excite
 
@@ -15,13 +15,6 @@ excitation = pytest.importorskip('mmoverlock.ops.excitation.triton')
 pytestmark = pytest.mark.usefixtures('poison')
 
 SINGLE, BRAIN = torch.float32, torch.bfloat16
-SHAPES = [
-    ((3, 70, 2, 3), SINGLE),  # two blocks of channels
-    ((2, 5, 33, 31), SINGLE),  # images in parts
-    ((17, 3, 1, 2), SINGLE),  # more than are summed at a time
-    ((1, 2, 1, 2), SINGLE),
-    ((5, 3, 1, 2), BRAIN),
-]
 
 
 class Excited(torch.autograd.Function):
@@ -57,37 +50,36 @@ def leaves(maps, norms, weights):
     return [*maps, *(t for norm in norms for t in norm[:2]), *weights]
 
 
-def excite(maps, norms, weights):
+def run_kernels(maps, norms, weights):
+    if not weights:
+        return batch_norm(*maps, *norms)
     return Excited.apply(norms, *leaves(maps, norms, weights))
 
 
-def normalize(maps, norms, weights):
-    return batch_norm(*maps, *norms)
-
-
-def define(run, maps, norms, weights):
+def define(maps, norms, weights):
     """The same in plain PyTorch."""
-    maps = [
+    x, *others = (
         F.batch_norm(x, mean, variance, *affine, True, momentum, eps)
         for x, (*affine, mean, variance, _, momentum, eps) in zip(
             maps, norms, strict=True
         )
-    ]
-    if run is normalize:
-        return maps[0]
-    x = maps[0] if len(maps) == 1 else maps[0] + maps[1]
-    gate = None if len(maps) == 1 else F.silu(maps[2])
+    )
+    if not weights:
+        return x
+    gate = None
+    if others:
+        x, gate = x + others[0], F.silu(others[1])
     return squeeze_excite(x, *weights, gate, backend='reference')
 
 
-def draw_operands(count, shape, dtype):
+def draw_operands(form, shape, dtype):
     """Maps, whose means are not small, norms and weights."""
     torch.manual_seed(0)
-    channels = shape[1]
+    count, channels = max(form, 1), shape[1]
     maps = [draw(*shape, dtype=dtype) + 3 - i for i in range(count)]
     norms = make_norms(draw(count, channels), draw(count, channels))
-    weights = draw(4, channels, 1, 1), draw(4), draw(channels, 4, 1, 1)
-    weights = *weights, draw(channels)
+    sizes = (4, channels, 1, 1), (4,), (channels, 4, 1, 1), (channels,)
+    weights = [draw(*size) for size in sizes if form]
     for tensor in leaves(maps, norms, weights):
         tensor.requires_grad_()
     return maps, norms, weights
@@ -101,56 +93,53 @@ def exact_norm(norm):
     return Norm(scale, shift, *statistics, momentum, eps)
 
 
-RUNS = (normalize, 1), (excite, 1), (excite, 3)
+def step(run, operands):
+    """The output, gradients and statistics."""
+    out = run(*operands)
+    torch.manual_seed(1)
+    grad = torch.randn(out.shape).to(out)
+    grads = torch.autograd.grad(out, leaves(*operands), grad)
+    return [out, *grads, *(s for norm in operands[1] for s in norm[2:4])]
 
 
-@pytest.mark.parametrize('shape, dtype', SHAPES)
-@pytest.mark.parametrize('run, count', RUNS)
-def test_values_gradients_and_statistics(run, count, shape, dtype):
-    operands = maps, norms, weights = draw_operands(count, shape, dtype)
+FORMS = 0, 1, 3  # a norm; maps before squeeze and excitation
+
+
+@pytest.mark.parametrize(
+    'shape, dtype',
+    [
+        ((3, 70, 2, 3), SINGLE),  # two blocks of channels
+        ((2, 5, 33, 31), SINGLE),  # images in parts
+        ((17, 3, 1, 2), SINGLE),  # more than are summed at a time
+        ((1, 2, 1, 2), SINGLE),
+        ((5, 3, 1, 2), BRAIN),
+    ],
+)
+@pytest.mark.parametrize('form', FORMS)
+def test_values_gradients_and_statistics(form, shape, dtype):
+    operands = draw_operands(form, shape, dtype)
     kinds = exact, exact_norm, exact
     others = [[*map(*pair)] for pair in zip(kinds, operands, strict=True)]
-
-    def check(actual, expected):
-        atol = 1e-5 if dtype == SINGLE else 2e-2
-        atol *= max(1, expected.abs().max().item())
-        torch.testing.assert_close(
-            actual.double(), expected, rtol=0, atol=atol
-        )
-
-    out, expected = run(*operands), define(run, *others)
-    check(out, expected)
-    used = None if run is excite else 3
-    grad = torch.randn_like(expected)
-    grads, values = (
-        torch.autograd.grad(y, leaves(*tensors)[:used], grad.to(y))
-        for y, tensors in ((out, operands), (expected, others))
-    )
-    for actual, value in zip(grads, values, strict=True):
-        check(actual, value)
-    for norm, other in zip(norms, others[1], strict=True):
-        check(norm.running_mean, other.running_mean)
-        check(norm.running_var, other.running_var)
-        assert norm.batches == 1
+    tolerance = 2e-5 if dtype == SINGLE else 2e-2
+    assert_close(step(run_kernels, operands), step(define, others), tolerance)
+    assert all(norm.batches == 1 for norm in operands[1])
 
 
-@pytest.mark.parametrize('run, count', RUNS[::2])
-def test_deterministic(run, count, monkeypatch):
+@pytest.mark.parametrize('form', FORMS[::2])
+def test_deterministic(form, monkeypatch):
     """Equal bits twice; close ones with another number of programs."""
     results = []
     for number in (3, 3, 1):
         monkeypatch.setattr(partial_sums, 'programs', lambda *_, n=number: n)
-        operands = draw_operands(count, (2, 20, 9, 8), SINGLE)
-        out = run(*operands)
-        some = leaves(*operands)[: None if run is excite else 3]
-        results.append([out, *torch.autograd.grad(out.sin().sum(), some)])
-    for first, second, other in zip(*results, strict=True):
-        assert torch.equal(first, second)
-        torch.testing.assert_close(first, other, rtol=1e-4, atol=1e-4)
+        operands = draw_operands(form, (2, 20, 9, 8), SINGLE)
+        results.append(step(run_kernels, operands))
+    first, second, other = results
+    assert all(map(torch.equal, first, second))
+    torch.testing.assert_close(first, other, rtol=1e-4, atol=1e-4)
 
 
 def test_what_it_does_not_take():
-    (x,), (norm,), _ = draw_operands(1, (2, 3, 4, 5), SINGLE)
+    (x,), (norm,), _ = draw_operands(0, (2, 3, 4, 5), SINGLE)
     for other, message in (
         (x[:0], r'no empty map, got one of shape \(0, 3, 4, 5\)'),
         (x.double(), 'takes float32, float16 and bfloat16, got torch.float64'),

@@ -4,7 +4,6 @@ Without a GPU, Triton's interpreter runs the kernels.
 """
 
 import copy
-import warnings
 from functools import partial
 from unittest import mock
 
@@ -41,11 +40,13 @@ BLOCKS = {  # of 12 channels; a Focus block has two maps, but for the first
     'focus': partial(FOCUS_BLOCK, first=False),
     'focus, enlarged': partial(FOCUS_BLOCK, first=False),
 }
+ONE_MAP = 'rep, scaled', 'focus, first'
 
 
 @pytest.fixture
 def calls(auto_is_triton, monkeypatch):
-    """Runs of nodes."""
+    """Runs of nodes, of which there are no tapes yet."""
+    monkeypatch.setattr(tape, '_tapes', {})
     calls = mock.Mock()
     for name in NODES:
         node = getattr(blocks, name)
@@ -212,24 +213,38 @@ def merge(part, *watched):
     torch.set_grad_enabled(False)
 
 
-@pytest.mark.parametrize('name', ['rep, scaled', 'focus, first'])
+CHANGES = [
+    (lambda part: None, True),
+    (lambda part: watch(part('')), True),
+    (lambda part: merge(part), True),
+    (lambda part: part('norm').eval(), False),
+    (lambda part: setattr(part('norm'), 'affine', False), False),
+    (lambda part: setattr(part('bn'), 'momentum', None), False),
+    (lambda part: setattr(part('conv'), 'backend', 'reference'), False),
+    (lambda part: part('dw').absorb_residual(), False),
+    (lambda part: part('conv').switch_to_deploy(), False),
+    (lambda part: part('').eval(), False),
+    (lambda part: fuse(part('')), False),
+    (lambda part: (merge(part), watch(part('se'))), False),
+    (lambda part: merge(part, watch(part('norm'))), False),
+    (lambda part: merge(part, watch(part('dw'))), False),
+]
+
+
 @pytest.mark.parametrize(
-    'change, expected',
-    [
-        (lambda part: None, True),
-        (lambda part: watch(part('')), True),
-        (lambda part: merge(part), True),
-        (lambda part: part('norm').eval(), False),
-        (lambda part: setattr(part('norm'), 'affine', False), False),
-        (lambda part: setattr(part('bn'), 'momentum', None), False),
-        (lambda part: setattr(part('conv'), 'backend', 'reference'), False),
-        (lambda part: part('dw').absorb_residual(), False),
-        (lambda part: part('conv').switch_to_deploy(), False),
-        (lambda part: part('').eval(), False),
-        (lambda part: fuse(part('')), False),
-        (lambda part: (merge(part), watch(part('se'))), False),
-        (lambda part: merge(part, watch(part('norm'))), False),
-        (lambda part: merge(part, watch(part('dw'))), False),
+    'name, change, expected',
+    [(name, *change) for name in ONE_MAP for change in CHANGES]
+    + [
+        (
+            'rep, scaled',
+            lambda part: setattr(part(''), 'ls', nn.Identity()),
+            False,
+        ),
+        (
+            'focus, first',
+            lambda part: setattr(part(''), 'contmix_backend', 'tiled'),
+            False,
+        ),
     ],
 )
 def test_when_it_is_one_node(name, change, expected, is_one_node):
@@ -240,20 +255,7 @@ def test_when_it_is_one_node(name, change, expected, is_one_node):
         assert not is_one_node(block, z.double())
 
 
-@pytest.mark.parametrize(
-    'name, attribute, value',
-    [
-        ('focus, first', 'contmix_backend', 'tiled'),
-        ('rep, scaled', 'ls', nn.Identity()),
-    ],
-)
-def test_changes_of_one_block(name, attribute, value, is_one_node):
-    block = draw_block(name)
-    setattr(block, attribute, value)
-    assert not is_one_node(block, *draw_maps(name))
-
-
-@pytest.mark.parametrize('name', ['rep, scaled', 'focus, first'])
+@pytest.mark.parametrize('name', ONE_MAP)
 def test_groups_of_processes(name, is_one_node, monkeypatch):
     """All norms have to be of one; it takes the same way for every map."""
     block, (z,) = draw_block(name), draw_maps(name)
@@ -275,33 +277,6 @@ def test_graphs_of_make_fx(name, auto_is_triton):
     assert sum(name.startswith('mmoverlock.') for name in targets) >= 5
 
 
-def test_missing_parameters(calls, monkeypatch):
-    """They are tried by themselves; results are those of the layers."""
-    monkeypatch.setattr(backends, '_try', TRY)
-    name = 'rep, scaled'
-    step(draw_block(name), draw_few(name))
-    block = draw_block(name)
-    block.dwconv.bias = None
-    other, maps = copy.deepcopy(block).double(), draw_few(name)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # kernels that do not run
-        results, _ = step(block, maps, kernels=False)
-    expected, _ = step(other, [*map(exact, maps)], kernels=False)
-    for key in ('out', 'map 0'):
-        assert relative_error(results[key], expected[key]) < 1e-4
-
-
-def test_layouts_that_hooks_change(calls):
-    """Of saved maps, such as those that wait in the memory of the host."""
-    results = []
-    for keep in (lambda x: x, lambda x: x.clone().contiguous()):
-        name = 'focus, first'
-        block, maps = draw_block(name), draw_few(name, 5)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            results.append(step(block, maps))
-    torch.testing.assert_close(*results, rtol=0, atol=0)
-
-
 def test_gradients_have_none(calls):
     """Of their own: an error, though the output's gradient is a constant."""
     (x,) = draw_few('rep')
@@ -311,7 +286,7 @@ def test_gradients_have_none(calls):
         grad.square().sum().backward()
 
 
-@pytest.mark.parametrize('name', ['rep, scaled', 'focus, first'])
+@pytest.mark.parametrize('name', ONE_MAP)
 def test_empty_maps(name, auto_is_triton, monkeypatch):
     """Of a group they are errors, as others wait; kernels are not given up."""
     monkeypatch.setattr(backends, '_try', tried := mock.Mock(wraps=TRY))
@@ -351,31 +326,48 @@ def test_tapes(name, dtype, calls, monkeypatch):
 
     expected = run(1.5), run(1.5, fused=True)
     monkeypatch.setattr(tape, 'MIN_RUNS', 1)
-    monkeypatch.setattr(tape, '_tapes', tapes := {})
     run(1), run(1, fused=True)
-    assert len(tapes) == 3
-    assert all(tapes.values())
+    assert len(tape._tapes) == 3
+    assert all(tape._tapes.values())
     monkeypatch.setattr(tape, '_record', None)
     monkeypatch.setattr(focus.conv, 'forward', None)
     actual = run(1.5), run(1.5, fused=True)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_tapes_and_dtypes_that_hooks_change(calls, monkeypatch):
-    """Of saved maps, which come back in single precision."""
+def same(x):
+    return x
+
+
+@pytest.mark.parametrize(
+    'name, dtype, pack, unpack',
+    [
+        ('focus, first', torch.float32, torch.clone, Tensor.contiguous),
+        ('rep, scaled', torch.bfloat16, same, Tensor.float),
+    ],
+)
+def test_saved_maps_that_hooks_change(
+    name, dtype, pack, unpack, calls, monkeypatch
+):
+    """Their layout, as in the memory of the host, or their dtype.
+
+    Without tapes, and with one that was recorded before.
+    """
     results = []
-    for runs in (100, 1):
+    for runs, hooks in (
+        (100, (pack, unpack)),
+        (1, (same, same)),
+        (1, (pack, unpack)),
+    ):
         monkeypatch.setattr(tape, 'MIN_RUNS', runs)
-        monkeypatch.setattr(tape, '_tapes', {})
-        for unpack in (lambda x: x, Tensor.float):
-            name = 'rep, scaled'
-            maps = [
-                x.detach().bfloat16().requires_grad_() for x in draw_few(name)
-            ]
-            with (
-                torch.autocast(DEVICE, torch.bfloat16),
-                torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack),
-            ):
-                result = step(draw_block(name), maps)
-        results.append(result)
-    torch.testing.assert_close(*results, rtol=0, atol=0)
+        maps = [x.detach().to(dtype) for x in draw_few(name, 5)]
+        with (
+            torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32),
+            torch.autograd.graph.saved_tensors_hooks(*hooks),
+        ):
+            block = draw_block(name)
+            results.append(step(block, [x.requires_grad_() for x in maps]))
+    expected, plain, changed = results
+    torch.testing.assert_close(changed, expected, rtol=0, atol=0)
+    if dtype == torch.float32:
+        torch.testing.assert_close(changed, plain, rtol=0, atol=0)

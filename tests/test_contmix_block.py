@@ -34,11 +34,7 @@ def test_it_is_the_dynamic_convolution_of_overlock():
 
 @pytest.mark.parametrize(
     'size, kernel_size',
-    [
-        ((3, 5), 7),
-        ((30, 4), 7),
-        ((11, 11), 15),
-    ],  # 15 / 11 * 11 is less than 15
+    [((3, 5), 7), ((30, 4), 7), ((11, 11), 15)],  # 15 / 11 * 11 < 15
 )
 @torch.no_grad()
 def test_maps_smaller_than_the_kernel(size, kernel_size):

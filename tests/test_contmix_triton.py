@@ -4,12 +4,11 @@ Without a GPU they run in Triton's interpreter (see conftest.py), where they
 take double precision too.
 """
 
-import json
 from unittest import mock
 
 import pytest
 import torch
-from kernels import DEVICE, opchecked, python
+from kernels import DEVICE, opchecked, relative_error
 from test_contmix import call, differentiate, draw
 
 from mmoverlock.ops import contmix
@@ -85,10 +84,11 @@ def test_agrees_with_reference(
     'maps', [torch.float32, torch.float16, torch.bfloat16]
 )
 def test_formats(maps):
-    """Maps in a format, the rest in single precision, as in training."""
+    """Maps in a format, the rest in single precision; equal bits twice."""
     operands = draw(1, 5, 6, 3, groups=1, channels=(4, 3))
     rounded = here(operands, torch.float32, maps)
     actual = differentiate(rounded, 'triton')
+    assert all(map(torch.equal, actual, differentiate(rounded, 'triton')))
     assert actual[0].dtype == actual[1].dtype == actual[3].dtype == maps
     operands = {k: v.detach().cpu().double() for k, v in rounded.items()}
     operands = {k: v.requires_grad_() for k, v in operands.items()}
@@ -98,13 +98,11 @@ def test_formats(maps):
 def test_logits_are_made_in_single_precision():
     """Some are hundreds, whose differences TF32 rounds off."""
     operands = draw(1, 5, 6, 3, groups=1, channels=(16, 2))
-    operands = {
-        name: tensor.detach() * (10 if name in ('query', 'key') else 1)
-        for name, tensor in operands.items()
-    }
+    for name in ('query', 'key'):
+        operands[name] = 10 * operands[name]
     expected = call(operands, 'reference')
-    actual = call(here(operands, torch.float32), 'triton').cpu().double()
-    assert (actual - expected).norm() < 1e-3 * expected.norm()
+    actual = call(here(operands, torch.float32), 'triton').cpu()
+    assert relative_error(actual, expected) < 1e-3
 
 
 def test_scale_and_gradient_without_strides():
@@ -168,43 +166,3 @@ def test_cpu(monkeypatch):
     monkeypatch.setattr(contmix_triton, 'INTERPRET', False)
     with pytest.raises(ValueError, match="'triton' needs a GPU"):
         call(draw(1, 3, 4, 3), 'triton')
-
-
-@pytest.mark.slow
-def test_products_are_those_of_the_definition(tmp_path):
-    """Of 16 positions, in all images that a program goes through."""
-    out = python(
-        """
-import json, sys
-import torch
-sys.path.insert(0, '..')
-from benchmarks import kernels
-from mmoverlock.ops import contmix
-kernels.FAMILIES = 'dynamic_conv.triton.mix.',
-class Mix(torch.nn.Module):
-    @torch.no_grad
-    def mix(self, x):
-        key = torch.empty(128, 128, 7, 7, dtype=x.dtype, device='meta')
-        weights = [torch.empty(*shape, device='meta') for shape in (
-            (194, 49), (194,), (8, 9, 9), (8, 25, 25))]
-        contmix(x[:, :128], key, x, *weights[:2], weights[2:], 'triton')
-    def forward(self, x):
-        self.mix(x)
-        return x + 1
-x = torch.empty(128, 256, 14, 14, dtype=torch.bfloat16, device='meta')
-x = x.contiguous(memory_format=torch.channels_last)
-for kernel in kernels.compile_step(Mix(), x.requires_grad_()):
-    print(json.dumps([kernel.name.split('.')[-1], kernel.warps, kernel.spills,
-        kernel.issued['HGMMA'] + kernel.issued['HMMA'],
-        sum(kernel.issued.values())]))
-""",
-        TRITON_CACHE_DIR=str(tmp_path),
-    )
-    large, small = map(json.loads, out.splitlines())
-    images = contmix_triton.mix.KNOBS['IMAGES']
-    # Logits of two planes of filters, of 64 taps; 4 times 16 taps to mix
-    assert large[:4] == ['forward classes 13', 2048, 0, images * 3 * (2 + 4)]
-    # Of 8 taps a product, 32 in two planes; 2 rows of 16 pixels to mix at once
-    assert small[:4] == ['forward windows 5', 2048, 0, images * (8 + 3 * 4)]
-    assert large[4] <= 1060 * images  # the target is 1200
-    assert small[4] <= 500 * images

@@ -6,63 +6,96 @@ import pytest
 from kernels import python
 
 pytest.importorskip('triton', '3.6')
-
-
-def test_compiled_convolution(pytestconfig):
-    """Multiply-adds, and products of matrices, are those of its definition."""
-    out = python(
-        """
+mix = pytest.importorskip('mmoverlock.ops.dynamic_conv.triton.mix')
+CODE = """
 import json, sys
 import torch
+from torch import nn
 sys.path.insert(0, '..')
+from benchmarks import kernels
 from benchmarks.kernels import compile_step, describe
 from mmoverlock.models.reparam import DilatedReparamConv
-from mmoverlock.ops.depthwise.triton import banded
-from mmoverlock.ops.depthwise.triton.common import KNOBS
+from mmoverlock.ops import contmix
+from mmoverlock.ops.depthwise.triton import banded, common
+
+def tell(kernels, *facts):
+    fields = 'name', 'launches', 'warps', 'spills', 'issued'
+    rows = [[getattr(kernel, name) for name in fields] for kernel in kernels]
+    print(json.dumps([rows, describe(kernels).splitlines(), *facts]))
+"""
+
+
+@pytest.fixture
+def compiled(pytestconfig):
+    """A function that runs code; what it tells of kernels."""
+    folder = str(pytestconfig.cache.mkdir('triton'))
+
+    def run(code):
+        out = python(CODE + code, TRITON_CACHE_DIR=folder)
+        return map(json.loads, out.splitlines())
+
+    return run
+
+
+def test_convolution(compiled):
+    """Multiply-adds, and products of matrices, are those of its definition."""
+    results = compiled("""
 with torch.device('meta'):
     conv = DilatedReparamConv(64, 13, dict(type='BN'), True, 'triton')
     x = torch.empty(2, 64, 21, 21).requires_grad_()
-for dtype in torch.float32, torch.bfloat16:
-    kernels = compile_step(conv, x, dtype)
-    forward = kernels[0]
-    print(describe(kernels))
-    print(json.dumps([
-        forward.name, forward.launches, forward.warps, forward.issued,
-        forward.milliseconds, forward.spills, len(kernels),
-    ]))
-print(json.dumps([KNOBS, banded.KNOBS]))
-""",
-        TRITON_CACHE_DIR=str(pytestconfig.cache.mkdir('triton')),
-    )
-    lines = out.splitlines()
-    tiles, knobs = json.loads(lines.pop())
-    rows = tiles['T']
-    ends = [i for i, line in enumerate(lines) if line.startswith('[')]
-    bands = knobs['T'] * knobs['R']
-    blocks = -(-13 // knobs['R'])
-    chunks = -(-2 * 2 * -(-21 // knobs['T']) // 16)
-    cases = [
-        # Tiles of 8 columns by 64 channels, four of these a thread
-        ('conv2d._', 2 * -(-21 // rows) * -(-21 // 8) * 4, 'FFMA')
-        + (4 * rows * 13 * 13,),
-        # 16 tiles of 11 columns, which two windows of the input reach; two
-        # products for each of 2 channels a warp
-        ('banded._banded_', 8 * chunks * 4, 'HMMA')
-        + (2 * blocks * bands * 2 * 2,),
-    ]
-    for first, end, case in zip((0, ends[0] + 1), ends, cases, strict=True):
-        table = lines[first:end]
-        name, launches, warps, issued, milliseconds, *others = json.loads(
-            lines[end]
-        )
-        module, expected_warps, instruction, number = case
-        assert name == f'depthwise.triton.{module}conv2d_kernel'
-        assert launches == 1
-        assert warps == expected_warps
-        assert issued[instruction] == number
-        expected = 1e3 * warps * sum(issued.values()) / (132 * 4 * 1.755e9)
-        assert milliseconds == pytest.approx(expected)
-        assert others[0] <= 32
-        assert len(table) == others[1] + 3  # a head and two sums
+for dtype, module in (torch.float32, common), (torch.bfloat16, banded):
+    tell(compile_step(conv, x, dtype), module.KNOBS['T'], banded.KNOBS['R'])
+""")
+    for rows, table, tiles, blocks in results:
+        name, launches, warps, spills, issued = rows[0]
+        if 'banded' in name:
+            # 16 tiles of 11 columns, which two windows of the input reach; two
+            # products for each of 2 channels a warp
+            chunks = -(-2 * 2 * -(-21 // tiles) // 16)
+            assert warps == 8 * chunks * 4
+            number = 2 * -(-13 // blocks) * tiles * blocks * 2 * 2
+            assert issued['HMMA'] == number
+        else:
+            # Tiles of 8 columns by 64 channels, four of these a thread
+            assert warps == 2 * -(-21 // tiles) * -(-21 // 8) * 4
+            assert issued['FFMA'] == 4 * tiles * 13 * 13
+        assert launches == 1 and spills <= 32
+        assert len(table) == len(rows) + 3  # a head and two sums
         assert name in table[1]
-        assert table[-2].startswith('depthwise')
+
+
+@pytest.mark.slow
+def test_contmix(compiled):
+    """Of 16 positions, in all images that a program goes through."""
+    (((large, small), _),) = compiled("""
+kernels.FAMILIES = 'dynamic_conv.triton.mix.',
+
+class Mix(nn.Module):
+    @torch.no_grad
+    def mix(self, x):
+        key = torch.empty(128, 128, 7, 7, dtype=x.dtype, device='meta')
+        weights = [torch.empty(*shape, device='meta') for shape in (
+            (194, 49), (194,), (8, 9, 9), (8, 25, 25))]
+        contmix(x[:, :128], key, x, *weights[:2], weights[2:], 'triton')
+
+    def forward(self, x):
+        self.mix(x)
+        return x + 1
+
+x = torch.empty(128, 256, 14, 14, dtype=torch.bfloat16, device='meta')
+x = x.contiguous(memory_format=torch.channels_last)
+tell(compile_step(Mix(), x.requires_grad_()))
+""")
+    images = mix.KNOBS['IMAGES']
+    for row, name, products, most in (
+        # Logits of two planes of filters, of 64 taps; 4 times 16 taps to mix
+        (large, 'classes 13', 3 * (2 + 4), 1060),  # the target is 1200
+        # Of 8 taps a product, 32 in two planes; 2 rows of 16 pixels to mix
+        (small, 'windows 5', 8 + 3 * 4, 500),
+    ):
+        assert row[0].endswith(f'forward {name}')
+        assert row[2:4] == [2048, 0]
+        issued = row[4]
+        matrices = issued.get('HGMMA', 0) + issued.get('HMMA', 0)
+        assert matrices == images * products
+        assert sum(issued.values()) <= most * images

@@ -9,6 +9,7 @@ import gc
 import pickle
 import weakref
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import tiny
@@ -29,6 +30,7 @@ ARCH = dict(tiny.ARCH, kernel_sizes=(5, 5, 5, 5))
 SIZE, OTHER = (2, 3, 48, 48), (2, 3, 48, 80)
 WARM_UPS = graphs.WARM_UPS if ON_GPU else 1
 STEPS = WARM_UPS + 3
+STEP = ['run', 'differentiate']  # of a recording
 built = weakref.WeakSet()  # models
 
 
@@ -36,18 +38,14 @@ built = weakref.WeakSet()  # models
 def replays(monkeypatch):
     """Passes that were replayed, forward and backward, as they come."""
     calls = []
-
-    def count(name):
+    for name in STEP:
         run = getattr(graphs.Recording, name)
 
-        def counted(recording, *args):
+        def counted(*args, name=name, run=run):
             calls.append(name)
-            return run(recording, *args)
+            return run(*args)
 
         monkeypatch.setattr(graphs.Recording, name, counted)
-
-    count('run')
-    count('differentiate')
     if not ON_GPU:
         monkeypatch.setattr(graphs, 'record', record)
         monkeypatch.setattr(graphs, 'WARM_UPS', WARM_UPS)
@@ -93,38 +91,50 @@ def draw(seed, shape=SIZE):
 
 
 def train(model, steps=STEPS, shapes=(SIZE,), lr=1e-3, half=False):
-    """Steps of an optimizer; all outputs."""
+    """Steps of an optimizer, with equal drops; all outputs.
+
+    Images, which the network takes as they lie in memory, stay as they are.
+    """
+    torch.manual_seed(0)
     optimizer = torch.optim.SGD(model.parameters(), lr)
-    results = []
+    images, results = {}, []
     for step in range(steps):
         for i, shape in enumerate(shapes):
+            seed = 10 * step + i
+            x = draw(seed, shape).contiguous(memory_format=torch.channels_last)
+            images[seed] = x
             with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
-                outs = model(draw(10 * step + i, shape))
+                outs = model(x)
             optimizer.zero_grad()
             loss_of(outs).backward()
             optimizer.step()
             results.append(outs)
+    for seed, x in images.items():
+        assert torch.equal(x, draw(seed, x.shape))
     return results
 
 
-def check_same(model, other):
-    torch.testing.assert_close(model.state_dict(), other.state_dict())
-
-
-def recorded(**options):
-    """A model that replays steps on images of SIZE, and one that does not."""
-    model, plain = build(**options), build(False, **options)
-    for each in (model, plain):
-        torch.manual_seed(0)
-        train(each)
-    return model, plain
-
-
-def backward_passes(model, *seeds):
-    """Gradients, added up."""
+def gradients_of(model, *seeds):
+    """The sum of gradients of several images."""
+    model.zero_grad()
     for seed in seeds:
         loss_of(model(draw(seed))).backward()
     return [p.grad for p in model.parameters()]
+
+
+def assert_same(models, run=train, close=torch.testing.assert_close):
+    """What a function returns of both models, and how it leaves them."""
+    close(*map(run, models))
+    close(*(model.state_dict() for model in models))
+
+
+@pytest.fixture
+def recorded(replays):
+    """A model that replays steps on images of SIZE, and one that does not."""
+    models = build(), build(False)
+    assert_same(models)
+    replays.clear()
+    return models
 
 
 def take_out(model):
@@ -133,139 +143,122 @@ def take_out(model):
     model.unused = nn.PReLU().to(DEVICE)
 
 
+def fix(model):
+    """An output, of whose stage all is frozen."""
+    model.extra_norm['0'].requires_grad_(False)
+
+
 @pytest.mark.parametrize(
-    'shapes, options, change',
+    'options, change, shapes',
     [
-        ((SIZE, OTHER), {}, bool),
-        ((SIZE,), dict(drop_path_rate=0.5), bool),
-        ((SIZE,), dict(classifier=True), bool),
-        ((SIZE,), {}, take_out),
-        (
-            *((SIZE,), dict(frozen_stages=2, norm_eval=True)),
-            # And the output behind them
-            lambda model: model.extra_norm['0'].requires_grad_(False),
-        ),
+        ({}, bool, (SIZE, OTHER)),
+        (dict(drop_path_rate=0.5), bool, (SIZE,)),
+        (dict(classifier=True), bool, (SIZE,)),
+        ({}, take_out, (SIZE,)),
+        (dict(frozen_stages=2, norm_eval=True), fix, (SIZE,)),
     ],
 )
-def test_training(replays, shapes, options, change):
-    model, plain = build(**options), build(False, **options)
-    results = []
-    for each in (model, plain):
-        change(each)
-        torch.manual_seed(1)
-        results.append(train(each, shapes=shapes))
-    assert replays == ['run', 'differentiate'] * 3 * len(shapes)
-    for outs, others in zip(*results, strict=True):
-        for out, other in zip(outs, others, strict=True):
-            assert out.requires_grad == other.requires_grad
-    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None)
+def test_training(replays, options, change, shapes):
+    models = build(**options), build(False, **options)
+
+    def run(model):
+        change(model)
+        outs = train(model, shapes=shapes)
+        grads = [p.grad is None for p in model.parameters()]
+        return outs, grads, [[x.requires_grad for x in xs] for xs in outs]
+
     if options.get('drop_path_rate') and ON_GPU:
-        return  # a graph draws other numbers
-    torch.testing.assert_close(*results)
-    check_same(model, plain)
+        run(models[0])  # a graph draws other numbers
+    else:
+        assert_same(models, run)
+    assert replays == STEP * 3 * len(shapes)
 
 
 def test_inference(replays):
-    model, plain = fuse(build()), fuse(build(False))
-    with torch.inference_mode():
-        for i in range(STEPS):
-            torch.testing.assert_close(model(draw(i)), plain(draw(i)))
+    """Of a fused model, and of as many sizes as are wanted."""
+    models = fuse(build(1)), fuse(build(False))
+
+    @torch.inference_mode()
+    def run(model):
+        return [model(draw(i, s)) for s in (SIZE, OTHER) for i in range(STEPS)]
+
+    assert_same(models, run)
     assert replays == ['run'] * 3
 
 
-def test_training_with_validation(replays):
-    model, plain = recorded()
-    replays.clear()
-    results = []
-    for each in (model, plain):
+def test_training_with_validation(recorded, replays):
+    def run(model):
         outs = []
         for i in range(STEPS):
             with torch.no_grad():
-                outs.append(each.eval()(draw(i)))
-            train(each.train(), 1)
-        results.append(outs)
-    torch.testing.assert_close(*results)
-    check_same(model, plain)
-    validated = ['run', 'run', 'differentiate'] * 3
-    assert replays == ['run', 'differentiate'] * WARM_UPS + validated
+                outs.append(model.eval()(draw(i)))
+            outs += train(model.train(), 1)
+        return outs
+
+    assert_same(recorded, run)
+    assert replays == STEP * WARM_UPS + ['run', *STEP] * 3
 
 
 def test_autocast(replays):
     """Casts of weights that autocast keeps are not what is replayed."""
-    results = [train(m, lr=0.1, half=True) for m in (build(), build(False))]
-    assert len(replays) == 6
-    torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
+    assert_same(
+        (build(), build(False)),
+        partial(train, lr=0.1, half=True),
+        partial(torch.testing.assert_close, rtol=0.02, atol=0.02),
+    )
+    assert replays == STEP * 3
 
 
-def test_gradients_add_up(replays):
+def test_gradients_add_up(recorded, replays):
     """And what a pass has returned stays as it is."""
-    model, plain = recorded()
+    model, _ = recorded
     outs = model(draw(4))
     grads = torch.autograd.grad(loss_of(outs), [*model.parameters()])
     kept = [t.clone() for t in (*outs, *grads)]
-    replays.clear()
-    actual, expected = (backward_passes(m, 1, 2, 3) for m in (model, plain))
-    assert replays == ['run', 'differentiate'] * 3
-    torch.testing.assert_close(actual, expected)
+    recorded[1](draw(4))  # whose norms see it as well
+    assert_same(recorded, lambda each: gradients_of(each, 1, 2, 3))
+    assert replays == STEP * 4
     torch.testing.assert_close([*outs, *grads], kept, rtol=0, atol=0)
 
 
-def test_outputs_that_no_loss_takes(replays):
-    model, plain = recorded()
-    for each in (model, plain):
-        each(draw(1))[1].sum().backward()
-    assert replays[6:] == ['run', 'differentiate']
-    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-        expected = torch.zeros_like(q) if q.grad is None else q.grad
-        torch.testing.assert_close(p.grad, expected)
+def test_two_passes_before_a_backward(recorded, replays):
+    """The first is replayed; the second runs as it is."""
 
-
-def test_two_passes_before_a_backward(replays):
-    """The first is replayed; the second runs as it is, and says so."""
-    model, plain = recorded()
-    replays.clear()
-    results = []
-    for each in (model, plain):
-        outs = each(draw(1)), each(draw(2))
+    def run(model):
+        outs = model(draw(1)), model(draw(2))
+        model.zero_grad()
         loss_of(outs[0] + outs[1]).backward()
-        results.append([p.grad for p in each.parameters()])
-    assert replays == ['run', 'differentiate']
-    torch.testing.assert_close(*results)
-    with torch.no_grad():  # of a teacher, say
-        outs = model(draw(1)), plain(draw(1))
-    torch.testing.assert_close(*outs)
-    replays.clear()
+        with torch.no_grad():  # of a teacher, say
+            return model(draw(1)), [p.grad for p in model.parameters()]
+
+    assert_same(recorded, run)
+    assert replays == STEP
+    model, _ = recorded
     model(draw(1))  # and is given up
-    backward_passes(model, 2)
-    assert replays == ['run', 'run', 'differentiate']
-
-
-def test_images_stay(replays):
-    model, _ = recorded()
-    model.graphs._forget()
-    images = [draw(i).to(memory_format=torch.channels_last) for i in range(9)]
-    for x in images:
-        loss_of(model(x)).backward()
-    assert replays[-1] == 'differentiate'
-    for i, x in enumerate(images):
-        assert torch.equal(x, draw(i))
+    gradients_of(model, 2)
+    assert replays == [*STEP, 'run', *STEP]
 
 
 def test_passes_without_backward(replays):
     """Their kernels for gradients may not be compiled yet."""
-    model = build()
-    for i in range(STEPS):
-        model(draw(i))
+    models = build(), build(False)
+    assert_same(models, lambda each: [each(draw(i)) for i in range(STEPS)])
     assert not replays
-    for i in range(WARM_UPS + 1):  # of an output that is not the last
-        model(draw(i))[0].sum().backward()
-    assert replays == ['run', 'differentiate']
+
+    def run(model):
+        for i in range(WARM_UPS + 1):  # of an output that is not the last
+            model(draw(i))[0].sum().backward()
+        grads = [p.grad for p in model.parameters()]
+        # What is behind it has a gradient of zero from a recording.
+        return [0.0 if g is None else g.norm().item() for g in grads]
+
+    assert_same(models, run)
+    assert replays == STEP
 
 
-def test_wrong_backward_passes(replays):
+def test_wrong_backward_passes(recorded):
     """One that comes twice, or when a parameter has changed."""
-    model, _ = recorded()
+    model, _ = recorded
     loss = loss_of(model(draw(1)))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match='cuda_graphs=False'):
@@ -275,6 +268,10 @@ def test_wrong_backward_passes(replays):
         model.extra_norm['0'].weight += 1
     with pytest.raises(RuntimeError, match='inplace operation'):
         loss.backward()
+
+
+def load(model):
+    model.load_state_dict({k: 0.9 * v for k, v in model.state_dict().items()})
 
 
 def wrap(model):
@@ -293,73 +290,69 @@ def move(model):
         parameter.data = parameter.data.clone()
 
 
+def replace(model):
+    norm = model.patch_embed1[1]
+    norm.running_var = norm.running_var + 1
+
+
 def drop(model):
     for part in model.modules():
         if isinstance(part, DropPath):
             part.drop_prob = 0.5
 
 
-def load(model):
-    model.load_state_dict({k: 0.9 * v for k, v in model.state_dict().items()})
-
-
-SAME = (
-    load,
-    lambda model: model.extra_norm['0'].register_buffer('other', None),
-)
-OTHERS = (
-    *(wrap, transpose, move),
-    lambda model: model.blocks1.requires_grad_(False),
-    lambda model: model.patch_embed1[1].register_buffer(
-        'running_var', model.patch_embed1[1].running_var + 1
-    ),
-    lambda model: setattr(model.patch_embed2[1], 'momentum', 0.5),
-    lambda model: setattr(model.patch_embed1, '2', nn.ReLU()),
-    lambda model: setattr(model, 'out_indices', (2, 3)),
-    drop,  # the last, as a graph draws other numbers
-)
-
-
-def test_changes(replays):
+def test_changes(recorded, replays):
     """Recordings of other parameters and settings are not replayed."""
-    model, plain = recorded()
-    for i, change in enumerate((*SAME, *OTHERS)):
+    for change in (
+        *(load, wrap, transpose, move, replace),
+        lambda model: model.blocks1.requires_grad_(False),
+        lambda model: setattr(model.patch_embed2[1], 'momentum', 0.5),
+        lambda model: setattr(model.patch_embed1, '2', nn.ReLU()),
+        lambda model: setattr(model, 'out_indices', (2, 3)),
+        *([] if ON_GPU else [drop]),  # as a graph draws other numbers
+    ):
         replays.clear()
-        for each in (model, plain):
-            change(each)
-            torch.manual_seed(0)
-            train(each)
-        steps = STEPS if change in SAME else 3
-        assert replays == ['run', 'differentiate'] * steps, i
-        if change is not drop or not ON_GPU:
-            check_same(model, plain)
+        for model in recorded:
+            change(model)
+        assert_same(recorded)
+        steps = STEPS if change is load else 3
+        assert replays == STEP * steps, change
 
 
-def test_hooks_are_called(replays):
-    model, _ = recorded()
+def test_parts_that_are_not_recorded(recorded, replays):
+    """Those with hooks, which are called, and with norms of many processes."""
+    model, _ = recorded
     norm = model.extra_norm['3']
     for register in (
-        norm.register_forward_hook,
         norm.register_forward_pre_hook,
         norm.register_full_backward_hook,
     ):
         calls = []
         handle = register(lambda *_, calls=calls: calls.append(1))
-        replays.clear()
-        backward_passes(model, 1)
+        gradients_of(model, 1)
         assert calls and not replays
         handle.remove()
-        backward_passes(model, 1)
-        assert replays
+        gradients_of(model, 1)
+        assert replays == STEP
+        replays.clear()
+    model.extra = nn.SyncBatchNorm(2).to(DEVICE)
+    train(model)
+    assert not replays
+    model.extra.eval()  # with fixed statistics
+    train(model)
+    assert replays == STEP * 3
 
 
-def test_what_runs_as_it_is(replays):
-    model, plain = recorded()
-    replays.clear()
-    x, y = draw(1).requires_grad_(), draw(1).requires_grad_()
-    loss_of(model(x)).backward()
-    loss_of(plain(y)).backward()
-    torch.testing.assert_close(x.grad, y.grad)
+def test_passes_that_are_not_replayed(recorded, replays):
+    """As more than values is asked of them."""
+
+    def run(model):
+        x = draw(1).requires_grad_()
+        loss_of(model(x)).backward()
+        return x.grad
+
+    assert_same(recorded, run)
+    model, _ = recorded
     with torch.autograd.detect_anomaly(check_nan=False):
         model(draw(1))
     with torch.autograd.graph.save_on_cpu():
@@ -373,25 +366,10 @@ def test_what_runs_as_it_is(replays):
     assert not replays
 
 
-def test_sync_bn(replays):
-    model = build(norm_cfg=dict(type='SyncBN')).eval()
-    train(model)  # its norms have fixed statistics
-    assert len(replays) == 6
-    model.extra = nn.SyncBatchNorm(2)
-    replays.clear()
-    train(model)
-    assert not replays
-
-
-def test_number_of_sizes(replays):
-    model = build(1)
-    train(model, shapes=(SIZE, OTHER))
-    assert len(replays) == 6
-
-
 @pytest.mark.parametrize('failing', [1, 2])  # forward, backward
 def test_what_cannot_be_recorded(replays, monkeypatch, failing):
-    calls = []
+    """Is tried once, and said once."""
+    calls, said = [], []
     run = graphs.record
 
     def fail(*args):
@@ -401,14 +379,11 @@ def test_what_cannot_be_recorded(replays, monkeypatch, failing):
         return run(*args)
 
     monkeypatch.setattr(graphs, 'record', fail)
-    said = []
     monkeypatch.setattr(
         graphs, 'print_log', lambda text, **_: said.append(text)
     )
-    model, plain = recorded()
-    train(model, shapes=(OTHER,))
-    train(plain, shapes=(OTHER,))
-    check_same(model, plain)
+    models = build(), build(False)
+    assert_same(models, partial(train, shapes=(SIZE, OTHER)))
     text = 'There are no CUDA graphs: AttributeError: operation not permitted'
     assert said == [text] and not replays and len(calls) == failing
 
@@ -417,7 +392,7 @@ def test_memory_is_released(replays, monkeypatch):
     """With a model, without a search for garbage."""
     if not ON_GPU:  # where what runs again is kept
         monkeypatch.setattr(graphs, 'record', lambda f, *_: (bool, f()))
-    model, _ = recorded()
+    train(model := build())
     (recording,) = model.graphs._recordings.values()
     recording = weakref.ref(recording)
     weight = weakref.ref(model.patch_embed1[0].weight)
@@ -430,19 +405,11 @@ def test_memory_is_released(replays, monkeypatch):
         gc.enable()
 
 
-def test_move_away(replays, monkeypatch):
-    model, _ = recorded()
-    monkeypatch.setattr(graphs, 'is_on_gpu', lambda x: False)
-    model(draw(1))
-    assert not model.graphs._recordings
-
-
-def test_copies(replays):
-    model, plain = recorded()
-    replays.clear()
+def test_copies(recorded, replays):
+    """They have recordings of their own."""
+    model, _ = recorded
     for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        each.zero_grad()
-        backward_passes(each, 1)
+        gradients_of(each, 1)
         assert not replays and each.graphs.most == graphs.MOST
         train(each)
         assert replays.count('run') == 4
@@ -451,13 +418,14 @@ def test_copies(replays):
 
 def test_ddp(replays, process_group):
     model, plain = build(), build(False)
-    train(DistributedDataParallel(model))
-    train(plain)
-    assert len(replays) == 6
-    check_same(model, plain)
+    wrapped = DistributedDataParallel(model)
+    assert_same((model, plain), lambda m: train(wrapped if m is model else m))
+    assert replays == STEP * 3
 
 
 @pytest.mark.skipif(ON_GPU, reason='for machines without a GPU')
-def test_cpu():
-    """The same config trains on a CPU."""
-    check_same(*recorded())
+def test_cpu(recorded, replays, monkeypatch):
+    """A model that is moved there trains as any, without recordings."""
+    monkeypatch.undo()
+    assert_same(recorded)
+    assert not recorded[0].graphs._recordings and not replays

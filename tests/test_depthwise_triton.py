@@ -1,6 +1,7 @@
-"""The depthwise convolutions for GPUs, of all sizes, against float64.
+"""The depthwise convolutions for GPUs, against float64.
 
-What other operators promise too is in test_operators.py.
+By single precision and by products of matrices, of all sizes. What other
+operators promise too is in test_operators.py.
 """
 
 import pytest
@@ -20,7 +21,41 @@ from mmoverlock.models import OverLoCK
 from mmoverlock.models.reparam import BRANCHES, DilatedReparamConv
 from mmoverlock.ops import Branch, depthwise_conv2d, sum_of_branches
 
-SINGLE, BRAIN = torch.float32, torch.bfloat16
+banded = pytest.importorskip(
+    'mmoverlock.ops.depthwise.triton.banded', exc_type=ImportError
+)
+branches_module = pytest.importorskip(
+    'mmoverlock.ops.depthwise.triton.branches'
+)
+batch_norm = pytest.importorskip('mmoverlock.ops.batch_norm.triton')
+conv2d = pytest.importorskip('mmoverlock.ops.depthwise.triton.conv2d')
+weight_grads = pytest.importorskip(
+    'mmoverlock.ops.depthwise.triton.weight_grads'
+)
+
+SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+TOLERANCES = {HALF: 4e-4, BRAIN: 8e-3}  # the interpreter cuts bf16 off
+MANY = (17, 2, 5, 3), [(5, 1), (3, 4)], BRAIN  # images, for several chunks
+CASES = [
+    # The map ends within the kernel; taps that no value meets
+    ((1, 1, 1, 1), [(3, 1)], BRAIN),
+    ((1, 2, 3, 5), [(33, 1)], HALF),
+    # One window for all columns
+    ((2, 17, 7, 14), [(13, 1), (5, 2), (3, 5)], BRAIN),
+    MANY,
+    ((1, 2, 11, 16), [(5, 1)], BRAIN),
+    # Windows move: 1, 2 and 3 of them.
+    ((1, 2, 4, 17), [(3, 1), (9, 1)], HALF),
+    ((1, 16, 9, 33), [(17, 1), (5, 1), (3, 7)], BRAIN),
+    ((1, 2, 3, 37), [(19, 1), (3, 1), (9, 2)], BRAIN),
+    # Programs of 32 channels
+    ((1, 64, 5, 6), [(13, 1), (3, 2)], BRAIN),
+    ((1, 2, 4, 5), [(3, 2)], BRAIN),  # which bands cannot do
+]
+# With the size of the smallest kernel that is convolved by banded matrices:
+# all of them, and none.
+FORMS = [(case, 1) for case in CASES]
+FORMS += [(case, 99) for case in (CASES[0], *CASES[4:6], CASES[8])]
 FIVE = [(5, 1), *BRANCHES[5]]
 
 
@@ -50,38 +85,163 @@ def test_options():
 
 
 @pytest.mark.parametrize(
-    'shape, sizes, dtype, tolerance',
+    'shape, dtype, tolerance',
     [
-        ((1, 33, 6, 5), FIVE, SINGLE, 1e-5),  # blocks of channels, one of 1
-        ((2, 64, 8, 9), FIVE, BRAIN, 2e-2),  # tiles of 1 row, of 1 column
+        ((1, 33, 6, 5), SINGLE, 1e-5),  # blocks of channels, one of 1
+        ((2, 64, 8, 9), BRAIN, 2e-2),  # tiles of 1 row, of 1 column
     ],
 )
-def test_sum_of_branches(shape, sizes, dtype, tolerance, poison):
+def test_sum_of_branches(shape, dtype, tolerance, poison):
     """Value, gradients and statistics, and the numbers of batches."""
     torch.manual_seed(0)
     # Means that are large beside the deviations.
     x = (draw(*shape) + 2).to(dtype).requires_grad_()
-    branches = draw_branches(sizes, shape[1], SINGLE, DEVICE)
+    grad = draw(*shape, dtype=dtype)
+    branches = draw_branches(FIVE, shape[1], SINGLE, DEVICE)
     others = [
         Branch(*map(exact, b[:3]), *(s.double() for s in b[3:5]), *b[5:])
         for b in branches
     ]
-    operands = [x, *parameters_of(branches)]
-    exact_operands = [exact(x), *parameters_of(others)]
-    out = sum_of_branches(x, branches, 'triton')
-    expected = plain_sum_of_branches(exact_operands[0], others)
-    grad = draw(*shape, dtype=dtype)
-    grads = torch.autograd.grad(out, operands, grad)
-    expected_grads = torch.autograd.grad(
-        expected, exact_operands, grad.double()
-    )
-    for actual, value in zip(
-        (out, *grads, *statistics_of(branches)),
-        (expected, *expected_grads, *statistics_of(others)),
-        strict=True,
+    results = []
+    for run, map_, some in (
+        (lambda *args: sum_of_branches(*args, 'triton'), x, branches),
+        (plain_sum_of_branches, exact(x), others),
     ):
+        out = run(map_, some)
+        operands = [map_, *parameters_of(some)]
+        grads = torch.autograd.grad(out, operands, grad.to(out))
+        results.append([out, *grads, *statistics_of(some)])
+    for actual, value in zip(*results, strict=True):
         assert relative_error(actual, value) < tolerance
     assert [b.batches.item() for b in branches] == [2] * len(branches)
+
+
+def maps(count, shape, dtype):
+    """(count, B, C, H, W), each in channels_last."""
+    batch, channels, height, width = shape
+    x = draw(count, batch, height, width, channels, dtype=dtype)
+    return x.permute(0, 1, 4, 2, 3)
+
+
+def prepare(shape, sizes, dtype):
+    """The shape, its dtype, branches and their taps."""
+    torch.manual_seed(0)
+    firsts = [sum(k**2 for k, _ in sizes[:b]) for b in range(len(sizes))]
+    branches = zip(sizes, firsts, strict=True)
+    branches = tuple((*size, first) for size, first in branches)
+    taps = draw(sum(k**2 for k, _ in sizes), shape[1], dtype=dtype)
+    return shape, dtype, branches, taps
+
+
+def convolve(x, taps, branch, flip=False):
+    """In float64."""
+    size, dilation, first = branch
+    weight = taps[first : first + size**2].double().mT
+    weight = (weight.flip(1) if flip else weight).unflatten(1, (1, size, size))
+    return plain_conv2d(x.double(), weight, None, dilation)
+
+
+@pytest.mark.parametrize('case, size', FORMS)
+def test_sum_of_convolutions(case, size, monkeypatch, poison):
+    monkeypatch.setattr(banded, 'SIZE', size)
+    flip = CASES.index(case) % 2 == 1
+    shape, dtype, branches, taps = prepare(*case)
+    x = maps(len(branches), shape, dtype)
+    bias = None if flip else draw(shape[1])
+    other = draw(*shape, dtype=dtype) if flip else None
+    out = conv2d.convolve_maps(x, taps, branches, bias, flip, other)
+    expected = sum(
+        convolve(one, taps, branch, flip)
+        for one, branch in zip(x, branches, strict=True)
+    )
+    expected += other.double() if flip else bias.double()[:, None, None]
+    assert relative_error(out, expected) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize(
+    'case, size, programs',
+    [
+        *((*form, 528) for form in FORMS),
+        (MANY, 1, 1),
+        (((2, 2, 7, 9), *MANY[1:]), 99, 1),
+    ],
+)
+def test_statistics(case, size, programs, monkeypatch, poison):
+    """Of all branches, with means that are large beside the deviations."""
+    monkeypatch.setattr(banded, 'SIZE', size)
+    monkeypatch.setitem(branches_module.KNOBS, 'statistics', programs)
+    # Parts without those of the first branch
+    few = -(-programs // 264)
+    monkeypatch.setitem(banded.KNOBS, 'statistics', few)
+    shape, dtype, branches, taps = prepare(*case)
+    x, first = maps(2, shape, dtype)
+    x += 2
+    parts = branches_module._statistics(x, taps, first, branches)
+    ys = [convolve(x, taps, branch) for branch in branches]
+    assert relative_error(first, ys[0]) < TOLERANCES[dtype]
+    rows = x.new_empty(parts.shape[1:], dtype=torch.float64)
+    batch_norm.combine_parts(parts, rows)
+    for (count, mean, squares), y in zip(
+        rows.unflatten(0, (-1, 3)), ys, strict=True
+    ):
+        variance, average = torch.var_mean(y, (0, 2, 3), correction=0)
+        assert (count == y[:, 0].numel()).all()
+        scale = average.abs() + variance.sqrt() + 1e-3
+        assert ((mean - average).abs() < 1e-5 * scale).all()
+        assert ((squares / count - variance).abs() < 1e-5 * scale**2).all()
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_weight_gradients(case, poison):
+    """Sums in single precision of products that are exact."""
+    shape, dtype, branches, taps = prepare(*case)
+    x, grads = maps(1 + len(branches), shape, dtype).tensor_split([1])
+    parts = weight_grads.weight_grads(x[0], grads, branches, with_sum=True)
+    assert parts.dtype == torch.float32
+    taps = taps.double().requires_grad_()
+    expected = sum(
+        torch.autograd.grad(convolve(x[0], taps, branch), taps, grad.double())[
+            0
+        ]
+        for grad, branch in zip(grads, branches, strict=True)
+    )
+    total = grads[0].double().sum((0, 2, 3))
+    expected = torch.cat([expected, total[None]])
+    assert relative_error(parts.double().sum(0), expected) < 1e-6
+
+
+@pytest.mark.parametrize('case', CASES[1:4] + CASES[6:9])
+def test_inner_products(case, poison):
+    """Of a gradient and what every branch makes, and its sum."""
+    shape, dtype, branches, taps = prepare(*case)
+    x, grad = maps(2, shape, dtype)
+    size = max((k - 1) * d + 1 for k, d, _ in branches)
+    parts = weight_grads.inner_products(x, grad, taps, branches, size)
+    outputs = [convolve(x, taps, branch) for branch in branches]
+    expected = [
+        (out * grad.double()).sum((0, 2, 3))
+        for out in (*outputs, torch.ones_like(outputs[0]))
+    ]
+    actual = parts.double().sum(0)
+    assert relative_error(actual, torch.stack(expected)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    'shape, dtype', [((2, 2, 9, 7), torch.float32), ((2, 2, 9, 57), BRAIN)]
+)
+def test_weight_gradient_in_parts(monkeypatch, shape, dtype):
+    torch.manual_seed(0)
+    x, grad = (draw(*shape, dtype=dtype) for _ in range(2))
+    parts = []
+    for programs in (2048, 2048, 1):
+        for name in ('column_programs', 'unit_programs'):
+            monkeypatch.setitem(weight_grads.KNOBS, name, programs)
+        run = weight_grads.weight_grads
+        parts.append(run(x, grad[None], ((3, 1, 0),)))
+    assert torch.equal(*parts[:2])
+    assert len(parts[0]) > len(parts[2])
+    sums = [part.double().sum(0) for part in parts[1:]]
+    torch.testing.assert_close(*sums, rtol=0, atol=1e-4)
 
 
 def test_network():

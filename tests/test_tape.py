@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmoverlock.ops.environment import recorder
 
@@ -57,58 +58,71 @@ def statistics(x, weight):
     return [y, mean, weight]
 
 
-@pytest.mark.parametrize('function', [views, statistics])
-def test_same_results(function, play):
-    for i in range(5):
-        torch.manual_seed(i)
-        x, weight = torch.randn(2, 4, 3, 5), torch.randn(3, 4)
-        results, runs = play(function, x, weight)
-        assert runs == min(i + 1, 2)
-        expected = function(x, weight)
-        torch.testing.assert_close(results, expected, rtol=0, atol=0)
-        for result, other in zip(results, expected, strict=True):
-            if result is not None:
-                assert result.stride() == other.stride()
-    assert any(result is x or result is weight for result in results)
+def copies(x):
+    """By operators that inference mode does not take apart."""
+    return [x.mT.contiguous(), x.mT.reshape(-1), x.reshape(-1)]
 
 
-def test_operands_that_start_elsewhere(play):
-    """In their memory, as parts of others do."""
+def likes(x):
+    """In memory of an operand's strides."""
+    return [
+        torch.empty_like(x).copy_(x),
+        torch.empty_like(x, dtype=torch.double).copy_(x),
+    ]
 
-    def halves(x):
-        return [x[2:] + x[:2], x[2:]]
 
-    memory = torch.arange(12.0)
-    for start in (0, 4, 8):
-        for _ in range(3):
-            (total, half), _ = play(halves, memory[start : start + 4])
-        assert total.tolist() == [2 * start + 2, 2 * start + 4]
-        assert half.tolist() == [start + 2, start + 3]
+MEMORY = torch.arange(40.0)
+
+
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    'function, draw',
+    [
+        (views, lambda i: (torch.randn(2, 4, 3, 5), torch.randn(3, 4))),
+        (statistics, lambda i: (torch.randn(2, 4, 3, 5), torch.randn(3, 4))),
+        (copies, lambda i: (torch.randn(2, 3),)),
+        # Parts of a memory
+        (lambda x: [x[2:] + x[:2], x[2:]], lambda i: (MEMORY[4 * i :][:4],)),
+        # Strides along sides of 1
+        (likes, lambda i: (MEMORY.as_strided((4, 1, 3, 2), (6, i, 2, 1)),)),
+    ],
+)
+def test_same_results(function, draw, mode, play):
+    """And strides; a tape is recorded in the second run."""
+    with mode():
+        for i in range(6):
+            torch.manual_seed(i)
+            operands = draw(i)
+            results, runs = play(function, *operands)
+            assert runs == min(i + 1, 2)
+            expected = function(*operands)
+            torch.testing.assert_close(results, expected, rtol=0, atol=0)
+            for result, other in zip(results, expected, strict=True):
+                if result is not None:
+                    assert result.stride() == other.stride()
+                    is_one = [result is operand for operand in operands]
+                    assert is_one == [other is operand for operand in operands]
+
+
+X = torch.ones(2, 3)
 
 
 @pytest.mark.parametrize(
-    'change',
+    'one, other',
     [
-        lambda x: x[:1],
-        lambda x: x.double(),
-        lambda x: torch.cat([x[:1], x])[1:],  # not as aligned
-        lambda x: (x, 1),
-        lambda x: [x],
+        ((X,), (X[:1],)),
+        ((X,), (X.double(),)),
+        ((X,), (torch.cat([X[:1], X])[1:],)),  # not as aligned
+        ((X,), (X, 1)),
+        ((X,), ([X],)),
+        ((X, None), (None, X)),
+        ((X, 1), (1, X)),
+        (([X], X), (X, [X])),
     ],
 )
-def test_other_operands_have_other_tapes(change, play):
-    """By sizes, dtypes, alignment, numbers and whatever else there is."""
-
-    def double(x, *_):
-        return [2 * (x[0] if isinstance(x, list) else x)]
-
-    x = torch.randn(2, 3)
-    for _ in range(3):
-        play(double, x)
-    changed = change(x)
-    operands = changed if isinstance(changed, tuple) else (changed,)
-    _, runs = play(double, *operands)
-    assert runs == 3
+def test_other_operands_have_other_tapes(one, other):
+    """By sizes, dtypes, alignment, numbers, and where tensors are."""
+    assert tape.describe(one)[1] != tape.describe(other)[1]
 
 
 def test_autocast(play):
@@ -119,29 +133,14 @@ def test_autocast(play):
             exact = x @ x
         return [exact, x @ x]
 
-    for _ in range(3):
-        with torch.autocast('cpu', torch.bfloat16):
-            (exact, rounded), runs = play(products, torch.randn(4, 4))
-        assert (exact.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
-    assert runs == 2
-    for dtype in (torch.float32, torch.float16):
+    for dtype, expected in (
+        *[(torch.bfloat16, 1), (torch.bfloat16, 2), (torch.bfloat16, 2)],
+        *[(torch.float16, 3), (torch.float32, 4)],
+    ):
         with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
             (exact, rounded), runs = play(products, torch.randn(4, 4))
-        assert rounded.dtype == dtype
-
-
-@torch.inference_mode()
-def test_copies_in_inference_mode(play):
-    """There, operators that may copy are not taken apart."""
-
-    def copies(x):
-        return [x.mT.contiguous(), x.mT.reshape(-1), x.reshape(-1)]
-
-    for i in range(4):
-        x = torch.arange(6.0).view(2, 3) + i
-        results, runs = play(copies, x)
-        torch.testing.assert_close(results, copies(x), rtol=0, atol=0)
-    assert runs == 2
+        assert (exact.dtype, rounded.dtype) == (torch.float32, dtype)
+        assert runs == expected
 
 
 HIDDEN = torch.ones(3)
@@ -204,32 +203,21 @@ def test_memory_is_given_back(play, monkeypatch):
     assert len(made) == 4
 
 
-def test_memory_like_operands(play):
-    """Has their strides, along sides of 1 too."""
-
-    def copy(x):
-        return [torch.empty_like(x).copy_(x), torch.empty_like(x).double()]
-
-    x = torch.randn(4, 1, 3, 2)
-    for step in (6, 1, 7, 7):
-        operand = x.as_strided(x.shape, (6, step, 2, 1))
-        (like, _), runs = play(copy, operand)
-        assert like.stride() == torch.empty_like(operand).stride()
-        torch.testing.assert_close(like, x, rtol=0, atol=0)
-    assert runs == 2
-
-
 def test_how_many(play, monkeypatch):
-    """Are recorded; the others run as they are."""
+    """Are recorded; others run as they are, and keys stand for themselves."""
     monkeypatch.setattr(tape, 'MAX_TAPES', 1)
     for expected in ([1, 2, 2], [1, 2, 3]):
         runs = [play(f, torch.ones(3))[1] for f in [lambda x: [x + 1]] * 3]
         assert runs == expected
+    monkeypatch.setattr(tape, 'MAX_TAPES', len(tape._numbers) + 1)
+    keys = [(object(),) for _ in range(3)]
+    numbers = [tape.number(key) for key in keys]
+    assert numbers[1:] == keys[1:]
+    assert [tape.number(key) for key in keys] == numbers
 
 
 def test_none_within_a_mode(play):
     """Whoever watches operators sees all of them."""
-    from torch.utils.flop_counter import FlopCounterMode
 
     def product(x):
         return [x @ x]
@@ -248,33 +236,10 @@ def test_operands_that_are_one_tensor(play):
         return [x - 2 * y]
 
     x, y = torch.ones(3), torch.full((3,), 5.0)
-    for runs, operands in enumerate([(x, x), (x, x), (y, y)], 1):
+    for operands, runs in (
+        *[((x, x), 1), ((x, x), 2), ((y, y), 2)],
+        *[((x, y), 3), ((y, x), 4), ((x, y), 4), ((x, x), 4)],
+    ):
         (out,), count = play(difference, *operands)
-        assert count == min(runs, 2)
-        assert out.tolist() == 3 * [-operands[0][0]]
-    for runs, operands in enumerate([(x, y), (y, x), (x, y), (x, x)], 3):
-        (out,), count = play(difference, *operands)
-        assert count == min(runs, 4)
+        assert count == runs
         assert torch.equal(out, *difference(*operands))
-
-
-@pytest.mark.parametrize(
-    'pattern, other',
-    [
-        (lambda x: (x, None), lambda x: (None, x)),
-        (lambda x: (x, 1), lambda x: (1, x)),
-        (lambda x: ([x], x), lambda x: (x, [x])),
-    ],
-)
-def test_keys_tell_where_tensors_are(pattern, other):
-    x = torch.ones(3)
-    assert tape.describe(pattern(x))[1] != tape.describe(other(x))[1]
-
-
-def test_how_many_numbers(monkeypatch):
-    """Of keys are given; others stand for themselves."""
-    monkeypatch.setattr(tape, 'MAX_TAPES', len(tape._numbers) + 1)
-    keys = [(object(),) for _ in range(3)]
-    numbers = [tape.number(key) for key in keys]
-    assert numbers[1:] == keys[1:]
-    assert [tape.number(key) for key in keys] == numbers
