@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 import sys
 
 from tiny import load_tool, no_curves
@@ -14,39 +15,52 @@ _context.set_forkserver_preload(
 )
 
 
-def start(*argv, log, prepare=None, tool='train'):
-    """Start ``tools/train.py ARGV``; return the process.
+def run(tool, *argv, folder, processes=1, prepare=None):
+    """Run ``tools/TOOL.py ARGV``; return the output of the first process.
 
     Args:
+        tool (str): Name of the tool.
         argv: Of the command line.
-        log (Path): File for stdout and stderr.
-        prepare (callable, optional): What the process does first.
-        tool (str): Another tool than train.
+        folder (Path): Of the outputs.
+        processes (int): How many there are, as if torchrun had started them.
+        prepare (callable, optional): What each of them does first.
     """
+    port = free_port()
+    logs = [folder / f'log_{rank}' for rank in range(processes)]
     argv = [str(arg) for arg in argv]
-    process = _context.Process(target=_run, args=(tool, argv, log, prepare))
-    process.start()
-    return process
+    started = []
+    for rank, log in enumerate(logs):
+        args = tool, argv, log, prepare, rank, processes, port
+        started.append(_context.Process(target=_run, args=args))
+        started[-1].start()
+    for process in started:
+        process.join(TIMEOUT)
+        process.kill()
+    outputs = [log.read_text() for log in logs]
+    assert not any(p.exitcode for p in started), '\n'.join(outputs)
+    return outputs[0]
 
 
-def run(*argv, log, status=0, **options):
-    """Run ``tools/train.py ARGV`` as `start` does; return its output."""
-    process = start(*argv, log=log, **options)
-    process.join(TIMEOUT)
-    process.kill()
-    output = log.read_text()
-    assert process.exitcode == status, output
-    return output
+def free_port():
+    with socket.socket() as server:
+        server.bind(('127.0.0.1', 0))
+        return str(server.getsockname()[1])
 
 
-def _run(tool, argv, log, prepare):
+def _run(tool, argv, log, prepare, rank, processes, port):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.chdir(log.parent)  # where MMEngine makes a folder to collect results
     for stream in (1, 2):
         os.dup2(file, stream)
     sys.stdout = sys.stderr = os.fdopen(file, 'w', buffering=1)
-    os.environ['LOCAL_RANK'] = '0'
-    os.environ['CUDA_VISIBLE_DEVICES'] = ''
+    os.environ.update(LOCAL_RANK=str(rank), CUDA_VISIBLE_DEVICES='')
+    if processes > 1:
+        os.environ.update(
+            RANK=str(rank),
+            WORLD_SIZE=str(processes),
+            MASTER_ADDR='127.0.0.1',
+            MASTER_PORT=port,
+        )
     if prepare:
         prepare()
     with no_curves():

@@ -14,31 +14,16 @@ from mmoverlock.ops import depthwise_conv2d
 ARCH = tiny.ARCH | dict(kernel_sizes=(5, 5, 5, 5))
 
 
-@pytest.mark.parametrize(
-    'training, deploy, backend',
-    [
-        (False, True, 'eager'),
-        (True, False, 'eager'),
-        # The graph of both ways; of blocks, test_compile_regions.py has them.
-        pytest.param(True, False, 'aot_eager', marks=pytest.mark.slow),
-    ],
-)
-def test_fullgraph(training, deploy, backend):
+@pytest.mark.parametrize('training', [False, True])
+def test_fullgraph(training):
+    """Gradients of blocks' graphs are in test_compile_regions.py."""
     torch.manual_seed(0)
-    plain = OverLoCK(ARCH, deploy=deploy).double().train(training)
+    plain = OverLoCK(ARCH, deploy=not training).double().train(training)
     compiled = copy.deepcopy(plain)
-    run = torch.compile(compiled, fullgraph=True, backend=backend)
+    run = torch.compile(compiled, fullgraph=True, backend='eager')
     image = torch.rand(2, 3, 64, 64, dtype=torch.float64)
     for _ in range(2):  # running statistics, and what is cached
-        expected, actual = plain(image), run(image)
-        torch.testing.assert_close(actual, expected)
-    for maps in (expected, actual):
-        sum(m.sin().sum() for m in maps).backward()
-    gradients = (
-        {name: p.grad for name, p in net.named_parameters()}
-        for net in (plain, compiled)
-    )
-    torch.testing.assert_close(*gradients)
+        torch.testing.assert_close(run(image), plain(image))
     torch.testing.assert_close(compiled.state_dict(), plain.state_dict())
 
 

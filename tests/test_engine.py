@@ -1,54 +1,46 @@
 """What mmengine can name, and what the tools add to a runner."""
 
+from mmengine import registry
 from mmengine.config import Config
-from mmengine.registry import (
-    FUNCTIONS,
-    HOOKS,
-    MODEL_WRAPPERS,
-    MODELS,
-    OPTIM_WRAPPER_CONSTRUCTORS,
-    OPTIM_WRAPPERS,
-    STRATEGIES,
-)
 
 from mmoverlock import cli, engine
 
 NAMES = {
-    'AverageStatistics': HOOKS,
-    'CPUAmpOptimWrapper': OPTIM_WRAPPERS,
-    'CurvesHook': HOOKS,
-    'ForeachDistributedDataParallel': MODEL_WRAPPERS,
-    'ForeachExponentialMovingAverage': MODELS,
-    'GroupedOptimWrapperConstructor': OPTIM_WRAPPER_CONSTRUCTORS,
-    'LayerDecayOptimWrapperConstructor': OPTIM_WRAPPER_CONSTRUCTORS,
-    'LoadingCheck': HOOKS,
-    'Reseed': HOOKS,
-    'ResumableFSDPStrategy': STRATEGIES,
-    'overlock_wrap_policy': FUNCTIONS,
+    'AverageStatistics': registry.HOOKS,
+    'CPUAmpOptimWrapper': registry.OPTIM_WRAPPERS,
+    'CurvesHook': registry.HOOKS,
+    'ForeachDistributedDataParallel': registry.MODEL_WRAPPERS,
+    'ForeachExponentialMovingAverage': registry.MODELS,
+    'GroupedOptimWrapperConstructor': registry.OPTIM_WRAPPER_CONSTRUCTORS,
+    'LayerDecayOptimWrapperConstructor': registry.OPTIM_WRAPPER_CONSTRUCTORS,
+    'LoadingCheck': registry.HOOKS,
+    'Reseed': registry.HOOKS,
+    'ResumableFSDPStrategy': registry.STRATEGIES,
+    'overlock_wrap_policy': registry.FUNCTIONS,
 }
 
 
 def test_names():
     """All that the package has is there under its name, and OverLoCK."""
     assert sorted(NAMES) == engine.__all__
-    for name, registry in NAMES.items():
-        assert registry.module_dict[name] is getattr(engine, name)
-    assert MODELS.get('OverLoCK').__module__ == 'mmoverlock.models.overlock'
+    for name, kinds in NAMES.items():
+        assert kinds.module_dict[name] is getattr(engine, name)
+    assert 'OverLoCK' in registry.MODELS
 
 
 def test_hooks_of_tools(tmp_path):
     """Each of them once, also those that the config names."""
-    cfg = Config(
-        dict(
-            work_dir=str(tmp_path),
-            launcher='none',
-            model=dict(type='BaseDataPreprocessor'),
-            custom_hooks=[dict(type='Reseed'), dict(type='CurvesHook')],
-        )
+    cfg = dict(
+        work_dir=str(tmp_path),
+        launcher='none',
+        model=dict(type='BaseDataPreprocessor'),
+        custom_hooks=[dict(type='Reseed'), dict(type='CurvesHook')],
     )
-    runner = cli.build_runner(cfg, complete=True)
+    runner = cli.build_runner(Config(cfg), complete=True)
     hooks = [type(hook).__name__ for hook in runner.hooks]
-    ours = [name for name in hooks if NAMES.get(name) is HOOKS]
-    assert sorted(ours) == sorted(n for n in NAMES if NAMES[n] is HOOKS)
-    assert ours[0] == 'LoadingCheck'
-    assert hooks.index('AverageStatistics') < hooks.index('CheckpointHook')
+    ours = [name for name in NAMES if NAMES[name] is registry.HOOKS]
+    assert [hooks.count(name) for name in ours] == [1] * 4
+    loading, averaging, saving = map(
+        hooks.index, ('LoadingCheck', 'AverageStatistics', 'CheckpointHook')
+    )
+    assert loading < averaging < saving

@@ -24,23 +24,19 @@ CHANNELS_LAST = torch.channels_last
 BN = dict(type='BN')
 
 
-@pytest.mark.parametrize('squares', [1, 30, 1000])  # a row, two rows, all
+@pytest.mark.parametrize('squares', [1, 30])  # a row, two rows
 def test_grn(squares, monkeypatch):
-    """Its definition; dead channels, or dead maps, have finite gradients."""
-    monkeypatch.setattr(reference, 'SQUARES', squares)
+    """In pieces as at once; dead channels and maps have finite gradients."""
     torch.manual_seed(0)
-    grn, x = GRN(5).double(), torch.randn(2, 5, 4, 3).double().requires_grad_()
+    grn, x = GRN(5).double(), torch.randn(3, 5, 4, 3).double().requires_grad_()
+    x.data[0, 1:] = x.data[1] = 0
     operands = [x, *map(nn.init.normal_, grn.parameters())]
-    norm = x.square().sum((2, 3), keepdim=True).sqrt()
-    ratio = norm / (norm.mean(1, keepdim=True) + 1e-6)
-    outs = grn(x), x * (grn.gamma * ratio + 1) + grn.beta
-    pairs = [(y, *torch.autograd.grad(y.sin().sum(), operands)) for y in outs]
-    torch.testing.assert_close(*pairs)
-    dead = torch.zeros_like(x)
-    dead[0, 0] = 1
-    operands[0] = dead.requires_grad_()
-    for grad in torch.autograd.grad(grn(dead).sum(), operands):
-        assert grad.isfinite().all()
+    results = []
+    for size in (1000, squares):  # of which the first is all
+        monkeypatch.setattr(reference, 'SQUARES', size)
+        out = grn(x)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), operands)])
+    torch.testing.assert_close(*results)
 
 
 def test_drop_path():
@@ -114,13 +110,11 @@ def test_merging(kernel_size):
     conv, x = make_conv(kernel_size), draw()
     operands = [x, *conv.parameters()]
     expected = sum_of_branches(conv, x)
-    torch.testing.assert_close(conv(x), expected)
-    torch.testing.assert_close(
-        *(
-            torch.autograd.grad(out.sin().sum(), operands)
-            for out in (conv(x), sum_of_branches(conv, x))
-        )
-    )
+    results = [
+        [out, *torch.autograd.grad(out.sin().sum(), operands)]
+        for out in (conv(x), expected)
+    ]
+    torch.testing.assert_close(*results)
     for _ in range(2):  # the second time, there is nothing to merge
         conv.switch_to_deploy()
         torch.testing.assert_close(conv(x), expected)

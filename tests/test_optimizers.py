@@ -14,6 +14,8 @@ from mmoverlock.engine import ForeachExponentialMovingAverage
 from mmoverlock.models import OverLoCK
 
 RATE, LR, DECAY = 0.5, 1e-3, 0.05
+GROUPED = 'GroupedOptimWrapperConstructor'
+LAYERWISE = 'LayerDecayOptimWrapperConstructor'
 # Layers from the last: which power of the rate.
 POWERS = {
     **{'patch_embed1': 9, 'blocks1.0': 8},
@@ -24,77 +26,56 @@ POWERS = {
 }
 
 
-def build(
-    model,
-    lr=LR,
-    constructor='LayerDecayOptimWrapperConstructor',
-    **paramwise,
-):
-    """Groups of the optimizer by names of their parameters."""
+def build(model, constructor=LAYERWISE, lr=LR, **paramwise):
+    """An optimizer's wrapper, and its groups by names of parameters."""
     rates = {} if lr is None else dict(lr=lr)
     cfg = dict(
         constructor=constructor,
-        optimizer=dict(type='AdamW', weight_decay=DECAY, **rates),
+        optimizer=dict(type='AdamW', weight_decay=DECAY, fused=True, **rates),
         paramwise_cfg=paramwise,
     )
     names = {id(p): name for name, p in model.named_parameters()}
-    groups = build_optim_wrapper(model, cfg).optimizer.param_groups
-    return {names[id(p)]: group for group in groups for p in group['params']}
+    wrapper = build_optim_wrapper(model, cfg)
+    groups = wrapper.optimizer.param_groups
+    return wrapper, {names[id(p)]: g for g in groups for p in g['params']}
 
 
 def test_groups():
     """One for each setting in use; all settings are mmengine's."""
     model = nn.ModuleDict(dict(backbone=OverLoCK(TINY), head=nn.Linear(1, 1)))
     keys = dict(norm=dict(decay_mult=0.0), head=dict(lr_mult=10.0))
-    expected, groups = (
-        build(model, constructor=name, custom_keys=keys)
-        for name in (
-            'DefaultOptimWrapperConstructor',
-            'GroupedOptimWrapperConstructor',
-        )
+    _, groups = build(model, GROUPED, custom_keys=keys)
+    _, expected = build(
+        model, 'DefaultOptimWrapperConstructor', custom_keys=keys
     )
     assert len({*map(id, groups.values())}) == 3
     assert groups.keys() == expected.keys()
     for name, group in groups.items():
-        settings = expected[name] | dict(params=group['params'])
-        assert group == settings, name
+        assert group == expected[name] | dict(params=group['params']), name
 
 
-def rate_of(name):
-    """Of a parameter of the backbone, by its power."""
-    [power] = [n for key, n in POWERS.items() if name.startswith(f'{key}.')]
-    return LR * RATE**power
-
-
-def test_settings():
+@pytest.mark.parametrize('path', ['', 'student.backbone.'])
+def test_layer_decay(path):
     """Rates fall from layer to layer, at any depth; all else stays.
 
     So do other settings of mmengine's constructor, and frozen layers.
     """
-    backbone = OverLoCK(TINY, fuse_overview=True, frozen_stages=0)
-    student = nn.ModuleDict(dict(backbone=backbone, head=nn.Linear(1, 1)))
-    groups = build(
-        nn.ModuleDict(dict(student=student)),
-        layer_decay_rate=RATE,
-        custom_keys=dict(norm=dict(decay_mult=0.0), blocks2=dict(lr_mult=0.1)),
-    )
+    model = OverLoCK(TINY, fuse_overview=True, frozen_stages=0)
+    if path:
+        parts = dict(backbone=model, head=nn.Linear(1, 1))
+        model = nn.ModuleDict(dict(student=nn.ModuleDict(parts)))
+    keys = dict(norm=dict(decay_mult=0.0), blocks2=dict(lr_mult=0.1))
+    _, groups = build(model, layer_decay_rate=RATE, custom_keys=keys)
     assert len({*map(id, groups.values())}) < 25  # of 10 layers
-    learnt = {k for k, p in student.named_parameters() if p.requires_grad}
-    assert groups.keys() == {f'student.{name}' for name in learnt}
-    for name in ('student.head.weight', 'student.head.bias'):
-        head = groups.pop(name)
-        assert head['lr'] == LR and head['weight_decay'] == DECAY
+    learnt = {k for k, p in model.named_parameters() if p.requires_grad}
+    assert groups.keys() == learnt
     for name, group in groups.items():
-        name = name.removeprefix('student.backbone.')
-        lr = rate_of(name) * (0.1 if 'blocks2' in name else 1)
-        assert group['lr'] == pytest.approx(lr)
-        assert group['weight_decay'] == (0 if 'norm' in name else DECAY)
-
-
-def test_backbone_by_itself():
-    groups = build(OverLoCK(TINY), layer_decay_rate=RATE)
-    for name, group in groups.items():
-        assert group['lr'] == pytest.approx(rate_of(name))
+        own = name.removeprefix(path)
+        powers = [n for k, n in POWERS.items() if own.startswith(f'{k}.')]
+        [power] = [0] if 'head' in name else powers
+        lr = LR * RATE**power * (0.1 if 'blocks2' in name else 1)
+        assert group['lr'] == pytest.approx(lr), name
+        assert group['weight_decay'] == (0 if 'norm' in name else DECAY), name
 
 
 NETS = dict(
@@ -120,8 +101,23 @@ def test_mistakes(net, settings, words):
         build(NETS[net], **settings)
 
 
+def test_gradients_have_the_strides_of_parameters():
+    """Fused operators on GPUs take no others, though sides of 1 have any."""
+    model = OverLoCK(TINY)
+    wrapper, _ = build(model, GROUPED)
+    maps = model(torch.randn(2, 3, 64, 64))
+    sum(x.square().mean() for x in maps).backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    conv = model.high_level_proj.weight
+    conv.grad = conv.grad.as_strided(conv.shape, (conv.shape[1], 1, 7, 7))
+    wrapper.step()
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        assert parameter.grad.stride() == parameter.stride()
+        assert torch.equal(parameter.grad, grad)
+
+
 class Network(nn.Module):
-    """With buffers of all kinds, and a tied weight."""
+    """With buffers of all kinds."""
 
     def __init__(self):
         super().__init__()
@@ -169,46 +165,3 @@ def test_tied_weights_are_averaged_once():
     network.move()
     average.update_parameters(network)
     torch.testing.assert_close(average.module.tied.weight, start + 0.25)
-
-
-@pytest.mark.parametrize(
-    'constructor',
-    ['GroupedOptimWrapperConstructor', 'LayerDecayOptimWrapperConstructor'],
-)
-def test_gradients_have_the_strides_of_parameters(constructor, monkeypatch):
-    """Fused operators on GPUs take no others, though sides of 1 have any."""
-    model = OverLoCK(TINY)
-    optimizer = dict(type='AdamW', lr=0.1, fused=True)
-    paramwise = dict(layer_decay_rate=0.5)
-    wrapper = build_optim_wrapper(
-        model,
-        dict(
-            constructor=constructor,
-            optimizer=optimizer,
-            paramwise_cfg=paramwise,
-        ),
-    )
-    maps = model(torch.randn(2, 3, 64, 64))
-    sum(x.square().mean() for x in maps).backward()
-    conv = model.high_level_proj.weight
-    conv.grad = conv.grad.contiguous(memory_format=torch.channels_last)
-    before = [p.grad.clone() for p in model.parameters()]
-
-    def strides(tensors):
-        return [t.stride() for t in tensors]
-
-    assert strides(model.parameters()) != strides(before)
-    lists = []
-    step = torch._fused_adamw_
-
-    def check(params, grads, *args, **kwargs):
-        lists.append((strides(params), strides(grads)))
-        step(params, grads, *args, **kwargs)
-
-    monkeypatch.setattr(torch, '_fused_adamw_', check)
-    wrapper.step()
-    assert lists
-    for ours, theirs in lists:
-        assert ours == theirs
-    grads = [p.grad for p in model.parameters()]
-    torch.testing.assert_close(grads, before, rtol=0, atol=0)

@@ -66,21 +66,16 @@ def test_drop_path_rates():
     'kwargs, message',
     [
         (dict(arch='huge'), "unknown arch 'huge'.*'xt'.*'base'"),
-        (dict(arch=('t',)), r"unknown arch \('t',\)"),
         (dict(arch=dict(TINY, heads=1)), "'heads'"),
         (dict(arch=dict(TINY, depths=(1, 1, 1))), r"'depths'.*\(1, 1, 1\)"),
         (dict(arch=dict(TINY, depths=(1, 1, 1, 1.5))), "'depths'.*1.5"),
         (dict(arch=dict(TINY, channels=(7, 8, 16, 32))), 'even.*7, 8'),
         (dict(arch=dict(TINY, channels=(8, 8, 12, 32))), '2 .*of 8 .*got 12'),
-        (dict(arch=dict(TINY, kernel_sizes=[7])), r"'kernel_sizes'.*\[7\]"),
         (dict(arch=dict(TINY, kernel_sizes=(17, 15, 4, 7))), 'size 4.*17'),
         (dict(in_channels=0), 'in_channels.*got 0'),
-        (dict(out_indices=(0, 4)), r'from 0 to 3, got \(0, 4\)'),
         (dict(out_indices=(1, 0)), r'increasing.*\(1, 0\)'),
-        (dict(out_indices=()), r'increasing.*\(\)'),
         (dict(out_indices=3), 'out_indices.*got 3'),
         (dict(frozen_stages=5), 'from -1 to 4, got 5'),
-        (dict(drop_path_rate=1.0), r'\[0, 1\), got 1.0'),
         (dict(drop_path_rate=math.nan), 'drop_path_rate.*got nan'),
         (dict(norm_cfg=dict(type='LN')), "'LN'.*'BN', 'SyncBN'"),
         (dict(norm_cfg='BN'), "norm_cfg.*got 'BN'"),
@@ -94,7 +89,6 @@ def test_drop_path_rates():
         (dict(init_cfg=[dict(checkpoint='a.pth')]), 'init_cfg.*a.pth'),
         (dict(compile='yes'), "compile must be.*'yes'"),
         (dict(cuda_graphs=-1), 'cuda_graphs must be True'),
-        (dict(cuda_graphs=2.5), 'cuda_graphs must be True'),
         (dict(cuda_graphs=True, compile={}), 'neither compile nor with_cp'),
         (dict(cuda_graphs=True, with_cp=True), 'neither compile nor with_cp'),
     ],
@@ -122,37 +116,35 @@ def test_outputs():
 @torch.no_grad()
 def test_convolutions_get_channels_last(batch, training):
     """On CPUs others are slow; one image in NCHW has ambiguous strides."""
-    strides = []
+    last = torch.channels_last
+    found = []
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if function is torch.ops.aten.convolution.default:
-                x, last = args[0], torch.channels_last
-                like = torch.empty(x.shape, memory_format=last)
+                x = args[0]
                 if x.is_contiguous() or x.is_contiguous(memory_format=last):
-                    strides.append((x.stride(), like.stride()))
+                    like = torch.empty(x.shape, memory_format=last)
+                    found.append(x.stride() == like.stride())
             return function(*args, **kwargs or {})
 
     model = backbone().train(training)
     with Record():
         model(IMAGES[:batch])
-    assert len(strides) > 30
-    for actual, expected in strides:
-        assert actual == expected
-
-
-FREEZING = [  # what each step from 0 to 4 adds
-    ['patch_embed1'],
-    ['blocks1'],
-    ['patch_embed2', 'blocks2'],
-    ['patch_embed3', 'blocks3'],
-    ['patch_embed', 'blocks4', 'high_level_proj', 'sub_blocks'],
-]
+    assert len(found) > 30 and all(found)
 
 
 @pytest.mark.parametrize('frozen_stages', range(-1, 5))
 def test_frozen_stages(frozen_stages):
-    prefixes = tuple(sum(FREEZING[: frozen_stages + 1], []))
+    """Parameters do not learn, and batch norms are in eval mode."""
+    steps = (
+        ['patch_embed1'],
+        ['blocks1'],
+        ['patch_embed2', 'blocks2'],
+        ['patch_embed3', 'blocks3'],
+        ['patch_embed', 'blocks4', 'high_level_proj', 'sub_blocks'],
+    )
+    prefixes = tuple(sum(steps[: frozen_stages + 1], []))
     model = backbone(frozen_stages=frozen_stages, fuse_overview=True)
     assert model.train() is model
     for name, parameter in model.named_parameters():
@@ -172,14 +164,14 @@ def test_norm_eval():
     assert model.patch_embed1[1].weight.grad.any()
 
 
-def test_checkpointing():
-    """Equal outputs, gradients and statistics, with drop path on."""
+def test_recomputation():
+    """Of the named blocks only; with drop path on, results are equal."""
     results, calls = [], []
     for option in (False, (0, 1, 1, 1, 1, 1)):
         model = backbone(with_cp=option, drop_path_rate=0.3).train()
-        if option:
-            for block in (*model.blocks1, *model.blocks2):
-                block.register_forward_pre_hook(lambda m, _: calls.append(m))
+        calls.clear()
+        for block in (*model.blocks1, *model.blocks2):
+            block.register_forward_pre_hook(lambda m, _: calls.append(m))
         x = IMAGES.clone().requires_grad_()
         torch.manual_seed(1)
         outputs = model(x)
@@ -187,16 +179,9 @@ def test_checkpointing():
         gradients = [parameter.grad for parameter in model.parameters()]
         results.append([*outputs, x.grad, *gradients, *model.buffers()])
     torch.testing.assert_close(*results)
-    # Only the blocks that it names run again.
-    assert [calls.count(block) for block in model.blocks1] == [1]
-    assert [calls.count(block) for block in model.blocks2] == [2, 1]
+    blocks = *model.blocks1, *model.blocks2
+    assert [calls.count(block) for block in blocks] == [1, 2, 1]
     with torch.no_grad():
         model(IMAGES)
-    assert [*backbone(with_cp=True).checkpointed.values()] == [
-        1,
-        2,
-        1,
-        1,
-        2,
-        1,
-    ]
+    counts = backbone(with_cp=True).checkpointed
+    assert [*counts.values()] == [1, 2, 1, 1, 2, 1]

@@ -1,6 +1,6 @@
 """Gradients of two processes that are exchanged by operators on lists."""
 
-from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -13,17 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from mmoverlock.engine import ForeachDistributedDataParallel
 from mmoverlock.engine.parallel import exchanging_lists
 
-WRAPPERS = {
-    'lists': lambda model: ForeachDistributedDataParallel(model, 2e-4),
-    'one list': ForeachDistributedDataParallel,
-    'mmengine': MMDistributedDataParallel,
-}
-
 
 class Model(BaseModel):
     """Some parameters lie in memory otherwise, some are frozen."""
 
-    def __init__(self):
+    def __init__(self, unused=False, repeats=False):
         super().__init__()
         self.net = nn.Sequential(
             nn.Conv2d(3, 8, 3),
@@ -33,8 +27,8 @@ class Model(BaseModel):
             nn.Conv2d(4, 4, 2),
         ).to(memory_format=torch.channels_last)
         self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
-        self.unused = None
-        self.repeats = False
+        self.unused = nn.Linear(2, 2) if unused else None
+        self.repeats = repeats
 
     def forward(self, x, mode):
         loss = 0
@@ -45,71 +39,57 @@ class Model(BaseModel):
         return dict(loss=loss + (x * self.scale.float()).square().mean())
 
 
-def start(rank, folder):
+class Noted(ForeachDistributedDataParallel):
+    """In small buckets; notes which it sends before the last gradient."""
+
+    def __init__(self, model):
+        super().__init__(model, 2e-4)
+        self.early = []
+
+    def _send(self, bucket):
+        self.early.append(self.module.net[0].weight.grad is None)
+        super()._send(bucket)
+
+
+def train(rank, wrap, accumulative_counts=1, **options):
+    """The wrapper, and the weights after four steps."""
+    torch.manual_seed(rank)  # of which the first process's counts
+    wrapper = wrap(Model(**options))
+    optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.5, momentum=0.9)
+    wrapped = OptimWrapper(optimizer, accumulative_counts=accumulative_counts)
+    torch.manual_seed(10 + rank)
+    for _ in range(4):
+        logged = wrapper.train_step(dict(x=torch.randn(2, 3, 9, 8)), wrapped)
+        assert logged['loss'].isfinite()
+    return wrapper, dict(wrapper.module.named_parameters())
+
+
+def compare(rank, folder):
+    """What each of the processes does."""
     torch.set_num_threads(1)
     distributed.init_process_group(
         'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2
     )
-
-
-def steps(rank, wrap, accumulative_counts=1, count=4, **options):
-    """The weights after some steps, and the wrapper."""
-    torch.manual_seed(rank)  # of which the first process's counts
-    model = Model()
-    for name, value in options.items():
-        setattr(model, name, value)
-    wrapper = wrap(model)
-    optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.5, momentum=0.9)
-    wrapped = OptimWrapper(optimizer, accumulative_counts=accumulative_counts)
-    torch.manual_seed(10 + rank)
-    for _ in range(count):
-        logged = wrapper.train_step(dict(x=torch.randn(2, 3, 9, 8)), wrapped)
-        assert logged['loss'].isfinite()
-    return wrapper, dict(model.named_parameters())
-
-
-def watched(model, sent):
-    """Notes whether each bucket is sent before the last gradient is made."""
-    wrapper = WRAPPERS['lists'](model)
-    send = wrapper._send
-
-    def note(bucket):
-        sent.append(model.net[0].weight.grad is None)
-        send(bucket)
-
-    wrapper._send = note
-    return wrapper
-
-
-def compare(rank, folder):
-    start(rank, folder)
     check_first_weights(rank)
-    for accumulative_counts in (1, 3):
-        sent = []
-        wrappers = WRAPPERS | dict(lists=partial(watched, sent=sent))
-        found = {
-            name: steps(rank, wrap, accumulative_counts)
-            for name, wrap in wrappers.items()
-        }
-        if accumulative_counts == 1:
-            assert len(sent) == 4 * 4
-            assert all(sent[::4]) and not any(sent[3::4])
-        else:
-            assert not any(sent) and len(sent) == 4
-        _, expected = found['mmengine']
-        for _, weights in found.values():
-            torch.testing.assert_close(weights, expected)
-        torch.save(expected, f'{folder}/{accumulative_counts}_{rank}.pth')
-    wrapper, _ = found['lists']
-    assert len(wrapper._buckets) == 4  # one is of another dtype
-    early = wrapper._buckets[0].parameters[0]
-    assert early is wrapper.module.net[-1].bias
-    for options, message in (
-        (dict(unused=nn.Linear(2, 2)), r'2 parameters.*unused\.weight.*find_'),
-        (dict(repeats=True), 'grew'),
+    # Added up over three steps, gradients are whole when all are there.
+    for counts, steps in (1, 4), (3, 1):
+        _, expected = train(rank, MMDistributedDataParallel, counts)
+        lists, weights = train(rank, Noted, counts)
+        torch.testing.assert_close(weights, expected)
+        assert len(lists.early) == 4 * steps
+        assert lists.early[::4] == [counts == 1] * steps
+        assert not any(lists.early[3::4])
+        _, weights = train(rank, ForeachDistributedDataParallel, counts)
+        torch.testing.assert_close(weights, expected)
+    # One is of another dtype; the last layers come first.
+    assert len(lists._buckets) == 4
+    assert lists._buckets[0].parameters[0] is lists.module.net[-1].bias
+    for name, message in (
+        ('unused', r'2 parameters.*unused\.weight.*find_'),
+        ('repeats', 'grew'),
     ):
         with pytest.raises(RuntimeError, match=message):
-            steps(rank, WRAPPERS['lists'], **options)
+            train(rank, Noted, **{name: True})
     distributed.destroy_process_group()
 
 
@@ -125,51 +105,46 @@ def check_first_weights(rank):
 
 
 def test_as_mmengine(tmp_path):
-    """Weights of all processes, with gradients accumulated or not; errors."""
+    """With gradients accumulated or not; buckets go early; errors."""
     multiprocessing.start_processes(
         compare, (tmp_path,), nprocs=2, start_method='fork'
     )
-    for accumulative_counts in (1, 3):
-        first, second = (
-            torch.load(tmp_path / f'{accumulative_counts}_{rank}.pth')
-            for rank in (0, 1)
-        )
-        torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-def test_gradients_of_other_strides(process_group):
-    """Along sides of 1 they are taken in one operator with others."""
-    wrapper, _ = steps(0, ForeachDistributedDataParallel, count=0)
-    conv = wrapper.module.net[2]
-    for parameter in wrapper.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    grad = torch.randn(8, 3).as_strided((8, 1, 3, 1), (3, 1, 1, 7))
-    conv.weight.grad = grad
-    bucket, _ = wrapper._buckets
-    for view, other in zip(bucket.views, bucket.gradients(), strict=True):
-        assert view.stride() == other.stride()
-    place = [p is conv.weight for p in bucket.parameters].index(True)
-    torch.testing.assert_close(bucket.gradients()[place], grad)
+class Copies(TorchDispatchMode):
+    """Notes operators; those on lists get tensors of equal strides."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.append(operator.__name__.split('.')[0])
+        if self.names[-1] == '_foreach_copy_':
+            for one, other in zip(*args[:2], strict=True):
+                assert one.stride() == other.stride()
+        return operator(*args, **kwargs or {})
 
 
 def test_operators_of_a_bucket(process_group):
-    """However many parameters it has."""
-    wrapper, _ = steps(0, ForeachDistributedDataParallel, count=0)
+    """Few, however many parameters it has and whatever strides of sides of 1.
+
+    Their gradients could be in any order there.
+    """
+    wrapper = ForeachDistributedDataParallel(Model())
     for parameter in wrapper.parameters():
         parameter.grad = torch.ones_like(parameter)
-    names = []
-
-    class Names(TorchDispatchMode):
-        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-            names.append(operator.__name__.split('.')[0])
-            return operator(*args, **kwargs or {})
-
+    conv = wrapper.module.net[2]
+    grad = torch.randn(8, 3).as_strided((8, 1, 3, 1), (3, 1, 1, 7))
+    conv.weight.grad = grad.clone()
     wrapper._sent = []
-    with Names():
+    with Copies() as copies:
         wrapper._finish()
     copy = '_foreach_copy_'
     each = [copy, 'div_', 'allreduce_']  # of a dtype
+    names = [name for name in copies.names if name != 'as_strided']
     assert names == [*each, *each, copy, copy]
+    torch.testing.assert_close(conv.weight.grad, grad)
 
 
 class Joined(BaseModel):
@@ -184,18 +159,12 @@ class Joined(BaseModel):
         return dict(loss=torch.cat([self.first, self.second]).square().sum())
 
 
-def joined():
-    """A training of such a model, each parameter in a bucket of its own."""
-    wrapper = ForeachDistributedDataParallel(Joined(), 0)
-    optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.25)
-    return wrapper, OptimWrapper(optimizer)
-
-
 def test_gradients_that_share_memory(process_group):
     """To write one is not taken for growth of the other."""
-    wrapper, wrapped = joined()
+    wrapper = ForeachDistributedDataParallel(Joined(), 0)
     assert len(wrapper._buckets) == 2
-    wrapper.train_step({}, wrapped)
+    optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.25)
+    wrapper.train_step({}, OptimWrapper(optimizer))
     for parameter in wrapper.parameters():
         torch.testing.assert_close(parameter, torch.full_like(parameter, 0.5))
 
@@ -203,19 +172,17 @@ def test_gradients_that_share_memory(process_group):
 @pytest.mark.parametrize(
     'distributed, config, given, expected',
     [
-        (True, {}, None, ForeachDistributedDataParallel),
-        (True, {}, dict(type='other'), 'other'),
+        (True, {}, None, dict(type=ForeachDistributedDataParallel)),
+        (True, {}, dict(type='other'), dict(type='other')),
         (True, dict(find_unused_parameters=True), None, None),
         (False, {}, None, None),
     ],
 )
 def test_when_runners_take_it(distributed, config, given, expected):
     class Runner:
-        cfg = config
-
-        def wrap_model(self, model_wrapper_cfg, model):
-            return model_wrapper_cfg and model_wrapper_cfg['type']
+        wrap_model = mock.Mock()
 
     runner = exchanging_lists(Runner)()
-    runner.distributed = distributed
-    assert runner.wrap_model(given, nn.Identity()) == expected
+    runner.distributed, runner.cfg = distributed, config
+    runner.wrap_model(given, model := nn.Identity())
+    Runner.wrap_model.assert_called_once_with(expected, model)

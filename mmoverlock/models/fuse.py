@@ -18,7 +18,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.parametrize import is_parametrized
 
 from .blocks import FocusBlock, RepConvBlock
-from .layers import GRN, DWConv, PointwiseConv, ResDWConv, StridedConv
+from .layers import (
+    GRN,
+    DWConv,
+    LayerScale,
+    PointwiseConv,
+    ResDWConv,
+    StridedConv,
+)
 from .overlock import OverLoCK
 from .reparam import DilatedReparamConv
 from .variants import OverLoCKVariant, Variant
@@ -86,7 +93,6 @@ def _is_affine(norm: nn.Module) -> bool:
     return (
         type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
         and _is_plain(norm)
-        and not norm.training
         and norm.running_mean is not None
         and norm.running_var is not None
     )
@@ -164,7 +170,8 @@ def _fuse_own(model: nn.Module) -> None:
 
     def move_bias(source: nn.Module | None, target: nn.Module) -> None:
         """Move the shift of a layer scale to what it is added to."""
-        if getattr(source, 'bias', None) is None:
+        known = type(target) in (PointwiseConv, LayerScale)
+        if not known or type(source) is not LayerScale or source.bias is None:
             return
         if are_own(source, target):
             _add_bias(target, source.bias)

@@ -9,7 +9,6 @@ where that makes sense; :func:`check_removals` says where it does not.
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from importlib import import_module
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -384,7 +383,7 @@ class WindowAttention(Mixer):
     defaults = {'window_size': 7}
 
     def build(self, channels: int, groups: int, settings: dict) -> nn.Module:
-        module = _import('mmpretrain.models.utils.attention', 'mmpretrain')
+        module = import_module('mmpretrain.models.utils.attention')
         return module.ShiftWindowMSA(
             channels, groups // 2, settings['window_size']
         )
@@ -444,7 +443,7 @@ class DeformableConv(Mixer):
     defaults = {'kernel_size': 3}
 
     def build(self, channels: int, groups: int, settings: dict) -> nn.Module:
-        module = _import('mmcv.ops', 'mmcv with its compiled operators')
+        module = import_module('mmcv.ops')
         size = settings['kernel_size']
         return module.ModulatedDeformConv2dPack(
             channels, channels, size, padding=size // 2, groups=groups
@@ -460,15 +459,6 @@ class DeformableConv(Mixer):
             return F.conv2d(value, conv.weight, conv.bias, *sizes)
         # Other memory formats are misread.
         return self.mixer(value.contiguous())
-
-
-def _import(module: str, needed: str) -> ModuleType:
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f'this mixer needs {needed}, which cannot be imported: {error}'
-        ) from error
 
 
 # ------------------------------------------------------------------ network
