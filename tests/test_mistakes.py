@@ -14,20 +14,13 @@ from mmoverlock import cli
 tiny.need_openmmlab()
 
 CONFIGS = tiny.ROOT / 'configs'
-CLS, MASK_RCNN = (CONFIGS / tiny.CONFIGS[task][0] for task in ('cls', 'det'))
-TWICE = dict(
-    type='ConcatDataset', datasets=[dict(type='Own', data_root='own')]
+CLS, MASK_RCNN, UPERNET = (
+    CONFIGS / tiny.CONFIGS[task][0] for task in ('cls', 'det', 'seg')
 )
-IMAGENET = dict(type='ImageNet', data_root='data/imagenet', split='train')
+# Configs of one dataset: what it is for, and its settings.
 SMALL = {
-    'imagenet': dict(train_dataloader=dict(dataset=IMAGENET)),
-    'own': dict(
-        train_dataloader=dict(
-            dataset=dict(type='RepeatDataset', dataset=TWICE)
-        )
-    ),
-    'untested': dict(test_dataloader=None),
-    'cifar': dict(test_dataloader=dict(dataset=dict(type='CIFAR10'))),
+    'own': ('train', dict(type='Own')),
+    'cifar': ('test', dict(type='CIFAR10')),
 }
 
 
@@ -44,8 +37,10 @@ def files(tmp_path_factory):
     (folder / 'empty.pth').touch()
     torch.save(torch.nn.Linear(1, 1).state_dict(), folder / 'linear.pth')
     (folder / 'baseless.py').write_text("_base_ = 'nowhere.py'")
-    for name, config in SMALL.items():
-        Config({'model': {}, **config}).dump(folder / f'{name}.py')
+    for name, (split, dataset) in SMALL.items():
+        dataset = dict(data_root='data', **dataset)
+        config = {'model': {}, f'{split}_dataloader': dict(dataset=dataset)}
+        Config(config).dump(folder / f'{name}.py')
     (folder / 'pictures').mkdir()
     pixels = np.zeros((90, 120, 3), np.uint8)
     Image.fromarray(pixels).save(folder / 'pictures' / 'a.png')
@@ -60,11 +55,12 @@ BACKBONE = 'model.backbone'
 INIT = f'{BACKBONE}.init_cfg'
 DATASET = 'train_dataloader.dataset'
 URL = 'http://127.0.0.1:9/overlock.pth'  # nothing listens there
-PREDICT = 'predict FILES/cls.py FILES/cls.pth'
+PREDICT = 'predict FILES/cls.py FILES/cls.pth x'
 KERNELS = 'visualize kernels FILES/cls.py FILES/cls.pth FILES/pictures/a.png'
 PRIOR = 'visualize prior FILES/seg.py FILES/seg.pth'
 FLOPS = f'get_flops {CLS}'
 EXPORT = f'export {CLS} --out m.onnx'
+SCRIPT = f'export {CLS} --out m.pt --format torchscript'
 MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
 
 
@@ -87,24 +83,14 @@ MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
             f'download ... {URL} ... {INIT}.checkpoint=FILE ... {INIT}=None',
         ),
         # Data that are missing, and how to get them
-        (
-            STOCK,
-            'data/coco/train2017/ does not exist (train_dataloader.dataset). '
-            'Unpack train2017.zip, val2017.zip and annotations_trainval2017'
-            '.zip from https://cocodataset.org/#download into data/coco, or '
-            'draw sample data: python tools/make_sample_data.py coco '
-            'data/coco',
-        ),
-        ('train FILES/imagenet.py', 'data/imagenet/train does not exist'),
-        ('train FILES/own.py', f'({DATASET}.dataset.datasets.0)'),
+        (STOCK, f'data/coco/train2017/ does not exist ({DATASET}). Unpack'),
+        (STOCK, 'into data/coco, or draw ... sample_data.py coco data/coco'),
+        (f'train {UPERNET}', 'ade20k data/ade/ADEChallengeData2016'),
+        (f'train {CLS}', 'data/imagenet/train does not exist'),
+        ('train FILES/own.py', 'data/ does not exist ... Put the Own there'),
         (f'{TRAIN} {DATASET}.ann_file=no.json', 'FILES/coco/no.json does not'),
         (f'{TRAIN} val_evaluator.ann_file=no.json', 'file no.json does not'),
-        (
-            f'{TEST} --cfg-options {DATASET}.data_root=nowhere '
-            'test_dataloader.dataset.data_prefix.img=elsewhere',
-            'FILES/coco/elsewhere does not exist (test_dataloader.dataset)',
-        ),
-        ('test FILES/untested.py FILES/empty.pth', 'd.py has no test set'),
+        ('test FILES/own.py FILES/empty.pth', 'own.py has no test set'),
         # Options
         (f'{OPTION} foo', "KEY=VALUE, not 'foo'"),
         (f'{OPTION} a=[1,(2]', 'brackets'),
@@ -123,18 +109,13 @@ MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
         (f'{TRAIN} model.type=A', 'the config: A is not in the mmdet::model'),
         (f'{FLOPS} --cfg-options model.type=A', 'A is not in the mmpretrain'),
         (f'{FLOPS} --cfg-options {BACKBONE}.type=A', 'A is not in the mmpre'),
-        (
-            f'{FLOPS} --cfg-options {BACKBONE}.dept=1',
-            f"{BACKBONE}.dept: ... argument 'dept'",
-        ),
+        (f'{FLOPS} --cfg-options {BACKBONE}.dept=1', "argument 'dept'"),
         (f'{TRAIN} {BACKBONE}.drop_path_rate=2', 'OverLoCK of the ... drop_p'),
         (f'{STOCK} --seed {2**32}', f'--seed {2**32} is not in [0, 2^32)'),
         (f'{OPTION} auto_scale_lr=None --auto-scale-lr', '.base_batch_size'),
         (f'{TEST} --out out.json', 'out.json does not end in .pkl'),
-        (
-            'test FILES/cifar.py FILES/empty.pth --show-dir drawn',
-            'mmdet, mmseg, mmpretrain',
-        ),
+        (f'{TEST} --tta', 'there is no tta_model'),
+        ('test FILES/cifar.py FILES/empty.pth --show-dir x', 'mmdet, mmseg'),
         # Checkpoints that are written
         ('publish none.pth out.pth', 'none.pth: '),
         ('publish none.pth out', 'ends in .pth: out'),
@@ -142,35 +123,23 @@ MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
         ('convert_checkpoint FILES/cls.pth out', 'must end in .pth'),
         ('convert_checkpoint FILES/cls.pth FILES/cls.pth', 'exists; --over'),
         ('convert_checkpoint FILES/seg.pth out.pth', 'which has decode_head.'),
-        (
-            'convert_checkpoint FILES/linear.pth out.pth',
-            'linear.pth has no OverLoCK, but weight, b',
-        ),
+        ('convert_checkpoint FILES/linear.pth out.pth', 'has no OverLoCK'),
         # Trained models
-        (
-            f'{PREDICT} x --cfg-options {tiny.TEST_SET}.type=CustomDataset',
-            'names the classes',
-        ),
-        (f'{PREDICT} x --cfg-options default_scope=mmpose', 'scope mmpose'),
-        (f'{PREDICT} x --device abacus', '--device abacus: Expected one of'),
+        (f'{PREDICT} --cfg-options {tiny.TEST_SET}.type=Own', 'names the'),
+        (f'{PREDICT} --cfg-options default_scope=mmpose', 'scope mmpose'),
+        (f'{PREDICT} --device abacus', '--device abacus: Expected one of'),
         (f'{KERNELS} --device cuda:99', '--device cuda:99: '),
         (f'{KERNELS} --at 64,0', '64,0 is outside of a, which'),
         (f'{KERNELS} --block 1', '1: stage 3 has blocks 0 to 0'),
         (f'{PRIOR} none', 'none: there is no such file'),
-        (
-            f'{PRIOR} x --cfg-options {BACKBONE}.out_indices=(0,1)',
-            'its out_indices are (0, 1)',
-        ),
+        (f'{PRIOR} x --cfg-options {BACKBONE}.out_indices=(0,1)', '(0, 1)'),
         (f'{FLOPS} --shape 0 96', '--shape takes'),
         (f'{EXPORT} --shape 0 96', '--shape takes a height'),
         (f'{EXPORT} --dynamic --shape 224 250', 'multiples of 32 from 224'),
         (f'{EXPORT} --dynamic --shape 192 224', 'multiples of 32 from 224'),
         (f'{EXPORT} --format torch-export', 'writes .pt2 files, not'),
         (f'{EXPORT} --cfg-options default_scope=mmpose', 'mmdet, mmseg, mm'),
-        (
-            f'export {CLS} --out m.pt --dynamic --format torchscript',
-            'TorchScript files have a fixed size',
-        ),
+        (f'{SCRIPT} --dynamic', 'TorchScript files have a fixed size'),
         (f'export {MASKS} --out m.onnx', '--backbone-only works with it'),
     ],
 )

@@ -41,13 +41,6 @@ def figures(monkeypatch):
     return saved
 
 
-def lines(axes):
-    return {
-        line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
-        for line in axes.lines
-    }
-
-
 def test_curves(tmp_path, figures):
     """The curves in their places, and a line in the log at the end.
 
@@ -62,38 +55,34 @@ def test_curves(tmp_path, figures):
     )
     CurvesHook().after_train(runner)
     assert not logged and not any(tmp_path.iterdir())
-    found = {'coco/bbox_mAP': 0.2, 'coco/bbox_mAP_s': 0.1}
+    scores = {'coco/bbox_mAP': 0.2, 'coco/bbox_mAP_s': 0.1, 'step': 2}
     first = [training(step, acc=3.0) for step in (10, 20, 25)]
-    write_run(tmp_path, '1', *first, found | {'time': 1.0, 'step': 2})
-    again = [
-        training(step, loss=9, loss_x=1.0, time=0.25, memory=10 * step)
-        for step in (20, 30)
-    ]
+    write_run(tmp_path, '1', *first, scores)
+    more = dict(loss=9, loss_x=1, time=0.25)
+    again = [training(i, memory=10 * i, **more) for i in (20, 30)]
     write_run(tmp_path, '2', *again)
     CurvesHook().after_train(runner)
     assert logged == [
         f'{tmp_path}/curves.png: coco/bbox_mAP 0.2, coco/bbox_mAP_s 0.1, '
         'images/s 16, memory (MB) 300'
     ]
-    losses, metrics, rates, speed, memory = figures[0].axes
-    assert lines(losses) == {
-        'loss': ([10, 20, 30], [0.2, 9, 9]),
-        'loss_x': ([20, 30], [1.0, 1.0]),
-    }
-    assert lines(metrics) == {'coco/bbox_mAP': ([2], [0.2])}
-    assert lines(rates)['lr'][1] == [0.01, 0.005, 0.1 / 30]
-    assert lines(speed)['images/s'][1] == [8.0, 16.0, 16.0]
-    assert lines(memory)['memory'] == ([20, 30], [200, 300])
+    drawn = [
+        {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+        for axes in figures[0].axes
+    ]
+    assert drawn == [
+        {'loss': [[10, 0.2], [20, 9], [30, 9]], 'loss_x': [[20, 1], [30, 1]]},
+        {'coco/bbox_mAP': [[2, 0.2]]},
+        {'lr': [[10, 0.01], [20, 0.005], [30, 0.1 / 30]]},
+        {'images/s': [[10, 8], [20, 16], [30, 16]]},
+        {'memory': [[20, 200], [30, 300]]},
+    ]
     assert Image.open(tmp_path / 'curves.png').size == (1440, 900)
-
-
-# --------------------------------------------------------------- work dirs
 
 
 def write_work_dir(cfg, folder):
     """A work dir as the training of a config would leave it."""
-    last = {'score': 5.0, 'step': 2}
-    write_run(folder, '1', training(1), training(2), last)
+    write_run(folder, '1', training(1), training(2), dict(score=5.0, step=2))
     state = inference.build_model(cfg).state_dict()
     torch.save({'state_dict': state}, folder / 'epoch_1.pth')
     cfg.dump(folder / '1' / 'vis_data' / 'config.py')
@@ -120,20 +109,21 @@ def test_classifier(tmp_path, figures, monkeypatch):
     out = tiny.run_tool('summarize', folder)
     assert 'neither a validation nor a test' in out
     assert not (folder / 'predictions.png').exists()
-    monkeypatch.setattr(tool, 'draw_curves', lambda *args: {})
+    (folder / 'epoch_1.pth').unlink()
     out = tiny.run_tool('summarize', folder, status=2)
     assert 'a checkpoint or losses' in out
 
 
-def test_segmentor(tmp_path, figures, monkeypatch):
-    """Of a test set only."""
-    monkeypatch.setattr(tool, 'draw_curves', lambda *args: {'a': 1})
+def test_segmentor(tmp_path, figures):
+    """Of a test set only: predictions beside the truth."""
     cfg = Config.fromfile(tiny.segmentor(tmp_path))
     cfg.pop('val_dataloader')
     folder = write_work_dir(cfg, tmp_path / 'work')
     tiny.run_tool('summarize', folder, '--images', 1)
-    [drawn] = figures[0].axes[0].images
-    truth, predicted = np.split(drawn.get_array(), 2, axis=1)
+    axes = figures[1].axes[0]
+    truth, predicted = np.split(axes.images[0].get_array(), 2, axis=1)
+    [file] = tmp_path.rglob(axes.get_title())
+    assert truth.shape[:2] == Image.open(file).size[::-1]
     assert (truth != predicted).any()
 
 
@@ -144,8 +134,8 @@ def test_tensorboard(monkeypatch):
     kinds = 'LocalVisBackend', 'TensorboardVisBackend'
     local, board = (dict(type=kind) for kind in kinds)
     monkeypatch.setattr(train.importlib.util, 'find_spec', lambda name: name)
-    for visualizer in dict(type='A', vis_backends=[local]), None:
-        cfg = Config(dict(visualizer=visualizer) if visualizer else {})
+    visualizer = dict(type='A', vis_backends=[local])
+    for cfg in Config(dict(visualizer=visualizer)), Config():
         train.apply_options(cfg, args)
         assert cfg.visualizer.vis_backends == [local, board]
     monkeypatch.setattr(train.importlib.util, 'find_spec', lambda name: None)

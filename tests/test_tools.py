@@ -38,9 +38,6 @@ def test_main_sets_up_the_process(name, monkeypatch):
     assert called == [name]
 
 
-# ------------------------------------------------------------------- runs
-
-
 @pytest.mark.parametrize(
     ('kind', 'metric'),
     [
@@ -50,51 +47,40 @@ def test_main_sets_up_the_process(name, monkeypatch):
     ],
 )
 def test_test(tmp_path, kind, metric):
-    """It logs scores, saves results, and draws every image."""
+    """It logs scores, saves results, and draws every image; fused or not."""
     config = getattr(tiny, kind)(tmp_path)
     tiny.save_model(Config.fromfile(config), tmp_path / 'model.pth')
-    log = tiny.run_tool(
-        *('test', config, tmp_path / 'model.pth', '--work-dir', tmp_path),
-        *('--out', tmp_path / 'new' / 'out.pkl'),
-        *('--show-dir', tmp_path / 'drawn'),
-    )
-    assert metric in log
-    results = pickle.loads((tmp_path / 'new' / 'out.pkl').read_bytes())
-    drawn = sorted((tmp_path / 'drawn').rglob('*.??g'))
+    argv = 'test', config, tmp_path / 'model.pth', '--work-dir', tmp_path
+    out, drawn = tmp_path / 'new' / 'out.pkl', tmp_path / 'drawn'
+    with mock.patch.object(test, 'fuse', wraps=test.fuse) as fuse:
+        log = tiny.run_tool(*argv, '--out', out, '--show-dir', drawn)
+        assert metric in log and not fuse.called
+        assert metric in tiny.run_tool(*argv, '--fuse') and fuse.called
+    results = pickle.loads(out.read_bytes())
+    drawn = sorted(drawn.rglob('*.??g'))
     assert len(drawn) == len({Path(r['img_path']).name for r in results}) > 0
+    result, size = results[0], list(results[0]['ori_shape'])
     if kind == 'classifier':
         assert [r['gt_label'].item() for r in results] == [0] * 4 + [1] * 4
-        assert all(r['pred_score'].shape == (2,) for r in results)
-        return
-    for result, picture in zip(results, drawn, strict=True):
-        if kind == 'segmentor':
-            labels = result['pred_sem_seg']['data']
-            assert labels.shape == (1, *result['ori_shape'])
-            assert 'seg_logits' not in result
-            continue
+        assert result['pred_score'].shape == (2,)
+    elif kind == 'segmentor':
+        assert [*result['pred_sem_seg']['data'].shape] == [1, *size]
+        assert 'seg_logits' not in result
+    else:
         instances = result['pred_instances']
         assert len(instances['bboxes']) == len(instances['masks']) > 0
-        assert instances['masks'][0]['size'] == list(result['ori_shape'])
+        assert instances['masks'][0]['size'] == size
         original = np.asarray(Image.open(result['img_path']), dtype=int)
-        picture = np.asarray(Image.open(picture), dtype=int)
-        prediction = picture[:, original.shape[1] :]  # the truth is left of it
+        prediction = np.asarray(Image.open(drawn[0]))[:, size[1] :]
         assert abs(prediction - original).max() > 64
 
 
 @pytest.mark.parametrize('wrapped', [False, True])
-def test_fuse(monkeypatch, tmp_path, wrapped):
-    """--fuse fuses what is tested: with EMAHook, the averaged weights."""
+def test_fused_hook(wrapped):
+    """It fuses what is tested, with EMAHook the averaged weights."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
     runner = mock.Mock(model=nn.DataParallel(model) if wrapped else model)
-    monkeypatch.setattr(test.cli, 'build_runner', lambda *_, **__: runner)
-    config, checkpoint = tiny.classifier(tmp_path), tmp_path / 'empty.pth'
-    checkpoint.touch()
-    argv = [str(config), str(checkpoint)]
-    test.main(argv)
-    assert not runner.register_hook.called
-    test.main([*argv, '--fuse'])
-    [[hook]] = [call.args for call in runner.register_hook.call_args_list]
-    average = EMAHook()
+    hook, average = test.Fuse(), EMAHook()
     average.before_run(runner)
     nn.init.ones_(average.ema_model.module[0].weight)
     x = torch.randn(2, 3, 4, 4)
@@ -119,7 +105,9 @@ def test_logged_twice():
         assert logger.interval == interval
 
 
-# ---------------------------------------------------------------- options
+def load(*argv):
+    argv = [str(MASK_RCNN), *argv]
+    return train.cli.load_config(train.build_parser().parse_args(argv))
 
 
 def test_good_options():
@@ -128,24 +116,22 @@ def test_good_options():
     Values are taken as they are: who types them may type code, and mmengine
     would remove blanks.
     """
-    options = {
-        'load_from': '/data/My Drive (old)/epoch_1.pth',
-        'work_dir': '__import__("os")',
-        'find_unused_parameters': True,
-        'model.backbone.with_cp': True,
-        'model.backbone.arch._delete_': True,
-        'model.backbone.arch.depths': (1, 1, 1, 1),
-        'param_scheduler.1.milestones': [1],
-        'model.test_cfg._delete_': True,
-        'model.test_cfg.new.key': 1,
-        'randomness.seed': 0,
-    }
-    given = [f'{key}={value}' for key, value in options.items()]
-    argv = [str(MASK_RCNN), '--cfg-options', *given]
-    cfg = train.cli.load_config(train.build_parser().parse_args(argv))
-    for key in ('load_from', 'work_dir', 'find_unused_parameters'):
-        assert cfg[key] == options[key]
-    assert cfg.model.backbone.with_cp
+    cfg = load(
+        '--cfg-options',
+        'load_from=/data/My Drive (old)/epoch_1.pth',
+        'work_dir=__import__("os")',
+        'find_unused_parameters=True',
+        'model.backbone.with_cp=True',
+        'model.backbone.arch._delete_=True',
+        'model.backbone.arch.depths=(1, 1, 1, 1)',
+        'param_scheduler.1.milestones=[1]',
+        'model.test_cfg._delete_=True',
+        'model.test_cfg.new.key=1',
+        'randomness.seed=0',
+    )
+    assert cfg.load_from == '/data/My Drive (old)/epoch_1.pth'
+    assert cfg.work_dir == '__import__("os")'
+    assert cfg.find_unused_parameters is cfg.model.backbone.with_cp is True
     assert cfg.model.backbone.arch == {'depths': (1, 1, 1, 1)}
     assert cfg.param_scheduler[1].milestones == [1]
     assert cfg.model.test_cfg == {'new': {'key': 1}}
@@ -156,6 +142,5 @@ def test_local_rank_under_mpi(monkeypatch):
     """mmengine reads LOCAL_RANK, which mpirun does not set."""
     monkeypatch.setenv('OMPI_COMM_WORLD_LOCAL_RANK', '3')
     monkeypatch.setenv('LOCAL_RANK', '0')
-    argv = [str(MASK_RCNN), '--launcher', 'mpi']
-    train.cli.load_config(train.build_parser().parse_args(argv))
+    load('--launcher', 'mpi')
     assert os.environ['LOCAL_RANK'] == '3'
