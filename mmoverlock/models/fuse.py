@@ -93,6 +93,7 @@ def _is_affine(norm: nn.Module) -> bool:
     return (
         type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
         and _is_plain(norm)
+        and not norm.training
         and norm.running_mean is not None
         and norm.running_var is not None
     )

@@ -72,7 +72,9 @@ KNOBS = dict(
     statistics=396,  # programs of kernels that end in sums, at most
     copied=2048,  # values that a program rounds
 )
-CANDIDATES = dict(statistics=(264, 396, 528))  # for benchmarks/gpu_tune.py
+CANDIDATES = dict(  # for benchmarks/gpu_tune.py
+    statistics=(264, 396, 528), copied=(1024, 2048, 4096)
+)
 BLOCK = tl.constexpr(32)  # channels of kernels that finish sums
 FEW = tl.constexpr(8)  # the same where every row of a kernel finishes them
 
