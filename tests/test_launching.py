@@ -107,6 +107,14 @@ def test_what_is_compiled_again(launch, asked, changed):
     assert len(asked) == 2
 
 
+def test_which_is_not_aligned(launch, asked):
+    """Another kernel takes it for granted of the tensor that is not."""
+    y = torch.ones(5)[1:]
+    for parts in ((y, X), (X, y)) * 2:
+        launch(p_parts=parts)
+    assert len(asked) == 2
+
+
 def test_devices(launch, asked, entered, monkeypatch):
     """Everything runs on the device of the tensors, whichever is current."""
     for index in (0, 1, 0, -1, -1):

@@ -2,12 +2,13 @@
 
 import copy
 from importlib import import_module
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
 from fusion import far
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmoverlock.models.layers import (
     GRN,
@@ -58,6 +59,33 @@ def test_drop_path():
     assert set(dropped[:, 0].tolist()) == {0, 1.25}
 
 
+@pytest.mark.parametrize('count', [0, 1, 2, 5])
+def test_places_of_what_is_drawn(count):
+    """Addresses are alike to kernels, whichever block and batch it is of."""
+    drops = DropPath(0.2), DropPath(0.5, branches=2), DropPath(0.1)
+    for keeps in draw_paths(drops, torch.ones(count, 2, 1, 1)):
+        for keep in keeps:
+            assert keep.shape == (count,) and keep.is_contiguous()
+            assert count == 0 or keep.data_ptr() % 16 == 0
+
+
+@pytest.mark.parametrize('way', ['fake', 'grad'])
+def test_drop_path_after_tracing(way):
+    """What others make of tensors is not found later."""
+    layers_module._repeat_once.cache_clear()
+    drop, x = DropPath(0.2), torch.ones(3, 2, 1, 1)
+    if way == 'fake':
+        with FakeTensorMode() as mode:
+            drop(mode.from_tensor(x))
+    else:
+        torch.func.grad(lambda x: drop(x).sum())(x)
+    drawn = []
+    with patch.object(torch, 'bernoulli', lambda p: drawn.append(p) or p):
+        drop(x)
+    assert type(drawn[0]) is torch.Tensor
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(drawn[0])
+
+
 @pytest.mark.parametrize('half', [False, True])
 @pytest.mark.parametrize('kind', [torch.contiguous_format, CHANNELS_LAST])
 def test_weights_as_gpus_like_them(half, kind, monkeypatch):
@@ -80,6 +108,19 @@ def test_weights_as_gpus_like_them(half, kind, monkeypatch):
         torch.testing.assert_close(*results)
         for grad in grads[::2]:
             assert grad.is_contiguous(memory_format=kind)
+
+
+def test_convolutions_that_global_hooks_watch(monkeypatch):
+    monkeypatch.setattr(layers_module, 'takes_triton', Mock(return_value=True))
+    layers, seen = nn.Sequential(StridedConv(3, 4, 3, 2, 1), nn.GELU()), []
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda layer, *_: seen.append(layer)
+    )
+    try:
+        run_layers(layers, torch.randn(1, 3, 4, 4))
+    finally:
+        hook.remove()
+    assert seen == [*layers]
 
 
 def make_conv(kernel_size):

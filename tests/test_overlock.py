@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmoverlock.models import OverLoCK
-from mmoverlock.models.blocks import FocusBlock
+from mmoverlock.models.blocks import FocusBlock, RepConvBlock
 from mmoverlock.models.layers import DropPath
 
 IMAGES = noise(2, 3, 64, 96)
@@ -46,13 +46,26 @@ def test_settings():
     assert isinstance(synchronized.patch_embed1[1], nn.SyncBatchNorm)
 
 
-def test_block_that_is_something_else():
-    """In the place of a block: the others still drop for themselves."""
-    model = backbone(drop_path_rate=0.9).train()
-    model.blocks2[0] = nn.Identity()
+class OwnForward(RepConvBlock):
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize('other', ['identity', 'class', 'hook'])
+def test_block_that_is_something_else(other):
+    """It gets its map alone, and the others drop as they do beside it."""
+    model, seen = backbone(drop_path_rate=0.9).train(), []
+    if other == 'identity':
+        model.blocks2[0] = nn.Identity()
+    elif other == 'class':
+        model.blocks2[0].__class__ = OwnForward
+    else:
+        hook = model.blocks2[0].register_forward_pre_hook
+        hook(lambda block, args: seen.append(len(args)))
     with torch.no_grad():
         outs = model(torch.randn(2, 3, 64, 64))
     assert all(out.isfinite().all() for out in outs)
+    assert seen == [1] * (other == 'hook')
 
 
 def test_drop_path_rates():

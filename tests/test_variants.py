@@ -169,7 +169,7 @@ def test_what_keys_are_made_from(name):
     model(IMAGES)
     for block in (*model.sub_blocks3, *model.sub_blocks4):
         [query], [key] = given[block.weight_query], given[block.weight_key]
-        _, initial, _ = given[block]
+        _, initial = given[block]
         assert (initial is None) == (name == 'overview')
         joined = given[block.norm1][0].shape[1] - query.shape[1]
         assert joined == (8 if name == 'kernel_guidance' else 0)

@@ -3,6 +3,7 @@
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import compress
 from types import SimpleNamespace
 
 import torch
@@ -591,14 +592,16 @@ def draw_drops(blocks: Sequence[nn.Module], x: Tensor) -> list[tuple]:
     """Last arguments of blocks: what they drop, drawn at once.
 
     Args:
-        blocks (Sequence[nn.Module]): One after the other. If one of them is
-            something else in the place of a block, each draws for itself.
+        blocks (Sequence[nn.Module]): One after the other. What has hooks, or
+            a forward method of its own, gets no more arguments than a caller
+            of its gives, and draws for itself.
         x (Tensor): The map that the first one reads, (B, C, H, W).
 
     Returns:
         list[tuple]: For each block.
     """
-    if not all(isinstance(b, RepConvBlock | FocusBlock) for b in blocks):
-        return [()] * len(blocks)
-    paths = [block.path for block in blocks]
-    return [(keeps,) for keeps in draw_paths(paths, x)]
+    kinds = RepConvBlock, FocusBlock
+    takes = [any(is_plain(block, kind) for kind in kinds) for block in blocks]
+    paths = [block.path for block in compress(blocks, takes)]
+    drawn = iter(draw_paths(paths, x))
+    return [(next(drawn),) if takes_it else () for takes_it in takes]

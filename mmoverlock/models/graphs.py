@@ -1,6 +1,6 @@
 """CUDA graphs: what a GPU runs for images of a size, recorded and replayed.
 
-A training step of ``t`` launches some 2,000 kernels, and a host takes longer
+A training step of ``t`` launches some 1,600 kernels, and a host takes longer
 to launch them than a fast GPU to run them. A graph launches all kernels of a
 pass at once. It is recorded when a size has come a few times; until then, and
 wherever a recording would not do the same, the network runs as it is.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import (
     Norm,
@@ -315,12 +316,17 @@ def draw_paths(
     )
     scales = iter(())
     if shares:
+        # Kernels are compiled for addresses that 16 divides, and for others
+        count = x.shape[0]
+        step = (count + 3) // 4 * 4
         dtype = torch.promote_types(x.dtype, torch.float32)
-        repeat = _repeat if is_compiling() else _repeat_once
-        kept = repeat((1, *shares), len(x), dtype, x.device)
-        drawn = torch.bernoulli(kept).div_(kept).view(len(shares) + 1, len(x))
+        # What is kept must not be a tensor without data, say
+        is_kept = type(x) is Tensor and not is_compiling()
+        repeat = _repeat_once if is_kept else _repeat
+        kept = repeat((1, *shares), step, dtype, x.device)
+        drawn = torch.bernoulli(kept).div_(kept).view(len(shares) + 1, step)
         # Views of a vector, none at its start, are alike to compiled blocks
-        scales = iter(drawn.unbind()[1:])
+        scales = iter(drawn[1:, :count].unbind())
     return [
         tuple(
             next(scales) if path.training and path.drop_prob else None
@@ -340,7 +346,11 @@ def _repeat(
     return values.repeat_interleave(count)
 
 
-_repeat_once = lru_cache(_repeat)  # a GPU would wait for the copy
+@lru_cache
+def _repeat_once(*args) -> Tensor:
+    """The same for as long as it is asked for: a GPU waits for the copy."""
+    with torch._C._DisableFuncTorch():  # transforms would have it wrapped
+        return _repeat(*args)
 
 
 def _scale_samples(x: Tensor, keep: Tensor | None) -> Tensor:
@@ -354,7 +364,7 @@ def add_residual(
 
     Args:
         x, y (Tensor): (B, C, H, W).
-        keep (Tensor, optional): See :meth:`DropPath.draw`.
+        keep (Tensor, optional): See :func:`draw_paths`.
         scale (LayerScale, optional): The scale and shift of x.
 
     Returns:
@@ -396,9 +406,11 @@ def run_layers(layers: nn.Sequential, x: Tensor) -> Tensor:
     """
     if not is_plain(layers, nn.Sequential) or not takes_triton('auto', x):
         return layers(x)
+    is_watched = _has_any_global_hook()
     for layer in layers:
         group = group_of(layer) if counts_batches(layer) else None
-        if isinstance(layer, nn.Conv2d) and is_plain(layer, nn.Conv2d):
+        is_conv = isinstance(layer, nn.Conv2d) and is_plain(layer, nn.Conv2d)
+        if is_conv and not is_watched:
             x = _convolve(layer, x)
         elif group is None:
             x = layer(x)

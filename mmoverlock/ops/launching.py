@@ -39,6 +39,8 @@ class Kernel(JITFunction):
         """
         key = [*kwargs, *kwargs.values()]
         alignment = _describe(args, key) & 15
+        if alignment:  # which is rare, so it may take time
+            alignment = tuple(_alignments(args))
         device = _first(args).get_device()
         key = (device, alignment, *key)
         kept = self.kept.get(key)
@@ -120,6 +122,15 @@ def _describe(args: tuple, key: list) -> int:
             arg = float
         key.append(arg)
     return bits
+
+
+def _alignments(args: tuple) -> Iterator[int]:
+    """Of the address of every tensor among arguments."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg.data_ptr() & 15
+        elif type(arg) is tuple:
+            yield from _alignments(arg)
 
 
 def jit(function: Callable | None = None, **options) -> Callable:
