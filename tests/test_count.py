@@ -24,13 +24,13 @@ BACKEND = 'triton'
 # Of t with fewer blocks in bf16 on 128 images of 224 x 224: operators of
 # PyTorch, launches of Triton, GB, GB of mixed layouts, and GB at a time.
 BOUNDS = {
-    ('network', True): (183, 265, 26.4, 0.7, 3.7),
-    ('network, SyncBN', True): (214, 427, 27.9, 0.7, 3.7),
-    ('network', False): (73, 76, 6.7, 0.5, 0.9),
+    ('network', True): (183, 254, 26.3, 0.7, 3.7),
+    ('network, SyncBN', True): (214, 416, 27.8, 0.7, 3.7),
+    ('network', False): (73, 73, 6.7, 0.5, 0.9),
     ('RepConv block', True): (4, 29, 6.3, 0.0, 1.3),
     ('RepConv block', False): (2, 7, 1.4, 0.0, 0.7),
-    ('Focus block', True): (23, 47, 3.3, 0.1, 0.8),
-    ('Focus block', False): (7, 15, 0.8, 0.1, 0.3),
+    ('Focus block', True): (23, 44, 3.3, 0.1, 0.8),
+    ('Focus block', False): (7, 14, 0.8, 0.1, 0.3),
 }
 
 

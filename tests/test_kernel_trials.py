@@ -136,7 +136,7 @@ KERNELS = [
     'conv3x3.triton._backward_kernel',
     BACKWARD,
     'depthwise.triton.branches._sums_kernel',
-    'grn.triton._scale_grad_kernel',
+    'grn.triton._backward_kernel',
     'excitation.triton._weights_grad_kernel',
     'residual.triton._backward_kernel',
     'prior.triton._backward_kernel',

@@ -6,6 +6,7 @@ Without a GPU, Triton's interpreter runs the kernels.
 import inspect
 from functools import partial
 from operator import mul
+from unittest import mock
 
 import pytest
 import torch
@@ -615,6 +616,33 @@ def test_scales_of_feed_forward(monkeypatch, poison):
         results.append([out, *kept, *grads])
         monkeypatch.setattr('mmoverlock.ops.grn.triton.scales', None)
     assert results[0][2].shape == (2, 66)
+    for pair in zip(*results, strict=True):
+        torch.testing.assert_close(*pair)
+
+
+def test_gradients_of_scales_of_feed_forward(monkeypatch, poison):
+    """A launch makes them of many parts, those of the convolution of few."""
+    launch = mock.Mock(wraps=responses.scale_grads)
+    monkeypatch.setattr(responses, 'scale_grads', launch)
+    for most, launches in ((2, 0), (1, 1)):
+        monkeypatch.setattr('mmoverlock.ops.ffn.triton.MAX_PARTS', most)
+        operands = draw_operands(feed_forward, (2, 50, 2, 40), HALF)
+        assert_right(feed_forward, operands)
+        assert launch.call_count == launches
+
+
+def test_forms_of_response_norm(monkeypatch, poison):
+    """Of few positions, one launch does all, several rows at a time."""
+    monkeypatch.setitem(responses.KNOBS, 'values', 128)
+    results = []
+    for few in (29, 30):
+        monkeypatch.setitem(responses.KNOBS, 'few', few)
+        operands = draw_operands(response_norm, (2, 20, 6, 5))
+        out = kernels_of(response_norm)(**operands)
+        grads = torch.autograd.grad(out.sin().sum(), leaves(operands))
+        results.append([out, *grads])
+        for name in ('_sum_kernel', '_scale_kernel', '_apply_kernel'):
+            monkeypatch.setattr(responses, name, None)
     for pair in zip(*results, strict=True):
         torch.testing.assert_close(*pair)
 

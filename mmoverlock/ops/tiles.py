@@ -120,11 +120,18 @@ def open_gate(b_gate, SILU: tl.constexpr):
 
 
 @triton.jit
+def rows(first, count, step, o_channel, m_channel, ROWS: tl.constexpr):
+    """Offsets and mask (ROWS, C) of rows from the first, ``step`` apart."""
+    o_row = first + tl.arange(0, ROWS)[:, None]
+    return o_row * step + o_channel[None], (o_row < count) & m_channel[None]
+
+
+@triton.jit
 def sum_rows(
     p_x,
     p_factor,
     p_gate,
-    rows,
+    count,
     step,
     o_channel,
     m_channel,
@@ -135,10 +142,8 @@ def sum_rows(
     Without those of the last two that are None.
     """
     acc = tl.zeros((ROWS, o_channel.shape[0]), tl.float32)
-    for first in range(0, rows, ROWS):
-        o_row = first + tl.arange(0, ROWS)[:, None]
-        m_x = (o_row < rows) & m_channel[None]
-        o_x = o_row * step + o_channel[None]
+    for first in range(0, count, ROWS):
+        o_x, m_x = rows(first, count, step, o_channel, m_channel, ROWS)
         b_x = load(p_x, o_x, m_x)
         if p_factor is not None:
             b_x *= load(p_factor, o_x, m_x)

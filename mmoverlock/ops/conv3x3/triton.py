@@ -41,6 +41,7 @@ from ..common import (
     saved_tensors,
 )
 from ..gelu import gelu, gelu_slope
+from ..grn.triton import make_coefs
 from ..launching import jit
 
 # Arguments that come in too many values to compile for kinds of them.
@@ -243,6 +244,10 @@ def _backward_kernel(
     p_y,
     p_scale,
     p_coef,
+    p_sums,
+    p_shares,
+    p_gamma,
+    p_norm,
     p_weight,
     p_keep,
     p_grad_x,
@@ -254,9 +259,12 @@ def _backward_kernel(
     rows,
     strips,
     splits,
+    shares,
     GELU: tl.constexpr,
     RESIDUAL: tl.constexpr,
     SUMS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SHARES: tl.constexpr,
     COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -269,7 +277,8 @@ def _backward_kernel(
     (B, H, W, C), scale and coef (B, C), weight (C, 9); parts (splits, SUMS, C)
     of the sums for the nine taps, of g and, for 11 SUMS, of grad_x; grid
     (splits blocks of LANES[1] of C, ). If there is a keep (B, ), kept (B, H,
-    W, C) is grad_x times it.
+    W, C) is grad_x times it. With sums (B, PARTS, 2, C), shares (B, shares),
+    gamma (C, ) and norm (B, 2, C), which GRN behind y left, they make coef.
     """
     blocks = tl.cdiv(channels, LANES[1])
     split = tl.program_id(0) // blocks
@@ -299,13 +308,33 @@ def _backward_kernel(
         if p_coef is not None:
             p_image = p_coef + image * step
             b_coef = tl.load(p_image + o_channel, mask=m_lane, other=0)
+        if p_sums is not None:
+            p_image = p_sums + image * PARTS * 2 * step
+            b_coef = tl.zeros(LANES, tl.float32)
+            for i in tl.static_range(PARTS):
+                p_part = p_image + i * 2 * step + o_channel
+                b_coef += tl.load(p_part, mask=m_lane, other=0)
+            o_share = tl.arange(0, SHARES)[None]
+            m_share = (strip < strips) & (o_share < shares)
+            p_share = p_shares + image * shares + o_share
+            b_share = tl.load(p_share, mask=m_share, other=0)
+            b_coef = make_coefs(
+                b_coef,
+                tl.sum(b_share, 1)[:, None],
+                p_gamma,
+                p_norm,
+                image,
+                step,
+                o_channel,
+                m_lane,
+            )
         if p_keep is not None:
             b_keep = tl.load(p_keep + image, mask=strip < strips, other=0)
             p_kept_row = p_kept + o_x
         p_grad_row = p_grad + o_x
         p_x_row = p_x + o_x
         p_y_row = p_grad + o_x
-        if p_coef is not None:
+        if p_y is not None:
             p_y_row = p_y + o_x
         p_out_row = p_grad_x + o_x
 
@@ -315,7 +344,7 @@ def _backward_kernel(
             p_grad_row - line, step, m_row, col, width, -1, COLUMNS + 1
         )
         coming_y = coming
-        if p_coef is not None:
+        if p_y is not None:
             coming_y = _load_row(
                 p_y_row - line, step, m_row, col, width, -1, COLUMNS + 1
             )
@@ -324,7 +353,7 @@ def _backward_kernel(
             p_grad_row, step, m_lane, col, width, -1, COLUMNS + 1
         )
         coming_y = coming
-        if p_coef is not None:
+        if p_y is not None:
             coming_y = _load_row(
                 p_y_row, step, m_lane, col, width, -1, COLUMNS + 1
             )
@@ -334,7 +363,7 @@ def _backward_kernel(
             p_grad_row + line, step, m_row, col, width, -1, COLUMNS + 1
         )
         coming_y = coming
-        if p_coef is not None:
+        if p_y is not None:
             coming_y = _load_row(
                 p_y_row + line, step, m_row, col, width, -1, COLUMNS + 1
             )
@@ -356,7 +385,7 @@ def _backward_kernel(
                 COLUMNS + 1,
             )
             coming_y = coming
-            if p_coef is not None:
+            if p_y is not None:
                 coming_y = _load_row(
                     p_y_row + line * (i + 2),
                     step,
@@ -531,6 +560,7 @@ def backward(
     sum_grad_x: bool = False,
     keep: Tensor | None = None,
     kept: Tensor | None = None,
+    response: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One launch; the gradient of the output is ``grad * scale + y * coef``.
 
@@ -545,6 +575,9 @@ def backward(
             gradient of a bias of the layer before.
         keep (Tensor, optional): (B, ), in single precision.
         kept (Tensor, optional): What takes the gradient of x times ``keep``.
+        response (tuple[Tensor, Tensor, Tensor, Tensor], optional): What makes
+            ``coef``: few parts of both sums that a product leaves, gamma and
+            norms, see :func:`mmoverlock.ops.pointwise.triton.product`.
 
     Returns:
         tuple[Tensor, Tensor]: Gradient of x, and partial sums for
@@ -560,12 +593,16 @@ def backward(
     splits = min(cdiv(batch * strips, lanes[0]), splits)
     sums = 10 + sum_grad_x
     partial = x.new_empty(splits, sums, channels, dtype=torch.float32)
+    parts, *others = response or (None, None, None, None)
+    shares = 1 if parts is None else others[0].shape[1]
     _backward_kernel[(splits * blocks,)](
         grad,
         x,
-        None if coef is None else y,
+        None if parts is coef is None else y,
         scale,
         coef,
+        parts,
+        *others,
         weight,
         keep,
         grad_x,
@@ -577,9 +614,12 @@ def backward(
         rows,
         batch * strips,
         splits,
+        shares,
         GELU=gelu,
         RESIDUAL=residual,
         SUMS=sums,
+        PARTS=0 if parts is None else parts.shape[1],
+        SHARES=next_power_of_2(shares),
         COLUMNS=form.columns,
         LANES=lanes,
         num_warps=form.warps,

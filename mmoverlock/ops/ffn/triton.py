@@ -14,7 +14,8 @@ few. Backward it is kept as ``y`` and as ``h``, which is made again where a
 product takes no longer than writing it. The gradient of ``y s + beta`` is
 written once by a product that also sums it and its product with ``y``, which
 is all that the norm needs, and the convolution's gradient turns it into that
-of ``y`` while loading. Products without a scale are those of PyTorch.
+of ``y`` while loading, by what it makes of these sums where they are few.
+Products without a scale are those of PyTorch.
 """
 
 from typing import Any
@@ -36,9 +37,11 @@ from ..residual import triton as scaled_residual
 
 # Channels of x, at most, where h is made again: the product is one of bytes.
 MAX_REPEATED = 160
-# Parts of sums of squares, at most, that every program of the product reads:
-# 16 bytes a channel beside 256 or 384 of the map and the weight. In
-# classification there are 1 or 2, in detection 15 to 60.
+# Parts of sums, at most, that every program that needs them reads. Of squares,
+# the product: 16 bytes a channel beside 256 or 384 of the map and the weight.
+# In classification there are 1 or 2, in detection 15 to 60. Of gradients, the
+# convolution: 12 to 24 bytes a channel of an image beside 290 to 1180 of maps.
+# There is 1 at 7 x 7, 4 are at 14 x 14.
 MAX_PARTS = 4
 
 
@@ -75,11 +78,9 @@ def feed_forward(
     batch, parts, channels = squares.shape
     response = None
     if parts > MAX_PARTS:
-        norm, scale = response_norm.scales(
-            squares, gamma, channels, parts, square=False
-        )
+        norm, scale = response_norm.scales(squares, gamma)
     else:
-        norm, scale = (squares.new_empty(batch, channels) for _ in range(2))
+        norm, scale = response_norm.empty_norms(squares, channels)
         response = squares, gamma, norm
     out, _ = product(
         y,
@@ -119,9 +120,7 @@ def _empty_outputs(
             (len(weight2), len(weight1), len(weight1)), dtypes, strict=True
         )
     )
-    norm, scale = (
-        x.new_empty(batch, len(weight1), dtype=torch.float32) for _ in range(2)
-    )
+    norm, scale = response_norm.empty_norms(x, len(weight1))
     same = x.dtype == weight1.dtype
     rounded = (
         x.new_empty(0) if same else torch.empty_like(weight, dtype=x.dtype)
@@ -204,11 +203,15 @@ def _feed_forward_backward(
     if not h.numel():
         h = _expand(x, rounded1, rounded_bias)
     grad_scaled, sums = product(
-        grad, rounded2, transposed=True, factor=y, keep=keep
+        grad, rounded2, transposed=True, factor=(y, gamma, norm), keep=keep
     )
-    coef, parts = response_norm.scale_grads(
-        sums, None, gamma, norm, sums.shape[1]
-    )
+    parts, _ = sums
+    coef, response = None, (*sums, gamma, norm)
+    # In single precision, the convolution has no registers for these.
+    if parts.shape[1] > MAX_PARTS or x.element_size() > 2:
+        coef, parts = response_norm.scale_grads(parts, gamma, norm)
+        response = None
+    parts = parts.view(-1, 2, norm.shape[2])
     jobs.append((parts, grad_gamma, grad_beta))
     second = WeightGrad(grads[5:], rows(grad), rows(y), scale, beta, keep)
     grad_h, parts = conv.backward(
@@ -221,6 +224,7 @@ def _feed_forward_backward(
         gelu=True,
         residual=residual,
         sum_grad_x=True,
+        response=response,
     )
     jobs.append((parts, grad_conv_weight, grad_conv_bias, grad_bias1))
     partial_sums.add(*jobs, make=weight_grads, operands=[second])

@@ -2,19 +2,22 @@
 
 With P positions and g the gradient of the result::
 
-    n = |x| over an image,  m = mean of n over channels + eps
-    s = gamma n / m + 1,  out = x s + beta
-    ds = sum of g x,  dr = ds gamma
-    dn = (dr - sum over channels of dr n / (m C)) / m
+    n = |x| over an image,  m = mean of n over channels + eps,  r = n / m
+    s = gamma r + 1,  out = x s + beta
+    ds = sum of g x,  grad of gamma = ds r, over images
+    dn = (gamma ds - mean over channels of gamma ds r) / m
     grad of x = g s + x dn / n
 
+What is kept of norms, (B, 2, C), is r and 1 / (m n), or 0 where n is.
+
 A map is read for its sums and read again for the result, in either
-direction. One program an image makes what is (B, C) of those sums, and the
-sums themselves where there are few positions, which saves a launch. The
-feed-forward network, whose convolution and products leave partial sums
-behind, has this part in common.
+direction. One program an image makes what is (B, C) of those sums. Where there
+are few positions, it does all, in one launch, and reads what caches still
+have. The feed-forward network, whose convolution and products leave partial
+sums behind, has the part between in common.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,7 +38,7 @@ from ..launching import jit
 EPS = tl.constexpr(1e-6)
 SIZES = ('positions', 'count', 'splits')
 KNOBS = dict(
-    few=256,  # positions that one program an image adds up by itself
+    few=256,  # positions, at most, of which one program an image does all
     values=8192,  # of a map that it has at a time
     warps=8,
 )
@@ -45,6 +48,7 @@ KNOBS = dict(
 def _sum_kernel(
     p_x,
     p_grad,
+    p_norm,
     p_sums,
     positions,
     splits,
@@ -54,14 +58,16 @@ def _sum_kernel(
 ):
     """Parts of sums over an image.
 
-    x (B, P, C); sums (B, splits, C) of its squares or, with grad (B, P, C),
-    (B, splits, 2 C) of grad x and of grad; grid (B splits blocks of C, ).
+    x (B, P, C); sums (B, splits, C) of its squares or, with grad (B, P, C) and
+    norm (B, 2, C), (B, splits, 2, C) of the gradients of gamma and beta; grid
+    (B splits blocks of C, ).
     """
     part, o_channel, m_channel = tiles.place(channels, BLOCK)
     length = tl.cdiv(positions, splits)
     first = part % splits * length
     rows = tl.minimum(length, positions - first)
-    o_x = ((part // splits).to(tl.int64) * positions + first) * channels
+    image = (part // splits).to(tl.int64)
+    o_x = (image * positions + first) * channels
     p_x += o_x
     if p_grad is None:
         b_sum = tiles.sum_rows(
@@ -78,7 +84,20 @@ def _sum_kernel(
             p_grad, None, None, rows, channels, o_channel, m_channel, ROWS
         )
         tl.store(p_sums + channels + o_sum, b_shift, mask=m_channel)
+        p_ratio = p_norm + image * 2 * channels + o_channel
+        b_sum *= tl.load(p_ratio, mask=m_channel, other=0)
     tl.store(p_sums + o_sum, b_sum, mask=m_channel)
+
+
+@triton.jit
+def _apply(p_x, b_scale, p_other, b_coef, b_shift, p_out, o_x, m_x):
+    """``out = x scale + other coef + shift``; what is None is not added."""
+    b_out = tiles.load(p_x, o_x, m_x) * b_scale[None]
+    if p_other is not None:
+        b_out = tl.fma(tiles.load(p_other, o_x, m_x), b_coef[None], b_out)
+    if b_shift is not None:
+        b_out += b_shift[None]
+    tiles.store(p_out, o_x, b_out, m_x)
 
 
 @triton.jit
@@ -88,13 +107,18 @@ def store_scales(
     p_norm,
     p_scale,
     image,
+    is_first,
     parts,
     channels,
     SQUARE: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """The share of an image in :func:`_scale_kernel`."""
+    """The share of an image in :func:`_scale_kernel`: its scale (C, ).
+
+    If SQUARE, squares (B, parts, C) are yet to be squared. The first program
+    of an image stores the norms.
+    """
     p_image = p_squares + image * parts * channels
     p_factor = p_image if SQUARE else None
     o_channel = tl.arange(0, CHANNELS)
@@ -112,11 +136,16 @@ def store_scales(
         )
     )
     mean = tl.sum(b_norm, 0) / channels + EPS
-    b_gamma = tiles.load(p_gamma, o_channel, m_channel)
-    b_scale = b_gamma * b_norm / mean + 1
-    o_out = image * channels + o_channel
-    tl.store(p_norm + o_out, b_norm, mask=m_channel)
-    tl.store(p_scale + o_out, b_scale, mask=m_channel)
+    b_ratio = b_norm / mean
+    b_scale = tiles.load(p_gamma, o_channel, m_channel) * b_ratio + 1
+    if is_first:
+        # No infinite gradient where a map is zero.
+        b_inverse = tl.where(b_norm > 0, 1 / (mean * b_norm), 0.0)
+        p_own = p_norm + image * 2 * channels + o_channel
+        tl.store(p_own, b_ratio, mask=m_channel)
+        tl.store(p_own + channels, b_inverse, mask=m_channel)
+    tl.store(p_scale + image * channels + o_channel, b_scale, mask=m_channel)
+    return b_scale
 
 
 @jit(do_not_specialize=('parts',))
@@ -127,32 +156,106 @@ def _scale_kernel(
     p_scale,
     parts,
     channels,
-    SQUARE: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Norms and scales (B, C) from parts of squares; grid (B, ).
-
-    squares (B, parts, C), which are those of a map if SQUARE.
-    """
+    """Norms (B, 2, C), scales (B, C) of squares (B, parts, C); grid (B, )."""
     store_scales(
         p_squares,
         p_gamma,
         p_norm,
         p_scale,
         tl.program_id(0).to(tl.int64),
+        True,
         parts,
         channels,
-        SQUARE,
+        False,
         ROWS,
         CHANNELS,
+    )
+
+
+@jit(do_not_specialize=('positions',))
+def _forward_kernel(
+    p_x,
+    p_gamma,
+    p_beta,
+    p_norm,
+    p_scale,
+    p_out,
+    positions,
+    channels,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """All of an image: x and out (B, P, C); grid (B, ).
+
+    gamma and beta (C, ), norm (B, 2, C), scale (B, C).
+    """
+    image = tl.program_id(0).to(tl.int64)
+    b_scale = store_scales(
+        p_x,
+        p_gamma,
+        p_norm,
+        p_scale,
+        image,
+        True,
+        positions,
+        channels,
+        True,
+        ROWS,
+        CHANNELS,
+    )
+    o_channel = tl.arange(0, CHANNELS)
+    m_channel = o_channel < channels
+    b_shift = tiles.load(p_beta, o_channel, m_channel)
+    o_image = image * positions * channels
+    p_x += o_image
+    p_out += o_image
+    for first in range(0, positions, ROWS):
+        o_x, m_x = tiles.rows(
+            first, positions, channels, o_channel, m_channel, ROWS
+        )
+        _apply(p_x, b_scale, None, None, b_shift, p_out, o_x, m_x)
+
+
+@triton.jit
+def make_coefs(
+    b_grad, share, p_gamma, p_norm, image, channels, o_channel, m_channel
+):
+    """``dn / n`` of an image, from its part ``ds r`` of the gradient of gamma.
+
+    share is the sum over channels of gamma times that.
+    """
+    p_own = p_norm + image * 2 * channels + o_channel
+    b_ratio = tl.load(p_own, mask=m_channel, other=0)
+    b_inverse = tl.load(p_own + channels, mask=m_channel, other=0)
+    ds = tl.where(b_ratio > 0, b_grad / b_ratio, 0.0)
+    b_gamma = tiles.load(p_gamma, o_channel, m_channel)
+    return (b_gamma * ds - share / channels) * b_inverse
+
+
+@triton.jit
+def _store_grads(
+    b_grad, dt, p_gamma, p_norm, p_parts, image, channels, o_channel, m_channel
+):
+    """Store parts (B, 2, C) of the gradients of gamma and beta, of an image.
+
+    Returns:
+        Tensor: See :func:`make_coefs`.
+    """
+    p_part = p_parts + image * 2 * channels + o_channel
+    tl.store(p_part, b_grad, mask=m_channel)
+    tl.store(p_part + channels, dt, mask=m_channel)
+    share = tl.sum(b_grad * tiles.load(p_gamma, o_channel, m_channel), 0)
+    return make_coefs(
+        b_grad, share, p_gamma, p_norm, image, channels, o_channel, m_channel
     )
 
 
 @jit(do_not_specialize=('parts',))
 def _scale_grad_kernel(
     p_sums,
-    p_x,
     p_gamma,
     p_norm,
     p_coef,
@@ -164,42 +267,90 @@ def _scale_grad_kernel(
 ):
     """The norm's share of the gradient of x, ``x coef``; grid (B, ).
 
-    sums (B, parts, 2 C) of the gradients ds of the scale and dt of the shift;
-    with x (B, parts, C), they are made of it and of the gradient of the
-    result, in place of sums. norm and coef (B, C); parts (B, 2, C) of the
-    gradients of gamma and beta.
+    sums (B, parts, 2, C) and parts (B, 2, C) of the gradients of gamma and
+    beta; norm (B, 2, C), coef (B, C).
     """
     image = tl.program_id(0).to(tl.int64)
     o_channel = tl.arange(0, CHANNELS)
     m_channel = o_channel < channels
-    if p_x is None:
-        step = 2 * channels
-        p_image = p_sums + image * parts * step
-        ds = tiles.sum_rows(
-            p_image, None, None, parts, step, o_channel, m_channel, ROWS
-        )
-        p_image += channels
-    else:
-        step = channels
-        p_image = p_sums + image * parts * step
-        p_x += image * parts * step
-        ds = tiles.sum_rows(
-            p_image, p_x, None, parts, step, o_channel, m_channel, ROWS
-        )
+    step = 2 * channels
+    p_image = p_sums + image * parts * step
+    b_grad = tiles.sum_rows(
+        p_image, None, None, parts, step, o_channel, m_channel, ROWS
+    )
+    p_image += channels
     dt = tiles.sum_rows(
         p_image, None, None, parts, step, o_channel, m_channel, ROWS
     )
+    b_coef = _store_grads(
+        b_grad,
+        dt,
+        p_gamma,
+        p_norm,
+        p_parts,
+        image,
+        channels,
+        o_channel,
+        m_channel,
+    )
+    tl.store(p_coef + image * channels + o_channel, b_coef, mask=m_channel)
+
+
+@jit(do_not_specialize=('positions',))
+def _backward_kernel(
+    p_x,
+    p_grad,
+    p_gamma,
+    p_norm,
+    p_scale,
+    p_grad_x,
+    p_parts,
+    positions,
+    channels,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """All of an image: x, grad and grad_x (B, P, C); grid (B, ).
+
+    norm (B, 2, C), scale (B, C); parts (B, 2, C) of the gradients of gamma and
+    beta.
+    """
+    image = tl.program_id(0).to(tl.int64)
+    o_channel = tl.arange(0, CHANNELS)
+    m_channel = o_channel < channels
+    o_image = image * positions * channels
+    p_grad += o_image
+    p_x += o_image
+    p_grad_x += o_image
+    ds = tl.zeros((ROWS, CHANNELS), tl.float32)
+    dt = tl.zeros((ROWS, CHANNELS), tl.float32)
+    for first in range(0, positions, ROWS):
+        o_x, m_x = tiles.rows(
+            first, positions, channels, o_channel, m_channel, ROWS
+        )
+        b_grad = tiles.load(p_grad, o_x, m_x)
+        ds += b_grad * tiles.load(p_x, o_x, m_x)
+        dt += b_grad
     o_out = image * channels + o_channel
-    b_norm = tl.load(p_norm + o_out, mask=m_channel, other=0)
-    mean = tl.sum(b_norm, 0) / channels + EPS
-    dr = ds * tiles.load(p_gamma, o_channel, m_channel)
-    dn = (dr - tl.sum(dr * b_norm, 0) / (mean * channels)) / mean
-    # No infinite gradient where a map is zero.
-    b_coef = tl.where(b_norm > 0, dn / b_norm, 0.0)
-    tl.store(p_coef + o_out, b_coef, mask=m_channel)
-    p_part = p_parts + image * 2 * channels + o_channel
-    tl.store(p_part, ds * b_norm / mean, mask=m_channel)
-    tl.store(p_part + channels, dt, mask=m_channel)
+    p_ratio = p_norm + image * channels + o_out
+    b_grad = tl.sum(ds, 0) * tl.load(p_ratio, mask=m_channel, other=0)
+    b_coef = _store_grads(
+        b_grad,
+        tl.sum(dt, 0),
+        p_gamma,
+        p_norm,
+        p_parts,
+        image,
+        channels,
+        o_channel,
+        m_channel,
+    )
+    b_scale = tl.load(p_scale + o_out, mask=m_channel, other=0)
+    for first in range(0, positions, ROWS):
+        o_x, m_x = tiles.rows(
+            first, positions, channels, o_channel, m_channel, ROWS
+        )
+        _apply(p_grad, b_scale, p_x, b_coef, None, p_grad_x, o_x, m_x)
 
 
 @jit(do_not_specialize=SIZES)
@@ -216,36 +367,31 @@ def _apply_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``out = x scale[image] + other coef[image] + shift``.
+    """:func:`_apply` to tiles.
 
-    x, other and out (B, P, C), scale and coef (B, C), shift (C, ); what is
-    None is not added; grid (B count blocks of C, ), ``count`` an image.
+    x, other and out (B, P, C), scale and coef (B, C), shift (C, ); grid (B
+    count blocks of C, ), ``count`` an image.
     """
     image, o_channel, m_channel, o_x, m_x = tiles.locate(
         positions, count, channels, ROWS, BLOCK
     )
     o_image = image * channels + o_channel
-    b_out = tiles.load(p_x, o_x, m_x)
-    b_out *= tiles.load(p_scale, o_image, m_channel)[None]
+    b_scale = tiles.load(p_scale, o_image, m_channel)
+    b_coef = None
+    b_shift = None
     if p_other is not None:
-        b_coef = tiles.load(p_coef, o_image, m_channel)[None]
-        b_out = tl.fma(tiles.load(p_other, o_x, m_x), b_coef, b_out)
+        b_coef = tiles.load(p_coef, o_image, m_channel)
     if p_shift is not None:
-        b_out += tiles.load(p_shift, o_channel, m_channel)[None]
-    tiles.store(p_out, o_x, b_out, m_x)
+        b_shift = tiles.load(p_shift, o_channel, m_channel)
+    _apply(p_x, b_scale, p_other, b_coef, b_shift, p_out, o_x, m_x)
 
 
-def _sums(x: Tensor, grad: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
-    """Parts of sums over images, or the maps where there are few positions.
-
-    Returns:
-        tuple[Tensor, Tensor | None, int]: What is summed; its other factor;
-        how many.
-    """
+def _sums(
+    x: Tensor, grad: Tensor | None = None, norm: Tensor | None = None
+) -> Tensor:
+    """Parts of what :func:`_sum_kernel` sums."""
     batch, channels, height, width = x.shape
     positions = height * width
-    if positions <= KNOBS['few']:
-        return (x, None, positions) if grad is None else (grad, x, positions)
     rows, block = tiles.form(channels)
     blocks = cdiv(channels, block)
     slots = partial_sums.programs(x.device, tiles.KNOBS['resident'])
@@ -257,6 +403,7 @@ def _sums(x: Tensor, grad: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
     _sum_kernel[(batch * splits * blocks,)](
         x,
         grad,
+        norm,
         sums,
         positions,
         splits,
@@ -265,76 +412,81 @@ def _sums(x: Tensor, grad: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
         BLOCK=block,
         num_warps=tiles.KNOBS['warps'],
     )
-    return sums, None, splits
+    return sums
 
 
-def _whole(channels: int) -> dict[str, int]:
-    """The settings of a program that has all channels of an image."""
+def _is_small(x: Tensor) -> bool:
+    """Whether one program an image does all."""
+    return x[0, 0].numel() <= KNOBS['few']
+
+
+def _whole(channels: int, wide: bool = False) -> dict[str, int]:
+    """The settings of a program that has all channels of an image.
+
+    Of maps in single precision, which are wide, it has half as many rows.
+    """
     block = next_power_of_2(channels)
     return dict(
-        ROWS=max(1, KNOBS['values'] // block),
+        ROWS=max(1, KNOBS['values'] // block // (1 + wide)),
         CHANNELS=block,
         num_warps=KNOBS['warps'],
     )
 
 
-def scales(
-    squares: Tensor, gamma: Tensor, channels: int, parts: int, square: bool
-) -> tuple[Tensor, Tensor]:
-    """Norms and scales, (B, C), in one launch.
+def _launch(kernel: Callable, x: Tensor, *args) -> None:
+    """Launch a kernel of which a program does all of an image of x."""
+    batch, channels, height, width = x.shape
+    form = _whole(channels, x.element_size() > 2)
+    kernel[(batch,)](x, *args, height * width, channels, **form)
+
+
+def empty_norms(x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Memory of norms (B, 2, C) and scales (B, C)."""
+    options = dict(dtype=torch.float32)
+    return (
+        x.new_empty(x.shape[0], 2, channels, **options),
+        x.new_empty(x.shape[0], channels, **options),
+    )
+
+
+def scales(squares: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms (B, 2, C) and scales (B, C), in one launch.
 
     Args:
-        squares (Tensor): B x parts x C values, parts of sums of squares.
+        squares (Tensor): (B, parts, C), parts of sums of squares.
         gamma (Tensor): C values.
-        channels (int): C.
-        parts (int): Of an image.
-        square (bool): Whether ``squares`` are values, yet to be squared.
     """
-    norm, scale = (
-        squares.new_empty(len(squares), channels, dtype=torch.float32)
-        for _ in range(2)
-    )
-    _scale_kernel[(len(squares),)](
-        squares,
-        gamma,
-        norm,
-        scale,
-        parts,
-        channels,
-        SQUARE=square,
-        **_whole(channels),
+    batch, parts, channels = squares.shape
+    norm, scale = empty_norms(squares, channels)
+    _scale_kernel[(batch,)](
+        squares, gamma, norm, scale, parts, channels, **_whole(channels)
     )
     return norm, scale
 
 
 def scale_grads(
-    sums: Tensor, x: Tensor | None, gamma: Tensor, norm: Tensor, parts: int
+    sums: Tensor, gamma: Tensor, norm: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The norm's share of the gradient of the map, in one launch.
 
     Args:
-        sums (Tensor): B x parts x 2 C values, of the gradients of scale and
-            shift; or the gradient of the result, (B, C, H, W).
-        x (Tensor, optional): The map, in the latter case.
+        sums (Tensor): (B, parts, 2 C), of the gradients of gamma and beta.
         gamma (Tensor): C values.
-        norm (Tensor): (B, C).
-        parts (int): Of an image.
+        norm (Tensor): (B, 2, C).
 
     Returns:
         tuple[Tensor, Tensor]: What the map is to be scaled by, (B, C), and
         parts (B, 2, C) of the gradients of gamma and beta.
     """
-    batch, channels = norm.shape
-    coef = torch.empty_like(norm)
-    partial = norm.new_empty(batch, 2, channels)
+    batch, _, channels = norm.shape
+    coef, partial = norm.new_empty(batch, channels), torch.empty_like(norm)
     _scale_grad_kernel[(batch,)](
         sums,
-        x,
         gamma,
         norm,
         coef,
         partial,
-        parts,
+        sums.shape[1],
         channels,
         **_whole(channels),
     )
@@ -344,19 +496,23 @@ def scale_grads(
 def forward(
     x: Tensor, gamma: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Two launches, and one more where there are many positions.
+    """One launch, and three where there are many positions.
 
     Args:
         x (Tensor): (B, C, H, W), in channels_last, not empty.
         gamma, beta (Tensor): C values each, contiguous, of any dtype.
 
     Returns:
-        tuple[Tensor, Tensor, Tensor]: The result, norms and scales, (B, C).
+        tuple[Tensor, Tensor, Tensor]: The result, norms (B, 2, C) and scales
+        (B, C).
     """
     y = torch.empty_like(x)
-    sums, _, parts = _sums(x, None)
-    norm, scale = scales(sums, gamma, x.shape[1], parts, sums is x)
-    tiles.launch(_apply_kernel, x, x, scale, None, None, beta, y)
+    if not _is_small(x):
+        norm, scale = scales(_sums(x), gamma)
+        tiles.launch(_apply_kernel, x, x, scale, None, None, beta, y)
+        return y, norm, scale
+    norm, scale = empty_norms(x, x.shape[1])
+    _launch(_forward_kernel, x, gamma, beta, norm, scale, y)
     return y, norm, scale
 
 
@@ -370,9 +526,12 @@ def backward(
         :func:`partial_sums.add`, (B, 2, C), of gamma and beta.
     """
     grad_x = torch.empty_like(x)
-    sums, other, parts = _sums(x, grad)
-    coef, partial = scale_grads(sums, other, gamma, norm, parts)
-    tiles.launch(_apply_kernel, x, grad, scale, x, coef, None, grad_x)
+    if not _is_small(x):
+        coef, partial = scale_grads(_sums(x, grad, norm), gamma, norm)
+        tiles.launch(_apply_kernel, x, grad, scale, x, coef, None, grad_x)
+        return grad_x, partial
+    partial = torch.empty_like(norm)
+    _launch(_backward_kernel, x, grad, gamma, norm, scale, grad_x, partial)
     return grad_x, partial
 
 
@@ -392,10 +551,7 @@ def _response_norm(
 def _empty_outputs(
     x: Tensor, gamma: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    norm, scale = (
-        x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2)
-    )
-    return torch.empty_like(channels_last(x)), norm, scale
+    return torch.empty_like(channels_last(x)), *empty_norms(x, x.shape[1])
 
 
 @custom_op('mmoverlock::response_norm_backward', differentiable=False)

@@ -110,6 +110,7 @@ def _product_kernel(
     p_out,
     p_factor,
     p_sums,
+    p_shares,
     pixels,
     count,
     inputs,
@@ -131,13 +132,15 @@ def _product_kernel(
     (B, H W, inputs), scale (B, inputs), shift (inputs, ), keep (B, ),
     identity, input and out (B, H W, outputs), bias, gain and offset (outputs,
     ), weight (outputs, inputs) with strides; grid (B count, blocks of
-    outputs). With a factor (B, H W, outputs), also what the gradient of a
-    scale and a shift behind it is made of: sums (B, count, 2 outputs) over
-    the pixels of a tile of ``out factor`` and ``out``.
+    outputs). With a factor (B, H W, outputs), which GRN scaled, gamma
+    (outputs, ) and norm (B, 2, outputs), also sums (B, count, 2, outputs) of
+    the gradients of gamma and beta over the pixels of a tile, and shares (B,
+    count blocks of outputs) of the sum over outputs of gamma times the first.
 
     With squares (B, PARTS, inputs), every program makes GRN's scale of its
-    image by itself, of these and gamma (inputs, ), and stores it and the norms
-    (B, inputs), the same bits as others do, to load it where it is needed.
+    image by itself, of these and gamma (inputs, ), and stores it, the same
+    bits as others do, to load it where it is needed; the first one stores norm
+    (B, 2, inputs).
     """
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     FACTOR: tl.constexpr = tl.float32 if UPCAST else DTYPE
@@ -153,6 +156,7 @@ def _product_kernel(
             p_norm,
             p_scale,
             image,
+            (tile == 0) & (tl.program_id(1) == 0),
             PARTS,
             inputs,
             False,
@@ -210,7 +214,14 @@ def _product_kernel(
         b_wide = tl.where(m_map, b_out.to(tl.float32), 0.0)
         p_sum = p_sums + tl.program_id(0).to(tl.int64) * 2 * outputs + o_out
         b_sum = tl.sum(b_wide * b_factor.to(tl.float32), 0)
+        p_ratio = p_norm + image * 2 * outputs + o_out
+        b_sum *= tl.load(p_ratio, mask=m_out, other=0)
         tl.store(p_sum, b_sum, mask=m_out)
+        p_share = p_shares + tl.program_id(0) * tl.num_programs(1)
+        b_share = b_sum * tiles.load(p_gamma, o_out, m_out)
+        # Of two dimensions, or Triton 3.7 fails on capability 10.0
+        b_share = tl.sum(b_share[None], 1)
+        tl.store(p_share + tl.program_id(1) + tl.arange(0, 1), b_share)
         tl.store(p_sum + outputs, tl.sum(b_wide, 0), mask=m_out)
 
 
@@ -382,7 +393,7 @@ def product(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     transposed: bool = False,
-    factor: Tensor | None = None,
+    factor: tuple[Tensor, Tensor, Tensor] | None = None,
     keep: Tensor | None = None,
     identity: Tensor | None = None,
     gain: Tensor | None = None,
@@ -390,7 +401,7 @@ def product(
     gelu_input: Tensor | None = None,
     response: tuple[Tensor, Tensor, Tensor] | None = None,
     gelu: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
     """A product of the channels of every pixel, and what is around it.
 
     ``(weight (x * scale + shift) + bias) * keep + identity * gain + offset``;
@@ -404,7 +415,9 @@ def product(
         shift (Tensor, optional): (I, ), where there is a scale.
         transposed (bool): Whether the weight is that of the product whose
             gradient this is. Defaults to False.
-        factor (Tensor, optional): (B, O, H, W) in channels_last.
+        factor (tuple[Tensor, Tensor, Tensor], optional): What GRN scaled,
+            (B, O, H, W) in channels_last, gamma (O values) and norms (B, 2,
+            O).
         keep (Tensor, optional): (B, ), float32.
         identity (Tensor, optional): (B, O, H, W) in channels_last, whose
             dtype is that of the result. Defaults to None: that of x is.
@@ -412,15 +425,16 @@ def product(
         gelu_input (Tensor, optional): (B, O, H, W) in channels_last; the
             result is its gradient, that of its GELU is the product.
         response (tuple[Tensor, Tensor, Tensor], optional): Squares (B, parts,
-            I), of few parts, gamma (I values) and norms (B, I), of GRN: the
+            I), of few parts, gamma (I values) and norms (B, 2, I), of GRN: the
             scale and the norms are made of the first two, and written.
         gelu (bool): Whether the product is that of GELU of x, which has no
             scale then. Defaults to False.
 
     Returns:
-        tuple[Tensor, Tensor | None]: The result, (B, O, H, W) in
-        channels_last, and with a factor the parts (B, tiles, 2 * O) of the
-        sums over an image of the result times the factor and by itself.
+        tuple[Tensor, tuple[Tensor | None, Tensor | None]]: The result, (B, O,
+        H, W) in channels_last. With a factor, the result is the gradient of
+        what GRN made: parts (B, tiles, 2 * O) of those of gamma and beta, and
+        (B, parts) of the sum over O of gamma times its gradient.
     """
     knobs = _knobs('product', x) | (ACTIVE if gelu else {})
     batch, inputs, height, width = x.shape
@@ -429,15 +443,20 @@ def product(
     dtype = x.dtype if identity is None else identity.dtype
     out = x.new_empty(batch, height, width, outputs, dtype=dtype)
     out = out.permute(0, 3, 1, 2)
-    pixels, sums = height * width, None
+    pixels, sums = height * width, (None, None)
     if scale is keep is factor is None:  # tiles may cross images
         batch, pixels = 1, batch * pixels
     count = cdiv(pixels, knobs['pixels'])
-    if factor is not None:
-        sums = x.new_empty(batch, count, 2 * outputs, dtype=torch.float32)
+    blocks = cdiv(outputs, knobs['outputs'])
     squares, gamma, norm = response or (None, None, None)
+    if factor is not None:
+        factor, gamma, norm = factor
+        sums = tuple(
+            norm.new_empty(batch, *shape)
+            for shape in ((count, 2 * outputs), (count * blocks,))
+        )
     if out.numel():
-        grid = batch * count, cdiv(outputs, knobs['outputs'])
+        grid = batch * count, blocks
         _product_kernel[grid](
             x,
             squares,
@@ -454,7 +473,7 @@ def product(
             gelu_input,
             out,
             factor,
-            sums,
+            *sums,
             pixels,
             count,
             inputs,
