@@ -1,6 +1,6 @@
 """Launching kernels with little of the host's time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -40,7 +40,7 @@ class Kernel(JITFunction):
         key = [*kwargs, *kwargs.values()]
         alignment = _describe(args, key) & 15
         if alignment:  # which is rare, so it may take time
-            alignment = tuple(_alignments(args))
+            alignment = tuple(alignments(args))
         device = _first(args).get_device()
         key = (device, alignment, *key)
         kept = self.kept.get(key)
@@ -124,13 +124,13 @@ def _describe(args: tuple, key: list) -> int:
     return bits
 
 
-def _alignments(args: tuple) -> Iterator[int]:
+def alignments(args: Sequence) -> Iterator[int]:
     """Of the address of every tensor among arguments."""
     for arg in args:
         if isinstance(arg, Tensor):
             yield arg.data_ptr() & 15
         elif type(arg) is tuple:
-            yield from _alignments(arg)
+            yield from alignments(arg)
 
 
 def jit(function: Callable | None = None, **options) -> Callable:

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .environment import is_traced, recorded_by, recorder
-from .launching import on_device
+from .launching import alignments, on_device
 
 MIN_RUNS = 16  # before a recording, which takes as long as ten runs
 MAX_TAPES = 2048  # of 60 KB on average; then no more are recorded
@@ -335,7 +335,7 @@ def number(key: tuple) -> int:
 def alignment(tensors: Sequence[Tensor]) -> Hashable:
     """Of addresses, as kernels are compiled for it; a part of a key."""
     if reduce(or_, map(Tensor.data_ptr, tensors), 0) & 15:
-        return tuple(t.data_ptr() & 15 for t in tensors)
+        return tuple(alignments(tensors))
     return 0
 
 
