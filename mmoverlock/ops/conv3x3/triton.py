@@ -460,7 +460,7 @@ class Plan(NamedTuple):
 
 @lru_cache(1024)
 def plan(
-    shape: tuple, form: Form, slots: int, most: int = KNOBS['channels'][1]
+    shape: tuple, form: Form, slots: int, most: int | None = None
 ) -> Plan:
     """How to cut a map.
 
@@ -468,11 +468,12 @@ def plan(
         shape (tuple): (B, C, H, W).
         form (Form): Of the kernel.
         slots (int): Programs that run at a time.
-        most (int): Channels of a program, at most.
+        most (int, optional): Channels of a program, at most. Defaults to
+            None: those of ``KNOBS``.
     """
     batch, channels, height, width = shape
-    least, _ = KNOBS['channels']
-    block = min(max(next_power_of_2(channels), least), most)
+    least, usual = KNOBS['channels']
+    block = min(max(next_power_of_2(channels), least), most or usual)
     lanes = 32 * form.warps * form.channels // block, block
     blocks = cdiv(channels, block)
     across = cdiv(width, form.columns)
