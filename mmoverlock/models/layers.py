@@ -291,6 +291,10 @@ class DropPath(nn.Module):
         ((keep, *_),) = draw_paths([self], x)
         return _scale_samples(x, keep)
 
+    @property
+    def is_dropping(self) -> bool:
+        return self.training and self.drop_prob > 0
+
     def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob}'
 
@@ -311,8 +315,8 @@ def draw_paths(
     shares = tuple(
         1 - path.drop_prob
         for path in paths
-        for _ in range(path.branches * path.training)
-        if path.drop_prob
+        if path.is_dropping
+        for _ in range(path.branches)
     )
     scales = iter(())
     if shares:
@@ -329,7 +333,7 @@ def draw_paths(
         scales = iter(drawn[1:, :count].unbind())
     return [
         tuple(
-            next(scales) if path.training and path.drop_prob else None
+            next(scales) if path.is_dropping else None
             for _ in range(path.branches)
         )
         for path in paths

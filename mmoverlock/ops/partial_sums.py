@@ -146,15 +146,15 @@ def add(
     pending = getattr(_thread, 'pending', None)
     found, makers = pending or ([], {})
     found += jobs
-    makers.setdefault(make, []).extend(operands)
+    if operands:
+        makers.setdefault(make, []).extend(operands)
     if pending is None:
         _add_pending(found, makers)
 
 
-def _add_pending(jobs: list, makers: dict[Callable | None, list]) -> None:
+def _add_pending(jobs: list, makers: dict[Callable, list]) -> None:
     for make, operands in makers.items():
-        if operands:
-            jobs += make(*operands)
+        jobs += make(*operands)
     add_now(*jobs)
 
 
