@@ -229,11 +229,12 @@ def compile_contmix(capability, dtype, height, width, size):
     taps = 5**2 + size**2
     tables = (taps, 49), (taps,), (2, 9, 9), (2, 2 * size - 1, 2 * size - 1)
     weights = [torch.empty(shape, device='meta') for shape in tables]
-    inputs = query, key, *weights, value, 0.25
+    inputs = query, key, *weights, value
 
     def run():
-        out, *saved = contmix._mix.function(*inputs)
-        contmix._mix_backward.function(out, *inputs, out, *saved)
+        outputs = contmix._mix.function(*inputs, 0.25)
+        grad = outputs[0]
+        contmix.backward(grad, inputs, 0.25, outputs, grad, adds=True)
 
     return compile_launches(run, capability)
 

@@ -120,14 +120,26 @@ def test_scale_and_gradient_without_strides():
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    'size',
-    [
-        (3, 4, 3),  # both by classes
-        (9, 5, 5),  # the larger one by classes
-        (6, 9, 5),  # both by windows
-    ],
-)
+SIZES = [
+    (3, 4, 3),  # both by classes
+    (9, 5, 5),  # the larger one by classes
+    (6, 9, 5),  # both by windows
+]
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_gradient_of_the_value_added_to_another_one(size):
+    query, key, value, *weights = here(draw(1, *size)).values()
+    inputs = [t.detach() for t in (query, key, *weights, value)]
+    outputs = contmix_triton._mix(*inputs, 1.0)
+    grad, other = torch.randn_like(value), torch.randn_like(value)
+    results = torch.empty_like(other), other.clone()
+    for result, adds in zip(results, (False, True), strict=True):
+        contmix_triton.backward(grad, inputs, 1.0, outputs, result, adds)
+    torch.testing.assert_close(results[1], results[0] + other)
+
+
+@pytest.mark.parametrize('size', SIZES)
 def test_custom_operator_is_well_formed(never_the_same, size):
     operands = here(draw(1, *size, groups=1, channels=(1, 1)))
     with opchecked() as calls:

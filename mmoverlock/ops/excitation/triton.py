@@ -763,10 +763,13 @@ def backward(
     other: Tensor | None = None,
     norms: Tensor | None = None,
     group: Any = None,
+    grad_x: Tensor | None = None,
+    grad_gate: Tensor | None = None,
 ) -> list[Tensor]:
     """Three launches, and one more where there are many positions or norms.
 
-    Norms of a group of processes have their sums exchanged.
+    Norms of a group of processes have their sums exchanged. Gradients of x
+    and the gate may be given memory.
 
     Returns:
         list[Tensor]: The gradients of x, the weights and biases in their
@@ -777,11 +780,12 @@ def backward(
     batch, channels, height, width = x.shape
     hidden = len(weight1)
     grads = x.new_empty(batch, 2 * channels + hidden, dtype=torch.float32)
-    results = [
-        torch.empty_like(tensor)
-        for tensor in (x, weight1, bias1, weight2, bias2)
-    ]
-    grad_gate = None if gate is None else torch.empty_like(gate)
+    if grad_x is None:
+        grad_x = torch.empty_like(x)
+    if grad_gate is None and gate is not None:
+        grad_gate = torch.empty_like(gate)
+    weights = weight1, bias1, weight2, bias2
+    results = [grad_x, *map(torch.empty_like, weights)]
     grad_other = None if other is None else torch.empty_like(other)
     sums = grad_norms = None
     count = rows = 0
@@ -853,7 +857,7 @@ def backward(
         None if norms is None else total(grad_norms, group),
         state,
         grads,
-        results[0],
+        grad_x,
         grad_other,
         grad_gate,
         state.shape[1],

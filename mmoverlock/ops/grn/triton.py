@@ -494,19 +494,20 @@ def scale_grads(
 
 
 def forward(
-    x: Tensor, gamma: Tensor, beta: Tensor
+    x: Tensor, gamma: Tensor, beta: Tensor, y: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One launch, and three where there are many positions.
 
     Args:
         x (Tensor): (B, C, H, W), in channels_last, not empty.
         gamma, beta (Tensor): C values each, contiguous, of any dtype.
+        y (Tensor, optional): Memory of the result, like x.
 
     Returns:
         tuple[Tensor, Tensor, Tensor]: The result, norms (B, 2, C) and scales
         (B, C).
     """
-    y = torch.empty_like(x)
+    y = torch.empty_like(x) if y is None else y
     if not _is_small(x):
         norm, scale = scales(_sums(x), gamma)
         tiles.launch(_apply_kernel, x, x, scale, None, None, beta, y)

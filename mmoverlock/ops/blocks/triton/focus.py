@@ -53,12 +53,12 @@ class _Saved(NamedTuple):
     x: Tensor
     mix: tuple  # before the norm, before GELU, behind the product
     response: tuple  # norm and scale
-    fused: Tensor
     sources: tuple  # of queries and keys, of values; enlarged
     query: tuple  # before the norm, behind it
     key: tuple  # pooled, before the norm, behind it
     mixed: tuple  # the result, and what is with it
-    pooled: Tensor  # of the size of the map
+    pooled: Tensor  # the result, of the size of the map
+    fused: Tensor
     value: Tensor
     branches: tuple  # statistics, taps, the first one's output
     branches_out: Tensor
@@ -87,6 +87,21 @@ def _product(x, weight, bias=None):
 
 def _product_grad(grad, weight):
     return to_map(rows(grad) @ weight.flatten(1), grad)
+
+
+def _empty_pair(like):
+    """Memory of two maps side by side, (2, B, C, H, W)."""
+    batch, channels, height, width = like.shape
+    pair = like.new_empty(2, batch, height, width, channels)
+    return pair.permute(0, 1, 4, 2, 3)
+
+
+def _products(pair, weights, transposed=False):
+    """Two maps side by side, each with a weight, or the transpose, of its."""
+    weights = weights.flatten(2)
+    maps = pair.permute(0, 1, 3, 4, 2)
+    result = maps.flatten(1, 3) @ (weights if transposed else weights.mT)
+    return result.view(*maps.shape[:-1], -1).permute(0, 1, 4, 2, 3)
 
 
 def _norms(maps, norms, group):
@@ -161,11 +176,11 @@ def _forward(z, initial, p, keeps, settings):
     updated = z
     if p.prior:
         updated = prior.forward(z, initial, *p.prior)
-    weights = *p.mix, *p.query, *p.key, *p.value, *p.gate, p.out[0], *p.expand
+    weights = *p.mix, *p.query, *p.key, p.out[0], *p.expand, p.reduce[0]
     taps, rounded = large_conv.pack(
-        z.dtype, p.branches, (*weights, p.reduce[0])
+        z.dtype, p.branches, weights, (*p.value, *p.gate)
     )
-    mix, mix_bias, query, key, value, gate, out, *hidden = rounded
+    mix, mix_bias, query, key, out, *hidden, value_and_gate = rounded
     eps1, eps2 = settings.eps
     identity, x = conv_norm.forward(updated, *p.conv1, *p.norm1, eps1)
 
@@ -182,16 +197,19 @@ def _forward(z, initial, p, keeps, settings):
     )
     normal, normal_queries, normal_keys = (y for y, *_ in side_by_side)
     products, _ = product(normal, mix, mix_bias, gelu=True)
-    fused, *response = response_norm.forward(products, *p.response)
+    pair = _empty_pair(products)
+    pooled, fused = pair
+    _, *response = response_norm.forward(products, *p.response, fused)
 
     mixable = _enlarge(fused, settings.size)
-    mixed = contmix._mix.function(
-        normal_queries, normal_keys, *p.kernels, mixable, settings.scale
-    )
-    pooled = _reduce(mixed[0], fused)
+    inputs = normal_queries, normal_keys, *p.kernels, mixable
+    mixed = pooled if mixable is fused else torch.empty_like(mixable)
+    mixed = mixed, *contmix.empty_facts(*inputs)
+    contmix.forward(inputs, settings.scale, mixed)
+    if mixable is not fused:
+        pooled.copy_(F.adaptive_avg_pool2d(mixed[0], fused.shape[2:]))
 
-    values = _product(pooled, value)
-    gates = _product(fused, gate)
+    values, gates = _products(pair, value_and_gate)
     branches_out, branches = large_conv.forward(fused, p.branches, taps, group)
     others = p.mix_norm, p.query_norm, p.key_norm, p.out_norm
     measured = batch_norm.measure(
@@ -239,12 +257,12 @@ def _forward(z, initial, p, keeps, settings):
         x,
         (neighbors, normal, products),
         response,
-        fused,
         (source, mixable),
         (queries, normal_queries),
         (means, keys, normal_keys),
         mixed,
         pooled,
+        fused,
         values,
         branches,
         branches_out,
@@ -318,8 +336,7 @@ def _pool(x, regions):
 
 def _backward(grad, s, p, keeps, settings):
     """Gradients of the two maps; of the parameters, by field."""
-    mix, _, query, key, value, gate, out = s.rounded[:-3]
-    expand, expand_bias, reduce = s.rounded[-3:]
+    mix, _, query, key, out, *hidden, value_and_gate = s.rounded
     group = settings.group
     jobs, products = [], []
 
@@ -337,7 +354,8 @@ def _backward(grad, s, p, keeps, settings):
         return grads
 
     grads = {}
-    hidden = *p.expand, *p.conv3, *p.response2, *p.reduce
+    expand, expand_bias, reduce = hidden
+    parameters = *p.expand, *p.conv3, *p.response2, *p.reduce
     others = None, None, None, keeps[1]
     grad_y, *results = ffn._feed_forward_backward.function(
         grad,
@@ -346,7 +364,7 @@ def _backward(grad, s, p, keeps, settings):
         expand,
         reduce,
         expand_bias,
-        *hidden,
+        *parameters,
         *others,
         True,
     )
@@ -374,6 +392,7 @@ def _backward(grad, s, p, keeps, settings):
         [s.out_norm],
         group,
     )
+    into = _empty_pair(grad)
     results = excitation.backward(
         grad,
         s.value,
@@ -384,6 +403,7 @@ def _backward(grad, s, p, keeps, settings):
         s.branches_out,
         s.norms,
         group,
+        *into,
     )
     grad_value, *grads['excite'], grad_gate, grad_branches, norms = results
     norms = norms.unbind()
@@ -394,32 +414,30 @@ def _backward(grad, s, p, keeps, settings):
     )
     grads['gate'] = differentiate(grad_gate, s.fused, *p.gate)
     grads['value'] = differentiate(grad_value, s.pooled, *p.value)
-    grad = _product_grad(grad_value, value)
+    grad, grad_fused = _products(into, value_and_gate, transposed=True)
     size, (source, mixable) = settings.size, s.sources
+    grad_mixable = grad_fused
     if size is not None:
         grad = aten._adaptive_avg_pool2d_backward(grad, s.mixed[0])
-    grad_query, grad_key, *grads['kernels'], grad_fused = (
-        contmix._mix_backward.function(
-            channels_last(grad),
-            s.query[1],
-            s.key[2],
-            *p.kernels,
-            mixable,
-            settings.scale,
-            *s.mixed,
-        )
+        grad_mixable = torch.empty_like(mixable)
+    grad_query, grad_key, *grads['kernels'] = contmix.backward(
+        channels_last(grad),
+        (s.query[1], s.key[2], *p.kernels, mixable),
+        settings.scale,
+        s.mixed,
+        grad_mixable,
+        adds=size is None,
     )
     if size is not None:
-        grad_fused = _enlarge_grad(grad_fused, s.fused, size)
+        grad_fused += _enlarge_grad(grad_mixable, s.fused, size)
     grad, grads['branches'] = large_conv.backward(
         grad_branches,
         s.fused,
         s.branches,
         p.branches,
         group,
-        channels_last(grad_fused),
+        grad_fused,
     )
-    rows(grad).addmm_(rows(grad_gate), gate.flatten(1))
     grad, parts = response_norm.backward(
         grad, s.mix[2], p.response[0], *s.response
     )

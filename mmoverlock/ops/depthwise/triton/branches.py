@@ -537,20 +537,19 @@ class Measured(NamedTuple):
     bias: Tensor
 
 
-def _pack(dtype, weights, batches, dilations, others=()):
-    """Taps (all taps, C) in a dtype, and others; batches are counted."""
+def _pack(dtype, weights, batches, dilations, sources=(), copies=()):
+    """Taps (all taps, C) in a dtype; sources are copied, batches counted."""
     plan = _plan(tuple(w.shape[-1] for w in weights), tuple(dilations))
     channels = len(weights[0])
     taps = weights[0].new_empty(plan.taps, channels, dtype=dtype)
-    copies = [torch.empty_like(t, dtype=dtype) for t in others]
-    counts = [t.numel() for t in others]
+    counts = [t.numel() for t in sources]
     width = cdiv(channels, BLOCK.value)
     blocks = sum(cdiv(count, KNOBS['copied']) for count in counts)
     _pack_kernel[width, plan.taps + cdiv(blocks, width)](
         tuple(weights),
         tuple(batches),
         taps,
-        tuple(others),
+        tuple(sources),
         tuple(copies),
         tuple(counts),
         channels,
@@ -558,11 +557,14 @@ def _pack(dtype, weights, batches, dilations, others=()):
         BRANCHES=plan.branches,
         VALUES=KNOBS['copied'],
     )
-    return taps, copies
+    return taps
 
 
 def pack(
-    dtype: torch.dtype, branches: Sequence, others: Sequence[Tensor] = ()
+    dtype: torch.dtype,
+    branches: Sequence,
+    others: Sequence[Tensor] = (),
+    stacked: Sequence[Tensor] = (),
 ) -> tuple[Tensor, list[Tensor]]:
     """What a step's kernels read of parameters, in one launch.
 
@@ -572,17 +574,27 @@ def pack(
         dtype (torch.dtype): Of the map.
         branches (Sequence[Branch]): Contiguous.
         others (Sequence[Tensor]): Contiguous.
+        stacked (Sequence[Tensor]): Contiguous and of one shape.
 
     Returns:
-        tuple[Tensor, list[Tensor]]: Taps for :func:`forward`, and the others,
-        all in that dtype and without gradients.
+        tuple[Tensor, list[Tensor]]: Taps for :func:`forward`; the others and,
+        in one tensor behind them, those that are stacked. All are in that
+        dtype and without gradients.
     """
     with torch.no_grad():
-        others = [t.detach() for t in others]
+        results, sources, copies = [t.detach() for t in others], [], []
+        if any(t.dtype != dtype for t in others):
+            sources = results
+            copies = [torch.empty_like(t, dtype=dtype) for t in sources]
+            results = [*copies]
+        if stacked:
+            shape = len(stacked), *stacked[0].shape
+            results.append(stacked[0].new_empty(shape, dtype=dtype))
+            sources = [*sources, *stacked]
+            copies += results[-1].unbind()
         weights, *_, batches, dilations, _, _ = columns(branches)
-        if all(t.dtype == dtype for t in others):
-            return _pack(dtype, weights, batches, dilations)[0], others
-        return _pack(dtype, weights, batches, dilations, others)
+        facts = weights, batches, dilations
+        return _pack(dtype, *facts, sources, copies), results
 
 
 def _measure(
@@ -598,7 +610,7 @@ def _measure(
 ) -> Measured:
     """Measure and merge the branches, and move what batch norms keep."""
     if taps is None:
-        taps, _ = _pack(x.dtype, weights, running.batches, dilations)
+        taps = _pack(x.dtype, weights, running.batches, dilations)
     plan = _plan(tuple(w.shape[-1] for w in weights), tuple(dilations))
     channels, n = x.shape[1], len(weights)
     first = torch.empty_like(x)

@@ -15,6 +15,7 @@ There are no atomic operations, so results are the same in every run. Offsets
 have 64 bits; within an image, 32.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -175,11 +176,24 @@ def _mix(
         the base 2 of the sums of exponentials of both sizes, filters, and
         dense biases of both sizes, see classes.py and windows.py.
     """
-    outputs = _empty_outputs(
-        query, key, weight, bias, small, large, value, scale
-    )
-    if not value.numel():
-        return outputs
+    inputs = query, key, weight, bias, small, large, value
+    outputs = _empty_outputs(*inputs, scale)
+    if value.numel():
+        forward(inputs, scale, outputs)
+    return outputs
+
+
+def forward(
+    inputs: Sequence[Tensor], scale: float, outputs: Sequence[Tensor]
+) -> None:
+    """Mix maps that are not empty: two launches.
+
+    Args:
+        inputs (Sequence[Tensor]): The first seven arguments of :func:`_mix`.
+        scale (float): Of the query.
+        outputs (Sequence[Tensor]): Memory of its results.
+    """
+    query, key, weight, bias, small, large, value = inputs
     out, lse, b_filters, dense = outputs
     problem = _Problem(query, key, small, large, value, scale)
     groups, knobs = len(small), filters.KNOBS
@@ -242,7 +256,6 @@ def _mix(
         **problem.mix,
         num_warps=mix.KNOBS['WARPS'],
     )
-    return outputs
 
 
 @_mix.register_fake
@@ -256,6 +269,20 @@ def _empty_outputs(
     value: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = query, key, weight, bias, small, large, value
+    return torch.empty_like(value), *empty_facts(*inputs)
+
+
+def empty_facts(
+    query: Tensor,
+    key: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    small: Tensor,
+    large: Tensor,
+    value: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory of all results of :func:`_mix` but the first."""
     batch, _, height, width = value.shape
     groups = len(small)
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -276,7 +303,7 @@ def _empty_outputs(
             strict=True,
         )
     )
-    return torch.empty_like(value), lse, b_filters, dense
+    return lse, b_filters, dense
 
 
 @custom_op('mmoverlock::contmix_backward', differentiable=False)
@@ -299,8 +326,34 @@ def _mix_backward(
     inputs = query, key, weight, bias, small, large, value
     if not value.numel():
         return tuple(map(torch.zeros_like, inputs))
-    grads = tuple(map(torch.empty_like, inputs))
-    dq, dkey, dw, dbias, dsmall, dlarge, dv = grads
+    dv = torch.empty_like(value)
+    outputs = out, lse, b_filters, dense
+    return *backward(grad, inputs, scale, outputs, dv), dv
+
+
+def backward(
+    grad: Tensor,
+    inputs: Sequence[Tensor],
+    scale: float,
+    outputs: Sequence[Tensor],
+    dv: Tensor,
+    adds: bool = False,
+) -> list[Tensor]:
+    """Gradients of maps that are not empty: three launches.
+
+    Args:
+        grad (Tensor): Of the first output, (B, C, H, W).
+        inputs, scale, outputs: As of :func:`forward`.
+        dv (Tensor): Memory of the gradient of the value.
+        adds (bool): Whether that is added to what the memory has.
+
+    Returns:
+        list[Tensor]: Gradients of the other inputs.
+    """
+    query, key, weight, bias, small, large, value = inputs
+    out, lse, b_filters, dense = outputs
+    grads = [torch.empty_like(t) for t in inputs[:-1]]
+    dq, dkey, dw, dbias, dsmall, dlarge = grads
     problem = _Problem(query, key, small, large, value, scale)
     grad = _narrow(grad)
     batch, groups, units = problem.batch, len(small), problem.units
@@ -382,6 +435,7 @@ def _mix_backward(
         *problem.sides,
         problem.images,
         tuple(images),
+        ADDS=adds,
         **problem.mix,
         num_warps=mix.KNOBS['WARPS'],
         maxnreg=mix.KNOBS['REGISTERS'],

@@ -478,6 +478,7 @@ def backward_value(
     MIX: tl.constexpr,
     HALF: tl.constexpr,
     FORMS: tl.constexpr,
+    ADDS: tl.constexpr,
 ):
     """dv = sum over classes of p^T do, for a tile of pixels.
 
@@ -558,4 +559,6 @@ def backward_value(
 
         p_image = p_dv + map_offset(image, channel, dv_strides)
         o_dv = pixel_offsets(row, col, o_v, dv_strides)
+        if ADDS:
+            b_dv += tl.load(p_image + o_dv, mask=m_dv)
         tl.store(p_image + o_dv, b_dv.to(VT), mask=m_dv)

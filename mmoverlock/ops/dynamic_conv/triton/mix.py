@@ -127,9 +127,11 @@ def backward(
     TASKS: tl.constexpr,
     MIX: tl.constexpr,
     FORMS: tl.constexpr,
+    ADDS: tl.constexpr,
 ):
     """Gradients of the value, and those of the rest in parts.
 
+    With ADDS, the former are added to what is there.
     dq / ln 2 is (2, B, H, W, G * CQ), a part of each size; those of filters,
     biases and tables are by size, too. Grid: as ``forward``.
     """
@@ -199,6 +201,7 @@ def backward(
                     MIX,
                     TASKS[t][1],
                     FORMS,
+                    ADDS,
                 )
             elif TASKS[t][0] == POSITIONS:
                 windows.backward_positions(
@@ -245,5 +248,6 @@ def backward(
                     MIX,
                     TASKS[t][1],
                     FORMS,
+                    ADDS,
                 )
         pid -= odds[t] // 2

@@ -529,6 +529,7 @@ def backward_pixels(
     MIX: tl.constexpr,
     HALF: tl.constexpr,
     FORMS: tl.constexpr,
+    ADDS: tl.constexpr,
 ):
     """dv[pixel] = sum of p do over the positions that see the pixel.
 
@@ -604,8 +605,8 @@ def backward_pixels(
                 b_dv = dot(tl.permute(b_p, 0, 2, 1), b_do, b_dv)
 
         p_image = p_dv + map_offset(image, channel, dv_strides)
-        tl.store(
-            p_image + offsets(row, col, o_v, dv_strides),
-            b_dv.to(VT),
-            mask=real[:, :, None] & m_v,
-        )
+        o_dv = offsets(row, col, o_v, dv_strides)
+        m_dv = real[:, :, None] & m_v
+        if ADDS:
+            b_dv += tl.load(p_image + o_dv, mask=m_dv)
+        tl.store(p_image + o_dv, b_dv.to(VT), mask=m_dv)
