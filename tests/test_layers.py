@@ -15,6 +15,7 @@ from mmoverlock.models.layers import (
     DropPath,
     StridedConv,
     draw_paths,
+    enlarge,
     run_layers,
 )
 from mmoverlock.models.reparam import BRANCHES, DilatedReparamConv
@@ -88,26 +89,46 @@ def test_drop_path_after_tracing(way):
 
 @pytest.mark.parametrize('half', [False, True])
 @pytest.mark.parametrize('kind', [torch.contiguous_format, CHANNELS_LAST])
-def test_weights_as_gpus_like_them(half, kind, monkeypatch):
+def test_layers_as_gpus_like_them(half, kind, monkeypatch):
     """As layers say; gradients are laid out as the parameters that take them.
 
     A parameter takes those in their own memory, then.
     """
     torch.manual_seed(0)
-    layers = nn.Sequential(StridedConv(3, 4, 3, 2, 1), nn.Conv2d(4, 5, 2))
+    norms = [nn.BatchNorm2d(count) for count in (4, 5, 5)]
+    norms[2].eval()
+    convs = StridedConv(3, 4, 3, 2, 1), nn.Conv2d(4, 5, 2)
+    layers = nn.Sequential(convs[0], norms[0], convs[1], *norms[1:])
     layers.to(memory_format=kind)
     for shape in ((2, 3, 7, 6), (2, 3, 8, 3)):
         x, results = torch.randn(shape), []
         for on_gpu in (False, True):
             takes = Mock(return_value=on_gpu)
             monkeypatch.setattr(layers_module, 'takes_triton', takes)
+            run = copy.deepcopy(layers)
             with torch.autocast('cpu', torch.bfloat16, enabled=half):
-                y = run_layers(layers, x)
-            grads = torch.autograd.grad(y.sum(), [*layers.parameters()])
-            results.append((y, *grads))
+                y = run_layers(run, x)
+            grads = torch.autograd.grad(y.sin().sum(), [*run.parameters()])
+            results.append((y, *grads, *run.buffers()))
         torch.testing.assert_close(*results)
-        for grad in grads[::2]:
+        for grad in grads[:8:4]:
             assert grad.is_contiguous(memory_format=kind)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_enlarging(dtype, monkeypatch):
+    """As in more precision, but for a rounding; so is the gradient."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 3, 4, dtype=dtype).requires_grad_()
+    more = torch.promote_types(dtype, torch.float32)
+    grad, results = torch.randn(2, 8, 12, 15, dtype=dtype), []
+    for on_gpu in (False, True):
+        takes = Mock(return_value=on_gpu)
+        monkeypatch.setattr(layers_module, 'takes_triton', takes)
+        with torch.autocast('cpu', torch.bfloat16):
+            y = enlarge(x if on_gpu else x.to(more), (12, 15)).to(dtype)
+        results.append((y, *torch.autograd.grad(y, x, grad)))
+    torch.testing.assert_close(*results)
 
 
 def test_convolutions_that_global_hooks_watch(monkeypatch):
@@ -120,7 +141,7 @@ def test_convolutions_that_global_hooks_watch(monkeypatch):
         run_layers(layers, torch.randn(1, 3, 4, 4))
     finally:
         hook.remove()
-    assert seen == [*layers]
+    assert seen == [*layers, layers]
 
 
 def make_conv(kernel_size):

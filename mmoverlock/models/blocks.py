@@ -595,7 +595,7 @@ def draw_drops(blocks: Sequence[nn.Module], x: Tensor) -> list[tuple]:
         blocks (Sequence[nn.Module]): One after the other. What has hooks, or
             a forward method of its own, gets no more arguments than a caller
             of its gives, and draws for itself.
-        x (Tensor): The map that the first one reads, (B, C, H, W).
+        x (Tensor): Images, or a map of them, (B, C, H, W).
 
     Returns:
         list[tuple]: For each block.

@@ -405,29 +405,44 @@ def conv_and_norm(
 def run_layers(layers: nn.Sequential, x: Tensor) -> Tensor:
     """``layers(x)``, as GPUs like it.
 
-    Norms of several processes are kernels, weights of convolutions are
-    rounded and laid out as maps are, in one launch each.
+    Norms of several processes are kernels, those of one count their batches
+    in one launch. See :func:`convolve`, too.
     """
     if not is_plain(layers, nn.Sequential) or not takes_triton('auto', x):
         return layers(x)
-    is_watched = _has_any_global_hook()
+    counts = []
     for layer in layers:
-        group = group_of(layer) if counts_batches(layer) else None
-        is_conv = isinstance(layer, nn.Conv2d) and is_plain(layer, nn.Conv2d)
-        if is_conv and not is_watched:
-            x = _convolve(layer, x)
-        elif group is None:
-            x = layer(x)
-        elif takes_triton('auto', x, batch_norm, x, as_operand(layer)):
-            x = batch_norm(x, as_operand(layer), group)
+        if isinstance(layer, nn.Conv2d):
+            x = convolve(layer, x)
+            continue
+        norm = as_operand(layer) if counts_batches(layer) else None
+        group = norm and group_of(layer)
+        if norm and group is None:
+            counts.append(norm.batches)
+            running = norm.running_mean, norm.running_var
+            x = F.batch_norm(
+                x, *running, *norm[:2], True, norm.momentum, norm.eps
+            )
+        elif norm and takes_triton('auto', x, batch_norm, x, norm):
+            x = batch_norm(x, norm, group)
         else:
             x = layer(x)
+    if counts:
+        torch._foreach_add_(counts, 1)
     return x
 
 
-def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """``conv(x)``, as GPUs like it.
+
+    Map and weight are rounded and laid out in one launch each.
+    """
+    if not is_plain(conv, nn.Conv2d) or not takes_triton('auto', x):
+        return conv(x)
     weight, bias = pair_of(conv)
-    weight = _LayOut.apply(weight, convolution_dtype(x))
+    dtype = convolution_dtype(x)
+    x = x.to(dtype, memory_format=torch.channels_last)
+    weight = _LayOut.apply(weight, dtype)
     return conv._conv_forward(x, weight, bias)
 
 
@@ -452,13 +467,49 @@ class _LayOut(torch.autograd.Function):
         return grad.to(ctx.dtype, memory_format=ctx.format), None
 
 
+class _Enlarge(torch.autograd.Function):
+    """A map of another size, in its dtype; its gradient, in fp32, is exact."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, size: tuple[int, int]) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.interpolate(x, size, mode='bilinear')
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.dtype, ctx.shape = inputs[0].dtype, inputs[0].shape
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        dtype = torch.promote_types(ctx.dtype, torch.float32)
+        grad = torch.ops.aten.upsample_bilinear2d_backward(
+            grad.to(dtype), grad.shape[2:], ctx.shape, False
+        )
+        return grad.to(ctx.dtype), None
+
+
+def enlarge(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map of another size, in one launch on GPUs.
+
+    Args:
+        x (Tensor): (B, C, H, W).
+        size (tuple[int, int]): Height and width.
+    """
+    if takes_triton('auto', x):
+        return _Enlarge.apply(x, size)
+    return F.interpolate(x, size, mode='bilinear')
+
+
 def has_no_hooks(module: nn.Module) -> bool:
-    """Whether nobody watches a module, in either direction."""
+    """Whether nobody watches a module, or all modules."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or _has_any_global_hook()
     )
 
 

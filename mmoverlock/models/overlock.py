@@ -7,10 +7,10 @@ are those of the released weights; names in prose are the paper's.
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
+from itertools import chain, islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
@@ -22,7 +22,15 @@ from ..ops.dynamic_conv import BACKENDS
 from .blocks import FocusBlock, RepConvBlock, draw_drops
 from .compilation import Regions
 from .graphs import Graphs
-from .layers import LayerNorm2d, LayerScale, StridedConv, build_bn, run_layers
+from .layers import (
+    LayerNorm2d,
+    LayerScale,
+    StridedConv,
+    build_bn,
+    convolve,
+    enlarge,
+    run_layers,
+)
 from .recomputation import recompute
 from .reparam import DilatedReparamConv
 from .weights import load_pretrained
@@ -513,15 +521,14 @@ class OverLoCK(BaseModule):
         self._check_input(x)
         if not is_compiling():
             _say_backend(x.device)
-        # The layout in which depthwise convolutions and norms are fast.
-        x = x.contiguous(memory_format=torch.channels_last)
         return self.graphs(self, self._pyramid, x)
 
     def _pyramid(self, x: Tensor) -> tuple[Tensor, ...]:
-        maps = self.base_net(x)
+        drops = self._draw_drops(x)
+        maps = self.base_net(x, drops)
         if self.out_indices[-1] >= 2:
-            overview = self.overview_net(maps[2])
-            maps[2:] = self.focus_net(maps[2], overview)
+            overview = self.overview_net(maps[2], drops)
+            maps[2:] = self.focus_net(maps[2], overview, drops)
         if self.classifier:
             outs = [overview, maps[3]]
         else:
@@ -559,56 +566,79 @@ class OverLoCK(BaseModule):
                 'larger images, more of them or norm_eval=True'
             )
 
-    def base_net(self, x: Tensor) -> list[Tensor]:
+    def _draw_drops(self, x: Tensor) -> dict[str, list[tuple]]:
+        """See :func:`draw_drops`, of the blocks of each group."""
+        groups = [name for name in self.block_groups if hasattr(self, name)]
+        stages = [getattr(self, name) for name in groups]
+        drawn = iter(draw_drops([*chain(*stages)], x))
+        return {
+            name: [*islice(drawn, len(stage))]
+            for name, stage in zip(groups, stages, strict=True)
+        }
+
+    def base_net(self, x: Tensor, drops: dict | None = None) -> list[Tensor]:
         """Images to the maps of stages 1 to 3, as far as they are needed.
 
         The map of stage 2 is normalized, unless for a classifier: in the
         released dense predictors, stage 3 reads it after its output norm.
+
+        Args:
+            x (Tensor): Images, (B, in_channels, H, W).
+            drops (dict, optional): Last arguments of the blocks of each group,
+                see :func:`mmoverlock.models.blocks.draw_drops`, as of the
+                other nets. Defaults to None: every block draws for itself.
         """
-        maps = [self._run('blocks1', run_layers(self.patch_embed1, x))]
+        if not takes_triton('auto', x):  # whose convolutions lay it out
+            # The layout in which depthwise convolutions and norms are fast.
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = run_layers(self.patch_embed1, x)
+        maps = [self._run('blocks1', drops, x)]
         if self.out_indices[-1] >= 1:
-            x = self._run('blocks2', run_layers(self.patch_embed2, maps[0]))
+            x = run_layers(self.patch_embed2, maps[0])
+            x = self._run('blocks2', drops, x)
             maps.append(x if self.classifier else self.extra_norm['1'](x))
         if self.out_indices[-1] >= 2:
             x = run_layers(self.patch_embed3, maps[1])
-            maps.append(self._run('blocks3', x))
+            maps.append(self._run('blocks3', drops, x))
         return maps
 
-    def overview_net(self, x: Tensor) -> Tensor:
+    def overview_net(self, x: Tensor, drops: dict | None = None) -> Tensor:
         """The stride 16 map of the Base-Net to the overview at stride 32."""
-        return self._run('blocks4', run_layers(self.patch_embed4, x))
+        return self._run('blocks4', drops, run_layers(self.patch_embed4, x))
 
-    def focus_net(self, x: Tensor, overview: Tensor) -> list[Tensor]:
+    def focus_net(
+        self, x: Tensor, overview: Tensor, drops: dict | None = None
+    ) -> list[Tensor]:
         """Look again, knowing what is there.
 
         Args:
             x (Tensor): The map of stage 3 of the Base-Net, at stride 16.
             overview (Tensor): The output of the Overview-Net, at stride 32.
+            drops (dict, optional): See :meth:`base_net`.
 
         Returns:
             list[Tensor]: Maps at strides 16 and 32 (if needed), features and
             context prior in one.
         """
-        prior = self.high_level_proj(overview)
-        upsampled = F.interpolate(prior, x.shape[-2:], mode='bilinear')
-        if takes_triton('auto', prior):  # every block reads it
-            upsampled = upsampled.to(prior.dtype)
+        prior = convolve(self.high_level_proj, overview)
+        upsampled = enlarge(prior, x.shape[-2:])
         z = torch.cat([x, upsampled], dim=1)
-        maps = [self._run('sub_blocks3', z, upsampled)]
+        maps = [self._run('sub_blocks3', drops, z, upsampled)]
         if self.out_indices[-1] >= 3:
             x, updated = maps[0].split([x.shape[1], prior.shape[1]], dim=1)
             x = run_layers(self.patch_embedx['x_proj'], x)
             updated = run_layers(self.patch_embedx['h_proj'], updated)
             z = torch.cat([x, updated], dim=1)
-            maps.append(self._run('sub_blocks4', z, prior))
+            maps.append(self._run('sub_blocks4', drops, z, prior))
         return maps
 
-    def _run(self, group: str, x: Tensor, *args: Tensor) -> Tensor:
-        blocks = getattr(self, group)
-        drawn = draw_drops(blocks, x)
+    def _run(
+        self, group: str, drops: dict | None, x: Tensor, *args: Tensor
+    ) -> Tensor:
         with self.regions.settings():
-            for i, block in enumerate(blocks):
-                operands = block, x, *args, *drawn[i]
+            for i, block in enumerate(getattr(self, group)):
+                drawn = drops[group][i] if drops else ()
+                operands = block, x, *args, *drawn
                 if i < self.checkpointed[group] and torch.is_grad_enabled():
                     x = recompute(block, self.regions, *operands)
                 else:

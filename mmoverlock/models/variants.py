@@ -644,22 +644,26 @@ class OverLoCKVariant(OverLoCK):
         """See :class:`OverLoCK`."""
         return super().forward(x)[self._is_alone :]
 
-    def overview_net(self, x: Tensor) -> Tensor:
+    def overview_net(self, x: Tensor, drops: dict | None = None) -> Tensor:
         """See :class:`OverLoCK`; without it, the map goes on as it is."""
-        return x if 'overview' in self.remove else super().overview_net(x)
+        if 'overview' in self.remove:
+            return x
+        return super().overview_net(x, drops)
 
-    def focus_net(self, x: Tensor, overview: Tensor) -> list[Tensor]:
+    def focus_net(
+        self, x: Tensor, overview: Tensor, drops: dict | None = None
+    ) -> list[Tensor]:
         """See :class:`OverLoCK`."""
         if self._carries_prior:
-            return super().focus_net(x, overview)
+            return super().focus_net(x, overview, drops)
         prior = upsampled = None
         if 'overview' not in self.remove:
             prior = self.high_level_proj(overview)
             upsampled = F.interpolate(prior, x.shape[-2:], mode='bilinear')
-        maps = [self._run('sub_blocks3', x, upsampled)]
+        maps = [self._run('sub_blocks3', drops, x, upsampled)]
         if self.out_indices[-1] >= 3:
             x = self.patch_embedx['x_proj'](maps[0][:, : x.shape[1]])
-            maps.append(self._run('sub_blocks4', x, prior))
+            maps.append(self._run('sub_blocks4', drops, x, prior))
         return maps
 
 
