@@ -204,6 +204,11 @@ def _tasks(name, grid, a):
         )
 
 
+def _halves(odds):
+    """The opposite of :func:`mmoverlock.ops.launching.odd`."""
+    return [odd // 2 for odd in odds]
+
+
 def _viewers(first, last, length, size):
     """Positions along an axis whose windows have some of the pixels."""
     start = 0 if first < size else first - size // 2
@@ -221,14 +226,15 @@ def _contmix_trips(name, a):
     size = form[2]
     if name == 'finish' and what == 'table of classes':
         blocks = cdiv(math.prod(form[8:11]), a['TERMS'])
-        return [blocks] * (blocks > 1) + [a['chunks'][half]]
+        return [blocks] * (blocks > 1) + [_halves(a['chunks'])[half]]
     if name == 'finish' and what == 'table of windows':
-        rows = a['height'] * cdiv(a['width'], form[7]) * a['chunks'][half]
+        chunks = _halves(a['chunks'])[half]
+        rows = a['height'] * cdiv(a['width'], form[7]) * chunks
         return [cdiv(rows, a['TERMS'])]
     if name == 'prepare' or name == 'finish':
         return []
     images = a['filter_images' if what == 'filters' else 'images'][half]
-    trips = [batch / cdiv(batch, images)] * (images > 1)
+    trips = [batch / cdiv(batch, (images + 1) // 2)] * (images > 1)
     if what == 'filters':
         return trips
     if what in ('classes', 'query'):
@@ -265,10 +271,9 @@ def _nest(loop, trips):
 def _key_trips(a):
     """Loops over tiles of taps of each size, and over their parts."""
     trips = []
-    for form, parts in zip(a['FORMS'], a['parts'], strict=True):
+    for form, parts in zip(a['FORMS'], _halves(a['parts']), strict=True):
         tiles = cdiv(form[2] ** 2, a['T'])
-        # A single part is a constant, without a loop.
-        inner = [(cdiv(parts, a['PARTS']), [])] * (parts > 1)
+        inner = [(cdiv(parts, a['PARTS']), [])]
         trips += [(tiles, inner)] if tiles > 1 else inner
     return trips
 

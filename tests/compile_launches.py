@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 import triton
 from kernels import draw
 from test_depthwise import draw_branches, parameters_of
@@ -221,13 +222,16 @@ def compile_sums(capability, dtype):
 
 
 def compile_contmix(capability, dtype, height, width, size):
-    """Compile the kernels of ContMix for a map."""
-    shapes = (32, height, width), (32, 7, 7), (64, height, width)
+    """Compile the kernels of ContMix for maps of 128 images."""
+    shapes = (128, height, width), (128, 7, 7), (256, height, width)
     query, key, value = (
-        draw(2, *shape, dtype=dtype).to('meta') for shape in shapes
+        torch.empty(128, *shape, dtype=dtype, device='meta').to(
+            memory_format=torch.channels_last
+        )
+        for shape in shapes
     )
     taps = 5**2 + size**2
-    tables = (taps, 49), (taps,), (2, 9, 9), (2, 2 * size - 1, 2 * size - 1)
+    tables = (taps, 49), (taps,), (8, 9, 9), (8, 2 * size - 1, 2 * size - 1)
     weights = [torch.empty(shape, device='meta') for shape in tables]
     inputs = query, key, *weights, value
 
@@ -266,3 +270,31 @@ def compile_all(capability, dtype, every_shape=True):
         sums=compile_sums(*where),
         contmix=sum((compile_contmix(*where, *size) for size in maps), []),
     )
+
+
+def compiled_anew(sizes):
+    """Names of what two blocks of t compile for each size but the first.
+
+    Args:
+        sizes (Sequence[tuple[int, int]]): Of images.
+    """
+    names, kept = [], count._do_not_compile
+
+    def keep(kernel, *args):
+        names[-1].append(_name(kernel))
+        return kept(kernel, *args)
+
+    patches = [
+        patch.object(triton.JITFunction, '_do_compile', keep),
+        patch.object(type(driver), 'active', count._Driver()),
+    ]
+    blocks = count.blocks(count.build(True, 'triton'), batch=2).values()
+    with count._on_gpu('meta', patches):
+        for height, width in sizes:
+            names.append([])
+            for block, maps in blocks:
+                stride = 224 // maps[0].shape[2]
+                size = height // stride, width // stride
+                maps = [F.interpolate(x, size) for x in maps]
+                block(*maps).sum().backward()
+    return names

@@ -83,6 +83,24 @@ print(json.dumps([uses, others, [*all_kernels()]]))
                 assert use['registers'] <= 168, (name, use)
 
 
+def test_sizes_that_kernels_are_compiled_for():
+    """Few, and small kernels: trainings at many sizes wait for each."""
+    sizes = [(800, 1344), (800, 1088), (768, 992), (896, 1216), (704, 1056)]
+    sizes += [(1024, 1344), (736, 704), (1344, 800)]
+    out = python(
+        f"""
+import json
+from compile_launches import *
+print(json.dumps(compiled_anew({sizes})))
+"""
+    )
+    first, *others = json.loads(out.splitlines()[-1])
+    assert len(first) > 50
+    anew = sum(others, [])
+    assert len(anew) <= 4
+    assert {name.split('.')[0] for name in anew} <= {'conv3x3', 'excitation'}
+
+
 @pytest.mark.slow  # downloads 190 MB
 def test_compiles_with_the_oldest_triton(tmp_path):
     version = '.'.join(map(str, MIN_TRITON))

@@ -1,6 +1,6 @@
 """Launching kernels with little of the host's time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -131,6 +131,14 @@ def alignments(args: Sequence) -> Iterator[int]:
             yield arg.data_ptr() & 15
         elif type(arg) is tuple:
             yield from alignments(arg)
+
+
+def odd(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Numbers n as 2 n + 1, for a tuple that a kernel takes.
+
+    Triton compiles a kernel anew for a 1 in a tuple, and for what 16 divides.
+    """
+    return tuple(2 * n + 1 for n in numbers)
 
 
 def jit(function: Callable | None = None, **options) -> Callable:

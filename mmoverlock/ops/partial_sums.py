@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cdiv
-from .launching import jit
+from .launching import jit, odd
 
 KNOBS = dict(  # of the program that adds partial sums
     values=4096,  # at a time
@@ -80,8 +80,8 @@ def _add_kernel(
     """``out[c, k] = sum over i of parts[i, k, c]`` for some outputs.
 
     Of each, a pointer to (parts, step) in a tuple, of which k and c are
-    count = K C, after ``firsts`` others; grid (blocks of all counts, ). Odd
-    numbers 2 parts + 1 keep Triton from compiling for kinds of them.
+    count = K C, after ``firsts`` others; grid (blocks of all counts, ). See
+    :func:`mmoverlock.ops.launching.odd`.
     """
     block = tl.program_id(0)
     for i in tl.static_range(len(p_outs)):
@@ -187,7 +187,7 @@ def add_now(*jobs: tuple[Tensor | None, ...]) -> None:
     _add_kernel[(grid,)](
         tuple(parts),
         tuple(outs),
-        tuple(2 * count + 1 for count in counts),
+        odd(counts),
         firsts,
         steps,
         lengths,

@@ -45,7 +45,7 @@ from ..grn.triton import make_coefs
 from ..launching import jit
 
 # Arguments that come in too many values to compile for kinds of them.
-SIZES = ('height', 'width', 'rows', 'strips')
+SIZES = ('height', 'width', 'rows', 'strips', 'splits', 'shares')
 
 
 class Form(NamedTuple):

@@ -58,7 +58,7 @@ SIZES = ('positions', 'parts', 'splits', 'count', 'batch')
 FEW = 256  # positions that one program an image adds up by itself
 WEIGHT = 4096  # values of a weight that it has at a time
 CHANNELS = 64  # most channels that it has at a time
-PARTS = 128  # positions or partial sums that it adds at a time
+PARTS = 4, 16, 64, 128  # positions or partial sums that it adds at a time
 WARPS = 8
 REGISTERS = 128  # at most: left to itself, ptxas spills to have fewer
 WEIGHTS = dict(BATCH=16, CHANNELS=32, HIDDEN=16)  # a tile of their gradients
@@ -664,8 +664,9 @@ def sum_positions(
 def _knobs(hidden, parts):
     hidden = next_power_of_2(hidden)
     return dict(
-        # With fewer than 4, ptxas spills on capability 8.0.
-        PARTS=min(PARTS, max(4, next_power_of_2(parts))),
+        # Few values, as each is compiled for; with fewer than 4 parts, ptxas
+        # spills on capability 8.0.
+        PARTS=next(n for n in PARTS if n >= min(parts, PARTS[-1])),
         CHANNELS=max(1, min(CHANNELS, WEIGHT // hidden)),
         HIDDEN=hidden,
         num_warps=WARPS,

@@ -22,7 +22,7 @@ from .. import tiles
 from ..common import cdiv, next_power_of_2
 from ..gelu import gelu, gelu_slope
 from ..grn.triton import store_scales
-from ..launching import jit
+from ..launching import jit, odd
 
 # Tiles: pixels, outputs, inputs; warps and stages of loads.
 KNOBS = dict(
@@ -541,9 +541,9 @@ def weight_grads(*products: WeightGrad) -> list[tuple[Tensor, Tensor]]:
         keeps,
         tuple(part for part, _ in parts),
         tuple(part for _, part in parts),
-        tuple(2 * n + 1 for n in images),
-        tuple(2 * n + 1 for n in pixels),
-        tuple(2 * count + 1 for count in splits),
+        odd(images),
+        odd(pixels),
+        odd(splits),
         tuple(inputs),
         tuple(outputs),
         tuple(x.stride(0) for x in maps),

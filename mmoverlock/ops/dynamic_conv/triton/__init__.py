@@ -30,8 +30,9 @@ from ...common import (
     custom_op,
     saved_tensors,
 )
+from ...launching import odd
 from . import classes, filters, mix, windows
-from .common import INTERPRET, power
+from .common import INTERPRET, power, steps
 
 
 @cache
@@ -88,14 +89,17 @@ class _Problem:
             for form in self.forms
         )
         self.lse, self.dense = zip(*lengths, strict=True)
-        # Images of a program, and groups * chunks of so many images
-        self.images = tuple(
+        # Images of a program, and groups * chunks of so many images. On maps
+        # of many windows, a loop over them would take 90 more registers.
+        self.images = [
             min(
                 mix.KNOBS['IMAGES'],
                 max(1, self.units * self.tiles(form) // mix.KNOBS['PROGRAMS']),
             )
+            if 'NC' in self.forms[1]
+            else 1
             for form in self.forms
-        )
+        ]
         self.chunks = [
             groups * cdiv(self.batch, images) for images in self.images
         ]
@@ -142,7 +146,7 @@ def _launch(
     }
     kernel[(sum(tasks.values()),)](
         *args,
-        tuple(2 * programs + 1 for programs in tasks.values()),
+        odd(tasks.values()),
         TASKS=tuple(tasks),
         **constants,
     )
@@ -252,9 +256,10 @@ def forward(
         value.stride(),
         out.stride(),
         *problem.sides,
-        problem.images,
+        steps(problem.images),
         **problem.mix,
         num_warps=mix.KNOBS['WARPS'],
+        maxnreg=mix.KNOBS['REGISTERS'],
     )
 
 
@@ -433,8 +438,8 @@ def backward(
         grad.stride(),
         dv.stride(),
         *problem.sides,
-        problem.images,
-        tuple(images),
+        steps(problem.images),
+        steps(images),
         ADDS=adds,
         **problem.mix,
         num_warps=mix.KNOBS['WARPS'],
@@ -457,8 +462,8 @@ def backward(
         dq.stride(),
         problem.rows,
         *problem.sides,
-        tuple(parts),
-        tuple(chunks),
+        odd(parts),
+        odd(chunks),
         **problem.keys,
         **problem.mix,
         R=rows,

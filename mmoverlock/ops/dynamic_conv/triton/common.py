@@ -13,6 +13,8 @@ FORMS  HALF, FIRST, K, TP, NT, SPAN, then what classes.py or windows.py say:
 ====== ======================================================================
 """
 
+from collections.abc import Iterable
+
 import triton
 import triton.language as tl
 
@@ -20,6 +22,15 @@ INTERPRET = triton.knobs.runtime.interpret
 INTERPRETED = tl.constexpr(INTERPRET)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+SIZES = 'batch', 'height', 'width'  # which kernels are not compiled for
+
+
+def steps(images: Iterable[int]) -> tuple[int, ...]:
+    """Numbers n of images as 2 n - 1: a single one is a constant, no loop.
+
+    See :func:`mmoverlock.ops.launching.odd` for the others.
+    """
+    return tuple(2 * n - 1 for n in images)
 
 
 def power(size: int) -> int:

@@ -18,6 +18,7 @@ from .classes import class_positions
 from .common import (
     LN2,
     LOG2E,
+    SIZES,
     dot,
     map_offset,
     pixel_offsets,
@@ -294,6 +295,7 @@ def _contract(
     first = block * R // CQ  # unit
     for half in tl.static_range(2):
         count = FORMS[half][2] * FORMS[half][2]
+        count_parts = parts[half] // 2
         p_first = p_df[half] + tl.cast(first, tl.int64) * count * CQ
         step = tl.cast(rows, tl.int64) * count
         o_unit = (o_row // CQ - first) * (count * CQ) + o_row % CQ
@@ -303,11 +305,11 @@ def _contract(
             o_df = (n * CQ)[:, None] + o_unit[None, :]
             m_df = m_n[:, None] & m_row[None, :]
             b_df = tl.zeros((T, R), ACC)
-            for part in range(0, parts[half], PARTS):
+            for part in range(0, count_parts, PARTS):
                 for i in tl.static_range(PARTS):
                     b_df += tl.load(
                         p_first + (part + i) * step + o_df,
-                        mask=m_df & (part + i < parts[half]),
+                        mask=m_df & (part + i < count_parts),
                         other=0.0,
                     )
             b_df *= SCALE
@@ -470,7 +472,7 @@ def _add_query(
     tl.store(p_dq, (b_dq * LN2).to(p_dq.dtype.element_ty), mask=m_q)
 
 
-@jit
+@jit(do_not_specialize=SIZES)
 def finish(
     p_df,
     p_dq_parts,
@@ -554,7 +556,7 @@ def finish(
                     pid,
                     p_dtable_parts[TASKS[t][1]],
                     p_dtable[TASKS[t][1]],
-                    chunks[TASKS[t][1]],
+                    chunks[TASKS[t][1]] // 2,
                     height,
                     width,
                     MIX[0],

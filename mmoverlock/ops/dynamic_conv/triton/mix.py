@@ -7,12 +7,13 @@ import triton.language as tl
 
 from ...launching import jit
 from . import classes, windows
+from .common import SIZES
 
 KNOBS = dict(
     WARPS=4,
     IMAGES=8,  # of a program, at most
     PROGRAMS=400,  # of a task, at least
-    REGISTERS=168,  # at most, backward, for three blocks a multiprocessor
+    REGISTERS=168,  # at most, for three blocks a multiprocessor
 )
 CANDIDATES = dict(  # for benchmarks/gpu_tune.py
     WARPS=(2, 4, 8),
@@ -30,7 +31,7 @@ POSITIONS = tl.constexpr(3)
 PIXELS = tl.constexpr(4)
 
 
-@jit
+@jit(do_not_specialize=SIZES)
 def forward(
     p_q,
     p_f,
@@ -52,8 +53,8 @@ def forward(
 ):
     """out = softmax(s) v, and lse to the base 2.
 
-    Grid: (programs of all tasks, ); odds are 2 n + 1 for n programs, which
-    Triton does not compile for kinds of. ``dense`` and ``lse`` are by size.
+    Grid: (programs of all tasks, ). ``dense`` and ``lse`` are by size. Numbers
+    of programs and images are odd, see ``launching.odd`` and ``common.steps``.
     """
     pid = tl.program_id(0)
     for t in tl.static_range(len(TASKS)):
@@ -71,7 +72,7 @@ def forward(
                     v_strides,
                     out_strides,
                     batch,
-                    images[TASKS[t][1]],
+                    (images[TASKS[t][1]] + 1) // 2,
                     MIX,
                     TASKS[t][1],
                     FORMS,
@@ -89,7 +90,7 @@ def forward(
                     v_strides,
                     out_strides,
                     batch,
-                    images[TASKS[t][1]],
+                    (images[TASKS[t][1]] + 1) // 2,
                     height,
                     width,
                     MIX,
@@ -99,7 +100,7 @@ def forward(
         pid -= odds[t] // 2
 
 
-@jit
+@jit(do_not_specialize=SIZES)
 def backward(
     p_q,
     p_f,
@@ -158,7 +159,7 @@ def backward(
                     out_strides,
                     do_strides,
                     batch,
-                    filter_images[TASKS[t][1]],
+                    (filter_images[TASKS[t][1]] + 1) // 2,
                     MIX,
                     TASKS[t][1],
                     FORMS,
@@ -179,7 +180,7 @@ def backward(
                     out_strides,
                     do_strides,
                     batch,
-                    images[TASKS[t][1]],
+                    (images[TASKS[t][1]] + 1) // 2,
                     MIX,
                     TASKS[t][1],
                     FORMS,
@@ -197,7 +198,7 @@ def backward(
                     do_strides,
                     dv_strides,
                     batch,
-                    images[TASKS[t][1]],
+                    (images[TASKS[t][1]] + 1) // 2,
                     MIX,
                     TASKS[t][1],
                     FORMS,
@@ -222,7 +223,7 @@ def backward(
                     out_strides,
                     do_strides,
                     batch,
-                    images[TASKS[t][1]],
+                    (images[TASKS[t][1]] + 1) // 2,
                     height,
                     width,
                     MIX,
@@ -242,7 +243,7 @@ def backward(
                     do_strides,
                     dv_strides,
                     batch,
-                    images[TASKS[t][1]],
+                    (images[TASKS[t][1]] + 1) // 2,
                     height,
                     width,
                     MIX,
