@@ -83,8 +83,8 @@ def compile_launches(run, capability):
         capability (int): Such as 90.
 
     Returns:
-        list[tuple[str, dict]]: Names, numbers of registers, and bytes spilled
-        and shared.
+        list[tuple[str, dict]]: Names, numbers of registers and of stores, and
+        bytes spilled and shared.
     """
     uses = {}
     launch = triton.JITFunction.run
@@ -95,6 +95,7 @@ def compile_launches(run, capability):
             registers, spills = usage(binary.asm['cubin'])
             use = dict(registers=registers, spills=spills)
             use['shared'] = binary.metadata.shared
+            use['stores'] = binary.asm['ptx'].count('st.global')
             uses[binary.hash] = _name(kernel), use
 
     patches = [
@@ -208,6 +209,10 @@ def compile_sums(capability, dtype):
     def run():
         for z in maps:
             excite(z)
+            focus.layer_norm.forward(z, c, c, 1e-6)
+        for z in (*maps, grad, pooled[:, :, :1, :1].contiguous()):
+            y = focus.layer_norm.forward(z, vector, vector, 1e-6, True)
+            focus.layer_norm.backward(y, z, vector, 1e-6)
         partial_sums.add(make=weight_grads, operands=products)
         focus.conv.forward(grad, taps, vector, activate=True)
         focus.conv.backward(grad, grad, taps, keep=keep, kept=grad)

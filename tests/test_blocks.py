@@ -30,23 +30,34 @@ def draw_block(name):
     return block, [draw(1, 24, 6, 7), draw(1, 8, 6, 7)]
 
 
-def test_network(auto_is_triton):
-    """Every map is in channels_last on the way, and contiguous at the end."""
+@pytest.mark.parametrize('fuse_overview', [False, True])
+def test_network(fuse_overview, auto_is_triton):
+    """Every map is in channels_last on the way, and contiguous at the end.
+
+    What the last norm of a map makes is, unless something else reads it.
+    """
     arch = ARCH | dict(channels=(8, 8, 16, 32), kernel_sizes=(5, 7, 7, 5))
-    model = backbone(arch).to(DEVICE).eval()
+    model = backbone(arch, fuse_overview=fuse_overview).to(DEVICE).eval()
     other = copy.deepcopy(model).double()
-    x = draw(1, 3, 32, 32)
-    kept = []
+    x = draw(1, 3, 32, 64)
+    kept, final = [], []
 
     def note(block, args, out):
         kept.append(out.is_contiguous(memory_format=torch.channels_last))
 
+    def note_norm(norm, args, out):
+        final.append(out.is_contiguous())
+
     for module in model.modules():
         if isinstance(module, RepConvBlock | FocusBlock):
             module.register_forward_hook(note)
+    for norm in model.extra_norm.values():
+        norm.register_forward_hook(note_norm)
     with torch.no_grad():
         outs, expected = model(x), other(x.double())
     assert kept == [True] * 6
+    last = [False, False] if fuse_overview else [True]
+    assert final == [False, True, True, *last]  # output 1 comes first
     for out, value in zip(outs, expected, strict=True):
         assert out.is_contiguous()
         assert relative_error(out, value) < 1e-5

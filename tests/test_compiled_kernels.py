@@ -101,6 +101,28 @@ print(json.dumps(compiled_anew({sizes})))
     assert {name.split('.')[0] for name in anew} <= {'conv3x3', 'excitation'}
 
 
+def test_layer_norm_in_nchw(pytestconfig):
+    """Values side by side go together; programs run at a time as planned."""
+    out = python(
+        """
+import json, torch
+from compile_launches import *
+def run(channels, width):
+    x = draw(2, channels, 8, width, dtype=torch.bfloat16).to('meta')
+    weight = torch.empty(channels, device='meta')
+    y = focus.layer_norm.forward(x, weight, weight, 1e-6, True)
+    focus.layer_norm.backward(y, x, weight, 1e-6)
+shapes = (64, 8), (640, 8), (64, 7)
+uses = [compile_launches(lambda: run(*s), 90) for s in shapes]
+print(json.dumps(uses))
+""",
+        TRITON_CACHE_DIR=str(pytestconfig.cache.mkdir('triton')),
+    )
+    uses = [[use for _, use in pair] for pair in json.loads(out)]
+    assert [forward['stores'] for forward, _ in uses] == [2, 2, 16]
+    assert all(backward['registers'] <= 128 for _, backward in uses)
+
+
 @pytest.mark.slow  # downloads 190 MB
 def test_compiles_with_the_oldest_triton(tmp_path):
     version = '.'.join(map(str, MIN_TRITON))

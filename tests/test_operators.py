@@ -35,6 +35,7 @@ triton = pytest.importorskip('triton', '3.6')
 squeeze = pytest.importorskip('mmoverlock.ops.excitation.triton')
 responses = pytest.importorskip('mmoverlock.ops.grn.triton')
 convolutions = pytest.importorskip('mmoverlock.ops.conv3x3.triton')
+norms = pytest.importorskip('mmoverlock.ops.layernorm.triton')
 pointwise = pytest.importorskip('mmoverlock.ops.pointwise.triton')
 
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
@@ -96,7 +97,7 @@ CASTS = residual_conv, conv_norm, feed_forward, depthwise_conv2d, branches
 # width; D, E, O and P are made of the channels. What has no shape is whether
 # something is done.
 SPECS = {
-    layer_norm: 'x BCHW, weight C, bias C',
+    layer_norm: 'x BCHW, weight C, bias C, contiguous',
     residual_conv: 'x BCHW, weight C133, bias C, gelu, residual, squares',
     conv_norm: 'x BCHW, weight C133, bias C, scale C, shift C, residual',
     response_norm: 'x BCHW, gamma 1C11, beta 1C11',
@@ -145,6 +146,7 @@ def definition_of(run):
 
 
 WITHOUT = {  # which operands an operator gets none of, case by case
+    layer_norm: ['contiguous'],
     residual_conv: ['bias gelu squares', 'gelu residual'],
     conv_norm: ['bias residual'],
     squeeze_excite: ['gate'],
@@ -242,8 +244,9 @@ def assert_right(run, operands, call=None, used=(0, 1)):
     x = next(iter(operands.values()))
     first = operands.get('identity')
     assert results[0].dtype == (x if first is None else first).dtype
+    layout = torch.contiguous_format if operands.get('contiguous') else NHWC
     for y in results:
-        assert y.dim() != 4 or y.is_contiguous(memory_format=NHWC)
+        assert y.dim() != 4 or y.is_contiguous(memory_format=layout)
     used = [i for i in used if results[i:] and results[i].requires_grad]
     weights = [torch.randn(results[i].shape).to(results[i]) for i in used]
     grads = torch.autograd.grad(  # which arrive in NCHW
@@ -304,7 +307,12 @@ SHAPES = dict.fromkeys(
     ],
     branches: [],  # which test_depthwise_triton.py has
 }
-SHAPES[layer_norm] = [*SHAPES[layer_norm], ((1, 1024, 1, 3), SINGLE)]
+SHAPES[layer_norm] = [
+    *SHAPES[layer_norm],
+    ((1, 1024, 1, 3), SINGLE),
+    ((5, 260, 3, 1), BRAIN),  # rows of several images
+    ((2, 600, 4, 8), HALF),
+]
 # More images than the gradients of the weights of SE take at a time
 SHAPES[squeeze_excite] = [*SHAPES[squeeze_excite], ((17, 3, 1, 2), SINGLE)]
 
@@ -514,6 +522,36 @@ def test_shapes_that_disagree():
     ):
         with pytest.raises(ValueError, match=message):
             run(*operands)
+
+
+@pytest.mark.parametrize('contiguous', [False, True])
+def test_layouts_around_layer_norm(contiguous, poison, monkeypatch):
+    """Gradients in either are read as they are, others are copied."""
+    operands = draw_operands(layer_norm, (3, 260, 5, 9))
+    operands['contiguous'] = contiguous
+    plain = layer_norm(**operands, backend='reference')
+    assert plain.is_contiguous() == contiguous
+    y = layer_norm(**operands, backend='triton')
+    read = []
+
+    def backward(grad, *args):
+        read.append(grad)
+        return norms_backward(grad, *args)
+
+    norms_backward = norms.backward
+    monkeypatch.setattr(norms, 'backward', backward)
+    grad = torch.randn(y.shape, device=DEVICE)
+    last = grad.contiguous(memory_format=NHWC)
+    others = grad.mT.contiguous().mT, grad[:, :, :1, :1].expand(y.shape)
+    for g in (grad, last, *others):
+        pair = [
+            torch.autograd.grad(out, leaves(operands), g, retain_graph=True)
+            for out in (y, plain)
+        ]
+        assert_close(pair[0], [e.double() for e in pair[1]], 3e-6)
+    pointers = [g.data_ptr() for g in read[:2]]
+    assert pointers == [grad.data_ptr(), last.data_ptr()]
+    assert all(g.is_contiguous(memory_format=NHWC) for g in read[1:])
 
 
 def test_squares_are_those_of_the_rounded_map():

@@ -32,13 +32,18 @@ class LayerNorm2d(nn.LayerNorm):
 
     Args:
         channels (int): Channels of the map.
+        contiguous (bool): Whether the result is contiguous, in place of
+            channels_last. Defaults to False.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, contiguous: bool = False):
         super().__init__(channels, eps=1e-6)
+        self.contiguous = contiguous
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
+        return layer_norm(
+            x, self.weight, self.bias, self.eps, contiguous=self.contiguous
+        )
 
 
 class PointwiseConv(nn.Conv2d):

@@ -336,11 +336,19 @@ class OverLoCK(BaseModule):
         )
 
     def _output_norms(self) -> nn.ModuleDict:
-        """Those of ``out_indices``, and of the maps that others read."""
-        normed = set(self.out_indices)
+        """Those of ``out_indices``, and of the maps that others read.
+
+        They make an output contiguous, unless the network reads it further.
+        """
+        normed, read = set(self.out_indices), {1}
         if self.out_indices[-1] >= 2:  # stage 3 reads the norm of output 1
             normed.add(1)
-        norms = {str(i): LayerNorm2d(self._widths[i]) for i in sorted(normed)}
+        if self.fuse_overview:
+            read.add(self.out_indices[-1])
+        norms = {
+            str(i): LayerNorm2d(self._widths[i], contiguous=i not in read)
+            for i in sorted(normed)
+        }
         if self.fuse_overview:
             norms['4'] = LayerNorm2d(self.channels[3])
         return nn.ModuleDict(norms)

@@ -12,13 +12,15 @@ def layer_norm(
     bias: Tensor,
     eps: float = 1e-6,
     backend: str = 'auto',
+    contiguous: bool = False,
 ) -> Tensor:
     """Normalize every position of a map over its channels.
 
     On GPUs the map is read and written once, in ``torch.channels_last``
     (another one is copied), in the dtype that it has, under autocast too;
     what is between is in single precision, and the weights are read as they
-    are.
+    are. A contiguous result costs no copy there, nor does a contiguous
+    gradient of it.
 
     Args:
         x (Tensor): (B, C, H, W).
@@ -27,6 +29,8 @@ def layer_norm(
         eps (float): Added to the variance. Defaults to 1e-6.
         backend (str): See :func:`mmoverlock.ops.backends.check_backend`.
             Defaults to 'auto'.
+        contiguous (bool): Whether the result is contiguous, in place of
+            channels_last. Defaults to False.
 
     Returns:
         Tensor: (B, C, H, W).
@@ -35,7 +39,7 @@ def layer_norm(
         ValueError: If the backend is unknown or cannot run.
         ImportError: If the backend needs what is not installed.
     """
-    return run(backend, reference, _kernels, x, weight, bias, eps)
+    return run(backend, reference, _kernels, x, weight, bias, eps, contiguous)
 
 
 def _kernels(*operands) -> Tensor:

@@ -5,6 +5,10 @@ is kept for the backward pass: it reads the map anyway, and makes mean and
 deviation from it again, bit for bit, where reading them would add bytes. The
 gradients of weight and bias come out of the same pass, as partial sums. So
 4 bytes a value move forward and 6 backward, in bfloat16.
+
+A result is written in NCHW where it is asked for, and a gradient that is in
+NCHW is read as it is, without copies. Programs then have more rows, which are
+what is side by side in memory.
 """
 
 from typing import Any
@@ -29,6 +33,7 @@ KNOBS = dict(
     warps=4,
     resident=4,  # programs that a multiprocessor has registers for
     rows=32,  # at least, for every program that ends in partial sums
+    nchw_rows=16,  # at least, of maps in NCHW: 32 bytes in 16 bits
 )
 
 
@@ -41,6 +46,28 @@ def normalize(b_x, m_x, channels, eps):
     return b_x * rstd, rstd
 
 
+@triton.jit
+def _locate_in_nchw(
+    first,
+    count,
+    channels,
+    positions,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Offsets and mask (BLOCK, ROWS) of rows in a map (B, C, positions).
+
+    The mask is that of images: of as many positions as 16 divides, all 16 are
+    in one, so that threads load and store several at once.
+    """
+    o_row = first + tl.arange(0, ROWS)[None]
+    o_channel = tl.arange(0, BLOCK)[:, None]
+    image = o_row // positions
+    o_x = (image.to(tl.int64) * channels + o_channel) * positions
+    m_x = (image < count // positions) & (o_channel < channels)
+    return o_x + o_row % positions, m_x
+
+
 @jit(do_not_specialize=('count',))
 def _forward_kernel(
     p_x,
@@ -49,15 +76,18 @@ def _forward_kernel(
     p_y,
     count,
     channels,
+    positions,
     eps,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``y = (x - mean) rstd weight + bias``, ``rstd = (var + eps)^-1/2``.
 
-    x and y (count, C), weight and bias (C, ); grid (tiles of ROWS, ).
+    x and y (count, C), weight and bias (C, ); grid (tiles of ROWS, ). If there
+    are ``positions`` of an image, y is (B, C, positions).
     """
-    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    first = tl.program_id(0) * ROWS
+    o_row = first + tl.arange(0, ROWS)[:, None]
     o_channel = tl.arange(0, BLOCK)[None]
     m_channel = o_channel < channels
     m_x = (o_row < count) & m_channel
@@ -66,7 +96,14 @@ def _forward_kernel(
     b_weight = tiles.load(p_weight, o_channel, m_channel)
     b_bias = tiles.load(p_bias, o_channel, m_channel)
     b_x, _ = normalize(b_x, m_channel, channels, eps)
-    tiles.store(p_y, o_x, tl.fma(b_x, b_weight, b_bias), m_x)
+    b_y = tl.fma(b_x, b_weight, b_bias)
+    if positions is None:
+        tiles.store(p_y, o_x, b_y, m_x)
+    else:
+        o_y, m_y = _locate_in_nchw(
+            first, count, channels, positions, ROWS, BLOCK
+        )
+        tiles.store(p_y, o_y, tl.trans(b_y), m_y)
 
 
 @triton.jit
@@ -120,6 +157,7 @@ def _backward_kernel(
     p_parts,
     count,
     channels,
+    positions,
     eps,
     unpooled,
     height,
@@ -139,7 +177,8 @@ def _backward_kernel(
     of bias, that of ``grad``; with a gain (C, ), (programs, 4, C), also those
     of ``other x`` and ``other``; grid (programs, ). If there is ``pooled``,
     all but the first ``unpooled`` channels of grad are added to what
-    :func:`_load_unpooled` makes of it.
+    :func:`_load_unpooled` makes of it. If there are ``positions`` of an image,
+    grad is (B, C, positions).
     """
     program = tl.program_id(0)
     o_channel = tl.arange(0, BLOCK)[None]
@@ -155,8 +194,15 @@ def _backward_kernel(
         o_row = first + tl.arange(0, ROWS)[:, None]
         m_x = (o_row < count) & m_channel
         o_x = o_row.to(tl.int64) * channels + o_channel
-        b_x = tiles.load(p_x, o_x, m_x)
-        b_grad = tiles.load(p_grad, o_x, m_x)
+        if positions is None:
+            b_x = tiles.load(p_x, o_x, m_x)
+            b_grad = tiles.load(p_grad, o_x, m_x)
+        else:  # Triton lays sums out as what is loaded last, here x
+            o_grad, m_grad = _locate_in_nchw(
+                first, count, channels, positions, ROWS, BLOCK
+            )
+            b_grad = tl.trans(tiles.load(p_grad, o_grad, m_grad))
+            b_x = tiles.load(p_x, o_x, m_x)
         if p_pooled is not None:
             b_grad += _load_unpooled(
                 p_pooled,
@@ -199,24 +245,39 @@ def _backward_kernel(
         tl.store(p_parts, tl.sum(b_grad_offset, 0), mask=m_channel)
 
 
-def _form(channels: int) -> tuple[int, int]:
-    """Rows and channels of a program."""
-    block = next_power_of_2(channels)
-    return max(1, 32 * KNOBS['warps'] * KNOBS['values'] // block), block
+def _form(channels: int, is_nchw: bool, most: int) -> tuple[int, int, int]:
+    """Rows, channels and warps (at most so many, in NCHW) of a program."""
+    block, warps = next_power_of_2(channels), KNOBS['warps']
+    rows = max(1, 32 * warps * KNOBS['values'] // block)
+    times = max(1, min(KNOBS['nchw_rows'] // rows, most // warps) * is_nchw)
+    return rows * times, block, warps * times
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _empty(x: Tensor, contiguous: bool) -> Tensor:
+    """A result of a map in channels_last."""
+    layout = torch.contiguous_format if contiguous else torch.preserve_format
+    return torch.empty_like(x, memory_format=layout)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    contiguous: bool = False,
+) -> Tensor:
     """One launch.
 
     Args:
         x (Tensor): (B, C, H, W), in channels_last, not empty.
         weight, bias (Tensor): (C, ), contiguous, of any dtype.
         eps (float): Added to the variance.
+        contiguous (bool): Whether the result is in NCHW. Defaults to False.
     """
-    y = torch.empty_like(x)
-    channels = x.shape[1]
+    y = _empty(x, contiguous)
+    _, channels, height, width = x.shape
     count = x.numel() // channels
-    rows, block = _form(channels)
+    rows, block, warps = _form(channels, contiguous, 32)
     _forward_kernel[(cdiv(count, rows),)](
         x,
         weight,
@@ -224,10 +285,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         y,
         count,
         channels,
+        height * width if contiguous else None,
         eps,
         ROWS=rows,
         BLOCK=block,
-        num_warps=KNOBS['warps'],
+        num_warps=warps,
     )
     return y
 
@@ -244,6 +306,7 @@ def backward(
     """One launch; arguments as in :func:`forward`.
 
     Args:
+        grad (Tensor): (B, C, H, W), in channels_last or NCHW.
         other (Tensor, optional): (B, C, H, W), in channels_last: another
             gradient of x, which is added.
         gain (Tensor, optional): C values, contiguous: the scale of x where
@@ -262,10 +325,12 @@ def backward(
     regions = unpooled = 0
     if pooled is not None:
         regions, unpooled = pooled.shape[2], channels - pooled.shape[1]
-    rows, block = _form(channels)
+    is_nchw = not grad.is_contiguous(memory_format=torch.channels_last)
+    rows, block, warps = _form(channels, is_nchw, 16)
+    resident = KNOBS['resident'] * KNOBS['warps'] // warps
     parts = min(
         cdiv(count, max(rows, KNOBS['rows'])),
-        partial_sums.programs(x.device, KNOBS['resident']),
+        partial_sums.programs(x.device, resident),
     )
     sums = 2 if gain is None else 4
     partial = x.new_empty(parts, sums, channels, dtype=torch.float32)
@@ -280,6 +345,7 @@ def backward(
         partial,
         count,
         channels,
+        height * width if is_nchw else None,
         eps,
         unpooled,
         height,
@@ -289,23 +355,27 @@ def backward(
         ACROSS=regions // width + 2,
         ROWS=rows,
         BLOCK=block,
-        num_warps=KNOBS['warps'] * (1 if gain is None else 2),
+        num_warps=warps * (1 if gain is None else 2),
     )
     return grad_x, partial
 
 
 @custom_op('mmoverlock::layer_norm')
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, contiguous: bool
+) -> Tensor:
     partial_sums.check_device(x)
     x = channels_last(x)
     if not x.numel():
-        return torch.empty_like(x)
-    return forward(x, weight.contiguous(), bias.contiguous(), eps)
+        return _empty(x, contiguous)
+    return forward(x, weight.contiguous(), bias.contiguous(), eps, contiguous)
 
 
 @_layer_norm.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(channels_last(x))
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, contiguous: bool
+) -> Tensor:
+    return _empty(channels_last(x), contiguous)
 
 
 @custom_op('mmoverlock::layer_norm_backward', differentiable=False)
@@ -317,7 +387,9 @@ def _layer_norm_backward(
         zeros = torch.zeros_like(weight)
         return torch.empty_like(x), zeros, zeros.clone()
     x, weight = channels_last(x), weight.contiguous()
-    grad_x, partial = backward(channels_last(grad), x, weight, eps)
+    if not grad.is_contiguous():
+        grad = channels_last(grad)
+    grad_x, partial = backward(grad, x, weight, eps)
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(weight)
     partial_sums.add((partial, grad_weight, grad_bias))
     return grad_x, grad_weight, grad_bias
@@ -335,7 +407,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, weight, bias, ctx.eps = inputs
+    x, weight, bias, ctx.eps, _ = inputs
     ctx.save_for_backward(x, weight)
     ctx.bias_dtype = bias.dtype
 
@@ -345,14 +417,18 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x, grad_weight, grad_bias = _layer_norm_backward(
         grad, x, weight, ctx.eps
     )
-    return grad_x, grad_weight, grad_bias.to(ctx.bias_dtype), None
+    return grad_x, grad_weight, grad_bias.to(ctx.bias_dtype), None, None
 
 
 _layer_norm.register_autograd(_differentiate, setup_context=_save)
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-6,
+    contiguous: bool = False,
 ) -> Tensor:
     """See :func:`mmoverlock.ops.layer_norm`."""
-    return _layer_norm(channels_last(x), weight, bias, eps)
+    return _layer_norm(channels_last(x), weight, bias, eps, contiguous)
