@@ -23,7 +23,7 @@ MANY = (  # registers
 SPILLED = 'depthwise.triton'  # so that more warps fit a multiprocessor
 A_FEW = {  # bytes are spilled, by capability
     100: ('dynamic_conv', 'layernorm'),
-    120: ('prior',),
+    120: ('prior', 'layernorm'),
 }
 CONTMIX = dict(filters=('prepare', 'finish'), mix=('forward', 'backward'))
 
