@@ -232,7 +232,16 @@ def test_labels(given, expected):
         number(**given)
 
 
+def test_names(tmp_path):
+    """Blank lines, as at the end, are no classes."""
+    path = tmp_path / 'classes.txt'
+    path.write_text('wall\nbig tree \n\n', 'utf-8-sig')
+    args = Namespace(data=tmp_path, classes=None)
+    assert tool.read_names(args) == ['wall', 'big tree']
+
+
 LISTED = 'annotations/instances_train2017.json'
+RENAME = """sed -i 's/"skis"/"kite"/; s/"pizza"/"kite"/'"""
 MAP = 'annotations/training/ADE_train_00000003.png'
 CLASS = 'train/n11939491'
 
@@ -243,6 +252,7 @@ CLASS = 'train/n11939491'
         ('coco', f'cp {LISTED} a/train.json', f'{LISTED} may all be of train'),
         ('coco', 'rm train2017/*2.jpg', f'2.jpg does not exist .*{LISTED}'),
         ('coco', f'rm {LISTED}', 'name it after --train'),
+        ('coco', f'{RENAME} {LISTED}', f"{LISTED} .* one name .'kite': "),
         ('masks', f'cp images/training/*3.jpg {MAP}', f'{MAP} is .* several'),
         ('masks', 'touch images/training/a.bmp', 'a.bmp does not end in .jpg'),
         ('folders', f'truncate -s 9 {CLASS}/*', f'{CLASS}/.*JPEG is damaged'),

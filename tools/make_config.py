@@ -34,7 +34,7 @@ from yapf.yapflib import yapf_api
 
 from mmoverlock import cli
 from mmoverlock.data import DataError, Finding
-from mmoverlock.data.checks import annotation_file
+from mmoverlock.data.checks import annotation_file, repeated_names
 from mmoverlock.data.files import CheckedPipeline, raise_first, read_json
 from mmoverlock.inference import IMAGES
 
@@ -181,6 +181,7 @@ def read_coco(args):
         categories = {c['id']: c['name'] for c in contents['categories']}
         names |= dict.fromkeys(categories.values())
         used |= {categories.get(a['category_id']) for a in annotations}
+        raise_first(repeated_names(str(path), contents['categories'], used))
         if not all(a.get('segmentation') for a in annotations):
             args.head = args.head or BOXES_ONLY[0]
         splits[split] = {
@@ -329,7 +330,8 @@ def read_names(args):
     path = args.classes or args.data / 'classes.txt'
     if args.classes and not path.is_file():
         raise cli.UserError(f'--classes {path} does not exist')
-    return path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text('utf-8-sig').splitlines() if path.is_file() else []
+    return [*filter(None, map(str.strip, lines))]
 
 
 def read_folders(args):

@@ -74,6 +74,10 @@ def category_names(
     """Classes of a dataset in another order or spelling than categories."""
     classes = _classes(dataset) or ()
     every = [category['name'] for category in categories]
+    repeated = [*repeated_names(file, categories, classes)]
+    if repeated:
+        yield from repeated
+        return
     names = [name for name in every if name in classes]
     for label, (own, name) in enumerate(zip_longest(names, classes)):
         if own == name:
@@ -100,6 +104,22 @@ def category_names(
             fault=bool(own or near),
         )
         return
+
+
+def repeated_names(
+    file: str, categories: list[dict], classes: Sequence[str]
+) -> Iterator[Finding]:
+    """Classes that several categories have the name of."""
+    for name in dict.fromkeys(classes):
+        ids = [c['id'] for c in categories if c['name'] == name]
+        if len(ids) > 1:
+            yield Finding(
+                file,
+                'has several categories of one name',
+                f'{name!r}: {", ".join(map(str, ids))}',
+                'MMDetection makes a class of each; remove those without '
+                'annotations, or give them other names',
+            )
 
 
 def _classes(dataset: Dataset) -> Sequence[str] | None:
