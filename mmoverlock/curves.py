@@ -17,7 +17,8 @@ DETAILS = re.compile(r'_(75|s|m|l)$')  # of COCO's average precision
 def read_scalars(work_dir: Path) -> tuple[list[dict], list[dict]]:
     """Read what the runs in a work dir logged, as one training.
 
-    Where a run resumed, what had been logged beyond that point is left out.
+    Where a run resumed, what had been logged beyond that point is left out;
+    where one started anew, all that had been.
 
     Args:
         work_dir (Path): The work dir.
@@ -28,6 +29,11 @@ def read_scalars(work_dir: Path) -> tuple[list[dict], list[dict]]:
     training, evaluations = [], []
     for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
         records = [json.loads(line) for line in path.open()]
+        config = path.with_name('config.py')
+        if config.exists() and not re.search(
+            r'^resume\s*=\s*True', config.read_text(), re.MULTILINE
+        ):
+            training, evaluations = [], []
         for kept, new in (
             (training, [r for r in records if 'loss' in r]),
             (evaluations, [r for r in records if not {'loss', 'lr'} & {*r}]),

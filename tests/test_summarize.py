@@ -12,6 +12,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from mmoverlock import inference
+from mmoverlock.curves import read_scalars
 from mmoverlock.engine import CurvesHook
 
 tiny.need_openmmlab()
@@ -45,7 +46,7 @@ def test_curves(tmp_path, figures):
     """The curves in their places, and a line in the log at the end.
 
     COCO's detailed metrics are told, not drawn. What a resumed run did again
-    replaces what the first had done.
+    replaces what the first had done; one that started anew replaces all.
     """
     logged = []
     runner = SimpleNamespace(
@@ -78,6 +79,12 @@ def test_curves(tmp_path, figures):
         {'memory': [[20, 200], [30, 300]]},
     ]
     assert Image.open(tmp_path / 'curves.png').size == (1440, 900)
+    write_run(tmp_path, '3', *again[1:])
+    config = tmp_path / '3' / 'vis_data' / 'config.py'
+    for text, left in ('resume=True', 3), ('resume = False', 1):
+        config.write_text(f'lr = 1\n{text}\n')
+        trained, evaluated = read_scalars(tmp_path)
+        assert (len(trained), len(evaluated)) == (left, left // 3)
 
 
 def write_work_dir(cfg, folder):
