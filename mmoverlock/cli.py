@@ -356,11 +356,27 @@ def build_runner(cfg: Config, complete: bool) -> Runner:
     if isinstance(runner_type, str):
         runner_type = RUNNERS.get(runner_type)
     runner = checked(exchanging_lists(runner_type)).from_cfg(cfg)
+    _count_accumulated(runner, cfg)
     hooks = AverageStatistics(), CheckData(), CurvesHook(), Reseed()
     for hook in (LoadingCheck(complete), *hooks):
         if type(hook) not in map(type, runner.hooks):
             runner.register_hook(hook)
     return runner
+
+
+def _count_accumulated(runner: Runner, cfg: Config) -> None:
+    """Have learning rates scaled by the images of a step of the optimizer.
+
+    mmengine scales them by those of an iteration.
+    """
+    count = (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1)
+    owner, name = runner, 'auto_scale_lr'
+    if hasattr(runner, 'strategy'):  # which scales them, as of FSDP
+        owner, name = runner.strategy, '_auto_scale_lr'
+    scaling = getattr(owner, name, None) or {}
+    if count > 1 and 'base_batch_size' in scaling:
+        base = scaling['base_batch_size'] / count
+        setattr(owner, name, dict(scaling, base_batch_size=base))
 
 
 def _prepare_cpu_launch(cfg: Config) -> None:

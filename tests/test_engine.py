@@ -1,7 +1,10 @@
 """What mmengine can name, and what the tools add to a runner."""
 
+import pytest
+import torch
 from mmengine import registry
 from mmengine.config import Config
+from mmengine.optim import OptimWrapper
 
 from mmoverlock import cli, engine
 
@@ -44,3 +47,23 @@ def test_hooks_of_tools(tmp_path):
         hooks.index, ('LoadingCheck', 'AverageStatistics', 'CheckpointHook')
     )
     assert loading < averaging < saving
+
+
+def test_scaled_rates(tmp_path):
+    """By the images of a step, for which gradients are accumulated."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = dict(type='SGD', lr=0.1)
+    cfg = dict(
+        work_dir=str(tmp_path),
+        launcher='none',
+        model=dict(type='BaseDataPreprocessor'),
+        train_dataloader=dict(batch_size=2),
+        train_cfg=dict(by_epoch=True, max_epochs=1),
+        optim_wrapper=dict(optimizer=optimizer, accumulative_counts=4),
+        auto_scale_lr=dict(enable=True, base_batch_size=16),
+    )
+    runner = cli.build_runner(Config(cfg), complete=False)
+    wrapper = OptimWrapper(torch.optim.SGD([weight], lr=0.1))
+    runner.scale_lr(wrapper, runner.auto_scale_lr)
+    assert wrapper.get_lr()['lr'] == [pytest.approx(0.05)]
+    assert runner.cfg.auto_scale_lr.base_batch_size == 16

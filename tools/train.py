@@ -43,8 +43,8 @@ def build_parser():
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
-        help='scale the learning rate by batch size / auto_scale_lr.'
-        'base_batch_size of the config',
+        help='scale the learning rate by the images of a step / '
+        'auto_scale_lr.base_batch_size of the config',
     )
     parser.add_argument(
         '--tensorboard',
