@@ -234,9 +234,10 @@ def find_files(inputs: list[str]) -> list[tuple[Path, str]]:
         files = []
         if path.is_dir():
             files = [
-                file
-                for file in path.rglob('*')
-                if file.suffix.lower() in IMAGES + VIDEOS
+                Path(root, name)
+                for root, _, names in os.walk(path, followlinks=True)
+                for name in names
+                if name.lower().endswith(IMAGES + VIDEOS)
             ]
         elif not path.exists():  # a file may be named like a pattern
             files = [Path(name) for name in glob(item, recursive=True)]

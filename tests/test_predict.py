@@ -27,9 +27,9 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
-    """A folder with two images of the same stem, and one below."""
+    """A folder with two images of the same stem, and one in a linked one."""
     folder = tmp_path_factory.mktemp('photos')
-    (folder / 'sub').mkdir()
+    (folder / 'sub').symlink_to(tmp_path_factory.mktemp('elsewhere'))
     for seed, name in enumerate(('a.png', 'a.bmp', 'sub/b.png')):
         tiny.photo(folder / name, (80, 60), seed)
     return folder
