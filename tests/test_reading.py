@@ -58,6 +58,17 @@ def test_safetensors(tmp_path):
     torch.testing.assert_close(found, state, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize('names', ['model', 'state_dict'])
+def test_averaged_weights(path, names):
+    """Of what DeiT and timm write, they are taken, as timm does."""
+    trained, averaged = ({'weight': torch.full((1,), i)} for i in (1.0, 2.0))
+    average = f'{names}_ema'
+    contents = reread(path, {names: trained, average: averaged, 'epoch': 3})
+    assert contents['state_dict'] == averaged and contents['epoch'] == 3
+    contents = reread(path, {names: trained, average: None})
+    assert contents['state_dict'] == trained
+
+
 # ------------------------------------------------------------ broken files
 
 

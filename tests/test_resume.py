@@ -149,7 +149,13 @@ def test_latest(tmp_path):
     for named, expected in ('', second), (first, second), (other, other):
         last.write_text(str(named))
         assert latest_checkpoint(tmp_path) == str(expected)
+    # A copy, whose files are not as old as they were
+    os.utime(second, (0, 0))
+    last.write_text('/elsewhere/epoch_10.pth')
+    assert latest_checkpoint(tmp_path) == str(second)
+    last.write_text(str(other))
     other.unlink()
+    os.utime(second)
     second.write_bytes(second.read_bytes()[:-100])
     assert latest_checkpoint(tmp_path) == str(first)
     # No silent start from the beginning.

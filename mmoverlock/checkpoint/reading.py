@@ -24,6 +24,10 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+# Where timm and DeiT keep averaged weights, beside those that are trained;
+# timm loads these of such a file.
+AVERAGED = ('model_ema', 'state_dict_ema')
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says why."""
@@ -38,7 +42,8 @@ def read(source: str) -> dict:
 
     Returns:
         dict: The weights by name under the key ``'state_dict'``, and what
-        else the file has beside them.
+        else the file has beside them. Of files of timm, these are the averaged
+        weights, if there are any.
 
     Raises:
         CheckpointError: If the file is missing, damaged or no checkpoint, if
@@ -81,6 +86,9 @@ def load_safely() -> None:
 def latest_checkpoint(work_dir: str) -> str | None:
     """Find what to resume from: the newest whole checkpoint of a run.
 
+    Files that were copied may have any age. So only those of later epochs or
+    iterations are newer than the one that ``last_checkpoint`` names.
+
     Returns:
         str | None: Its path; None if there is no checkpoint at all.
 
@@ -89,12 +97,20 @@ def latest_checkpoint(work_dir: str) -> str | None:
     """
     folder = Path(work_dir)
     files = {*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')}
-    last = folder / 'last_checkpoint'  # may name a file elsewhere
+    last, named = folder / 'last_checkpoint', None
     if last.exists() and last.read_text().strip():
-        files.add(Path(last.read_text().strip()))
+        named = Path(last.read_text().strip())  # may be elsewhere
+        if (folder / named.name).exists():  # copied, or moved
+            named = folder / named.name
+        files.add(named)
     ages = {file: file.exists() and -file.stat().st_mtime for file in files}
+    newest = sorted(files, key=ages.get)
+    if named and named.exists():
+        newer = newest[: newest.index(named)]
+        later = [file for file in newer if _count(file) > _count(named)]
+        newest = dict.fromkeys([*later, named, *newest])
     problems = []
-    for file in sorted(files, key=ages.get):
+    for file in newest:
         try:
             read(str(file))
         except CheckpointError as error:
@@ -108,6 +124,12 @@ def latest_checkpoint(work_dir: str) -> str | None:
             + '; '.join(problems)
         )
     return None
+
+
+def _count(path: Path) -> int:
+    """The epoch or iteration in the name of a checkpoint."""
+    number = path.stem.rpartition('_')[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def _fetch(source: str) -> str:
@@ -172,6 +194,10 @@ def _read_zip(path: str) -> dict:
 def _normalize(checkpoint: dict) -> dict:
     """Bring what a file holds into mmengine's form, and check the weights."""
     checkpoint = dict(checkpoint)
+    for key in AVERAGED:
+        if isinstance(checkpoint.get(key), dict):
+            print_log(f'of the checkpoint, {key} is taken', 'current')
+            checkpoint['state_dict'] = checkpoint.pop(key)
     if 'model' in checkpoint:
         checkpoint.setdefault('state_dict', checkpoint.pop('model'))
     if 'state_dict' not in checkpoint:
