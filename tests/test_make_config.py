@@ -270,6 +270,16 @@ def test_faults(copied, kind, damage, words):
     assert re.search(words, last) and str(data) in last
 
 
+def test_test_without_truth(copied, tmp_path):
+    """It is left out, as those of other kinds are, unless it is named."""
+    data = copied('masks')
+    shutil.copytree(data / 'images' / 'validation', data / 'images' / 'test')
+    cfg = write(tmp_path / 'masks.py', 'masks', data)
+    assert cfg.test_dataloader == cfg.val_dataloader
+    argv = 'make_config', 'masks', data, '--test', 'images/test'
+    assert 'Name two folders' in tiny.run_tool(*argv, status=2)
+
+
 @pytest.mark.parametrize(
     ('names', 'maps', 'expected'),
     [
@@ -325,6 +335,19 @@ def test_deep_images(tmp_path):
     found = tool.read_pixels([path])
     assert found.load == {'color_type': 'unchanged', 'to_float32': True}
     assert (found.channels, found.mean) == (1, [3000.0])
+    # Three are loaded as BGR, and a fourth of one value is not dropped.
+    levels = np.random.default_rng(0).integers(100, 900, 4, np.uint16)
+    pixels = np.full((4, 4, 4), levels) + np.eye(4, dtype=np.uint16)[..., None]
+    for channels in 3, 4:
+        pixels[..., 3] = 65535
+        cv2.imwrite(str(path), pixels[..., :channels])
+        found = tool.read_pixels([path])
+        _, preprocessor = tool.normalize(found, 'bgr_to_rgb')
+        assert preprocessor['bgr_to_rgb'] == (channels == 3)
+        if channels == 3:
+            expected = pixels[..., 2::-1].mean((0, 1))
+            np.testing.assert_allclose(preprocessor['mean'], expected, 1e-3)
+    assert (found.mean[3], found.std[3]) == (65540, 1)
     tifffile = pytest.importorskip('tifffile')
     path = tmp_path / 'a.tif'
     bands = np.full((8, 8, 7), range(7), np.float32)

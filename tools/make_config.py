@@ -208,6 +208,8 @@ def read_masks(args):
                 name = relative(path, args.data).lower()
                 masks = re.search('mask|label|annot|seg|gt', name)
                 groups[bool(masks)].append(path)
+        if split == 'test' and not groups[1] and not args.test:  # no truth
+            continue
         if not all(groups):
             raise cli.UserError(
                 f'{" and ".join(map(str, paths))}: where are the images, and '
@@ -410,15 +412,16 @@ def read_pixels(paths):
     chosen = [paths[i] for i in chosen.astype(int)]
     for path in track(chosen, description='images'):
         image, backend = decode(path)
-        opaque = np.iinfo(image.dtype).max if image.dtype.kind == 'u' else None
-        if image.shape[2] == 4 and (image[..., 3] == opaque).all():
+        opaque = image.dtype == np.uint8 and image.shape[2] == 4
+        if opaque and (image[..., 3] == 255).all():
             image = image[..., :3]  # no more than a picture
         kinds.setdefault((image.shape[2], image.dtype, backend), path)
         flat = image.reshape(-1, image.shape[2]).astype(np.float64)
         moments.append([flat.mean(0), (flat**2).mean(0)])
     gray, color = (1, 'cv2'), (3, 'cv2')
     if {gray, color} == {gray, *((kind[0], kind[2]) for kind in kinds)}:
-        return None
+        if any(dtype == np.uint8 for _, dtype, _ in kinds):
+            return None
     if len(kinds) > 1:
         (a, first), (b, second), *_ = kinds.items()
         raise DataError(
@@ -434,7 +437,9 @@ def read_pixels(paths):
     elif channels == 1:
         options['color_type'] = 'grayscale'
     mean, squares = np.mean(moments, axis=0)
-    rows = mean, np.sqrt(squares - mean**2)
+    deviation = np.sqrt((squares - mean**2).clip(0))
+    deviation[deviation <= 1e-6 * abs(mean)] = 1  # of bands of one value
+    rows = mean, deviation
     rounded = [[float(f'{value:.4g}') for value in row] for row in rows]
     return Pixels(channels, options, *rounded)
 
@@ -501,6 +506,10 @@ def normalize(pixels, key):
     """
     steps = [dict(type='LoadImageFromFile', **pixels.load)]
     values = dict(mean=pixels.mean, std=pixels.std)
+    # The weights are for RGB, and OpenCV loads BGR.
+    turn = pixels.channels == 3 and 'imdecode_backend' not in pixels.load
+    if turn:
+        values = {name: numbers[::-1] for name, numbers in values.items()}
     # Those of mmdet and mmseg have one mean, or three.
     if key == 'bgr_to_rgb' and pixels.channels not in (1, 3):
         steps.append(dict(type='Normalize', **values, to_rgb=False))
@@ -510,7 +519,7 @@ def normalize(pixels, key):
         'train_pipeline[:1] = load',
         'test_pipeline[:1] = load',
     ]
-    return lines, {**values, key: False}
+    return lines, {**values, key: turn}
 
 
 def write_coco(args, data, pixels, model):
