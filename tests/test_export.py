@@ -142,9 +142,20 @@ def test_order_of_channels(kind, key):
     model = nn.Module()
     model.backbone = nn.Conv2d(3, 1, 1)
     colors = dict(type=kind, mean=[0.0] * 3, std=[1.0] * 3)
+    cfg = Config(dict(default_scope=kind.partition('.')[0]))
     for turn, channels in ((True, 'RGB'), (False, 'BGR')):
         model.data_preprocessor = MODELS.build(colors | {key: turn})
-        assert tool.normalization(model)['channels'] == channels
+        assert tool.normalization(model, cfg)['channels'] == channels
+
+
+def test_normalized_by_the_pipeline():
+    """As images of four channels are in the configs of make_config.py."""
+    model = nn.Module()
+    model.backbone, model.data_preprocessor = nn.Conv2d(4, 1, 1), nn.Module()
+    step = dict(type='Normalize', mean=[1.5] * 4, std=[2.0] * 4, to_rgb=False)
+    cfg = Config(dict(default_scope='mmdet', test_pipeline=[step]))
+    found = dict(channels='4', mean='1.5, 1.5, 1.5, 1.5', std='2, 2, 2, 2')
+    assert tool.normalization(model, cfg) == found
 
 
 @pytest.mark.parametrize('size, shape', [(7, (14, 20)), (6, (9, 16))])

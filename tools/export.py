@@ -24,6 +24,7 @@ import importlib.util
 import logging
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -31,7 +32,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmoverlock import cli
-from mmoverlock.inference import init_model, input_channels
+from mmoverlock.inference import (
+    ConfigError,
+    build_pipeline,
+    init_model,
+    input_channels,
+)
 from mmoverlock.models.blocks import FocusBlock
 from mmoverlock.models.fuse import fuse
 from mmoverlock.models.layers import PointwiseConv, scale_shift
@@ -177,12 +183,12 @@ FORMATS = {
 
 
 @torch.no_grad()
-def write_file(model, scope, args, shape):
+def write_file(model, cfg, args, shape):
     """Write the file and compare it with the model.
 
     Args:
         model (nn.Module): On the CPU.
-        scope (str): Its ``default_scope``.
+        cfg (Config): Its config.
         args (argparse.Namespace): The arguments.
         shape (tuple[int, int]): Height and width to trace with.
 
@@ -191,7 +197,7 @@ def write_file(model, scope, args, shape):
         to the largest value of an output, by height and width; None where
         there is no runtime.
     """
-    parts = ('backbone',) if args.backbone_only else PARTS[scope]
+    parts = ('backbone',) if args.backbone_only else PARTS[cfg.default_scope]
     module = Exported(model, parts).eval()
     sizes, dimensions = [shape], None
     if args.dynamic:
@@ -215,7 +221,7 @@ def write_file(model, scope, args, shape):
     path = str(args.out)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     _, write, load = FORMATS[args.format]
-    write(program, path, names, normalization(model))
+    write(program, path, names, normalization(model, cfg))
     run = load(path)
     if run is None:
         return None
@@ -228,18 +234,23 @@ def write_file(model, scope, args, shape):
     return differences
 
 
-def normalization(model):
+def normalization(model, cfg):
     """Channels, mean and deviation of the input, as text by name."""
+    steps = []
+    with suppress(ConfigError):  # there may be no pipeline
+        steps = build_pipeline(cfg).transforms
     preprocessor, channels = model.data_preprocessor, input_channels(model)
     if channels == 3:  # loaded as BGR
         names = '_channel_conversion', 'channel_conversion', 'to_rgb'
         turned = any(getattr(preprocessor, name, False) for name in names)
         channels = 'RGB' if turned else 'BGR'
     found = {'channels': str(channels)}
-    for name in ('mean', 'std'):
-        if hasattr(preprocessor, name):
-            values = getattr(preprocessor, name).flatten()
-            found[name] = ', '.join(f'{value:g}' for value in values)
+    steps = [step for step in steps if type(step).__name__ == 'Normalize']
+    for source in (preprocessor, *steps):
+        for name in ('mean', 'std'):
+            if hasattr(source, name):
+                values = getattr(source, name).flatten()
+                found[name] = ', '.join(f'{value:g}' for value in values)
     return found
 
 
@@ -339,8 +350,8 @@ def main(argv=None):
                 f'the output of {type(head).__name__} is no map of logits; '
                 'only --backbone-only works with it'
             )
-        differences = write_file(model, cfg.default_scope, args, shape)
-    print(f'{args.out}: image normalized with {normalization(model)}')
+        differences = write_file(model, cfg, args, shape)
+    print(f'{args.out}: image normalized with {normalization(model, cfg)}')
     if differences is None:
         print('not compared with the model: onnxruntime is not installed')
         return
