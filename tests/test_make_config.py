@@ -187,6 +187,23 @@ def test_boxes_of_one_class(copied, tmp_path, monkeypatch):
     assert 'bbox_mAP' in output and 'segm' not in output
 
 
+def test_names_with_folders(copied, tmp_path):
+    """Images in folders of the folder of a split, as files name them."""
+    data = copied('coco')
+    for split in 'train2017', 'val2017':
+        images = [*(data / split).iterdir()]
+        (data / split / 'a').mkdir()
+        for path in images:
+            path.rename(data / split / 'a' / path.name)
+        path = data / f'annotations/instances_{split}.json'
+        contents = json.loads(path.read_text())
+        for image in contents['images']:
+            image['file_name'] = f'a/{image["file_name"]}'
+        path.write_text(json.dumps(contents))
+    cfg = write(tmp_path / 'coco.py', 'coco', data)
+    assert cfg.train_dataloader.dataset.data_prefix.img == 'train2017'
+
+
 def test_classes_of_a_cascade(drawn, tmp_path):
     argv = 'coco', drawn / 'coco', '--head', 'cascade_mask_rcnn'
     heads = write(tmp_path / 'cascade.py', *argv).model.roi_head

@@ -159,6 +159,10 @@ def read_coco(args):
     ]
     files = sort_by_split(args, files, 'file of annotations (.json)')
     folders = image_folders(args.data)
+    # Names in the file may start with folders.
+    folders += [
+        p for f in folders for p in f.parents if args.data in p.parents
+    ]
     images, splits, names, used = {}, {}, {}, set()
     for split, [path] in files.items():
         raise_first(annotation_file(str(path)))
