@@ -188,8 +188,13 @@ def test_boxes_of_one_class(copied, tmp_path, monkeypatch):
 
 
 def test_names_with_folders(copied, tmp_path):
-    """Images in folders of the folder of a split, as files name them."""
+    """Images in folders of the folder of a split, as files name them.
+
+    Annotations are behind a link.
+    """
     data = copied('coco')
+    (data / 'annotations').rename(tmp_path / 'linked')
+    (data / 'annotations').symlink_to(tmp_path / 'linked')
     for split in 'train2017', 'val2017':
         images = [*(data / split).iterdir()]
         (data / split / 'a').mkdir()

@@ -130,13 +130,13 @@ def sort_by_split(args, paths, what, most=1):
     return found
 
 
-def find_images(folder):
-    """The images in a folder and in those below it."""
+def find_images(folder, endings=IMAGES):
+    """The images, or other files, in a folder and in those below it."""
     return [
         Path(root, name)
         for root, _, names in sorted(os.walk(folder, followlinks=True))
         for name in sorted(names)
-        if name.lower().endswith(IMAGES)
+        if name.lower().endswith(endings)
     ]
 
 
@@ -154,7 +154,7 @@ def relative(path, data):
 def read_coco(args):
     files = [
         path
-        for path in sorted(args.data.rglob('*.json'))
+        for path in sorted(find_images(args.data, '.json'))
         if not path.name.startswith(('captions_', 'person_keypoints_'))
     ]
     files = sort_by_split(args, files, 'file of annotations (.json)')
