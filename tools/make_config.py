@@ -40,6 +40,7 @@ from mmoverlock.inference import IMAGES
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ('train', 'val', 'test')
+LOSSY = '.jpg', '.jpeg'
 SAMPLES = 200  # images, for their channels, mean and deviation
 
 HEADS = {  # of each kind, the default first, and the configs that have them
@@ -261,13 +262,17 @@ def find_suffixes(folder, masks):
         other = relative(path.with_suffix(''), masks)
         return len(os.path.commonprefix([name, other])), -len(other)
 
-    match = max(find_images(masks), key=common)
+    exact = [m for m in find_images(masks) if m.suffix.lower() not in LOSSY]
+    match = max(exact or find_images(masks), key=common)
     length, _ = common(match)
     if not length:
         raise DataError(
             f'{first} and {match}: the names of images and of their label '
             'maps have to be alike up to what they end in'
         )
+    if not exact:
+        effect = 'JPEG makes other labels of some; save maps as PNGs'
+        raise fault(match, 'is a label map in JPEG', '', effect)
     suffix = relative(first, folder)[length:]
     for path in images:
         if not path.name.endswith(suffix):
