@@ -216,29 +216,39 @@ def _local(step: dict | Callable) -> dict | Callable | None:
     return {key: value for key, value in step.items() if key not in remote}
 
 
-def find_files(inputs: list[str]) -> list[tuple[Path, str]]:
+def find_files(
+    inputs: list[str], out: Path | None = None
+) -> list[tuple[Path, str]]:
     """The images and videos that inputs stand for, every one once.
 
     Args:
         inputs (list[str]): Files, folders, which are searched with all below
             them, and patterns, in which ``**`` stands for any folders.
+        out (Path, optional): The folder of the results, which are no inputs
+            where it is in one of the folders. Defaults to None.
 
     Returns:
         list[tuple[Path, str]]: A file and a name for its results, without a
         suffix and unlike any other's: its path in the folder or its file name.
         Inputs that do not exist and folders without images are there too.
     """
+    own = out and out.resolve()
     roots = {}  # the folders that names are relative to, by file
     for item in inputs:
         path = Path(item)
         files = []
         if path.is_dir():
-            files = [
-                Path(root, name)
-                for root, _, names in os.walk(path, followlinks=True)
-                for name in names
-                if name.lower().endswith(IMAGES + VIDEOS)
-            ]
+            for root, below, names in os.walk(path, followlinks=True):
+                below[:] = [
+                    name
+                    for name in below
+                    if not own or Path(root, name).resolve() != own
+                ]
+                files += [
+                    Path(root, name)
+                    for name in names
+                    if name.lower().endswith(IMAGES + VIDEOS)
+                ]
         elif not path.exists():  # a file may be named like a pattern
             files = [Path(name) for name in glob(item, recursive=True)]
         for file in sorted(files) or [path]:

@@ -15,6 +15,7 @@ from mmoverlock.inference import (
     build_pipeline,
     build_visualizer,
     dataset_meta,
+    find_files,
     load,
     to_picture,
 )
@@ -77,6 +78,17 @@ def test_pictures():
     assert [*picture[[0, 50, 100]]] == [0, 127, 255]
     assert not to_picture(np.full((2, 2, 3), 700, np.uint16)).any()
     assert to_picture(np.array([[np.nan, 1e6], [0, 1e6]])).max() == 255
+
+
+def test_results_are_no_inputs(tmp_path):
+    """Of an earlier run, in a folder of images, unless they are asked for."""
+    out = tmp_path / 'out'
+    for file in (tmp_path / 'a.png', out / 'pictures' / 'a.png'):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    assert find_files([str(tmp_path)], out) == [(tmp_path / 'a.png', 'a')]
+    assert len(find_files([str(tmp_path)])) == 2
+    assert len(find_files([str(out)], out)) == 1
 
 
 # ------------------------------------------------------------------- configs

@@ -159,7 +159,7 @@ def run(args, cfg):
     Returns:
         dict[str, list[str]]: What failed, by what is to be said of it.
     """
-    files = find_files(args.inputs)
+    files = find_files(args.inputs, args.out)
     model = init_model(cfg, args.checkpoint, args.device or get_device())
     if args.fuse:
         fuse(model)

@@ -500,7 +500,7 @@ def build_parser():
 def load_images(model, cfg, args):
     """Yield the name, network input and picture of each image."""
     pipeline = build_pipeline(cfg)
-    for path, name in find_files(args.inputs):
+    for path, name in find_files(args.inputs, args.out):
         try:
             data, _ = load(pipeline, str(path))
         except UnreadableImage as error:
