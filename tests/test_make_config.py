@@ -265,6 +265,12 @@ def test_names(tmp_path):
 LISTED = 'annotations/instances_train2017.json'
 RENAME = """sed -i 's/"skis"/"kite"/; s/"pizza"/"kite"/'"""
 MAP = 'annotations/training/ADE_train_00000003.png'
+# As where every scene has a folder for each
+MIX = """mkdir -p train/{1,2}/{rgb,gt}
+for i in 1 2; do
+mv images/training/*$i.jpg train/$i/rgb
+mv annotations/training/*$i.png train/$i/gt
+done; rm -r {images,annotations}/training"""
 CLASS = 'train/n11939491'
 
 
@@ -277,6 +283,7 @@ CLASS = 'train/n11939491'
         ('coco', f'{RENAME} {LISTED}', f"{LISTED} .* one name .'kite': "),
         ('masks', f'cp images/training/*3.jpg {MAP}', f'{MAP} is .* several'),
         ('masks', 'touch images/training/a.bmp', 'a.bmp does not end in .jpg'),
+        ('masks', MIX, 'masks/train has images of train and label maps'),
         ('folders', f'truncate -s 9 {CLASS}/*', f'{CLASS}/.*JPEG is damaged'),
         ('folders', f'rm {CLASS}/*', 'n11939491: 0 images'),
         ('folders', f'rm -r {CLASS}', 'val has other classes .*: n11939491'),

@@ -222,6 +222,11 @@ def read_masks(args):
                 f'--{split}'
             )
         folder, masks = (Path(os.path.commonpath(group)) for group in groups)
+        if masks in (folder, *folder.parents):
+            raise cli.UserError(
+                f'{masks} has images of {split} and label maps: move one of '
+                'them to another folder, with the same folders in it'
+            )
         splits[split] = {
             'type': 'BaseSegDataset',
             'data_prefix': {
