@@ -182,6 +182,11 @@ class _Operators(TorchDispatchMode):
             )
             with self:
                 return f._op_dk(key, *args, **kwargs)
+        if f.namespace == 'aten':  # of which backward passes call some
+            with self:
+                out = f.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         out = _as_cudnn(f, args, f(*args, **kwargs))
         self._allocate(_tensors(out))
         if does_something(f):

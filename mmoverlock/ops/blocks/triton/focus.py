@@ -19,14 +19,14 @@ from ...common import channels_last
 from ...conv3x3 import triton as conv
 from ...conv3x3_norm import triton as conv_norm
 from ...depthwise.triton import branches as large_conv
-from ...depthwise.triton import depthwise_conv2d
+from ...depthwise.triton.conv2d import convolve_merged
 from ...dynamic_conv import enlarged_size
 from ...dynamic_conv import triton as contmix
 from ...excitation import triton as excitation
 from ...ffn import triton as ffn
 from ...grn import triton as response_norm
 from ...layernorm import triton as layer_norm
-from ...pointwise import round_parameters, rows, to_map
+from ...pointwise import rows, to_map
 from ...pointwise.triton import WeightGrad, product, weight_grads
 from ...prior import triton as prior
 from .. import FocusParameters
@@ -288,7 +288,8 @@ def _infer(z, initial, p, settings):
         z = prior.forward(z, initial, *p.prior)
     weights = *p.mix, *p.query, *p.key, *p.gate, *p.expand
     weights += p.value[0], p.out[0], p.reduce[0]
-    *rounded, value, out, reduce = round_parameters(z.dtype, *weights)
+    taps, rounded = large_conv.pack(z.dtype, p.branches, weights)
+    *rounded, value, out, reduce = rounded
     pairs = zip(rounded[::2], rounded[1::2], strict=True)
     mix, query, key, gate, expand = pairs
     eps1, eps2 = settings.eps
@@ -304,7 +305,7 @@ def _infer(z, initial, p, settings):
         queries, keys, *p.kernels, mixable, settings.scale
     )
     mixed = _reduce(mixed, fused)
-    y = depthwise_conv2d(fused, *p.branches)
+    y = convolve_merged(fused, taps, p.branches)
     y, _ = product(mixed, value, p.value[1], identity=y)
     y, _ = excitation.forward(y, *p.excite, _product(fused, *gate), True)
     gain, offset = p.scale1

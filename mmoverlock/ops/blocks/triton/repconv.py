@@ -15,11 +15,10 @@ from ...common import channels_last
 from ...conv3x3 import triton as conv
 from ...conv3x3_norm import triton as conv_norm
 from ...depthwise.triton import branches as large_conv
-from ...depthwise.triton import depthwise_conv2d
+from ...depthwise.triton.conv2d import convolve_merged
 from ...excitation import triton as excitation
 from ...ffn import triton as ffn
 from ...layernorm import triton as layer_norm
-from ...pointwise import round_parameters
 from .. import RepConvParameters
 from .node import contiguous_fields, run_fused, run_node
 
@@ -84,10 +83,11 @@ def _feed_forward(x, p, weights, identity, keep, residual):
 
 def _infer(x, p, eps):
     """The result where norms are parts of convolutions."""
+    others = *p.expand, p.reduce[0]
+    taps, weights = large_conv.pack(x.dtype, p.branches, others)
     identity, x = conv_norm.forward(x, *p.conv1, *p.norm1, eps, False)
-    x = depthwise_conv2d(x, *p.branches)
+    x = convolve_merged(x, taps, p.branches)
     x, _ = excitation.forward(x, *p.excite)
-    weights = round_parameters(x.dtype, *p.expand, p.reduce[0])
     return _feed_forward(x, p, weights, identity, None, False)[0]
 
 

@@ -101,9 +101,10 @@ def _pack_kernel(
 ):
     """Taps of all branches, (C, k * k) each, to (all taps, C).
 
-    Adds one to the number of batches, () each, of every branch. Some more
-    parameters, of ``counts`` values, are copied in the dtype of the taps. Grid
-    (blocks of channels, all ``total`` taps and blocks of values).
+    Adds one to the number of batches, () each, of every branch, if they are
+    there. Some more parameters, of ``counts`` values, are copied in the dtype
+    of the taps. Grid (blocks of channels, all ``total`` taps and blocks of
+    values).
     """
     channel, m_channel = _channels(channels, BLOCK)
     tap = tl.program_id(1)
@@ -117,8 +118,9 @@ def _pack_kernel(
                 b_tap.to(p_taps.dtype.element_ty),
                 mask=m_channel,
             )
-            if (own == 0) & (tl.program_id(0) == 0):
-                tl.store(batches[b], tl.load(batches[b]) + 1)
+            if len(batches) > 0:
+                if (own == 0) & (tl.program_id(0) == 0):
+                    tl.store(batches[b], tl.load(batches[b]) + 1)
     block = (tap - total) * tl.num_programs(0) + tl.program_id(0)
     for i in tl.static_range(len(p_copies)):
         blocks = tl.cdiv(counts[i], VALUES)
@@ -572,7 +574,8 @@ def pack(
 
     Args:
         dtype (torch.dtype): Of the map.
-        branches (Sequence[Branch]): Contiguous.
+        branches (Sequence[Branch] | Sequence[Tensor]): Contiguous; or weight
+            and bias of what they are merged to.
         others (Sequence[Tensor]): Contiguous.
         stacked (Sequence[Tensor]): Contiguous and of one shape.
 
@@ -592,9 +595,12 @@ def pack(
             results.append(stacked[0].new_empty(shape, dtype=dtype))
             sources = [*sources, *stacked]
             copies += results[-1].unbind()
-        weights, *_, batches, dilations, _, _ = columns(branches)
-        facts = weights, batches, dilations
-        return _pack(dtype, *facts, sources, copies), results
+        if isinstance(branches[0], Tensor):
+            weights, batches, dilations = branches[:1], (), (1,)
+        else:
+            weights, *_, batches, dilations, _, _ = columns(branches)
+        taps = _pack(dtype, weights, batches, dilations, sources, copies)
+        return taps, results
 
 
 def _measure(

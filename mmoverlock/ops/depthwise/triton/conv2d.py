@@ -1,5 +1,6 @@
 """A large depthwise convolution, forward and backward."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -137,6 +138,20 @@ def convolve_maps(
             **layout.constants,
         )
     return out
+
+
+def convolve_merged(
+    x: Tensor, taps: Tensor, merged: Sequence[Tensor]
+) -> Tensor:
+    """A map (B, C, H, W) in channels_last, convolved as by merged branches.
+
+    Args:
+        x (Tensor): The map.
+        taps (Tensor): (k^2, C), in its dtype, of the weight.
+        merged (Sequence[Tensor]): Weight (C, 1, k, k) and bias (C, ).
+    """
+    weight, bias = merged
+    return convolve_maps(x[None], taps, ((weight.shape[-1], 1, 0),), bias)
 
 
 @custom_op('mmoverlock::depthwise_conv2d')
