@@ -131,16 +131,6 @@ def draw(channels_last=False, **options):
 SIZE = 2**21  # bytes of the map above in fp32
 
 
-class LaidOut(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x + 1
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.contiguous(memory_format=torch.channels_last)
-
-
 def parts(weight, x):
     y = x + 1
     z = y * 2
@@ -161,8 +151,6 @@ def parts(weight, x):
         # As in cuDNN, results are in the layout of the map.
         (lambda w, x: F.conv2d(x, w) + x, [draw(True)], 5, 0, 3),
         (parts, [draw()], 5, 1, 3),
-        # A copy of the gradient, and that of its layout again
-        (lambda _, x: LaidOut.apply(x), [draw(requires_grad=True)], 7, 5, 5),
         # The operand, its two gradients and their sum
         (lambda _, x: (x * x).sum(), [draw(requires_grad=True)], 11, 0, 4),
     ],
