@@ -5,8 +5,9 @@ settings, which takes the host longer than the launches do. All of that depends
 on sizes and dtypes alone. So a function that has run often enough for such
 operands is recorded once: the operators of PyTorch as its dispatcher sees
 them, launches and exchanges between processes, with the places of what they
-read and write. From then on these steps run from a list. Memory comes from the
-allocator as before, and is given back behind the last step that reads it.
+read and write. From then on these steps run as the lines of one function.
+Memory comes from the allocator as before, and is given back behind the last
+step that reads it.
 
 A view is one step, however many operators made it; kernels that read a view
 from where its memory begins take that memory, and need none. Settings of
@@ -14,10 +15,10 @@ kernels (``KNOBS``) that change after a recording are not looked at.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial, reduce
-from operator import attrgetter, itemgetter, or_
+from operator import attrgetter, or_
 from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
@@ -55,43 +56,15 @@ _runs = Counter()  # without a tape, by hash of the key
 
 
 class Tape(NamedTuple):
-    """Steps, and the places of what they read and write.
+    """What a function did, as a function of its operands and a stream."""
 
-    A step has a function; what picks its arguments from the places, if it has
-    any; where its result goes, which is a place, a tuple of places or None;
-    the places that no later step reads; whether it is a launch.
-    """
-
-    steps: list[tuple]
-    places: list  # operands come first, empty as all but constants
-    results: list[int | None]
+    run: Callable[[Sequence[Tensor | None], int | None], list[Tensor | None]]
     facts: Any  # what else the function returned
     same: list[tuple[int, int]]  # operands that were one tensor
 
     def takes(self, operands: Sequence[Tensor | None]) -> bool:
         """Whether what was one tensor is; nobody knows which was read."""
         return all(operands[i] is operands[j] for i, j in self.same)
-
-    def run(
-        self, operands: Sequence[Tensor | None], stream: int | None
-    ) -> list[Tensor | None]:
-        places = self.places.copy()
-        places[: len(operands)] = operands
-        for function, pick, out, ended, is_launch in self.steps:
-            if is_launch:
-                function(*pick(places), stream=stream)
-            elif type(out) is int:
-                places[out] = function(*pick(places)) if pick else function()
-            elif out is None:
-                function(*pick(places))
-            else:
-                results = function(*pick(places))
-                for place, result in zip(out, results, strict=True):
-                    places[place] = result
-                results = result = None  # which no later step waits for
-            for place in ended:
-                places[place] = None
-        return [None if i is None else places[i] for i in self.results]
 
 
 class _Step(NamedTuple):
@@ -179,9 +152,50 @@ class _Recorder(TorchDispatchMode):
                 continue
             ended = outs.union(step.args) - needed - kept
             needed |= outs.union(step.args)
-            function, args, out, is_launch, _ = step
-            steps.append((function, _pick(args), out, [*ended], is_launch))
-        return Tape(steps[::-1], self.places, found, facts, self.same)
+            steps.append((step, ended))
+        return Tape(self._compile(steps[::-1], found), facts, self.same)
+
+    def _compile(
+        self, steps: Sequence[tuple[_Step, set[int]]], found: list[int | None]
+    ) -> Callable:
+        """Steps as a function, whose local variables are the places.
+
+        Args:
+            steps (Sequence[tuple[_Step, set[int]]]): Each with the places that
+                no later one reads.
+            found (list[int | None]): The places of what it returns.
+        """
+
+        def names(places: Iterable[int | None]) -> str:
+            return ''.join(
+                'None, ' if i is None else f'v{i}, ' for i in places
+            )
+
+        constants = {f'v{i}': self.places[i] for i in self.constants.values()}
+        lines = [f'{names(self.operands)} = operands']
+        for i, (step, ended) in enumerate(steps):
+            function, options = step.function, {}
+            if isinstance(function, partial):  # which would take longer
+                function, options = function.func, function.keywords
+            constants[f'f{i}'] = function
+            args = names(step.args)
+            for name, value in options.items():
+                constants[f'{name}{i}'] = value
+                args += f'{name}={name}{i}, '
+            if step.is_launch:
+                args += 'stream=stream'
+            call = f'({args})' if function is _gather else f'f{i}({args})'
+            if type(step.out) is int:
+                call = f'v{step.out} = {call}'
+            elif step.out:
+                call = f'{names(step.out)} = {call}'
+            lines.append(call)
+            if ended:
+                lines.append(f'del {names(ended)}')
+        lines.append(f'return [{names(found)}]')
+        source = '\n    '.join(['def run(operands, stream):', *lines])
+        exec(source, constants)
+        return constants['run']
 
     def _allocate(
         self, operator: OpOverload, args: tuple, kwargs: dict, out: Tensor
@@ -291,14 +305,6 @@ def _has_tensors(tree: Any) -> bool:
 
 def _gather(*values) -> tuple:
     return values
-
-
-def _pick(places: Sequence[int]) -> Callable[[list], tuple] | None:
-    """What picks a tuple of those from a list, None for an empty one."""
-    if len(places) == 1:
-        (place,) = places
-        return lambda values: (values[place],)
-    return itemgetter(*places) if places else None
 
 
 def _binding(operator: OpOverload, kwargs: dict) -> Callable:
