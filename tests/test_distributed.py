@@ -95,6 +95,7 @@ def config(tmp_path_factory):
     cfg.custom_imports.imports.append('mmoverlock.models.classification')
     del cfg.model.neck, cfg.model.backbone.out_indices
     cfg.model.backbone.classifier = True
+    cfg.model.backbone.drop_path_rate = 0  # FSDP's blocks draw for themselves
     cfg.model.head = dict(
         type='OverLoCKClsHead', num_classes=2, in_channels=[32, 40]
     )

@@ -413,7 +413,11 @@ def run_layers(layers: nn.Sequential, x: Tensor) -> Tensor:
     Norms of several processes are kernels, those of one count their batches
     in one launch. See :func:`convolve`, too.
     """
-    if not is_plain(layers, nn.Sequential) or not takes_triton('auto', x):
+    if (
+        not is_plain(layers, nn.Sequential)
+        or _has_any_global_hook()
+        or not takes_triton('auto', x)
+    ):
         return layers(x)
     counts = []
     for layer in layers:
@@ -442,7 +446,11 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
     Map and weight are rounded and laid out in one launch each.
     """
-    if not is_plain(conv, nn.Conv2d) or not takes_triton('auto', x):
+    if (
+        not is_plain(conv, nn.Conv2d)
+        or _has_any_global_hook()
+        or not takes_triton('auto', x)
+    ):
         return conv(x)
     weight, bias = pair_of(conv)
     dtype = convolution_dtype(x)
@@ -508,13 +516,12 @@ def enlarge(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def has_no_hooks(module: nn.Module) -> bool:
-    """Whether nobody watches a module, or all modules."""
+    """Whether nobody watches a module, in either direction."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or _has_any_global_hook()
     )
 
 
