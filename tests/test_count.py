@@ -55,6 +55,16 @@ def test_bounds(train, monkeypatch):
             assert figure <= bound, (name, figures)
 
 
+def test_targets():
+    """Of a training step of all of t: those of benchmarks/NOTES.md."""
+    images = torch.empty(128, 3, 224, 224, device='meta')
+    result = count_operators(build(True, BACKEND), images, True)
+    assert result.operators + result.launches <= 1500
+    assert result.bytes <= 100e9
+    assert result.mixed <= 2e9
+    assert result.memory <= 12e9
+
+
 class Operators(TorchDispatchMode):
     """Counts what runs on a CPU, inside the project's operators too."""
 
