@@ -36,7 +36,7 @@ from .environment import is_traced, recorded_by, recorder
 from .launching import alignments, on_device
 
 MIN_RUNS = 16  # before a recording, which takes as long as twenty runs
-MAX_TAPES = 2048  # of 60 KB on average; then no more are recorded
+MAX_TAPES = 2048  # of 70 KB on average; then no more are recorded
 MAX_COUNTED = 2**16
 ALLOCATIONS = {
     f'aten::{name}'
