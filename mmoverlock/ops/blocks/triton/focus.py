@@ -204,7 +204,7 @@ def _forward(z, initial, p, keeps, settings):
     mixable = _enlarge(fused, settings.size)
     inputs = normal_queries, normal_keys, *p.kernels, mixable
     mixed = pooled if mixable is fused else torch.empty_like(mixable)
-    mixed = mixed, *contmix.empty_facts(*inputs)
+    mixed = mixed, *contmix.empty_facts(inputs)
     contmix.forward(inputs, settings.scale, mixed)
     if mixable is not fused:
         pooled.copy_(F.adaptive_avg_pool2d(mixed[0], fused.shape[2:]))

@@ -275,19 +275,12 @@ def _empty_outputs(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = query, key, weight, bias, small, large, value
-    return torch.empty_like(value), *empty_facts(*inputs)
+    return torch.empty_like(value), *empty_facts(inputs)
 
 
-def empty_facts(
-    query: Tensor,
-    key: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    small: Tensor,
-    large: Tensor,
-    value: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def empty_facts(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Memory of all results of :func:`_mix` but the first."""
+    query, _, _, bias, small, large, value = inputs
     batch, _, height, width = value.shape
     groups = len(small)
     dtype = torch.promote_types(query.dtype, torch.float32)
