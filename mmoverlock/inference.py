@@ -238,12 +238,11 @@ def find_files(
         path = Path(item)
         files = []
         if path.is_dir():
+            seen = {own, path.resolve()}  # links may lead back
             for root, below, names in os.walk(path, followlinks=True):
-                below[:] = [
-                    name
-                    for name in below
-                    if not own or Path(root, name).resolve() != own
-                ]
+                real = {name: Path(root, name).resolve() for name in below}
+                below[:] = [name for name in below if real[name] not in seen]
+                seen.update(real.values())
                 files += [
                     Path(root, name)
                     for name in names

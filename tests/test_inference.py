@@ -81,8 +81,12 @@ def test_pictures():
 
 
 def test_results_are_no_inputs(tmp_path):
-    """Of an earlier run, in a folder of images, unless they are asked for."""
+    """Of an earlier run, in a folder of images, unless they are asked for.
+
+    Links to folders are followed once.
+    """
     out = tmp_path / 'out'
+    (tmp_path / 'loop').symlink_to(tmp_path)
     for file in (tmp_path / 'a.png', out / 'pictures' / 'a.png'):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
