@@ -131,6 +131,21 @@ def test_enlarging(dtype, monkeypatch):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize('way', ['deterministic', 'compiled'])
+def test_enlarging_by_the_function(way, monkeypatch):
+    """Its gradient on GPUs can be deterministic, or compiled for any size."""
+    monkeypatch.setattr(layers_module, 'takes_triton', lambda *_: True)
+    run, x = enlarge, torch.randn(1, 2, 3, 4, requires_grad=True)
+    if way == 'compiled':
+        run = torch.compile(run, backend='eager', dynamic=True, fullgraph=True)
+    torch.use_deterministic_algorithms(way == 'deterministic')
+    try:
+        y = run(x, (6, 8))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert y.grad_fn.name() == 'UpsampleBilinear2DBackward0'
+
+
 def test_convolutions_that_global_hooks_watch(monkeypatch):
     monkeypatch.setattr(layers_module, 'takes_triton', Mock(return_value=True))
     layers, seen = nn.Sequential(StridedConv(3, 4, 3, 2, 1), nn.GELU()), []

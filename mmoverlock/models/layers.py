@@ -510,9 +510,12 @@ def enlarge(x: Tensor, size: tuple[int, int]) -> Tensor:
         x (Tensor): (B, C, H, W).
         size (tuple[int, int]): Height and width.
     """
-    if takes_triton('auto', x):
-        return _Enlarge.apply(x, size)
-    return F.interpolate(x, size, mode='bilinear')
+    if not takes_triton('auto', x):
+        return F.interpolate(x, size, mode='bilinear')
+    # Its gradient alone can be deterministic, or compiled for any size
+    if torch.are_deterministic_algorithms_enabled() or is_compiling():
+        return F.interpolate(x, size, mode='bilinear').to(x.dtype)
+    return _Enlarge.apply(x, size)
 
 
 def has_no_hooks(module: nn.Module) -> bool:
