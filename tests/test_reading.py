@@ -65,6 +65,8 @@ def test_averaged_weights(path, names):
     average = f'{names}_ema'
     contents = reread(path, {names: trained, average: averaged, 'epoch': 3})
     assert contents['state_dict'] == averaged and contents['epoch'] == 3
+    contents = reread(path, {names: trained, average: {}})
+    assert contents['state_dict'] == trained
     contents = reread(path, {names: trained, average: None})
     assert contents['state_dict'] == trained
 

@@ -195,7 +195,10 @@ def _normalize(checkpoint: dict) -> dict:
     """Bring what a file holds into mmengine's form, and check the weights."""
     checkpoint = dict(checkpoint)
     for key in AVERAGED:
-        if isinstance(checkpoint.get(key), dict):
+        averaged = checkpoint.get(key)
+        if isinstance(averaged, dict) and any(
+            isinstance(value, Tensor) for value in averaged.values()
+        ):
             print_log(f'of the checkpoint, {key} is taken', 'current')
             checkpoint['state_dict'] = checkpoint.pop(key)
     if 'model' in checkpoint:
