@@ -200,7 +200,8 @@ def test_a_process_dies(tmp_path):
     script = shutil.copy(TOOLS / 'dist_train.sh', tmp_path)
     (tmp_path / 'train.py').write_text(
         'import os, sys, time\n'
-        'print(os.environ["RANK"], *sys.argv[1:], flush=True)\n'
+        'line = " ".join([os.environ["RANK"], *sys.argv[1:]])\n'
+        'os.write(1, f"{line}\\n".encode())\n'
         'os.environ["RANK"] == "1" and os.kill(os.getpid(), 9)\n'
         'time.sleep(1000)\n'
     )
