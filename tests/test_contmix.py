@@ -95,6 +95,27 @@ def test_tiled_agrees_with_reference(shape, kernel_size, layout):
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('width', [7, 20])  # 7: regions are windows
+def test_gradients_of_gradients(monkeypatch, width, dtype):
+    """They are whole, a few groups at a time and of 16-bit maps too."""
+    monkeypatch.setattr('mmoverlock.ops.dynamic_conv.tiled.CHUNK', 1)
+    results = []
+    for backend in ('reference', 'tiled'):
+        operands = draw(2, 7, width, kernel_size=7)
+        rounded = {name: x.to(dtype) for name, x in operands.items()}
+        out = call(rounded, backend).double()
+        inputs = [*operands.values()]
+        grads = torch.autograd.grad(
+            out.square().sum(), inputs, create_graph=True
+        )
+        loss = sum(grad.square().sum() for grad in grads)
+        results.append(torch.autograd.grad(loss, inputs))
+    most = max(1e-12, 4 * torch.finfo(dtype).eps)
+    for expected, actual in zip(*results, strict=True):
+        assert relative_error(actual, expected) < most
+
+
 @pytest.mark.parametrize(
     'shape, most', [((128, 14, 14, 13), 220), ((2, 50, 84, 13), 190)]
 )

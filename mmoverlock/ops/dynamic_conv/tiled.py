@@ -233,8 +233,11 @@ def _repeat(index: Tensor, count: int, length: int) -> Tensor:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """``x``, or integers of its bits: 16-bit floats move by copies."""
-    if x.element_size() != 2 or torch.jit.is_tracing():
+    """``x``, or integers of its bits: 16-bit floats move by copies.
+
+    Integers have no gradient.
+    """
+    if x.element_size() != 2 or x.requires_grad or torch.jit.is_tracing():
         return x
     return x.view(torch.int16)
 
@@ -266,10 +269,12 @@ class _Tiles:
         if self.plan.taps is None:
             return kernels
         shape = *kernels.shape[:-1], self.plan.regions.shape[1]
+        taps = self.plan.taps.expand_as(kernels)
+        if kernels.requires_grad:  # gradients of gradients read it later
+            return kernels.new_zeros(shape).scatter(-1, taps, kernels)
         if self.dense is None or self.dense.shape != shape:
             self.dense = kernels.new_zeros(shape)
         # The same elements every time: the others stay zero.
-        taps = self.plan.taps.expand_as(kernels)
         _bits(self.dense).scatter_(-1, taps, _bits(kernels))
         return self.dense
 
@@ -278,7 +283,11 @@ class _Tiles:
         if self.plan.taps is not None:
             taps = self.plan.taps
             taps = taps.expand(*dense.shape[:-1], taps.shape[-1])
-            dense = _bits(dense).gather(-1, taps).view(dense.dtype)
+            taken = _bits(dense).gather(-1, taps)
+            # A view in another dtype, or in its own, has no gradient.
+            if taken.dtype != dense.dtype:
+                taken = taken.view(dense.dtype)
+            dense = taken
         return dense.flatten(2, 3)
 
     def regions(self, value: Tensor) -> Tensor:
