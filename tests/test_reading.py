@@ -14,6 +14,8 @@ from torch import nn
 
 from mmoverlock.checkpoint import CheckpointError, read, reading
 
+ONE = torch.ones(1)
+
 
 @pytest.fixture
 def path(tmp_path):
@@ -65,10 +67,25 @@ def test_averaged_weights(path, names):
     average = f'{names}_ema'
     contents = reread(path, {names: trained, average: averaged, 'epoch': 3})
     assert contents['state_dict'] == averaged and contents['epoch'] == 3
-    contents = reread(path, {names: trained, average: {}})
-    assert contents['state_dict'] == trained
-    contents = reread(path, {names: trained, average: None})
-    assert contents['state_dict'] == trained
+    # Others have them beside their settings.
+    inner = dict(decay=torch.ones(()), module=dict(averaged, bias=ONE))
+    contents = reread(path, {names: trained, average: inner})
+    assert contents['state_dict'] == inner['module']
+    for none in ({}, {'decay': 0.9, 'module': {}}, None):
+        contents = reread(path, {names: trained, average: none})
+        assert contents['state_dict'] == trained
+
+
+def test_wrapped_models(path):
+    """Of names, what compiled and parallel models add to them is left out."""
+    for name in 'module._orig_mod.a.b', '_orig_mod.module.a._orig_mod.b':
+        assert [*reread(path, {name: ONE})['state_dict']] == ['a.b']
+
+
+def test_trained_weights_of_a_hook(path, capsys):
+    """mmengine saves averaged ones in their place, and it is said so."""
+    reread(path, {'state_dict': {'a': ONE}, 'ema_state_dict': {'a': ONE}})
+    assert 'weights of state_dict are averaged' in capsys.readouterr().out
 
 
 # ------------------------------------------------------------ broken files

@@ -195,12 +195,14 @@ def _normalize(checkpoint: dict) -> dict:
     """Bring what a file holds into mmengine's form, and check the weights."""
     checkpoint = dict(checkpoint)
     for key in AVERAGED:
-        averaged = checkpoint.get(key)
-        if isinstance(averaged, dict) and any(
-            isinstance(value, Tensor) for value in averaged.values()
-        ):
+        averaged = _weights_in(checkpoint.get(key))
+        if averaged:
             print_log(f'of the checkpoint, {key} is taken', 'current')
-            checkpoint['state_dict'] = checkpoint.pop(key)
+            checkpoint['state_dict'] = averaged
+            del checkpoint[key]
+    if 'ema_state_dict' in checkpoint:  # of EMAHook, which swaps them
+        text = 'in the checkpoint, the weights of state_dict are averaged ones'
+        print_log(text, 'current')
     if 'model' in checkpoint:
         checkpoint.setdefault('state_dict', checkpoint.pop('model'))
     if 'state_dict' not in checkpoint:
@@ -211,7 +213,8 @@ def _normalize(checkpoint: dict) -> dict:
         checkpoint['meta'] = meta
     state = checkpoint['state_dict']
     weights = OrderedDict(
-        (name.removeprefix('module.'), value)
+        # Of models in DistributedDataParallel, torch.compile or both
+        (name.replace('_orig_mod.', '').removeprefix('module.'), value)
         for name, value in state.items()
         if isinstance(value, Tensor)
     )
@@ -227,6 +230,19 @@ def _normalize(checkpoint: dict) -> dict:
     weights._metadata = getattr(state, '_metadata', OrderedDict())
     checkpoint['state_dict'] = weights
     return checkpoint
+
+
+def _weights_in(value: Any) -> dict | None:
+    """The weights that a value holds, itself or beside what counts them."""
+    if not isinstance(value, dict):
+        return None
+    inner = [item for item in value.values() if isinstance(item, dict)]
+
+    def count(state: dict) -> int:
+        return sum(isinstance(item, Tensor) for item in state.values())
+
+    found = max(value, *inner, key=count) if inner else value
+    return found if count(found) else None
 
 
 # --------------------------------------------- what checkpoints may ask for
