@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .checkpoint import read
 from .data import unwrap
+from .data.files import walk
 from .models.weights import fit
 
 IMAGES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
@@ -232,22 +233,17 @@ def find_files(
         suffix and unlike any other's: its path in the folder or its file name.
         Inputs that do not exist and folders without images are there too.
     """
-    own = out and out.resolve()
     roots = {}  # the folders that names are relative to, by file
     for item in inputs:
         path = Path(item)
         files = []
         if path.is_dir():
-            seen = {own, path.resolve()}  # links may lead back
-            for root, below, names in os.walk(path, followlinks=True):
-                real = {name: Path(root, name).resolve() for name in below}
-                below[:] = [name for name in below if real[name] not in seen]
-                seen.update(real.values())
-                files += [
-                    Path(root, name)
-                    for name in names
-                    if name.lower().endswith(IMAGES + VIDEOS)
-                ]
+            files = [
+                Path(root, name)
+                for root, names in walk(path, [out] if out else ())
+                for name in names
+                if name.lower().endswith(IMAGES + VIDEOS)
+            ]
         elif not path.exists():  # a file may be named like a pattern
             files = [Path(name) for name in glob(item, recursive=True)]
         for file in sorted(files) or [path]:

@@ -83,7 +83,7 @@ def test_pictures():
 def test_results_are_no_inputs(tmp_path):
     """Of an earlier run, in a folder of images, unless they are asked for.
 
-    Links to folders are followed once.
+    Links that lead back are not followed.
     """
     out = tmp_path / 'out'
     (tmp_path / 'loop').symlink_to(tmp_path)

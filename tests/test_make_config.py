@@ -263,6 +263,7 @@ def test_names(tmp_path):
 
 
 LISTED = 'annotations/instances_train2017.json'
+CROWDS = """sed -i 's/"iscrowd": 0/"iscrowd": 1/g'"""
 RENAME = """sed -i 's/"skis"/"kite"/; s/"pizza"/"kite"/'"""
 MAP = 'annotations/training/ADE_train_00000003.png'
 # As where every scene has a folder for each
@@ -280,6 +281,7 @@ CLASS = 'train/n11939491'
         ('coco', f'cp {LISTED} a/train.json', f'{LISTED} may all be of train'),
         ('coco', 'rm train2017/*2.jpg', f'2.jpg does not exist .*{LISTED}'),
         ('coco', f'rm {LISTED}', 'name it after --train'),
+        ('coco', f'{CROWDS} {LISTED}', f'{LISTED} has no annotations, but'),
         ('coco', f'{RENAME} {LISTED}', f"{LISTED} .* one name .'kite': "),
         ('masks', f'cp images/training/*3.jpg {MAP}', f'{MAP} is .* several'),
         ('masks', 'touch images/training/a.bmp', 'a.bmp does not end in .jpg'),
@@ -333,6 +335,20 @@ def test_suffixes(tmp_path, names, maps, expected, masks):
         return
     with pytest.raises(DataError, match=expected):
         tool.find_suffixes(*folders)
+
+
+def test_folders(tmp_path, capsys):
+    """Links do not lead back, and images that are left out are counted."""
+    for name in 'a/1.PNG', 'a/2.gif', 'b/3.gif', 'b/4.HEIC', 'b/5.txt':
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / 'a' / 'loop').symlink_to(tmp_path)
+    (tmp_path / 'c').symlink_to('a')  # one that validates on its training set
+    found = tool.find_images(tmp_path)
+    assert found == [tmp_path / name / '1.PNG' for name in ('a', 'c')]
+    (tmp_path / 'c').unlink()
+    tool.say_left_out(tmp_path)
+    assert 'left out: 2 .gif, 1 .heic; only ' in capsys.readouterr().out
 
 
 def test_splits():

@@ -19,6 +19,7 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 from contextlib import redirect_stdout, suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -29,13 +30,19 @@ import mmcv
 import numpy as np
 from mmengine.fileio import load
 from mmengine.registry import DATASETS, init_default_scope
+from PIL import Image
 from rich.progress import track
 from yapf.yapflib import yapf_api
 
 from mmoverlock import cli
 from mmoverlock.data import DataError, Finding
 from mmoverlock.data.checks import annotation_file, repeated_names
-from mmoverlock.data.files import CheckedPipeline, raise_first, read_json
+from mmoverlock.data.files import (
+    CheckedPipeline,
+    raise_first,
+    read_json,
+    walk,
+)
 from mmoverlock.inference import IMAGES
 
 ROOT = Path(__file__).parents[1]
@@ -135,10 +142,21 @@ def find_images(folder, endings=IMAGES):
     """The images, or other files, in a folder and in those below it."""
     return [
         Path(root, name)
-        for root, _, names in sorted(os.walk(folder, followlinks=True))
-        for name in sorted(names)
+        for root, names in walk(folder)
+        for name in names
         if name.lower().endswith(endings)
     ]
+
+
+def say_left_out(data):
+    """Say how many images have endings that are not read."""
+    known = *Image.registered_extensions(), '.heic', '.heif', '.dng'
+    others = tuple({*known}.difference(IMAGES))
+    files = find_images(data, others)
+    counts = Counter(file.suffix.lower() for file in files)
+    if counts:
+        found = ', '.join(f'{n} {ending}' for ending, n in counts.items())
+        print(f'left out: {found}; only {", ".join(IMAGES)} are read')
 
 
 def image_folders(data):
@@ -168,11 +186,15 @@ def read_coco(args):
     for split, [path] in files.items():
         raise_first(annotation_file(str(path)))
         contents = read_json(path)
-        annotations = contents.get('annotations')
+        annotations = [
+            annotation
+            for annotation in contents.get('annotations') or ()
+            if not annotation.get('iscrowd')  # of which nothing is learned
+        ]
         if not annotations:
             if split == 'test':  # as of COCO
                 continue
-            raise fault(path, 'has no annotations')
+            raise fault(path, 'has no annotations, but maybe of crowds')
         listed = [image['file_name'] for image in contents['images']]
         near = [
             f for f in folders if split_of(f.relative_to(args.data)) == split
@@ -640,6 +662,8 @@ KINDS = {
 def write(args):
     """Read the data; returns the text of the config."""
     read, finish, key, batch = KINDS[args.kind]
+    if args.kind != 'coco':  # which lists its images
+        say_left_out(args.data)
     data = read(args)
     args.head = args.head or next(iter(HEADS[args.kind]))
     base = HEADS[args.kind][args.head].format(args.arch)

@@ -55,6 +55,28 @@ class DataError(ValueError):
         return super().__str__().rpartition('DataError: ')[2].strip()
 
 
+def walk(
+    folder: str | os.PathLike, apart: Iterable[str | os.PathLike] = ()
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield a folder and those below it, each with the names of its files.
+
+    Links are followed, but not back to a folder that they are in.
+
+    Args:
+        folder (str | PathLike): Where to start.
+        apart (Iterable[str | PathLike]): Folders that are left out below it.
+    """
+    known = {os.path.realpath(path) for path in (folder, *apart)}
+    above = {os.fspath(folder): known}
+    for root, below, names in os.walk(folder, followlinks=True):
+        known = above.pop(root)
+        paths = {name: os.path.join(root, name) for name in sorted(below)}
+        reals = {name: os.path.realpath(path) for name, path in paths.items()}
+        below[:] = [name for name in paths if reals[name] not in known]
+        above |= {paths[name]: known | {reals[name]} for name in below}
+        yield root, sorted(names)
+
+
 def raise_first(findings: Iterable[Finding]) -> None:
     """Raise `DataError` at the first fault."""
     for finding in findings:
