@@ -429,6 +429,13 @@ def explain_failures(cfg: Config, options: dict) -> Iterator[None]:
                 raise UserError(f'--cfg-options {key}: {error}') from error
         raise
     except ValueError as error:
+        if 'parameter group' in str(error):  # PyTorch's words
+            raise UserError(
+                'not resumed: the optimizer of the checkpoint has other '
+                'groups of parameters than that of the config. Resume with '
+                'the frozen_stages, paramwise_cfg and layers of before, or '
+                'start anew from its weights: load_from=FILE, without --resume'
+            ) from error
         built = OverLoCK.__init__.__code__
         frames = traceback.walk_tb(error.__traceback__)
         if all(frame.f_code is not built for frame, _ in frames):

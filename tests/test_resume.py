@@ -123,6 +123,17 @@ def test_resumed_by_iterations(tmp_path):
     assert_equal_states(tmp_path / 'b/iter_2.pth', tmp_path / 'a/iter_2.pth')
 
 
+def test_other_groups_of_parameters(trained, tmp_path):
+    """As those of other frozen stages; what to do is said in a line."""
+    config, work_dir, _ = trained('segmentor')
+    argv = 'train', config, '--work-dir', tmp_path / 'work'
+    argv += '--resume', work_dir / 'iter_2.pth', '--cfg-options'
+    argv += 'train_cfg.max_iters=4', 'model.backbone.frozen_stages=1'
+    *_, last = tiny.run_tool(*argv, status=2).splitlines()
+    assert last.startswith('train.py: not resumed: ')
+    assert 'with the frozen_stages,' in last
+
+
 # ------------------------------------------------------------------- parts
 
 
