@@ -115,6 +115,7 @@ MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
         (f'{OPTION} auto_scale_lr=None --auto-scale-lr', '.base_batch_size'),
         (f'{TEST} --out out.json', 'out.json does not end in .pkl'),
         (f'{TEST} --tta', 'there is no tta_model'),
+        ('test FILES/cls.py FILES/cls.pth --tta --show-dir x', 'one view of'),
         ('test FILES/cifar.py FILES/empty.pth --show-dir x', 'mmdet, mmseg'),
         # Checkpoints that are written
         ('publish none.pth out.pth', 'none.pth: '),
@@ -127,6 +128,10 @@ MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
         # Trained models
         (f'{PREDICT} --cfg-options {tiny.TEST_SET}.type=Own', 'names the'),
         (f'{PREDICT} --cfg-options default_scope=mmpose', 'scope mmpose'),
+        (
+            f'{PREDICT} --cfg-options {tiny.TEST_SET}.classes=[a,b]',
+            'dataset_meta ... fewer classes than a head (2, and head.num_cl',
+        ),
         (f'{PREDICT} --device abacus', '--device abacus: Expected one of'),
         (f'{KERNELS} --device cuda:99', '--device cuda:99: '),
         (f'{KERNELS} --at 64,0', '64,0 is outside of a, which'),

@@ -21,6 +21,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -29,8 +30,11 @@ from PIL import Image
 from pycocotools import mask as coco_masks
 from rich.console import Console
 from rich.progress import Progress
+from torch import nn
 
 from mmoverlock import cli
+from mmoverlock.data.checks import Split, head_classes
+from mmoverlock.data.files import raise_first
 from mmoverlock.inference import (
     VIDEOS,
     VISUALIZERS_OF,
@@ -171,6 +175,12 @@ def run(args, cfg):
             'test_dataloader = dict(dataset=dict(metainfo=dict(classes=[...])'
             ')) into the config'
         )
+    named = SimpleNamespace(metainfo=model.dataset_meta)
+    where = 'dataset_meta, of the checkpoint or else of the config,'
+    parts = dict(model.named_children())
+    parts.pop('data_preprocessor', None)  # whose classes only training needs
+    split = Split({where: named}, model=nn.ModuleDict(parts))
+    raise_first(head_classes(split))
     visualizer = build_visualizer(cfg.default_scope, model.dataset_meta)
     results = {'images': []}
     if cfg.default_scope == 'mmdet':

@@ -123,6 +123,12 @@ def main(argv=None):
                 f'{args.config} has no test set: set test_dataloader, '
                 'test_evaluator and test_cfg = dict()'
             )
+        scope = cfg.get('default_scope')
+        if args.tta and args.show_dir and scope == 'mmpretrain':
+            raise cli.UserError(
+                "--show-dir does not go with a classifier's --tta: what draws "
+                'takes no more than one view of an image'
+            )
         data.check_data(cfg, 'test')
         if args.out and not args.out.endswith(('.pkl', '.pickle')):
             raise cli.UserError(f'--out {args.out} does not end in .pkl')
