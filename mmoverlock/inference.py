@@ -2,7 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from glob import glob
 from pathlib import Path
 
@@ -20,11 +21,12 @@ from mmengine.registry import (
 )
 from mmengine.structures import BaseDataElement
 from mmengine.visualization import Visualizer
+from PIL import Image
 from torch import Tensor, nn
 
 from .checkpoint import read
 from .data import unwrap
-from .data.files import walk
+from .data.files import find
 from .models.weights import fit
 
 IMAGES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
@@ -238,12 +240,7 @@ def find_files(
         path = Path(item)
         files = []
         if path.is_dir():
-            files = [
-                Path(root, name)
-                for root, names in walk(path, [out] if out else ())
-                for name in names
-                if name.lower().endswith(IMAGES + VIDEOS)
-            ]
+            files = find(path, IMAGES + VIDEOS, [out] if out else ())
         elif not path.exists():  # a file may be named like a pattern
             files = [Path(name) for name in glob(item, recursive=True)]
         for file in sorted(files) or [path]:
@@ -257,6 +254,22 @@ def find_files(
             name = f'{stem}_{number}'
         found[name] = file
     return [(file, name) for name, file in found.items()]
+
+
+def left_out(
+    folder: Path, endings: tuple[str, ...], apart: Iterable[Path] = ()
+) -> str | None:
+    """Say how many images in a folder have other endings; None if none has.
+
+    Arguments are those of :func:`mmoverlock.data.files.find`.
+    """
+    known = *Image.registered_extensions(), '.dng', '.heic', '.heif'
+    files = find(folder, {*known}.difference(endings), apart)
+    counts = Counter(file.suffix.lower() for file in files)
+    if not counts:
+        return None
+    found = ', '.join(f'{n} {ending}' for ending, n in sorted(counts.items()))
+    return f'{folder}: left out are {found}; read are {" ".join(endings)}'
 
 
 def load(pipeline: Compose, path: str) -> tuple[dict, np.ndarray]:

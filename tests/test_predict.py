@@ -32,6 +32,7 @@ def photos(tmp_path_factory):
     (folder / 'sub').symlink_to(tmp_path_factory.mktemp('elsewhere'))
     for seed, name in enumerate(('a.png', 'a.bmp', 'sub/b.png')):
         tiny.photo(folder / name, (80, 60), seed)
+    (folder / 'c.GIF').touch()  # it is not read
     return folder
 
 
@@ -106,6 +107,7 @@ def test_segmentor_and_inputs(models, photos, predict, tmp_path):
     inputs += '--cfg-options', unchanged
     found, message = predict('seg', *inputs, status=1)
     assert '6 inputs could not be read' in message
+    assert f'{photos}: left out are 1 .gif; read are .bmp .jpeg' in message
     for name, words in bad.items():
         assert f'{tmp_path / name}: {words}' in message
     assert len(found['classes']) == 150 and found['classes'][2] == 'sky'

@@ -19,7 +19,6 @@ import math
 import os
 import re
 import sys
-from collections import Counter
 from contextlib import redirect_stdout, suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -30,7 +29,6 @@ import mmcv
 import numpy as np
 from mmengine.fileio import load
 from mmengine.registry import DATASETS, init_default_scope
-from PIL import Image
 from rich.progress import track
 from yapf.yapflib import yapf_api
 
@@ -39,11 +37,11 @@ from mmoverlock.data import DataError, Finding
 from mmoverlock.data.checks import annotation_file, repeated_names
 from mmoverlock.data.files import (
     CheckedPipeline,
+    find,
     raise_first,
     read_json,
-    walk,
 )
-from mmoverlock.inference import IMAGES
+from mmoverlock.inference import IMAGES, left_out
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ('train', 'val', 'test')
@@ -140,23 +138,7 @@ def sort_by_split(args, paths, what, most=1):
 
 def find_images(folder, endings=IMAGES):
     """The images, or other files, in a folder and in those below it."""
-    return [
-        Path(root, name)
-        for root, names in walk(folder)
-        for name in names
-        if name.lower().endswith(endings)
-    ]
-
-
-def say_left_out(data):
-    """Say how many images have endings that are not read."""
-    known = *Image.registered_extensions(), '.heic', '.heif', '.dng'
-    others = tuple({*known}.difference(IMAGES))
-    files = find_images(data, others)
-    counts = Counter(file.suffix.lower() for file in files)
-    if counts:
-        found = ', '.join(f'{n} {ending}' for ending, n in counts.items())
-        print(f'left out: {found}; only {", ".join(IMAGES)} are read')
+    return find(folder, endings)
 
 
 def image_folders(data):
@@ -663,7 +645,9 @@ def write(args):
     """Read the data; returns the text of the config."""
     read, finish, key, batch = KINDS[args.kind]
     if args.kind != 'coco':  # which lists its images
-        say_left_out(args.data)
+        line = left_out(args.data, IMAGES)
+        if line:
+            print(line)
     data = read(args)
     args.head = args.head or next(iter(HEADS[args.kind]))
     base = HEADS[args.kind][args.head].format(args.arch)

@@ -18,6 +18,7 @@ status is 1.
 import argparse
 import itertools
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -36,6 +37,7 @@ from mmoverlock import cli
 from mmoverlock.data.checks import Split, head_classes
 from mmoverlock.data.files import raise_first
 from mmoverlock.inference import (
+    IMAGES,
     VIDEOS,
     VISUALIZERS_OF,
     UnreadableImage,
@@ -45,6 +47,7 @@ from mmoverlock.inference import (
     find_files,
     init_model,
     input_channels,
+    left_out,
     load,
     predict,
 )
@@ -164,6 +167,10 @@ def run(args, cfg):
         dict[str, list[str]]: What failed, by what is to be said of it.
     """
     files = find_files(args.inputs, args.out)
+    for folder in filter(os.path.isdir, args.inputs):
+        line = left_out(Path(folder), IMAGES + VIDEOS, [args.out])
+        if line:
+            print(line, file=sys.stderr)
     model = init_model(cfg, args.checkpoint, args.device or get_device())
     if args.fuse:
         fuse(model)

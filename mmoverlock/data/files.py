@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
@@ -55,26 +56,32 @@ class DataError(ValueError):
         return super().__str__().rpartition('DataError: ')[2].strip()
 
 
-def walk(
-    folder: str | os.PathLike, apart: Iterable[str | os.PathLike] = ()
-) -> Iterator[tuple[str, list[str]]]:
-    """Yield a folder and those below it, each with the names of its files.
+def find(
+    folder: Path, endings: Sequence[str], apart: Iterable[Path] = ()
+) -> list[Path]:
+    """Find the files of some endings in a folder and in those below it.
 
     Links are followed, but not back to a folder that they are in.
 
     Args:
-        folder (str | PathLike): Where to start.
-        apart (Iterable[str | PathLike]): Folders that are left out below it.
+        folder (Path): Where to start.
+        endings (Sequence[str]): In lower case; those of files may be in upper.
+        apart (Iterable[Path]): Folders that are left out below it.
     """
-    known = {os.path.realpath(path) for path in (folder, *apart)}
-    above = {os.fspath(folder): known}
+    found, endings = [], tuple(endings)
+    above = {str(folder): {os.path.realpath(p) for p in (folder, *apart)}}
     for root, below, names in os.walk(folder, followlinks=True):
         known = above.pop(root)
         paths = {name: os.path.join(root, name) for name in sorted(below)}
         reals = {name: os.path.realpath(path) for name, path in paths.items()}
         below[:] = [name for name in paths if reals[name] not in known]
         above |= {paths[name]: known | {reals[name]} for name in below}
-        yield root, sorted(names)
+        found += [
+            Path(root, name)
+            for name in sorted(names)
+            if name.lower().endswith(endings)
+        ]
+    return found
 
 
 def raise_first(findings: Iterable[Finding]) -> None:
