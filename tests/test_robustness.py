@@ -60,6 +60,26 @@ def test_training(shape, kwargs):
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
 
+def test_weights_from_outside():
+    """As functional_call gives them: outputs, gradients and statistics."""
+    model, x = backbone().train(), noise(2, 3, 40, 52)
+    state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    parameters = [name for name, _ in model.named_parameters()]
+    given = [state[name].requires_grad_() for name in parameters]
+    loss = loss_of(model(x))
+    expected = torch.autograd.grad(loss, [*model.parameters()])
+    statistics = dict(model.named_buffers())
+    other = backbone().requires_grad_(False).train()
+    for weight in (*other.parameters(), *other.buffers()):
+        weight.zero_()
+    actual = loss_of(torch.func.functional_call(other, state, (x,)))
+    assert torch.equal(actual, loss)
+    for pair in zip(torch.autograd.grad(actual, given), expected, strict=True):
+        assert torch.equal(*pair)
+    for name, buffer in statistics.items():
+        assert torch.equal(state[name], buffer), name
+
+
 @repeatable
 @given(images, options, st.sampled_from(['columns', 'part', 'last']))
 def test_inference(shape, kwargs, layout):
