@@ -31,8 +31,8 @@ def build_parser():
         '--tta',
         action='store_true',
         help='average over scales and flips, as tta_model and tta_pipeline of '
-        'the config say; the time grows with the pixels of all views: 17 '
-        'times for the 12 of UperNet',
+        'the config say (MMDetection has none for masks); the time grows '
+        'with the pixels of all views: 17 times for the 12 of UperNet',
     )
     parser.add_argument(
         '--fuse',
