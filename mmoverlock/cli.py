@@ -86,6 +86,13 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DENIED = (errno.EACCES, errno.EROFS)
 NO_FOLDER = (errno.EEXIST, errno.ENOTDIR)  # but a file of that name
 
+OTHER_OPTIMIZER = (
+    'not resumed: the optimizer of the checkpoint is another one than that of '
+    'the config, or has other groups of parameters. Resume with the '
+    'optimizer, frozen_stages, paramwise_cfg and layers of before, or start '
+    'anew from its weights: load_from=FILE, without --resume'
+)
+
 # What starts the processes, and a variable that it sets.
 LAUNCHERS = {
     'pytorch': ('torchrun', 'RANK'),
@@ -418,6 +425,9 @@ def explain_failures(cfg: Config, options: dict) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get('__name__', '').startswith('torch.optim.'):
+            raise UserError(OTHER_OPTIMIZER) from error
         unknown = re.search(r'[\w.]+ is not in the .* registry', str(error))
         if not unknown:
             raise
@@ -430,12 +440,7 @@ def explain_failures(cfg: Config, options: dict) -> Iterator[None]:
         raise
     except ValueError as error:
         if 'parameter group' in str(error):  # PyTorch's words
-            raise UserError(
-                'not resumed: the optimizer of the checkpoint has other '
-                'groups of parameters than that of the config. Resume with '
-                'the frozen_stages, paramwise_cfg and layers of before, or '
-                'start anew from its weights: load_from=FILE, without --resume'
-            ) from error
+            raise UserError(OTHER_OPTIMIZER) from error
         built = OverLoCK.__init__.__code__
         frames = traceback.walk_tb(error.__traceback__)
         if all(frame.f_code is not built for frame, _ in frames):

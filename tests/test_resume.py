@@ -123,15 +123,29 @@ def test_resumed_by_iterations(tmp_path):
     assert_equal_states(tmp_path / 'b/iter_2.pth', tmp_path / 'a/iter_2.pth')
 
 
-def test_other_groups_of_parameters(trained, tmp_path):
-    """As those of other frozen stages; what to do is said in a line."""
-    config, work_dir, _ = trained('segmentor')
-    argv = 'train', config, '--work-dir', tmp_path / 'work'
-    argv += '--resume', work_dir / 'iter_2.pth', '--cfg-options'
-    argv += 'train_cfg.max_iters=4', 'model.backbone.frozen_stages=1'
+@pytest.mark.parametrize(
+    ('kind', 'name', 'options'),
+    [
+        (
+            'segmentor',
+            'iter_2.pth',
+            'train_cfg.max_iters=4 model.backbone.frozen_stages=1',
+        ),
+        (
+            'classifier',
+            'epoch_2.pth',
+            'train_cfg.max_epochs=3 optim_wrapper.optimizer.type=SGD',
+        ),
+    ],
+)
+def test_other_optimizer(trained, tmp_path, kind, name, options):
+    """Or other frozen stages: one line has the cause and the remedy."""
+    config, work_dir, _ = trained(kind)
+    argv = 'train', config, '--work-dir', tmp_path, '--resume', work_dir / name
+    argv += '--cfg-options', *options.split()
     *_, last = tiny.run_tool(*argv, status=2).splitlines()
     assert last.startswith('train.py: not resumed: ')
-    assert 'with the frozen_stages,' in last
+    assert 'frozen_stages,' in last and 'without --resume' in last
 
 
 # ------------------------------------------------------------------- parts
