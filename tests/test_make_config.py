@@ -226,6 +226,7 @@ def number(labels, names=(), ignored=0, zero=False):
 
 
 THREE = 'class 0 class 1 class 2'
+FROM_1 = 'class 1 class 2 class 3'  # as they are in the maps
 
 
 @pytest.mark.parametrize(
@@ -233,8 +234,8 @@ THREE = 'class 0 class 1 class 2'
     [
         (dict(labels=[0, 1, 2], ignored=5), (THREE, False)),
         (dict(labels=[0, 2]), (THREE, False)),
-        (dict(labels=[1, 2, 3]), (THREE, True)),  # nothing is 0
-        (dict(labels=[0, 1, 2, 3], zero=True), (THREE, True)),
+        (dict(labels=[1, 2, 3]), (FROM_1, True)),  # nothing is 0
+        (dict(labels=[0, 1, 2, 3], zero=True), (FROM_1, True)),
         # A name less than numbers, as in ADE20K
         (dict(labels=[0, 1, 2], names='ab'), ('a b', True)),
         (dict(labels=[0, 1], names='abc'), ('a b c', False)),

@@ -342,7 +342,8 @@ def number_classes(pixels, names, args):
             'save maps with 0, 1, 2 and so on, and 255 where a pixel is to be '
             'ignored, or name all classes'
         )
-    return names or [f'class {i}' for i in range(count)], zero
+    # Without names, they have the numbers that are in the maps.
+    return names or [f'class {i + zero}' for i in range(count)], zero
 
 
 def read_names(args):
