@@ -138,12 +138,29 @@ def _banded(a):
     return [(cdiv(columns + size // 2 * 2, 16), loops)]
 
 
-def _chunks(unit, a):
-    """Products that a unit of a weight gradient sums over, of all programs."""
-    _, _, dilation, _, _, _, columns, *_, windows = unit
-    tiles = dilation * cdiv(cdiv(a['height'], dilation), a['T'])
-    tiles *= a['images'] * cdiv(a['width'], columns)
-    return cdiv(tiles, 16) * windows / a['PARTS']
+def _weight_grads(grid, a):
+    """The same of a gradient of weights: over rows of a map, and columns.
+
+    Programs of other kernels than a loop's own run it never.
+    """
+    loops = []
+    height, width = a['height'], a['width']
+    for (size, dilation, _), (_, rows, steps) in zip(
+        a['BRANCHES'], a['FORMS'], strict=True
+    ):
+        # Of every program, the gradient's rows that see something
+        seen = [
+            min(height + (size // 2 - first) * dilation, height)
+            - max((size // 2 - min(first + rows, size) + 1) * dilation, 0)
+            for first in range(0, size, rows)
+        ]
+        items = sum(max(n, 0) for n in seen) * a['images'] * dilation
+        inner = [] if a['WIDTH'] else [(cdiv(width, steps * dilation), [])]
+        loops.append((items / a['N'] / grid[0] / grid[2], inner))
+    if a['SUM']:
+        positions = a['images'] * height * width
+        loops.append((positions / 8 / a['N'] / grid[0] / grid[2], []))
+    return loops
 
 
 def _trips(name, grid, a):
@@ -170,17 +187,8 @@ def _trips(name, grid, a):
         tiles = a['items'] / grid[0]
         branches = a['BRANCHES'][a['FIRST'] :]
         return [(tiles, [(size, [])]) for size, *_ in branches]
-    if name == '_columns_kernel':  # a program is of one branch
-        tiles = a['items'] / grid[0] / grid[2]
-        return [(tiles * size, []) for size, *_ in a['BRANCHES']]
-    if name == '_units_kernel':  # over tiles, and 16 columns of a kernel
-        chunks = sum(_chunks(unit, a) for unit in a['UNITS'])
-        trips = [(chunks / grid[0] / grid[2], [])]
-        sizes = [size for _, size, *_ in a['UNITS']]
-        if max(sizes) > 16:
-            blocks = sum(cdiv(size, 16) for size in sizes) / len(sizes)
-            trips.append((blocks, []))
-        return trips
+    if name == '_weight_grads_kernel':
+        return _weight_grads(grid, a)
     raise KeyError(name)
 
 

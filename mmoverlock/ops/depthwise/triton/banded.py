@@ -32,16 +32,10 @@ from triton import constexpr_function
 from ...batch_norm.triton import store_statistics
 from ...common import cdiv
 from ...launching import jit
-from .common import SIZES
-from .weight_grads import (
-    WINDOW,
-    by_channel,
-    dot,
-    matrices,
-    num_splits,
-    own_channels,
-)
+from .common import INTERPRETED, SIZES
+from .weight_grads import num_splits
 
+WINDOW = tl.constexpr(16)  # columns, and tiles of a product
 SIZE = 13  # of the smallest kernel, without dilation
 # Rows of a tile, and of a kernel at a time. CHANNELS of a program are the
 # first that divide those of the map, or the last; a warp takes PAIR of them
@@ -82,6 +76,43 @@ def _place(chunk, images, height, width, across, T: tl.constexpr):
 
 
 @triton.jit
+def _by_channel(b_rows, CHANNELS: tl.constexpr, PAIR: tl.constexpr):
+    """Matrices (C, tiles, columns) of rows (tiles, columns, C).
+
+    Channels next to each other belong to one warp, which moves them as one
+    word.
+    """
+    b_rows = tl.reshape(b_rows, (WINDOW, WINDOW, CHANNELS // PAIR, PAIR))
+    b_rows = tl.permute(b_rows, 3, 2, 0, 1)
+    return tl.reshape(b_rows, (CHANNELS, WINDOW, WINDOW))
+
+
+@triton.jit
+def _own_channels(block, CHANNELS: tl.constexpr, PAIR: tl.constexpr):
+    """Channels (C, ) of a block in the order that _by_channel leaves."""
+    order = tl.arange(0, CHANNELS)
+    own = order % (CHANNELS // PAIR) * PAIR + order // (CHANNELS // PAIR)
+    return block * CHANNELS + own
+
+
+@triton.jit
+def _matrices(LENGTH: tl.constexpr, CHANNELS: tl.constexpr):
+    """Zeros, a tuple of matrices (C, 16, 16)."""
+    rows = ()
+    for _ in tl.static_range(LENGTH):
+        rows = rows + (tl.zeros((CHANNELS, WINDOW, WINDOW), tl.float32),)
+    return rows
+
+
+@triton.jit
+def _dot(a, b, acc):
+    if INTERPRETED:  # which computes nonsense from products of bf16
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc=acc)
+
+
+@triton.jit
 def _by_column(b_rows, CHANNELS: tl.constexpr, PAIR: tl.constexpr):
     """Rows (tiles, columns, C) of matrices (C, tiles, columns)."""
     b_rows = tl.reshape(b_rows, (PAIR, CHANNELS // PAIR, WINDOW, WINDOW))
@@ -119,7 +150,7 @@ def _convolve(
         ROWS: Rows of the kernel at a time, at most.
     """
     row, col, o_row, m_tile, columns = place
-    acc = matrices(T, CHANNELS)
+    acc = _matrices(T, CHANNELS)
     REACH: tl.constexpr = K // 2
     LAST: tl.constexpr = K * K - 1 if FLIP else 0
     SIGN: tl.constexpr = -1 if FLIP else 1
@@ -148,18 +179,18 @@ def _convolve(
                     mask=m_tap & (r_0 + r < K),
                     other=0,
                 )
-                bands = bands + (by_channel(b_tap, CHANNELS, PAIR),)
+                bands = bands + (_by_channel(b_tap, CHANNELS, PAIR),)
             y = row + r_0 - REACH
             p_row = p_col + (r_0 - REACH) * step
             b_next = _row(p_row, y, height, m_x)
             for i in tl.static_range(READ):
-                b_x = by_channel(b_next, CHANNELS, PAIR)
+                b_x = _by_channel(b_next, CHANNELS, PAIR)
                 if i + 1 < READ:  # while products are made
                     p_row += step
                     b_next = _row(p_row, y + i + 1, height, m_x)
                 for t in tl.static_range(T):
                     if 0 <= i - t and i - t < R:
-                        part = dot(b_x, bands[i - t], acc[t])
+                        part = _dot(b_x, bands[i - t], acc[t])
                         acc = acc[:t] + (part,) + acc[t + 1 :]
     return acc
 
@@ -225,7 +256,7 @@ def _banded_conv2d_kernel(
     )
     b_bias = 0.0
     if p_bias is not None:
-        own = own_channels(tl.program_id(1), CHANNELS, PAIR)
+        own = _own_channels(tl.program_id(1), CHANNELS, PAIR)
         own = own[:, None, None]
         b_bias = tl.load(p_bias + own, mask=own < channels, other=0)
         b_bias = b_bias.to(tl.float32)
@@ -235,7 +266,7 @@ def _banded_conv2d_kernel(
         b_out = acc[t] + b_bias
         if p_other is not None:
             b_other = tl.load(p_other + o_out, mask=m_row, other=0)
-            b_out += by_channel(b_other, CHANNELS, PAIR).to(tl.float32)
+            b_out += _by_channel(b_other, CHANNELS, PAIR).to(tl.float32)
         b_out = b_out.to(p_out.dtype.element_ty)
         b_out = _by_column(b_out, CHANNELS, PAIR)
         tl.store(p_out + o_out, b_out, mask=m_row)
@@ -281,7 +312,7 @@ def _banded_statistics_kernel(
     split = tl.program_id(0)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     channel = channel[None, None]
-    own = own_channels(tl.program_id(1), CHANNELS, PAIR)
+    own = _own_channels(tl.program_id(1), CHANNELS, PAIR)
     chunks = tl.cdiv(images * tl.cdiv(height, T) * across, WINDOW)
     n = tl.arange(0, WINDOW)[None]
     count = 0.0

@@ -166,45 +166,6 @@ def convolve(
     return acc
 
 
-@triton.jit
-def tap_sums(
-    acc,
-    p_row,
-    b_grad,
-    height,
-    width,
-    channel,
-    m_channel,
-    row,
-    col,
-    s,
-    channels: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    T: tl.constexpr,
-):
-    """Add ``grad[n] * x[n + tap]`` for column ``s`` of a kernel.
-
-    Args:
-        acc: K rows (X, C), one for each tap of the column.
-        p_row: Pointer () to where the first row of x begins.
-        b_grad: T rows (X, C) of the gradient, zero outside of the map.
-    """
-    REACH: tl.constexpr = K // 2 * D
-    step = width * channels
-    x = col + s * D - REACH
-    o_x = x * channels + channel
-    m_x = m_channel & (x >= 0) & (x < width)
-    for i in tl.static_range(T + (K - 1) * D):
-        if is_read(i, K, D, T):
-            b_x = load_row(p_row, o_x, row, i - REACH, step, height, m_x)
-            for r in tl.static_range(K):
-                if 0 <= i - r * D and i - r * D < T:
-                    part = tl.fma(b_x, b_grad[i - r * D], acc[r])
-                    acc = acc[:r] + (part,) + acc[r + 1 :]
-    return acc
-
-
 @constexpr_function
 def meets(distance: int, size: int, dilation: int) -> bool:
     """Whether a kernel has a tap so many rows behind its first one."""
@@ -250,11 +211,17 @@ class Layout(NamedTuple):
     blocks: int  # of channels
 
 
+def channel_block(channels: int) -> tuple[int, int]:
+    """Channels of a program, and how many such blocks there are."""
+    block = min(KNOBS['CHANNELS'], key=lambda n: cdiv(channels, n) * n)
+    return block, cdiv(channels, block)
+
+
 @lru_cache
 def layout_of(shape: torch.Size) -> Layout:
     """The layout of maps of a shape, (B, C, H, W)."""
     batch, channels, height, width = shape
-    block = min(KNOBS['CHANNELS'], key=lambda n: cdiv(channels, n) * n)
+    block, blocks = channel_block(channels)
     columns, rows = KNOBS['LANES'] // block, KNOBS['T']
     constants = dict(
         T=rows,
@@ -264,7 +231,7 @@ def layout_of(shape: torch.Size) -> Layout:
         maxnreg=KNOBS['registers'],
     )
     tiles = batch * cdiv(height, rows) * cdiv(width, columns)
-    return Layout(constants, tiles, cdiv(channels, block))
+    return Layout(constants, tiles, blocks)
 
 
 def autocast(x: Tensor) -> Tensor:

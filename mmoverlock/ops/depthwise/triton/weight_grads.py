@@ -1,23 +1,11 @@
 """Gradients of weights of depthwise convolutions that read one map.
 
-In single precision, a program adds up one column of a kernel in registers.
-
-In 16 bits, tensor cores do it. Take a channel, a row r of a kernel of
-dilation d, a window of 16 columns x of the gradient and one of 16 columns x'
-of the input. The product
-
-    P[x', x] = sum over n of input[n, r, x'] gradient[n, x]
-
-has a long sum, over images, rows and tiles n, and its diagonals hold
-gradients of weights: that of tap (r, s) is the sum of P[x', x] where x' is
-``s d - reach`` columns behind x. So a *unit* of work is a few rows of a kernel
-and where x' begins. It takes 16 *tiles* at a time, which are the dimension
-that is summed over: a tile is T rows, d apart, by at most 16 columns.
-The rows of x and of the gradient are loaded once for all pairs of them.
-
-There are as many windows x' as a kernel needs (a power of 2). The parts of a
-sum, a *lane* each, are as many as the largest number of windows: where a
-kernel has fewer of them, lanes share its tiles.
+The gradient of a tap is the sum of products of the gradient and of the map, as
+far apart as the tap is from the center. A program has some rows of a kernel.
+Every thread goes along a row of the gradient, ``D`` columns at a time, and
+keeps what the taps of these rows see of the map in registers: a step loads one
+value of the gradient and one of each row of the map, for as many multiply-adds
+as there are taps.
 
 Where only the sum of the gradient times what a convolution made is asked for,
 which is its taps times the gradients of these, programs multiply the two.
@@ -29,52 +17,42 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import constexpr_function
 
 from ...common import cdiv
 from ...launching import jit
-from .common import (
-    INTERPRETED,
-    SIZES,
-    channels_of,
-    layout_of,
-    load_rows,
-    tap_at,
-    tap_sums,
-    tile_of,
-    zeros,
-)
+from .common import SIZES, channel_block, channels_of, tap_at, widen, zeros
 
-WINDOW = tl.constexpr(16)  # columns, and tiles that a product sums over
-# Programs are those where there is enough to do: of columns in single
-# precision; of units in 16 bits, eight for each multiprocessor of an H100. The
-# others are of units; PAIR is how many channels a warp takes from one load.
-# With 128 registers, two programs fit a multiprocessor: on an H200, 0.31 ms in
-# place of 0.52 with 168 (256 channels, 14 x 14, 13 x 13), in spite of 8 to 24
-# bytes that are spilled.
+LOADS = tl.constexpr(8)  # at a time, of a thread that adds up a gradient
+# A thread has TAPS of a kernel at most, or else a row, and of values as many
+# channels as there are BYTES for all. Rows of a map are unrolled by the first
+# of STEPS which a kernel is not larger than, but as a whole where maps have up
+# to NARROW columns, which kernels are compiled for. The second number of
+# registers is for other maps in single precision: there the compiler takes
+# 167, but spills 192 bytes if 168 are all. Programs are so many where there is
+# enough to do.
 KNOBS = dict(
-    column_programs=1024,
-    unit_programs=1056,
-    T=3,
-    ROWS=3,
-    CHANNELS=16,
-    PAIR=2,
-    WARPS=8,
-    registers=128,
+    TAPS=17,
+    BYTES=1024,
+    STEPS=(4, 7, 14, 28),
+    NARROW=16,
+    warps=4,
+    registers=(168, 255),
+    programs=792,
 )
 CANDIDATES = dict(  # for benchmarks/gpu_tune.py
-    column_programs=(512, 1024, 2048),
-    unit_programs=(528, 1056, 2112),
-    T=(2, 3, 4),
-    ROWS=(3, 5, 7),
-    CHANNELS=(8, 16, 32),
-    PAIR=(1, 2, 4),
-    WARPS=(4, 8),
-    registers=(255, 168, 128),
+    TAPS=(9, 17, 26, 34),
+    BYTES=(512, 1024),
+    STEPS=((4, 7, 14, 28), (4, 7, 14, 21), (7, 14, 28)),
+    NARROW=(0, 7, 16),
+    warps=(2, 4),
+    registers=((168, 255), (255, 255), (128, 128)),
+    programs=(396, 792, 1584),
 )
 
 
 @jit(do_not_specialize=SIZES)
-def _columns_kernel(
+def _weight_grads_kernel(
     p_x,
     p_grads,
     p_taps,
@@ -82,409 +60,309 @@ def _columns_kernel(
     channels: tl.constexpr,
     height,
     width,
-    items,
     images,
     BRANCHES: tl.constexpr,
     INNER: tl.constexpr,
-    STARTS: tl.constexpr,
+    FORMS: tl.constexpr,
     SUMS: tl.constexpr,
     SUM: tl.constexpr,
-    T: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    N: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Parts of the gradients of the taps of all branches, by multiply-adds.
+    """Parts of the gradients of the taps of all branches.
 
     ``parts[b, tap] = sum over n of grads[b, n] x[n + tap]``
 
-    x (B, H, W, C), grads (branches, B, H, W, C), parts (splits, SUMS, C), with
-    SUM the last of them the sum of the first gradient; grid (splits, blocks of
-    channels, columns of all kernels), COLUMNS the first of each branch.
+    x (B, H, W, C), grads (branches, B, H, W, C), parts (splits, SUMS, C); grid
+    (programs of all kernels, blocks of channels, splits). FORMS has, for each
+    branch, its first program, the rows of a program and the steps of the loop
+    over columns. WIDTH is that of the map or, if it may be any, 0. If there is
+    a SUM, the last program adds up the first gradient, the last of SUMS.
 
-    With taps (all taps, C) of INNER branches, parts (splits columns, SUMS, C)
-    are what a column adds to the sums of theirs times ``parts[0]``, and SUM.
+    With taps (all taps, C) of INNER branches, parts (splits programs, SUMS, C)
+    are what a program adds to the sums of theirs times ``parts[0]``, and SUM.
     """
-    split = tl.program_id(0)
-    column = tl.program_id(2)
+    program = tl.program_id(0)
+    split = tl.program_id(2)
     channel, m_channel = channels_of(tl.program_id(1), channels, CHANNELS)
     o_branch = tl.cast(images, tl.int64) * height * width * channels
     part = tl.cast(split, tl.int64)
     if len(INNER):
-        part = part * tl.num_programs(2) + column
+        part = part * tl.num_programs(0) + program
     p_part = p_parts + part * SUMS * channels + channel
     for b in tl.static_range(len(BRANCHES)):
-        s = column - STARTS[b]
-        if (s >= 0) & (s < BRANCHES[b][0]):
-            _column(
+        first = (program - FORMS[b][0]) * FORMS[b][1]
+        if (first >= 0) & (first < BRANCHES[b][0]):
+            _rows(
                 p_x,
                 p_grads + b * o_branch,
                 p_taps,
-                p_part + BRANCHES[b][2] * channels,
-                p_part + (SUMS - 1) * channels,
+                p_part,
                 split,
                 channel,
                 m_channel,
-                s,
+                first,
                 height,
                 width,
-                items,
+                images,
                 channels,
                 BRANCHES[b][0],
                 BRANCHES[b][1],
+                BRANCHES[b][2],
+                FORMS[b][1],
+                FORMS[b][2],
                 INNER,
-                SUM and b == 0,
-                T,
-                COLUMNS,
+                WIDTH,
+                N,
+            )
+    if SUM:
+        if program == tl.num_programs(0) - 1:
+            _total(
+                p_grads,
+                p_part,
+                split,
+                channel,
+                m_channel,
+                images * height * width,
+                channels,
+                len(INNER),
+                SUMS,
+                N,
             )
 
 
 @triton.jit
-def _column(
+def _rows(
     p_x,
     p_grad,
     p_taps,
     p_part,
-    p_total,
     split,
     channel,
     m_channel,
-    s,
-    height,
-    width,
-    items,
-    channels: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    INNER: tl.constexpr,
-    SUM: tl.constexpr,
-    T: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Column s of the kernel of a branch."""
-    lanes: tl.constexpr = (COLUMNS, channel.shape[1])
-    acc = zeros(K, lanes)
-    total = tl.zeros(lanes, tl.float32)
-    for item in range(split, items, tl.num_programs(0)):
-        row, col, o_row = tile_of(item, height, width, channels, T, COLUMNS)
-        b_grad = load_rows(
-            p_grad + o_row,
-            col * channels + channel,
-            row,
-            width * channels,
-            height,
-            m_channel & (col < width),
-            T,
-        )
-        if SUM:
-            for t in tl.static_range(T):
-                total += b_grad[t]
-        acc = tap_sums(
-            acc,
-            p_x + o_row,
-            b_grad,
-            height,
-            width,
-            channel,
-            m_channel,
-            row,
-            col,
-            s,
-            channels,
-            K,
-            D,
-            T,
-        )
-    sums = ()
-    for r in tl.static_range(K):
-        sums = sums + (tl.sum(acc[r], 0)[None],)
-    b_sum = tl.sum(total, 0)[None]
-    if len(INNER):
-        for b in tl.static_range(len(INNER)):
-            product = tl.zeros_like(b_sum)
-            for r in tl.static_range(K):
-                tap, met = tap_at(
-                    r, s, INNER[b][0], INNER[b][1], INNER[b][2], K
-                )
-                p_tap = p_taps + tap * channels + channel
-                b_tap = tl.load(p_tap, mask=m_channel & met, other=0)
-                product += b_tap * sums[r]
-            tl.store(p_part + b * channels, product, mask=m_channel)
-        b_sum = tl.where(s == 0, b_sum, 0.0)
-        tl.store(p_total, b_sum, mask=m_channel)
-    else:
-        for r in tl.static_range(K):
-            p_row = p_part + (r * K + s) * channels
-            tl.store(p_row, sums[r], mask=m_channel)
-        if SUM:
-            tl.store(p_total, b_sum, mask=m_channel & (s == 0))
-
-
-@jit(do_not_specialize=SIZES)
-def _units_kernel(
-    p_x,
-    p_grads,
-    p_taps,
-    p_parts,
-    channels: tl.constexpr,
+    first,
     height,
     width,
     images,
-    UNITS: tl.constexpr,
+    channels: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    TAP: tl.constexpr,
+    R: tl.constexpr,
+    STEPS: tl.constexpr,
     INNER: tl.constexpr,
-    SUMS: tl.constexpr,
-    PARTS: tl.constexpr,
-    T: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PAIR: tl.constexpr,
+    WIDTH: tl.constexpr,
+    N: tl.constexpr,
 ):
-    """The same by products of matrices; see the module.
-
-    x (B, H, W, C), grads (branches, B, H, W, C), parts (splits, PARTS, SUMS,
-    C), of INNER branches (splits, units, SUMS, C); grid (units, blocks of
-    channels, splits); UNITS from :func:`_units`.
-    """
-    unit = tl.program_id(0)
-    split = tl.program_id(2)
-    branch, size, dilation, tap, first, rows = 0, 0, 0, 0, 0, 0
-    columns, start, ones, windows = 0, 0, 0, 0
-    for u in tl.static_range(len(UNITS)):
-        own = unit == u
-        branch = tl.where(own, UNITS[u][0], branch)
-        size = tl.where(own, UNITS[u][1], size)
-        dilation = tl.where(own, UNITS[u][2], dilation)
-        tap = tl.where(own, UNITS[u][3], tap)
-        first = tl.where(own, UNITS[u][4], first)
-        rows = tl.where(own, UNITS[u][5], rows)
-        columns = tl.where(own, UNITS[u][6], columns)
-        start = tl.where(own, UNITS[u][7], start)
-        ones = tl.where(own, UNITS[u][8], ones)
-        windows = tl.where(own, UNITS[u][9], windows)
-    lane = unit % PARTS
-    shares = PARTS // windows
-    o_branch = tl.cast(images, tl.int64) * height * width * channels
-    p_grads += branch * o_branch
-    reach = size // 2 * dilation
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    channel = channel[None, None]
-    across = tl.cdiv(width, columns)
-    columns = tl.cdiv(width, across)
-    down = tl.cdiv(tl.cdiv(height, dilation), T)
-    items = images * dilation * down * across
-    step = width * channels * dilation
-    n = tl.arange(0, WINDOW)
-    acc = matrices(ROWS, CHANNELS)
-    # Tiles in registers: shared memory could not be read without conflicts.
-    for chunk in tl.range(
-        split * shares + lane // windows,
-        tl.cdiv(items, WINDOW),
-        tl.num_programs(2) * shares,
-        num_stages=1,
-    ):
-        item = chunk * WINDOW + tl.arange(0, WINDOW)
-        col = (item % across * columns)[:, None] + n[None]
-        rest = item // across
-        row = rest // dilation % down * T * dilation + rest % dilation
-        image = (rest // dilation // down).to(tl.int64)
-        o_row = ((image * height + row) * width)[:, None]
-        m_item = (item < items)[:, None]
-        m_grad = m_item & (n < columns)[None] & (col < width)
-        m_grad = m_grad[:, :, None] & (channel < channels)
-        p_grad = p_grads + (o_row + col)[:, :, None] * channels + channel
-        col += start
-        m_x = m_item & (col >= 0) & (col < width) & (ones == 0)
-        m_x = m_x[:, :, None] & (channel < channels)
-        p_row = p_x + (o_row + col)[:, :, None] * channels + channel
-        p_row += first * step - reach * width * channels
-        grads = ()
-        for t in tl.static_range(T):
-            m_row = (row + t * dilation < height)[:, None, None]
-            b_grad = tl.load(p_grad + t * step, mask=m_grad & m_row, other=0)
-            grads = grads + (b_grad,)
-        row += first * dilation - reach
-        b_next = _input_row(p_row, row, height, m_x, ones)
-        for i in tl.static_range(T + ROWS - 1):
-            b_x = tl.permute(by_channel(b_next, CHANNELS, PAIR), 0, 2, 1)
-            if i < T + ROWS - 2:  # on its way while the products are made
-                b_next = _input_row(
-                    p_row + (i + 1) * step,
-                    row + (i + 1) * dilation,
-                    height,
-                    m_x,
-                    ones,
+    """Rows ``first`` to ``first + R - 1`` of the kernel of a branch."""
+    HALF: tl.constexpr = K // 2
+    lanes: tl.constexpr = (N, channel.shape[1])
+    step = width * channels
+    # The gradient's rows which one of the kernel's sees something from
+    last = tl.minimum(first + R, K) - 1
+    top = tl.maximum((HALF - last) * D, 0)
+    rows = tl.minimum(height + (HALF - first) * D, height) - top
+    rows = tl.maximum(rows, 0)
+    items = images * rows * D
+    acc = zeros(R * K, lanes)
+    step_n = tl.num_programs(2) * N
+    for start in tl.range(split * N, items, step_n):
+        item = start + tl.arange(0, N)[:, None]
+        col = item % D
+        row = top + item // D % rows
+        image = (item // D // rows).to(tl.int64)
+        o_first = ((image * height + row) * width + col) * channels + channel
+        m_grad = m_channel & (item < items)
+        p_rows = ()
+        m_rows = ()
+        window = ()  # of each row, what all taps but the last see
+        for r in tl.static_range(R):
+            away = (first + r - HALF) * D
+            m_row = m_grad & (row + away >= 0) & (row + away < height)
+            m_rows = m_rows + (m_row,)
+            p_rows = p_rows + (p_x + o_first + away * step,)
+            window = window + zeros(HALF, lanes)
+            for k in tl.static_range(HALF):
+                b_x = _load(
+                    p_rows[r], k, width - col, m_row, channels, D, WIDTH
                 )
-            for t in tl.static_range(T):
-                if 0 <= i - t and i - t < ROWS:
-                    b_grad = by_channel(grads[t], CHANNELS, PAIR)
-                    part = dot(b_x, b_grad, acc[i - t])
-                    acc = acc[: i - t] + (part,) + acc[i - t + 1 :]
-    part = tl.cast(split, tl.int64)
-    if len(INNER):
-        part = part * tl.num_programs(0) + unit
-    else:
-        part = part * PARTS + lane
-    own = own_channels(tl.program_id(1), CHANNELS, PAIR)[:, None]
-    p_part = p_parts + part * SUMS * channels + own
-    products = ()  # of all branches, and the sum of the gradient
-    for _ in tl.static_range(len(INNER) + 1):
-        products = products + (tl.zeros((CHANNELS, WINDOW), tl.float32),)
-    for s_0 in range(0, size, WINDOW):
-        s = s_0 + tl.arange(0, WINDOW)
-        at = (s * dilation - reach - start)[:, None] + n[None]
-        inside = (at >= 0) & (at < WINDOW)
-        at = tl.broadcast_to(
-            tl.where(inside, at, 0)[None], (CHANNELS, WINDOW, WINDOW)
-        )
-        m_tap = (s < size)[None] & (own < channels)
-        for r in tl.static_range(ROWS):
-            b_diagonals = tl.where(inside[None], tl.gather(acc[r], at, 1), 0.0)
-            b_sum = tl.sum(b_diagonals, 2)
-            m_sum = m_tap & (r < rows)
-            if len(INNER):
-                products = _multiply(
-                    products,
-                    tl.where(m_sum, b_sum, 0.0),
-                    p_taps + own,
-                    m_sum,
+                window = window + (b_x,)
+        if WIDTH:
+            acc, window = _along(
+                acc,
+                window,
+                p_grad + o_first,
+                p_rows,
+                m_grad,
+                m_rows,
+                width - col,
+                0,
+                channels,
+                K,
+                D,
+                R,
+                STEPS,
+                WIDTH,
+            )
+        else:
+            for x in tl.range(0, width, STEPS * D):
+                acc, window = _along(
+                    acc,
+                    window,
+                    p_grad + o_first,
+                    p_rows,
+                    m_grad,
+                    m_rows,
+                    width - col,
+                    x,
                     channels,
-                    first + r,
-                    s[None],
-                    ones,
-                    INNER,
-                    UNITS[0][1],
+                    K,
+                    D,
+                    R,
+                    STEPS,
+                    WIDTH,
                 )
-            else:
-                o_tap = (tap + (first + r) * size + s)[None]
-                tl.store(p_part + o_tap * channels, b_sum, mask=m_sum)
+    sums = ()
+    for i in tl.static_range(R * K):
+        sums = sums + (tl.sum(acc[i], 0)[None],)
     if len(INNER):
-        for b in tl.static_range(SUMS):
-            b_sum = tl.sum(products[b], 1)[:, None]
-            tl.store(p_part + b * channels, b_sum, mask=own < channels)
+        for b in tl.static_range(len(INNER)):
+            product = tl.zeros_like(sums[0])
+            for i in tl.static_range(R * K):
+                r = first + i // K
+                tap, met = tap_at(
+                    r, i % K, INNER[b][0], INNER[b][1], INNER[b][2], K
+                )
+                p_tap = p_taps + tap * channels + channel
+                m_tap = m_channel & met & (r < K)
+                b_tap = tl.load(p_tap, mask=m_tap, other=0)
+                product += b_tap.to(tl.float32) * sums[i]
+            tl.store(p_part + b * channels, product, mask=m_channel)
+        p_total = p_part + len(INNER) * channels
+        tl.store(p_total, tl.zeros_like(sums[0]), mask=m_channel)
+    else:
+        for i in tl.static_range(R * K):
+            p_tap = p_part + (TAP + first * K + i) * channels
+            tl.store(p_tap, sums[i], mask=m_channel & (first + i // K < K))
 
 
 @triton.jit
-def _multiply(
-    products,
-    b_sum,
-    p_taps,
-    m_sum,
-    channels,
-    row,
-    s,
-    ones,
-    BRANCHES: tl.constexpr,
-    SIZE: tl.constexpr,
+def _along(
+    acc,
+    window,
+    p_grad,
+    p_rows,
+    m_grad,
+    m_rows,
+    rest,
+    x,
+    channels: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    STEPS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """Add sums times the taps of branches, or, of ones, themselves."""
-    N: tl.constexpr = len(BRANCHES)
-    for b in tl.static_range(N):
-        tap, met = tap_at(
-            row, s, BRANCHES[b][0], BRANCHES[b][1], BRANCHES[b][2], SIZE
-        )
-        m_tap = m_sum & met & (ones == 0)
-        b_tap = tl.load(p_taps + tap * channels, mask=m_tap, other=0)
-        product = products[b] + b_tap.to(tl.float32) * b_sum
-        products = products[:b] + (product,) + products[b + 1 :]
-    return products[:N] + (products[N] + tl.where(ones == 1, b_sum, 0.0),)
+    """Steps along a row of the gradient, ``x`` columns from its first value.
 
+    Args:
+        acc: R K sums (N, C).
+        window: R (K - 1) values (N, C), of what all taps but the last see.
+        p_grad: Pointers (N, C) to first values.
+        p_rows: R times the same for x.
+        rest: (N, 1), columns from first values to the end of the map.
 
-@triton.jit
-def _input_row(p_row, row, height, m_x, ones):
-    """A row of every tile of the input, or ones."""
-    m_row = ((row >= 0) & (row < height))[:, None, None]
-    other = ones.to(tl.float32).to(p_row.dtype.element_ty)
-    return tl.load(p_row, mask=m_x & m_row, other=other)
-
-
-@triton.jit
-def by_channel(b_rows, CHANNELS: tl.constexpr, PAIR: tl.constexpr):
-    """Matrices (C, tiles, columns) of rows (tiles, columns, C).
-
-    Channels next to each other belong to one warp, which moves them as one
-    word.
+    Returns:
+        acc, and the window of the step that comes next.
     """
-    b_rows = tl.reshape(b_rows, (WINDOW, WINDOW, CHANNELS // PAIR, PAIR))
-    b_rows = tl.permute(b_rows, 3, 2, 0, 1)
-    return tl.reshape(b_rows, (CHANNELS, WINDOW, WINDOW))
+    HALF: tl.constexpr = K // 2
+    p_grad += x * channels
+    rest -= x
+    for i in tl.static_range(STEPS):
+        b_grad = _load(p_grad, i, rest, m_grad, channels, D, WIDTH)
+        for r in tl.static_range(R):
+            p_row = p_rows[r] + x * channels
+            b_x = _load(p_row, i + HALF, rest, m_rows[r], channels, D, WIDTH)
+            row = window[: K - 1] + (b_x,)
+            for k in tl.static_range(K):
+                part = acc[0]
+                if is_inside(i + k - HALF, D, WIDTH):
+                    part = tl.fma(row[k], b_grad, part)
+                acc = acc[1:] + (part,)  # every sum is the first one in turn
+            window = window[K - 1 :] + row[1:]
+    return acc, window
 
 
 @triton.jit
-def own_channels(block, CHANNELS: tl.constexpr, PAIR: tl.constexpr):
-    """Channels (C, ) of a block in the order that by_channel leaves."""
-    order = tl.arange(0, CHANNELS)
-    own = order % (CHANNELS // PAIR) * PAIR + order // (CHANNELS // PAIR)
-    return block * CHANNELS + own
+def _load(
+    p_first,
+    i,
+    rest,
+    m_first,
+    channels: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The values (N, C) that are i steps from first ones, or zeros."""
+    if not is_inside(i, D, WIDTH):
+        return tl.zeros(p_first.shape, tl.float32)
+    m_value = m_first
+    if not is_inside(i + 1, D, WIDTH) or WIDTH % D or not WIDTH:
+        m_value = m_value & (i * D < rest)
+    b_value = tl.load(p_first + i * D * channels, mask=m_value, other=0)
+    return widen(b_value)
+
+
+@constexpr_function
+def is_inside(i: int, dilation: int, width: int) -> bool:
+    """Whether a map of this width, if it is known, has a value at step i."""
+    return width == 0 or 0 <= i * dilation < width
 
 
 @triton.jit
-def matrices(LENGTH: tl.constexpr, CHANNELS: tl.constexpr):
-    """Zeros, a tuple of matrices (C, 16, 16)."""
-    rows = ()
-    for _ in tl.static_range(LENGTH):
-        rows = rows + (tl.zeros((CHANNELS, WINDOW, WINDOW), tl.float32),)
-    return rows
-
-
-@triton.jit
-def dot(a, b, acc):
-    if INTERPRETED:  # which computes nonsense from products of bf16
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc=acc)
+def _total(
+    p_grad,
+    p_part,
+    split,
+    channel,
+    m_channel,
+    positions,
+    channels: tl.constexpr,
+    ZEROS: tl.constexpr,
+    SUMS: tl.constexpr,
+    N: tl.constexpr,
+):
+    """The sum of a gradient, below so many zeros."""
+    total = tl.zeros((N, channel.shape[1]), tl.float32)
+    step = tl.num_programs(2) * N * LOADS
+    for start in tl.range(split * N * LOADS, positions, step):
+        for i in tl.static_range(LOADS):
+            n = start + i * N + tl.arange(0, N)[:, None]
+            p_value = p_grad + n.to(tl.int64) * channels + channel
+            m_value = m_channel & (n < positions)
+            total += widen(tl.load(p_value, mask=m_value, other=0))
+    b_sum = tl.sum(total, 0)[None]
+    for b in tl.static_range(ZEROS):
+        tl.store(p_part + b * channels, tl.zeros_like(b_sum), mask=m_channel)
+    tl.store(p_part + (SUMS - 1) * channels, b_sum, mask=m_channel)
 
 
 @lru_cache
-def _units(branches: tuple, narrow: bool, with_sum: bool) -> tuple[tuple, int]:
-    """The units of work, in rows of 10 numbers, lane by lane.
-
-    These are the branch, its size, dilation and first tap; the first row of
-    the kernel and how many; the columns of a tile at most, and where the
-    window of the input begins, from these; whether the input is ones; and the
-    number of windows.
-
-    Args:
-        branches (tuple): Size, dilation and first tap of each.
-        narrow (bool): Whether a window holds all columns of the map.
-        with_sum (bool): Whether to add up the first gradient too.
+def _forms(sizes: tuple[int, ...]) -> tuple[tuple, int]:
+    """How kernels of some sizes are shared among programs.
 
     Returns:
-        tuple: The units and the lanes.
+        tuple: For each its first program, the rows of a program and the steps
+        of a loop; and the number of all programs.
     """
-    size, _, taps = branches[-1]
-    taps += size**2
-    windows = [_windows(k // 2 * d, narrow) for k, d, _ in branches]
-    lanes = max(count for count, _ in windows)
-    most = KNOBS['ROWS']
-    units = []
-    for b, (size, dilation, tap) in enumerate(branches):
-        count, columns = windows[b]
-        start = 0 if narrow else -(size // 2) * dilation
-        blocks = cdiv(size, most)
-        bounds = [size * i // blocks for i in range(blocks + 1)]
-        units += [
-            (b, size, dilation, tap, first, last - first, columns)
-            + (start + lane % count * WINDOW.value, 0, count)
-            for first, last in zip(bounds, bounds[1:], strict=False)
-            for lane in range(lanes)
-        ]
-    if with_sum:
-        units += [
-            (0, 1, 1, taps, 0, 1, WINDOW.value, 0, 1, 1) for _ in range(lanes)
-        ]
-    return tuple(units), lanes
-
-
-def _windows(reach: int, narrow: bool) -> tuple[int, int]:
-    """Windows of the input that a tile needs, and its columns at most."""
-    size = WINDOW.value
-    if narrow:
-        return 1, size
-    counts = [2**i for i in range(12)]
-    forms = [(n, min(size, size * n - 2 * reach)) for n in counts]
-    return min(
-        ((n, columns) for n, columns in forms if columns > 0),
-        key=lambda form: form[0] / form[1],
-    )
+    forms, programs = [], 0
+    for size in sizes:
+        rows = cdiv(size, cdiv(size, max(1, KNOBS['TAPS'] // size)))
+        steps = [n for n in KNOBS['STEPS'] if n >= size] or [size]
+        forms.append((programs, rows, steps[0]))
+        programs += cdiv(size, rows)
+    return tuple(forms), programs
 
 
 def weight_grads(
@@ -524,65 +402,44 @@ def inner_products(
 
 def _launch(x, grads, branches, with_sum, taps=None, inner=()):
     batch, channels, height, width = x.shape
-    sizes = [size for size, *_ in branches]
-    sums = len(inner) or branches[-1][2] + sizes[-1] ** 2
+    forms, programs = _forms(tuple(size for size, *_ in branches))
+    programs += with_sum
+    sums = len(inner) or sum(size**2 for size, *_ in branches)
     sums += with_sum
-    if x.element_size() == 2:
-        narrow = width <= WINDOW.value
-        units, lanes = _units(branches, narrow, with_sum)
-        tiles = batch * cdiv(height, KNOBS['T']) * cdiv(width, WINDOW.value)
-        blocks = cdiv(channels, KNOBS['CHANNELS'])
-        splits = num_splits(
-            cdiv(tiles, WINDOW.value),
-            blocks * len(units),
-            KNOBS['unit_programs'],
+    known = width if width <= KNOBS['NARROW'] else 0
+    if known:
+        forms = tuple(
+            (first, rows, cdiv(width, dilation))
+            for (first, rows, _), (_, dilation, _) in zip(
+                forms, branches, strict=True
+            )
         )
-        shares = len(units) if inner else lanes
-        parts = x.new_empty(
-            splits * shares, sums, channels, dtype=torch.float32
-        )
-        _units_kernel[len(units), blocks, splits](
-            x,
-            grads,
-            taps,
-            parts,
-            channels,
-            height,
-            width,
-            batch,
-            UNITS=units,
-            INNER=inner,
-            SUMS=sums,
-            PARTS=lanes,
-            T=KNOBS['T'],
-            ROWS=KNOBS['ROWS'],
-            CHANNELS=KNOBS['CHANNELS'],
-            PAIR=KNOBS['PAIR'],
-            num_warps=KNOBS['WARPS'],
-            maxnreg=KNOBS['registers'],
-        )
-        return parts
-    layout = layout_of(x.shape)
-    columns = sum(sizes)
+    block, blocks = channel_block(channels)
+    lanes = KNOBS['BYTES'] // x.element_size() // block
     splits = num_splits(
-        layout.tiles, layout.blocks * columns, KNOBS['column_programs']
+        cdiv(batch * height, lanes), blocks * programs, KNOBS['programs']
     )
-    shares = columns if inner else 1
-    parts = x.new_empty(splits * shares, sums, channels)
-    _columns_kernel[splits, layout.blocks, columns](
+    shares = programs if inner else 1
+    parts = x.new_empty(splits * shares, sums, channels, dtype=torch.float32)
+    _weight_grads_kernel[programs, blocks, splits](
         x,
         grads,
         taps,
         parts,
-        *x.shape[1:],
-        layout.tiles,
+        channels,
+        height,
+        width,
         batch,
         BRANCHES=branches,
         INNER=inner,
-        STARTS=tuple(sum(sizes[:b]) for b in range(len(sizes))),
+        FORMS=forms,
         SUMS=sums,
         SUM=with_sum,
-        **layout.constants,
+        WIDTH=known,
+        N=lanes,
+        CHANNELS=block,
+        num_warps=KNOBS['warps'],
+        maxnreg=KNOBS['registers'][x.element_size() > 2 and not known],
     )
     return parts
 
