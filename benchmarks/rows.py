@@ -25,7 +25,7 @@ keep_freed_memory()  # as the tools do
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 DETECTOR = 'mask_rcnn/overlock_t_1x.py'
-SEGMENTER = 'upernet/overlock_t_160k.py'
+SEGMENTOR = 'upernet/overlock_t_160k.py'
 # What multiplies: neither form nor number of these calls is up to us, unless
 # the network is computed differently.
 PRODUCTS = (
@@ -305,8 +305,8 @@ ROWS = {
     ),
     'Mask R-CNN, t, 2 x 512, training': lambda: whole_model(DETECTOR, True),
     'Mask R-CNN, t, 512, inference': lambda: whole_model(DETECTOR, False),
-    'UperNet, t, 2 x 512, training': lambda: whole_model(SEGMENTER, True),
-    'UperNet, t, 512, inference': lambda: whole_model(SEGMENTER, False),
+    'UperNet, t, 2 x 512, training': lambda: whole_model(SEGMENTOR, True),
+    'UperNet, t, 512, inference': lambda: whole_model(SEGMENTOR, False),
     'gather-sum, 14 x 14': lambda: gather_sum(14, 14),
     'gather-sum, 32 x 32': lambda: gather_sum(32, 32),
     'gather-sum, 50 x 84': lambda: gather_sum(50, 84),

@@ -243,7 +243,7 @@ FROM_1 = 'class 1 class 2 class 3'  # as they are in the maps
         (dict(labels=[0], ignored=5), 'one class, and 255 is none'),
         (dict(labels=[0, 1], zero=True), 'that is one class'),
         (dict(labels=[0, 1, 4, 9], names='abc'), 'there are 3 classes'),
-        (dict(labels=[0, 85, 170]), 'look like grey levels'),
+        (dict(labels=[0, 85, 170]), 'look like gray levels'),
     ],
 )
 def test_labels(given, expected):

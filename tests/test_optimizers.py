@@ -67,8 +67,8 @@ def test_layer_decay(path):
     keys = dict(norm=dict(decay_mult=0.0), blocks2=dict(lr_mult=0.1))
     _, groups = build(model, layer_decay_rate=RATE, custom_keys=keys)
     assert len({*map(id, groups.values())}) < 25  # of 10 layers
-    learnt = {k for k, p in model.named_parameters() if p.requires_grad}
-    assert groups.keys() == learnt
+    trained = {k for k, p in model.named_parameters() if p.requires_grad}
+    assert groups.keys() == trained
     for name, group in groups.items():
         own = name.removeprefix(path)
         powers = [n for k, n in POWERS.items() if own.startswith(f'{k}.')]

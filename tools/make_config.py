@@ -334,11 +334,11 @@ def number_classes(pixels, names, args):
     if count < 2:
         raise DataError(
             f'{what}: that is one class, and 255 is none; what is not of it '
-            'should be labelled as a class too, by 0 and 1'
+            'should be labeled as a class too, by 0 and 1'
         )
     if not names and len(labels) < count / 16:
         raise DataError(
-            f'{what}: these look like grey levels, not numbers of classes; '
+            f'{what}: these look like gray levels, not numbers of classes; '
             'save maps with 0, 1, 2 and so on, and 255 where a pixel is to be '
             'ignored, or name all classes'
         )

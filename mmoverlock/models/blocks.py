@@ -53,7 +53,7 @@ from .layers import (
 from .reparam import DilatedReparamConv
 
 SMALL_KERNEL_SIZE = 5  # of the dynamic kernels
-NUM_REGIONS = 7  # region centres per axis that dynamic kernels are made from
+NUM_REGIONS = 7  # region centers per axis that dynamic kernels are made from
 
 
 def _feed_forward_layers(

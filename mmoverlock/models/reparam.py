@@ -174,11 +174,11 @@ class DilatedReparamConv(nn.Module):
         scales = scales * variances.rsqrt()
         bias = torch.addcmul(shifts, means, scales, value=-1).sum(0)
         merged = torch.zeros_like(self.lk_origin.weight)
-        centre = merged.shape[-1] // 2
+        center = merged.shape[-1] // 2
         for conv, scale in zip(convs, scales, strict=True):
             # A dilated kernel is a large one with zeros between its taps.
             reach = conv.padding[0]
-            taps = slice(centre - reach, centre + reach + 1, conv.dilation[0])
+            taps = slice(center - reach, center + reach + 1, conv.dilation[0])
             part = conv.weight * scale[:, None, None, None]
             merged[..., taps, taps].add_(part)
         return merged, bias.to(merged.dtype)

@@ -49,7 +49,7 @@ def store_statistics(p_out, count, mean, squares, channels, m_channel):
 
 @triton.jit
 def move(p_running, b_new, momentum, m_channel):
-    """Move running statistics towards those of a batch, float64."""
+    """Move running statistics toward those of a batch, float64."""
     b_old = tl.load(p_running, mask=m_channel, other=0)
     b_moved = b_old.to(tl.float64)
     b_moved += momentum * (b_new - b_moved)

@@ -159,9 +159,9 @@ def _forward_kernel(
     if p_bias is not None:
         o_bias = tl.broadcast_to(o_channel, LANES)
         b_start += tiles.load(p_bias, o_bias, m_lane)
-    centre = taps[4]
+    center = taps[4]
     if RESIDUAL:
-        centre += 1
+        center += 1
     step = tl.cast(channels, tl.int64)
     line = step * width
     o_x = ((image * height + row) * width + col).to(tl.int64) * step
@@ -197,7 +197,7 @@ def _forward_kernel(
             COLUMNS + 1,
         )
         out = _add_row(upper, current, taps[6], taps[7], taps[8])
-        upper = _add_row(lower, current, taps[3], centre, taps[5])
+        upper = _add_row(lower, current, taps[3], center, taps[5])
         lower = ()
         for _ in tl.static_range(COLUMNS):
             lower = lower + (b_start,)
@@ -285,9 +285,9 @@ def _backward_kernel(
     o_channel = tl.program_id(0) % blocks * LANES[1]
     o_channel += tl.arange(0, LANES[1])[None]
     taps = _load_taps(p_weight, o_channel, channels, LANES)
-    centre = taps[4]
+    center = taps[4]
     if RESIDUAL:
-        centre += 1
+        center += 1
     step = tl.cast(channels, tl.int64)
     line = step * width
     sums = ()
@@ -408,7 +408,7 @@ def _backward_kernel(
                     above[j + 1],
                     above[j],
                 )
-                b_grad_x = near[4] * centre
+                b_grad_x = near[4] * center
                 for k in tl.static_range(9):
                     if k != 4:
                         b_grad_x = tl.fma(near[k], taps[k], b_grad_x)

@@ -48,7 +48,7 @@ def contmix(
     """Context-mixing dynamic convolution (section 3.3 of the paper).
 
     Every position, in each of G groups, makes its own k x k and K x K kernel
-    from its affinity to S^2 region centres of the context prior, and mixes
+    from its affinity to S^2 region centers of the context prior, and mixes
     its neighborhood with them: the first half of the channels with the small
     kernel, the second half with the large one::
 
@@ -63,7 +63,7 @@ def contmix(
 
     Args:
         query (Tensor): (B, G * c, H, W).
-        key (Tensor): (B, G * c, S, S), the region centres.
+        key (Tensor): (B, G * c, S, S), the region centers.
         value (Tensor): (B, C, H, W), C a multiple of 2 * G.
         weight (Tensor): (k^2 + K^2, S^2), shared by the groups.
         bias (Tensor): (k^2 + K^2, ).

@@ -56,7 +56,7 @@ def contmix_reference(
     groups = len(rpb[0])
     sizes = [(table.shape[-1] + 1) // 2 for table in rpb]
 
-    # Affinity of every position to the region centres, then one linear map
+    # Affinity of every position to the region centers, then one linear map
     # from the affinities to the logits of both kernels.
     affinity = torch.einsum(
         'bgchw,bgcs->bghws',
