@@ -51,7 +51,7 @@ LARGE = 2**18  # elements of a map whose layout matters
 
 @dataclass
 class Count:
-    """What a step runs.
+    """Operators and launches of a step.
 
     Args:
         operators (int): Of PyTorch, but for views and empty tensors.
@@ -191,7 +191,7 @@ class _Operators(TorchDispatchMode):
         self._allocate(_tensors(out))
         if does_something(f):
             self.result.operators += 1
-            # What is changed in place is read and written.
+            # An operand that is changed in place is read and written.
             self.result.add(str(f), _tensors(args, kwargs, out))
         return out
 
@@ -345,7 +345,7 @@ class _Driver:
 
 
 class _Compiled:
-    """What a kernel is compiled to, without it; launches as Triton does."""
+    """Stands for a compiled kernel; it is launched as Triton launches one."""
 
     function = packed_metadata = None
 

@@ -39,7 +39,7 @@ class Worker:
         self._pipe.send(run)
 
     def wait(self, seconds):
-        """What the function returned, or a dict with the key 'failed'."""
+        """The result of the function, or a dict with the key 'failed'."""
         try:
             if self._pipe.poll(max(0, seconds)):
                 return self._pipe.recv()

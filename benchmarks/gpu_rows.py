@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py measures: functions that return figures of a GPU.
+"""The rows of benchmarks/gpu.py: functions that return figures of a GPU.
 
 Times are in milliseconds, medians of single calls unless said; memory is in
 MB of 2**20 bytes, the peak beyond what is there before the call. A training
@@ -624,7 +624,7 @@ def compile_block(stage, size, dtype, device, arch='t'):
 
 
 def compile_jobs(device):
-    """What compiles the kernels of the network at the shapes of the rows."""
+    """Functions that compile the network's kernels at the rows' shapes."""
     kinds = [
         ('128 x 224 x 224', 'bf16'),
         ('2 x 800 x 1344', 'bf16'),

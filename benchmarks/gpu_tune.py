@@ -1,10 +1,10 @@
-"""Which settings of kernels are fastest: ``python -m benchmarks.gpu --tune``.
+"""Finds the fastest settings of kernels: ``python -m benchmarks.gpu --tune``.
 
 Kernel files have a table ``KNOBS`` of settings and a table ``CANDIDATES`` of
 values to try, by the same names (those of a table in a table with a point
 between). Every value is timed with all others as they are, forward and
-backward, at the shapes of `t`. What is fastest by itself need not be together:
-after a change of the tables, run it again.
+backward, at the shapes of `t`. Settings that are fastest alone need not be
+together: after a change of the tables, run it again.
 """
 
 import importlib

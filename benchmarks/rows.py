@@ -1,4 +1,4 @@
-"""What is measured: functions that return figures of this machine.
+"""The rows of benchmarks/run.py: functions that measure this machine.
 
 Each runs in a process of its own, so that its peak of memory is its own.
 Seconds are medians of some runs, with the shortest and the longest.
@@ -26,8 +26,8 @@ keep_freed_memory()  # as the tools do
 CONFIGS = Path(__file__).parents[1] / 'configs'
 DETECTOR = 'mask_rcnn/overlock_t_1x.py'
 SEGMENTOR = 'upernet/overlock_t_160k.py'
-# What multiplies: neither form nor number of these calls is up to us, unless
-# the network is computed differently.
+# Products: neither form nor number of these calls is up to us, unless the
+# network is computed differently.
 PRODUCTS = (
     'aten::mkldnn_convolution',
     'aten::convolution_backward',

@@ -49,7 +49,7 @@ CHECK = 'import mmengine, mmcv._ext, mmdet, mmseg, mmpretrain, mmoverlock'
 
 
 class SetupError(Exception):
-    """What is wrong and what to do."""
+    """A problem, and what to do about it."""
 
 
 def read_pins(folder):

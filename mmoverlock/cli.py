@@ -51,7 +51,7 @@ def object_of(path: str) -> Any:
 def config_of(
     path: str, filename: str, other: Callable = Config._get_cfg_path
 ) -> tuple[str, str | None]:
-    """Where a base config is, and the scope that its types get.
+    """The place of a base config, and the scope that its types get.
 
     mmengine's own function, the other one, knows no ``mmoverlock::``, and
     would look for all types in a registry of that name.
@@ -93,7 +93,7 @@ OTHER_OPTIMIZER = (
     'anew from its weights: load_from=FILE, without --resume'
 )
 
-# What starts the processes, and a variable that it sets.
+# By option: the program that starts the processes, and a variable it sets.
 LAUNCHERS = {
     'pytorch': ('torchrun', 'RANK'),
     'slurm': ('srun', 'SLURM_PROCID'),

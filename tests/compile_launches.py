@@ -255,7 +255,7 @@ def compile_all(capability, dtype, every_shape=True):
         dict: By kind, see :func:`compile_launches`.
     """
     where = capability, dtype
-    # What others launch, too
+    # Launched by others, too
     others = [residual_conv, depthwise_conv2d]
     apart = branches, conv_norm, *others
     wide = [run for run in SPECS if run not in apart]

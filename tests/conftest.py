@@ -1,4 +1,4 @@
-"""What every test gets."""
+"""Fixtures of all tests, and the interpreter of kernels."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""What the released networks compute, as numbers: `tests/data`.
+"""Outputs of the released networks, as numbers: `tests/data`.
 
 `keys_<task>_<arch>.json` has the names and shapes of the released model's
 parameters and buffers, `heads_<task>.json` the names of what the release's

@@ -1,4 +1,4 @@
-"""What tests of kernels have in common.
+"""Helpers of the tests of kernels.
 
 Without a GPU, Triton's interpreter runs the kernels.
 """

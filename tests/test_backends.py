@@ -1,4 +1,4 @@
-"""Which form of an operator runs where nothing else is asked for."""
+"""The form of an operator that runs where nothing else is asked for."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""What measures GPUs and tunes kernels, on a CPU."""
+"""Measuring GPUs and tuning kernels, tried on a CPU."""
 
 import inspect
 import json

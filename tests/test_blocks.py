@@ -102,7 +102,7 @@ def test_layers_that_are_called(name, change, kernels, request, monkeypatch):
         for kind in count._kernels():  # which compute nothing here
             monkeypatch.setattr(kind, 'run', lambda *_, **__: None)
     block, maps = draw_block(name)
-    # What drops paths is drawn before; sequences are not called.
+    # Dropped paths are drawn before; sequences are not called.
     uncalled = {'proj', 'proj.9'}
     if name == 'focus':
         uncalled = {'mlp', 'drop_path', 'weight_proj'}

@@ -57,7 +57,7 @@ def images(shape, model):
 
 
 def train(model, shape):
-    """What a step makes, with the same random numbers every time."""
+    """Results of a step, with the same random numbers every time."""
     torch.manual_seed(1)
     model.zero_grad()
     maps = model(images(shape, model))
@@ -141,7 +141,7 @@ def test_tracing_and_counting_see_the_blocks(make):
 
 
 def test_kernels_are_operators_of_graphs(auto_is_triton):
-    """What a GPU would run is traced both ways, and not run here."""
+    """The kernels of a GPU are traced both ways, and not run here."""
     pytest.importorskip('triton')
     torch.compiler.reset()
     counters.clear()

@@ -52,7 +52,7 @@ def readers(model, channels):
 
 
 def assert_fits(model):
-    """What reads the maps of the backbone takes their channels."""
+    """Readers of the backbone's maps take their channels."""
     arch = model.backbone.arch
     for names, settings in OverLoCK.arch_zoo.items():
         arch = settings if arch in names else arch
@@ -249,7 +249,7 @@ def test_run(path):
 
 
 def test_recipe_of_readme(tmp_path):
-    """What README says to write, over a config of the installed package."""
+    """The config of README, over one of the installed package, builds."""
     section = (ROOT / 'README.md').read_text().split('## In your own config')
     recipe = re.search('```python\n(.*?)```', section[1], re.DOTALL)[1]
     (tmp_path / 'config.py').write_text(recipe)

@@ -1,4 +1,4 @@
-"""What a step runs on a GPU, counted without one; see benchmarks/count.py."""
+"""The launches of a step, counted without a GPU; see benchmarks/count.py."""
 
 import re
 from collections import Counter
@@ -201,7 +201,7 @@ def test_autocast(run, dtype, copies, result):
 
 
 def test_inside_of_operators():
-    """What an operator of the project runs is counted, itself not."""
+    """Of an operator of the project, its launches are counted, itself not."""
 
     def run(weight, x):
         ones = weight.new_ones(16)

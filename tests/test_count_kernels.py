@@ -1,4 +1,4 @@
-"""What bounds kernels, from their machine code; see benchmarks/kernels.py."""
+"""Bounds of kernels, from their machine code; see benchmarks/kernels.py."""
 
 import json
 

@@ -123,7 +123,7 @@ def gradients_of(model, *seeds):
 
 
 def assert_same(models, run=train, close=torch.testing.assert_close):
-    """What a function returns of both models, and how it leaves them."""
+    """A function returns the same of both models, and leaves them the same."""
     close(*map(run, models))
     close(*(model.state_dict() for model in models))
 
@@ -249,7 +249,7 @@ def test_passes_without_backward(replays):
         for i in range(WARM_UPS + 1):  # of an output that is not the last
             model(draw(i))[0].sum().backward()
         grads = [p.grad for p in model.parameters()]
-        # What is behind it has a gradient of zero from a recording.
+        # Layers behind it have a gradient of zero from a recording.
         return [0.0 if g is None else g.norm().item() for g in grads]
 
     assert_same(models, run)

@@ -93,7 +93,7 @@ def assert_equal_passes(results, operands):
         ((1, 2, 6, 5), 17, 1, NHWC),
         ((2, 3, 8, 9), 3, 1, NHWC),
         ((1, 1, 1, 1), 5, 1, NCHW),
-        # What oneDNN is slow at
+        # Shapes that oneDNN is slow at
         ((2, 2, 9, 14), 13, 1, NHWC),
         ((2, 3, 15, 13), 9, 2, NCHW),
         ((1, 2, 17, 20), 3, 7, NHWC),

@@ -68,7 +68,7 @@ def run_two(*argv, folder):
 
 
 def ranks(work_dir):
-    """What the hooks of the two processes saved."""
+    """The files that the hooks of the two processes saved."""
     files = [work_dir / f'rank_{rank}.pth' for rank in (0, 1)]
     return [torch.load(file, weights_only=False) for file in files]
 

@@ -1,4 +1,4 @@
-"""What mmengine can name, and what the tools add to a runner."""
+"""Names for mmengine, and hooks that the tools add to a runner."""
 
 import pytest
 import torch

@@ -123,7 +123,7 @@ def test_sequence(name):
 
 
 def test_fused_again():
-    """What is fused can be copied, moved, and fused again."""
+    """A fused model can be copied, moved, and fused again."""
     norm = batch_norm()
     model = far(nn.Sequential(sequence(conv(), norm), sequence(conv(), norm)))
     x = noise(2, 4, 9, 8).double()

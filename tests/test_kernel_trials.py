@@ -115,7 +115,7 @@ def test_tried_once(launches):
         normalize(x)
     assert launches.names == 5 * [FORWARD]
     x.requires_grad_()
-    # What a trial saves is no part of checkpoints
+    # Tensors that a trial saves are no part of checkpoints
     checkpoint(normalize, x, use_reentrant=False).sum().backward()
     assert len(launches.names) > 7
     launches.names.clear()

@@ -1,4 +1,4 @@
-"""What is kept of launches, with kernels that do nothing."""
+"""Launches are kept and repeated, with kernels that do nothing."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ def kernel(p_x, p_parts, count, eps, SIZE, FLAG):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What Triton was asked for, and what came of it.
+    """Requests to Triton, and their results.
 
     The current device is that of the CPU, with stream 7.
     """

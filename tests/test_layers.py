@@ -1,4 +1,4 @@
-"""What golden figures do not tell of small layers: see test_parity.py."""
+"""Small layers, beyond what the golden figures of test_parity.py tell."""
 
 import copy
 from importlib import import_module
@@ -72,7 +72,7 @@ def test_places_of_what_is_drawn(count):
 
 @pytest.mark.parametrize('way', ['fake', 'grad'])
 def test_drop_path_after_tracing(way):
-    """What others make of tensors is not found later."""
+    """Tensors that are kept are not those of a trace or transform."""
     layers_module._repeat_once.cache_clear()
     drop, x = DropPath(0.2), torch.ones(3, 2, 1, 1)
     if way == 'fake':
@@ -201,7 +201,7 @@ def test_merging(kernel_size):
 
 @pytest.mark.parametrize('change', ['momentum', 'one in eval mode', 'type'])
 def test_other_batch_norms(change):
-    """What the fast path does not cover is computed plainly."""
+    """Norms that the fast path does not cover are computed plainly."""
     conv, x = make_conv(5).train(), draw()
     if change == 'momentum':  # an average over all batches
         conv.origin_bn.momentum = None

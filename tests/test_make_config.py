@@ -325,7 +325,7 @@ def test_test_without_truth(copied, tmp_path):
 )
 @pytest.mark.parametrize('masks', ['masks', 'images/masks'])
 def test_suffixes(tmp_path, names, maps, expected, masks):
-    """What names of images and label maps that belong together end in."""
+    """Suffixes of images and label maps that belong together are found."""
     folders = tmp_path / 'images', tmp_path / masks
     for folder, files in zip(folders, (names, maps), strict=True):
         for name in files.split():

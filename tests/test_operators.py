@@ -1,4 +1,4 @@
-"""What operators on maps promise, all of them and one, against float64.
+"""The promises of operators on maps, all and each, against float64.
 
 Without a GPU, Triton's interpreter runs the kernels.
 """

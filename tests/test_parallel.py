@@ -65,7 +65,7 @@ def train(rank, wrap, accumulative_counts=1, **options):
 
 
 def compare(rank, folder):
-    """What each of the processes does."""
+    """The part of each process."""
     torch.set_num_threads(1)
     distributed.init_process_group(
         'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2

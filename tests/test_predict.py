@@ -49,7 +49,7 @@ def predict(models, tmp_path):
 
 
 def changed_rows(path, image):
-    """Which rows of a picture are not those of its image."""
+    """The rows of a picture that are not those of its image."""
     picture, original = (np.asarray(Image.open(p)) for p in (path, image))
     assert picture.shape == original.shape
     return (picture != original).any((1, 2))

@@ -132,7 +132,7 @@ URL = 'https://example.com/releases/v1/a.pth?raw=true'
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    """Where downloads are kept, with their URLs; all are of one file."""
+    """The folder of downloads, and their URLs; all are of one file."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     urls = []
 

@@ -46,7 +46,7 @@ def released(tmp_path_factory):
         Path(checkpoint).rename(root / 'weights' / f'{task}_s.pth')
         argv = layout, root / layout, '--images=8', '--size=64'
         tiny.run_tool('make_sample_data', *argv)
-        # What was published of a small one, from the metafile.
+        # Published figures of a small one, from the metafile.
         path = tiny.ROOT / 'configs' / folder / 'metafile.yml'
         models = yaml.safe_load(path.read_text())['Models']
         model = next(m for m in models if '_s_' in m['Name'])
@@ -86,7 +86,7 @@ FIGURES = {
 
 @pytest.fixture
 def logging():
-    """What stands for a test: it logs figures, and notes what it tests."""
+    """Stands for a test: it logs figures, and notes what it tests."""
 
     def run(command):
         name = command[2].stem

@@ -126,7 +126,7 @@ def check(actual, layers, maps):
 
 
 def compare(rank, folder):
-    """What each of the processes does."""
+    """The part of each process."""
     torch.set_num_threads(1)
     distributed.init_process_group(
         'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2

@@ -126,7 +126,7 @@ def test_other_operands_have_other_tapes(one, other):
 
 
 def test_autocast(play):
-    """What it casts is cast, what it is kept from is not."""
+    """A tape casts as autocast does, and nothing where that is off."""
 
     def products(x):
         with torch.autocast('cpu', enabled=False):

@@ -343,7 +343,7 @@ def test_no_kernels_to_show():
 
 @pytest.mark.parametrize('name', ['no overview', 'static', 'K and S'])
 def test_full_weights_load(name, tmp_path):
-    """What fits is loaded; the log names the rest, see test_weights.py."""
+    """Weights that fit are loaded; for the log see test_weights.py."""
     full = OverLoCK(ARCH).state_dict()
     own = load(full, tmp_path, **VARIANTS[name]).state_dict()
     fitting = {

@@ -27,7 +27,7 @@ from mmoverlock.models.weights import (
 
 @pytest.fixture
 def messages(monkeypatch):
-    """What weights.py logs: (level, text)."""
+    """The log of weights.py: (level, text)."""
     logged = []
 
     def log(text, logger, level):

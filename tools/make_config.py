@@ -66,7 +66,7 @@ BOXES_ONLY = ('faster_rcnn', 'cascade_rcnn')
 
 
 class Data(NamedTuple):
-    """What there is to learn from.
+    """Images and annotations to learn from.
 
     Attributes:
         images (dict[str, list[Path]]): By split.
@@ -80,7 +80,7 @@ class Data(NamedTuple):
 
 
 class Pixels(NamedTuple):
-    """How images are loaded and what they are like, if they are not RGB."""
+    """Loading and statistics of images that are not RGB."""
 
     channels: int
     load: dict
@@ -256,7 +256,7 @@ def read_masks(args):
 
 
 def find_suffixes(folder, masks):
-    """What the names of images, and of their label maps, end in.
+    """The ends of the names of images and of their label maps.
 
     Returns:
         dict[str, str]: Arguments of ``BaseSegDataset``.
@@ -513,7 +513,7 @@ def datasets(data, **loader):
 
 
 def normalize(pixels, key):
-    """How images that are not RGB are loaded and normalized.
+    """Settings to load and normalize images that are not RGB.
 
     Args:
         pixels (Pixels): What they are like.
@@ -584,7 +584,7 @@ def write_masks(args, data, pixels, model):
             'tta_pipeline = _base_.tta_pipeline',
             'tta_pipeline[:1] = load',
         ]
-        # Which tools of mmseg read at the top level.
+        # Tools of mmseg read it at the top level.
         lines.append("data_preprocessor = model['data_preprocessor']")
     model['decode_head'] = NUM_CLASSES
     if args.head == 'upernet':
@@ -694,7 +694,7 @@ def write(args):
 
 
 def weights_of(config):
-    """Where the released weights of a config are, if there are any."""
+    """The URL of the released weights of a config, None without any."""
     path = ROOT / 'configs' / Path(config).parent / 'metafile.yml'
     for model in load(path)['Models']:
         if model['Config'] == f'configs/{config}':

@@ -132,7 +132,7 @@ def choose(args):
 
 
 def changes(job, args):
-    """What of the config the place of its data changes."""
+    """The options of the config that depend on the place of its data."""
     folder = getattr(args, job.dataset)
     options = {'test_dataloader.dataset.data_root': f'{folder}/'}
     if job.dataset == 'COCO':
@@ -216,7 +216,7 @@ def compare(published, measured):
 
 
 def environment():
-    """What the tests ran on."""
+    """The device and the packages that the tests ran on."""
     gpu = torch.cuda.is_available()
     return {
         'device': torch.cuda.get_device_name() if gpu else 'cpu',

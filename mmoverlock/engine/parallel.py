@@ -131,7 +131,7 @@ class ForeachDistributedDataParallel(nn.Module):
     def _start(self, grad: Tensor) -> None:
         """Begin to exchange, as a backward pass begins."""
         parameters = (p for bucket in self._buckets for p in bucket.parameters)
-        # Where there are gradients already, a sum says not when it is whole
+        # Gradients that are there already do not show when a sum is whole
         self._is_early = all(p.grad is None for p in parameters)
         self._sent = []
         Variable._execution_engine.queue_callback(self._finish)

@@ -358,7 +358,7 @@ def _survey(
     while parts:
         part = parts.pop()
         own = part.__dict__
-        # What hooks of a training change, too
+        # Hooks of a training change some of these
         modes += type(part), part.training
         modes += str(own.get('drop_prob')), str(own.get('momentum'))
         tensors += part._parameters.values()

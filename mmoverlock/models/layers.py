@@ -329,7 +329,7 @@ def draw_paths(
         count = x.shape[0]
         step = (count + 3) // 4 * 4
         dtype = torch.promote_types(x.dtype, torch.float32)
-        # What is kept must not be a tensor without data, say
+        # Only true tensors are kept, not those without data, say
         is_kept = type(x) is Tensor and not is_compiling()
         repeat = _repeat_once if is_kept else _repeat
         kept = repeat((1, *shares), step, dtype, x.device)

@@ -451,7 +451,7 @@ class DeformableConv(Mixer):
 
     def dynamic_conv(self, z: Tensor, value: Tensor) -> Tensor:
         if value.is_meta:
-            # Where MMCV's operator does not run; a plain convolution has the
+            # MMCV's operator does not run there; a plain convolution has the
             # same shape and, sampling apart, the same cost.
             conv = self.mixer
             conv.conv_offset(value)
@@ -538,7 +538,7 @@ class OverLoCKVariant(OverLoCK):
         self.mixer = mixer if isinstance(mixer, dict) else dict(type=mixer)
         self.settings = dict(kwargs, arch=arch)
         super().__init__(arch, **kwargs)
-        # What nothing would read
+        # Nothing would read these
         if 'overview' in remove:
             for name in ('patch_embed4', 'high_level_proj'):
                 self._modules.pop(name, None)

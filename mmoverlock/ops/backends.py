@@ -1,4 +1,4 @@
-"""Which form of an operator runs: one way to choose for all of them.
+"""Choosing the form of an operator that runs, in one way for all.
 
 'auto' is Triton's kernels on a GPU that can run them and plain PyTorch
 elsewhere; for tracing and exporting it is plain PyTorch on any device. A form
@@ -108,7 +108,7 @@ def runs_triton(device: torch.device) -> bool:
 
 @lru_cache
 def why_not_triton(device: torch.device) -> str | None:
-    """Why 'auto' is plain PyTorch on a device, None if it is not."""
+    """The reason why 'auto' is plain PyTorch on a device, if it is."""
     if device.type != 'cuda':
         return f'kernels are for GPUs, not for {device.type}'
     capability = torch.cuda.get_device_capability(device)

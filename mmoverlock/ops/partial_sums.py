@@ -26,7 +26,7 @@ KNOBS = dict(  # of the program that adds partial sums
 
 @lru_cache
 def programs(device: torch.device, resident: int) -> int:
-    """How many programs a device runs at a time.
+    """The number of programs that a device runs at a time.
 
     Args:
         device (torch.device): A GPU, or a CPU for the interpreter.

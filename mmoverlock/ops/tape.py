@@ -56,7 +56,7 @@ _runs = Counter()  # without a tape, by hash of the key
 
 
 class Tape(NamedTuple):
-    """What a function did, as a function of its operands and a stream."""
+    """A recorded function, to be run again on other operands."""
 
     run: Callable[[Sequence[Tensor | None], int | None], list[Tensor | None]]
     facts: Any  # what else the function returned
@@ -386,7 +386,7 @@ def play(
         if tape is not None and not tape.takes(operands):
             return function()
     if tape is not None:
-        # What autocast casts is cast by steps.
+        # Steps of the tape cast what autocast does.
         mode = torch.autocast(device, enabled=False) if is_cast else None
         with on_device(index) as stream, mode or nullcontext():
             return tape.run(operands, stream), tape.facts

@@ -1,4 +1,4 @@
-"""How kernels that pass over a map in channels_last divide it.
+"""Tiles of kernels that pass over a map in channels_last.
 
 A tile is some rows, which are positions, by some channels. It is as large as
 its threads have 128-bit loads in flight for.

@@ -373,10 +373,11 @@ def _grad_kernel(
 
 
 def split(x: Tensor) -> tuple[int, int, dict]:
-    """How many parts an image is cut into, none of them empty, for a launch.
+    """Cut images into parts, none of them empty, for a launch.
 
     Returns:
-        tuple[int, int, dict]: Parts; programs; settings of the kernel.
+        tuple[int, int, dict]: Parts of an image; programs; settings of the
+        kernel.
     """
     batch, channels, height, width = x.shape
     positions = height * width

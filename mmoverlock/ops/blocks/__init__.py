@@ -13,7 +13,7 @@ Weights = tuple[Tensor] | Pair  # without a bias or with one
 
 
 def _forms(parameters: tuple) -> Iterator[tuple | None]:
-    """How many tensors there are of each kind, and which lack a bias."""
+    """The number of tensors of each kind, and whether they lack a bias."""
     return (value and (len(value), value[-1] is None) for value in parameters)
 
 

@@ -449,7 +449,7 @@ def _backward_kernel(
 
 
 class Plan(NamedTuple):
-    """How a map is cut."""
+    """A way to cut a map."""
 
     lanes: tuple[int, int]  # strips and channels of a program
     rows: int  # of a strip
@@ -462,7 +462,7 @@ class Plan(NamedTuple):
 def plan(
     shape: tuple, form: Form, slots: int, most: int | None = None
 ) -> Plan:
-    """How to cut a map.
+    """Choose a way to cut a map.
 
     Args:
         shape (tuple): (B, C, H, W).

@@ -59,7 +59,7 @@ class _Plan(NamedTuple):
 
 @cache
 def _choose_tiles(length: int, kernel_size: int) -> tuple[int, int, int]:
-    """How many tiles an axis is cut into, their size and their regions'.
+    """The number of tiles of an axis, their size and that of their regions.
 
     Larger tiles multiply more zeros, smaller ones copy more of what their
     regions share.
@@ -174,7 +174,7 @@ def _make_plan(
 
 @lru_cache(maxsize=64)  # of up to 7 MB at 50 x 84
 def _cached_plan(*args) -> _Plan:
-    # What is kept must not be inference tensors, which autograd cannot save.
+    # A plan is kept, and autograd cannot save inference tensors.
     with torch.inference_mode(False):
         return _make_plan(*args)
 

@@ -747,7 +747,7 @@ def forward(
 
 
 def _summands(norms):
-    """How many norms are added up: all but that of the gate."""
+    """The number of norms that are added up: all but that of the gate."""
     return 1 if len(norms) == 1 else 2
 
 

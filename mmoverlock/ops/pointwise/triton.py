@@ -489,7 +489,7 @@ def product(
 
 
 class WeightGrad(NamedTuple):
-    """What gradients of a weight and a bias of :func:`product` are made of."""
+    """Operands of the gradients of a weight and a bias of :func:`product`."""
 
     outs: Sequence[Tensor]  # that take them; the bias may be missing
     grad: Tensor  # of the result, (N, O), contiguous

@@ -193,7 +193,7 @@ def _empty_gradients(
     bias: Tensor | None,
     keep: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Which gradients are to be written: of x, weight, bias and y."""
+    """Memory for the gradients of x, weight, bias and y, each or None."""
     return (
         None if weight is None else torch.empty_like(x),
         None if weight is None else torch.empty_like(weight),

@@ -51,7 +51,7 @@ MOST_CLASSES = 4  # more have too few positions each for whole tiles
 
 
 def count_classes(height: int, width: int, size: int) -> int:
-    """How many windows of a size there are."""
+    """The number of windows of a size."""
     return (height - size + 1) * (width - size + 1)
 
 

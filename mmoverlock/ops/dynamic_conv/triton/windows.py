@@ -153,7 +153,7 @@ def _dense_rows(down, across, group, HALF: tl.constexpr, FORMS: tl.constexpr):
 
 @triton.jit
 def _dense_taps(HALF: tl.constexpr, FORMS: tl.constexpr):
-    """Where taps of a step (1, 1, N) are in a row of the biases."""
+    """Positions of taps of a step (1, 1, N) in a row of the biases."""
     K: tl.constexpr = FORMS[HALF][2]
     NT: tl.constexpr = FORMS[HALF][4]
     n = tl.arange(0, FORMS[HALF][12])
