@@ -374,7 +374,7 @@ def test_other_layouts_and_half_weights(run, poison):
 @EVERY_OPERATOR
 def test_deterministic(monkeypatch, run, poison):
     """Equal bits twice; close ones with other numbers of programs."""
-    monkeypatch.setattr(squeeze, 'FEW', 50)
+    monkeypatch.setitem(squeeze.KNOBS, 'few', 50)
     monkeypatch.setitem(responses.KNOBS, 'few', 50)
     shape = (2, 3, 3, 40) if run in CASTS else (2, 20, 9, 8)
     if run in (depthwise_conv2d, branches):

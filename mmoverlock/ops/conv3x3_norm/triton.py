@@ -30,8 +30,10 @@ from ..conv3x3 import triton as conv
 from ..launching import jit
 from ..layernorm import triton as norm
 
-MOST = 1024  # channels of a program
-FULL = 0.75  # of its lanes have a channel, at least: all take their time
+KNOBS = dict(
+    channels=1024,  # of a program, at most
+    share=0.75,  # of lanes with a channel, at least: all take their time
+)
 
 
 @jit(do_not_specialize=conv.SIZES)
@@ -123,7 +125,8 @@ def forward(
     batch, channels, height, width = x.shape
     block = next_power_of_2(channels)
     # Without loads of 16 bytes, it spills.
-    if block > MOST or channels < FULL * block or channels % 16:
+    too_wide = block > KNOBS['channels']
+    if too_wide or channels < KNOBS['share'] * block or channels % 16:
         y, _ = conv.forward(x, weight, bias, residual=residual)
         return y, norm.forward(y, scale, shift, eps)
     y, z = torch.empty_like(x), torch.empty_like(x)

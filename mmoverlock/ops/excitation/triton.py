@@ -55,13 +55,15 @@ from ..launching import jit
 from ..pointwise.triton import PRECISION
 
 SIZES = ('positions', 'parts', 'splits', 'count', 'batch')
-FEW = 256  # positions that one program an image adds up by itself
-WEIGHT = 4096  # values of a weight that it has at a time
-CHANNELS = 64  # most channels that it has at a time
-PARTS = 4, 16, 64, 128  # positions or partial sums that it adds at a time
-WARPS = 8
-REGISTERS = 128  # at most: left to itself, ptxas spills to have fewer
-WEIGHTS = dict(BATCH=16, CHANNELS=32, HIDDEN=16)  # a tile of their gradients
+KNOBS = dict(  # of one program an image, but for the last
+    few=256,  # positions, at most, that are not added up by others before
+    parts=(4, 16, 64, 128),  # positions or partial sums, added at a time
+    weight=4096,  # values of a weight, at a time
+    channels=64,  # of a weight, at most
+    warps=8,
+    registers=128,  # at most: left to itself, ptxas spills to have fewer
+    weights=dict(BATCH=16, CHANNELS=32, HIDDEN=16),  # a tile of gradients
+)
 
 
 @jit(do_not_specialize=SIZES)
@@ -644,7 +646,7 @@ def sum_positions(
         those, or partial sums and twice None; and how many of them.
     """
     positions = x.shape[2:].numel()
-    if positions <= FEW:
+    if positions <= KNOBS['few']:
         return x, factor, gate, positions
     splits, programs, settings = split(x)
     parts = x.new_empty(len(x), splits, x.shape[1], dtype=torch.float32)
@@ -661,16 +663,18 @@ def sum_positions(
     return parts, None, None, splits
 
 
-def _knobs(hidden, parts):
+def _settings(hidden: int, parts: int) -> dict[str, int]:
+    """Constants of a kernel with one program an image."""
     hidden = next_power_of_2(hidden)
+    counts = KNOBS['parts']
     return dict(
         # Few values, as each is compiled for; with fewer than 4 parts, ptxas
         # spills on capability 8.0.
-        PARTS=next(n for n in PARTS if n >= min(parts, PARTS[-1])),
-        CHANNELS=max(1, min(CHANNELS, WEIGHT // hidden)),
+        PARTS=next(n for n in counts if n >= min(parts, counts[-1])),
+        CHANNELS=max(1, min(KNOBS['channels'], KNOBS['weight'] // hidden)),
         HIDDEN=hidden,
-        num_warps=WARPS,
-        maxnreg=REGISTERS,
+        num_warps=KNOBS['warps'],
+        maxnreg=KNOBS['registers'],
     )
 
 
@@ -729,7 +733,7 @@ def forward(
         channels,
         hidden,
         NORMS=count,
-        **_knobs(hidden, parts),
+        **_settings(hidden, parts),
     )
     tiles.launch(
         _apply_kernel,
@@ -828,12 +832,10 @@ def backward(
         channels,
         hidden,
         NORMS=count,
-        **_knobs(hidden, parts),
+        **_settings(hidden, parts),
     )
-    grid = (
-        cdiv(channels, WEIGHTS['CHANNELS']),
-        cdiv(hidden, WEIGHTS['HIDDEN']),
-    )
+    tile = KNOBS['weights']
+    grid = cdiv(channels, tile['CHANNELS']), cdiv(hidden, tile['HIDDEN'])
     _weights_grad_kernel[grid](
         state,
         grads,
@@ -845,7 +847,7 @@ def backward(
         channels,
         hidden,
         ROWS=rows,
-        **WEIGHTS,
+        **tile,
     )
     tiles.launch(
         _apply_grad_kernel,

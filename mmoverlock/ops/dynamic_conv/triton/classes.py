@@ -35,7 +35,7 @@ KNOBS = dict(
     POSITIONS=64,
     TAPS=64,  # a step of the forward pass and of the gradient of the query
     ROWS=64,  # taps that are rows
-    PIXELS=64,  # that are rows
+    PIXELS=64,  # pixels that are rows
     PROGRAMS=800,  # at least, for the gradient of the filters
     STAGES=1,
 )
