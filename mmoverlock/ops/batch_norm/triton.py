@@ -419,7 +419,7 @@ def measure(
     return parts, _facts(whole, norms, batches)
 
 
-def _statistics(maps):
+def _statistics(maps: Sequence[Tensor]) -> Tensor:
     """Those of parts of maps of one shape, (B splits, N * 3, C)."""
     batch, channels, height, width = maps[0].shape
     positions, n = height * width, len(maps)
@@ -438,7 +438,9 @@ def _statistics(maps):
     return parts
 
 
-def _facts(parts, norms, batches=()):
+def _facts(
+    parts: Tensor, norms: Sequence[Norm], batches: Sequence[Tensor] = ()
+) -> Tensor:
     """Facts of norms (N, 5, C), whose running statistics are moved."""
     scales, shifts, means, variances, counts, momenta, eps = zip(
         *norms, strict=True
@@ -503,13 +505,13 @@ def combine_parts(parts: Tensor, out: Tensor) -> None:
     )
 
 
-def _all_gather(whole, own, group):
+def _all_gather(whole: Tensor, own: Tensor, group: Any) -> None:
     """all_gather_single, which was all_gather_into_tensor."""
     run = getattr(distributed, 'all_gather_single', None)
     (run or distributed.all_gather_into_tensor)(whole, own, group)
 
 
-def _all_reduce(sums, group):
+def _all_reduce(sums: Tensor, group: Any) -> None:
     distributed.all_reduce(sums, group=group)
 
 
@@ -606,7 +608,9 @@ def backward(
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, norm, group, *affine) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, norm: Norm, group: Any, *affine
+    ) -> Tensor:
         ((y, facts),) = forward([x], [norm], group)
         ctx.group = group
         ctx.save_for_backward(x, facts)
@@ -614,7 +618,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, facts = saved_tensors(ctx)
         ((grad, *grads),) = backward(
             [channels_last(grad)], [x], [facts], ctx.group

@@ -750,7 +750,7 @@ def forward(
     return y, state
 
 
-def _summands(norms):
+def _summands(norms: Tensor) -> int:
     """The number of norms that are added up: all but that of the gate."""
     return 1 if len(norms) == 1 else 2
 
@@ -871,7 +871,7 @@ def backward(
     return [*results, *(t for t in others if t is not None)]
 
 
-def _empty_outputs(x, weight1):
+def _empty_outputs(x: Tensor, weight1: Tensor) -> tuple[Tensor, Tensor]:
     # Not len(x), which would make a graph for every batch size.
     batch, channels = x.shape[:2]
     size = 2 * channels + weight1.shape[0]
@@ -902,7 +902,14 @@ def _squeeze_excite(
 
 
 @_squeeze_excite.register_fake
-def _(x, weight1, bias1, weight2, bias2, gate):
+def _(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    gate: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     return _empty_outputs(channels_last(x), weight1)
 
 
@@ -929,7 +936,16 @@ def _squeeze_excite_backward(
 
 
 @_squeeze_excite_backward.register_fake
-def _(grad, x, weight1, bias1, weight2, bias2, gate, state):
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    gate: Tensor | None,
+    state: Tensor,
+) -> list[Tensor]:
     results = [torch.empty_like(channels_last(x))]
     for weight in (weight1, bias1, weight2, bias2):
         results.append(torch.empty_like(weight.contiguous()))
@@ -938,12 +954,14 @@ def _(grad, x, weight1, bias1, weight2, bias2, gate, state):
     return results
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs, output[1])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad, _):
+def _differentiate(
+    ctx: Any, grad: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 6
     grads = _squeeze_excite_backward(grad, *saved_tensors(ctx))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import partial_sums
+from ...batch_norm import Norm
 from ...batch_norm import triton as batch_norm
 from ...common import channels_last
 from ...conv3x3 import triton as conv
@@ -78,25 +79,27 @@ class _Saved(NamedTuple):
     rounded: tuple
 
 
-def _product(x, weight, bias=None):
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     factors = rows(x), weight.flatten(1).mT
     if bias is None:
         return to_map(torch.mm(*factors), x)
     return to_map(torch.addmm(bias, *factors), x)
 
 
-def _product_grad(grad, weight):
+def _product_grad(grad: Tensor, weight: Tensor) -> Tensor:
     return to_map(rows(grad) @ weight.flatten(1), grad)
 
 
-def _empty_pair(like):
+def _empty_pair(like: Tensor) -> Tensor:
     """Memory of two maps side by side, (2, B, C, H, W)."""
     batch, channels, height, width = like.shape
     pair = like.new_empty(2, batch, height, width, channels)
     return pair.permute(0, 1, 4, 2, 3)
 
 
-def _products(pair, weights, transposed=False):
+def _products(
+    pair: Tensor, weights: Tensor, transposed: bool = False
+) -> Tensor:
     """Two maps side by side, each with a weight, or the transpose, of its."""
     weights = weights.flatten(2)
     maps = pair.permute(0, 1, 3, 4, 2)
@@ -104,7 +107,9 @@ def _products(pair, weights, transposed=False):
     return result.view(*maps.shape[:-1], -1).permute(0, 1, 4, 2, 3)
 
 
-def _norms(maps, norms, group):
+def _norms(
+    maps: Sequence[Tensor], norms: Sequence[Norm], group: Any
+) -> list[tuple[Tensor, ...]]:
     """Batch norms in training mode: maps, and what their gradients need."""
     if group is not None:
         return batch_norm.forward(maps, norms, group)
@@ -123,7 +128,13 @@ def _norms(maps, norms, group):
     ]
 
 
-def _norm_grads(grads, maps, norms, kept, group):
+def _norm_grads(
+    grads: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    norms: Sequence[Norm],
+    kept: Sequence[tuple[Tensor, ...]],
+    group: Any,
+) -> list[tuple[Tensor, ...]]:
     """Gradients of the maps, each with those of scale and shift."""
     grads = [channels_last(grad) for grad in grads]
     if group is not None:
@@ -147,21 +158,21 @@ def _norm_grads(grads, maps, norms, kept, group):
     ]
 
 
-def _enlarge(x, size):
+def _enlarge(x: Tensor, size: Sequence[int] | None) -> Tensor:
     """A map of another size, if there is one."""
     if size is None:
         return x
     return channels_last(F.interpolate(x, size, mode='bilinear').to(x.dtype))
 
 
-def _reduce(x, like):
+def _reduce(x: Tensor, like: Tensor) -> Tensor:
     """A map of the size of another one, which may be its own."""
     if x.shape[2:] == like.shape[2:]:
         return x
     return channels_last(F.adaptive_avg_pool2d(x, like.shape[2:]))
 
 
-def _enlarge_grad(grad, x, size):
+def _enlarge_grad(grad: Tensor, x: Tensor, size: Sequence[int]) -> Tensor:
     """The gradient of a map from that of the enlarged one."""
     # Added up in single precision
     grad_x = aten.upsample_bilinear2d_backward(
@@ -170,7 +181,13 @@ def _enlarge_grad(grad, x, size):
     return channels_last(grad_x.to(x.dtype))
 
 
-def _forward(z, initial, p, keeps, settings):
+def _forward(
+    z: Tensor,
+    initial: Tensor | None,
+    p: FocusParameters,
+    keeps: Sequence[Tensor | None],
+    settings: _Settings,
+) -> tuple[Tensor, _Saved]:
     """The result, and what to keep."""
     group = settings.group
     updated = z
@@ -282,7 +299,12 @@ def _forward(z, initial, p, keeps, settings):
     return result, saved
 
 
-def _infer(z, initial, p, settings):
+def _infer(
+    z: Tensor,
+    initial: Tensor | None,
+    p: FocusParameters,
+    settings: _Settings,
+) -> Tensor:
     """The result where norms are parts of convolutions."""
     if p.prior:
         z = prior.forward(z, initial, *p.prior)
@@ -328,26 +350,34 @@ def _infer(z, initial, p, settings):
     return result
 
 
-def _pool(x, regions):
+def _pool(x: Tensor, regions: int) -> Tensor:
     """Means of regions of a map."""
     if len(x) < 16:  # a block an image in channels_last: 0.24 ms at 50 x 84
         x = x.contiguous()
     return channels_last(F.adaptive_avg_pool2d(x, regions))
 
 
-def _backward(grad, s, p, keeps, settings):
+def _backward(
+    grad: Tensor,
+    s: _Saved,
+    p: FocusParameters,
+    keeps: Sequence[Tensor | None],
+    settings: _Settings,
+) -> tuple[tuple[Tensor, Tensor | None], dict[str, list]]:
     """Gradients of the two maps; of the parameters, by field."""
     mix, _, query, key, out, *hidden, value_and_gate = s.rounded
     group = settings.group
     jobs, products = [], []
 
-    def empty(tensors, parts, *more):
+    def empty(tensors: Sequence[Tensor], parts: Tensor, *more) -> list[Tensor]:
         """Gradients that will be sums of parts."""
         grads = [torch.empty_like(tensor) for tensor in (*tensors, *more)]
         jobs.append((parts, *grads))
         return grads
 
-    def differentiate(grad, x, *tensors, gelu=False):
+    def differentiate(
+        grad: Tensor, x: Tensor, *tensors, gelu: bool = False
+    ) -> list[Tensor]:
         """Gradients that a launch for all products will make."""
         grads = [torch.empty_like(tensor) for tensor in tensors]
         operands = rows(channels_last(grad)), rows(x)

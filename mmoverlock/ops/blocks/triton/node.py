@@ -71,7 +71,9 @@ def run_fused(
     return result
 
 
-def _describe(maps, operands):
+def _describe(
+    maps: Sequence[Tensor | None], operands: tuple
+) -> tuple[list[Tensor], list[Tensor], tuple]:
     """The maps that there are, tensors of the operands, a key of a tape."""
     found, key = tape.describe(maps)
     tensors, others = tape.describe(operands)

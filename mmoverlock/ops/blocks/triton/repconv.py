@@ -4,6 +4,7 @@ Both maps that the block adds to are read once backward: the gradient of the
 scaled identity is made in the pass of the norm behind it.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,13 @@ class _Saved(NamedTuple):
     rounded: tuple
 
 
-def _forward(x, p, keep, eps, group):
+def _forward(
+    x: Tensor,
+    p: RepConvParameters,
+    keep: Tensor | None,
+    eps: float,
+    group: Any,
+) -> tuple[Tensor, _Saved]:
     """The result, and what to keep."""
     others = *p.expand, p.reduce[0]
     taps, rounded = large_conv.pack(x.dtype, p.branches, others)
@@ -64,7 +71,14 @@ def _forward(x, p, keep, eps, group):
     return result, saved
 
 
-def _feed_forward(x, p, weights, identity, keep, residual):
+def _feed_forward(
+    x: Tensor,
+    p: RepConvParameters,
+    weights: Sequence[Tensor],
+    identity: Tensor,
+    keep: Tensor | None,
+    residual: bool,
+) -> tuple[Tensor, ...]:
     expand, expand_bias, reduce = weights
     return ffn.feed_forward.function(
         x,
@@ -81,7 +95,7 @@ def _feed_forward(x, p, weights, identity, keep, residual):
     )
 
 
-def _infer(x, p, eps):
+def _infer(x: Tensor, p: RepConvParameters, eps: float) -> Tensor:
     """The result where norms are parts of convolutions."""
     others = *p.expand, p.reduce[0]
     taps, weights = large_conv.pack(x.dtype, p.branches, others)
@@ -91,7 +105,14 @@ def _infer(x, p, eps):
     return _feed_forward(x, p, weights, identity, None, False)[0]
 
 
-def _backward(grad, s, p, keep, eps, group):
+def _backward(
+    grad: Tensor,
+    s: _Saved,
+    p: RepConvParameters,
+    keep: Tensor | None,
+    eps: float,
+    group: Any,
+) -> tuple[tuple[Tensor], dict[str, list]]:
     """Gradients of the map; of the parameters, by field."""
     grads = {}
     hidden = *p.expand, *p.conv2, *p.response, *p.reduce
