@@ -1,7 +1,6 @@
 """Small layers, beyond what the golden figures of test_parity.py tell."""
 
 import copy
-from importlib import import_module
 from unittest.mock import Mock, patch
 
 import pytest
@@ -10,6 +9,7 @@ from fusion import far
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mmoverlock.models import layers as layers_module
 from mmoverlock.models.layers import (
     GRN,
     DropPath,
@@ -19,9 +19,8 @@ from mmoverlock.models.layers import (
     run_layers,
 )
 from mmoverlock.models.reparam import BRANCHES, DilatedReparamConv
+from mmoverlock.ops.grn import reference
 
-reference = import_module('mmoverlock.ops.grn.reference')
-layers_module = import_module('mmoverlock.models.layers')
 CHANNELS_LAST = torch.channels_last
 BN = dict(type='BN')
 

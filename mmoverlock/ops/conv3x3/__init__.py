@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..backends import run
-from .reference import residual_conv as reference
+from . import reference
 
 
 def residual_conv(
@@ -47,9 +47,8 @@ def residual_conv(
             f'weight has shape {tuple(weight.shape)}, '
             f'expected {(x.shape[1], 1, 3, 3)}'
         )
-    return run(
-        backend, reference, _kernels, x, weight, bias, gelu, residual, squares
-    )
+    operands = x, weight, bias, gelu, residual, squares
+    return run(backend, reference.residual_conv, _kernels, *operands)
 
 
 def _kernels(*operands) -> Tensor | tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..backends import run
-from .reference import response_norm as reference
+from . import reference
 from .reference import response_scale
 
 
@@ -40,7 +40,7 @@ def response_norm(
             raise ValueError(
                 f'{name} has shape {tuple(tensor.shape)}, expected {shape}'
             )
-    return run(backend, reference, _kernels, x, gamma, beta)
+    return run(backend, reference.response_norm, _kernels, x, gamma, beta)
 
 
 def _kernels(*operands) -> Tensor:

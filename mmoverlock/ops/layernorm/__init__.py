@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..backends import run
-from .reference import layer_norm as reference
+from . import reference
 
 
 def layer_norm(
@@ -39,7 +39,8 @@ def layer_norm(
         ValueError: If the backend is unknown or cannot run.
         ImportError: If the backend needs what is not installed.
     """
-    return run(backend, reference, _kernels, x, weight, bias, eps, contiguous)
+    operands = x, weight, bias, eps, contiguous
+    return run(backend, reference.layer_norm, _kernels, *operands)
 
 
 def _kernels(*operands) -> Tensor:

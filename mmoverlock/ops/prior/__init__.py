@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..backends import run
-from .reference import update_prior as reference
+from . import reference
 
 
 def update_prior(
@@ -58,7 +58,7 @@ def update_prior(
                 f'{name} has shape {tuple(tensor.shape)}, expected {shape}'
             )
     operands = z, initial, weight, bias, initial_weight, initial_bias
-    return run(backend, reference, _kernels, *operands)
+    return run(backend, reference.update_prior, _kernels, *operands)
 
 
 def _kernels(*operands) -> Tensor:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..backends import run
-from .reference import scaled_residual as reference
+from . import reference
 
 
 def scaled_residual(
@@ -51,7 +51,8 @@ def scaled_residual(
                 f'{name} has shape {tuple(tensor.shape)}, '
                 f'expected {tuple(shape)}'
             )
-    return run(backend, reference, _kernels, x, y, weight, bias, keep)
+    operands = x, y, weight, bias, keep
+    return run(backend, reference.scaled_residual, _kernels, *operands)
 
 
 def _kernels(*operands) -> Tensor:
