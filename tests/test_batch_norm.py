@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from kernels import draw, exact
 from test_operators import assert_close, make_norms
 
-from mmoverlock.ops import Norm, batch_norm, partial_sums, squeeze_excite
+from mmoverlock.ops import Norm, partial_sums, squeeze_excite, sync_batch_norm
 
 kernels = pytest.importorskip(
     'mmoverlock.ops.batch_norm.triton', exc_type=ImportError
@@ -52,7 +52,7 @@ def leaves(maps, norms, weights):
 
 def run_kernels(maps, norms, weights):
     if not weights:
-        return batch_norm(*maps, *norms)
+        return sync_batch_norm(*maps, *norms)
     return Excited.apply(norms, *leaves(maps, norms, weights))
 
 
@@ -145,5 +145,5 @@ def test_what_it_does_not_take():
         (x.double(), 'takes float32, float16 and bfloat16, got torch.float64'),
     ):
         with pytest.raises(ValueError, match=message):
-            batch_norm(other, norm)
+            sync_batch_norm(other, norm)
     assert norm.batches == 0

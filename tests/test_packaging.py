@@ -150,7 +150,9 @@ def state():
 before = state()  # also after reloading, which notebooks do
 for module in pkgutil.walk_packages(mmoverlock.__path__, 'mmoverlock.'):
     if '.triton' not in module.name and module.name != 'mmoverlock.timm':
-        importlib.reload(importlib.import_module(module.name))
+        loaded = importlib.reload(importlib.import_module(module.name))
+        parent, _, name = module.name.rpartition('.')
+        assert getattr(sys.modules[parent], name) is loaded, module.name
 assert state() == before
 
 name = 'mmoverlock::imagenet/overlock_xt_300e.py'
@@ -161,6 +163,8 @@ runpy.run_module('mmoverlock', run_name='__main__')
 
 def test_installed(run):
     """Configs and tools by name; importing is light, and changes nothing.
+
+    No function hides the module of its name.
 
     How mmengine treats files, and what draws, is for the process to say.
     """

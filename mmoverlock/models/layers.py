@@ -11,7 +11,6 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import (
     Norm,
-    batch_norm,
     conv_norm,
     convolution_dtype,
     is_compiling,
@@ -21,6 +20,7 @@ from ..ops import (
     response_scale,
     scaled_residual,
     squeeze_excite,
+    sync_batch_norm,
     takes_triton,
 )
 
@@ -432,8 +432,8 @@ def run_layers(layers: nn.Sequential, x: Tensor) -> Tensor:
             x = F.batch_norm(
                 x, *running, *norm[:2], True, norm.momentum, norm.eps
             )
-        elif norm and takes_triton('auto', x, batch_norm, x, norm):
-            x = batch_norm(x, norm, group)
+        elif norm and takes_triton('auto', x, sync_batch_norm, x, norm):
+            x = sync_batch_norm(x, norm, group)
         else:
             x = layer(x)
     if counts:

@@ -1,5 +1,5 @@
 from .backends import check_backend, takes_triton, why_not_triton
-from .batch_norm import Norm, batch_norm
+from .batch_norm import Norm, sync_batch_norm
 from .common import cast_as_convolutions, convolution_dtype
 from .conv3x3 import residual_conv
 from .conv3x3_norm import conv_norm
@@ -20,7 +20,6 @@ from .residual import scaled_residual
 __all__ = [
     'Branch',
     'Norm',
-    'batch_norm',
     'cast_as_convolutions',
     'check_backend',
     'contmix',
@@ -39,6 +38,7 @@ __all__ = [
     'scaled_residual',
     'squeeze_excite',
     'sum_of_branches',
+    'sync_batch_norm',
     'takes_triton',
     'update_prior',
     'why_not_triton',

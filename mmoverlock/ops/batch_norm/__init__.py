@@ -17,7 +17,7 @@ class Norm(NamedTuple):
     eps: float
 
 
-def batch_norm(
+def sync_batch_norm(
     x: Tensor, norm: Norm, group: 'distributed.ProcessGroup | None' = None
 ) -> Tensor:
     """A batch norm in training mode, over the maps of several processes.
@@ -40,9 +40,9 @@ def batch_norm(
     Raises:
         ValueError: If the map is empty, not on a GPU or in double precision.
     """
-    from .triton import batch_norm as run
+    from .triton import sync_batch_norm as run
 
     return run(x, norm, group)
 
 
-__all__ = ['Norm', 'batch_norm']
+__all__ = ['Norm', 'sync_batch_norm']

@@ -627,8 +627,8 @@ class _BatchNorm(torch.autograd.Function):
 
 
 @torch.compiler.disable  # an exchange in the middle of a graph breaks it
-def batch_norm(x: Tensor, norm: Norm, group: Any = None) -> Tensor:
-    """See :func:`mmoverlock.ops.batch_norm.batch_norm`."""
+def sync_batch_norm(x: Tensor, norm: Norm, group: Any = None) -> Tensor:
+    """See :func:`mmoverlock.ops.batch_norm.sync_batch_norm`."""
     partial_sums.check_device(x)
     takes_triton('triton', x)
     check_map(x)
