@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import partial_sums, tiles
+from ..activations import gelu, gelu_slope
 from ..common import (
     cast_as_convolutions,
     cdiv,
@@ -40,7 +41,6 @@ from ..common import (
     next_power_of_2,
     saved_tensors,
 )
-from ..gelu import gelu, gelu_slope
 from ..grn.triton import make_coefs
 from ..launching import jit
 

@@ -35,6 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import partial_sums, tiles
+from ..activations import gelu, gelu_slope
 from ..batch_norm.triton import (
     load_norm,
     load_normal,
@@ -50,7 +51,6 @@ from ..common import (
     next_power_of_2,
     saved_tensors,
 )
-from ..gelu import gelu, gelu_slope
 from ..launching import jit
 from ..pointwise.triton import PRECISION
 

@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tiles
+from ..activations import gelu, gelu_slope
 from ..common import cdiv, next_power_of_2
-from ..gelu import gelu, gelu_slope
 from ..grn.triton import store_scales
 from ..launching import jit, odd
 
