@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .models import OverLoCK
 from .models.plain import RELEASE, OverLoCKClassifier, take_names
-from .models.weights import State, is_release, remove_prefixes
+from .models.weights import STEM, State, is_release, remove_prefixes
 
 __all__ = ['overlock_b', 'overlock_s', 'overlock_t', 'overlock_xt']
 
@@ -33,7 +33,7 @@ default_cfgs = generate_default_cfgs(
             mean=(0.485, 0.456, 0.406),
             std=(0.229, 0.224, 0.225),
             num_classes=1000,
-            first_conv='patch_embed1.0',
+            first_conv=STEM.removesuffix('.weight'),
             classifier='head.4',
             license='apache-2.0',
             paper_ids='arXiv:2502.20087',
