@@ -14,9 +14,8 @@ and ContMix gathers every window, which takes more time, and memory for 169
 copies of half the channels at stride 16. TorchScript files have fixed sizes
 only. All have standard operators only.
 
-Every file is run after it is written, and compared with the model. This needs
-torch 2.6 or later; ONNX also the packages onnx and onnxscript, and onnxruntime
-for the comparison.
+Every file is run after it is written, and compared with the model. ONNX needs
+the packages onnx and onnxscript, and onnxruntime for the comparison.
 """
 
 import argparse
