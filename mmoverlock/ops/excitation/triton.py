@@ -502,15 +502,15 @@ def _weights_grad_kernel(
     for first in range(0, batch, BATCH):
         image = (first + tl.arange(0, BATCH)[:, None]).to(tl.int64)
         o_grad = image * (2 * channels + hidden)
-        mask = (image < batch) & m_channel[None]
-        m = tiles.load(p_state, image * state + o_channel[None], mask)
+        m_x = (image < batch) & m_channel[None]
+        m = tiles.load(p_state, image * state + o_channel[None], m_x)
         p_da = p_grads + channels
-        da = tiles.load(p_da, o_grad + o_channel[None], mask)
-        mask = (image < batch) & m_hidden[None]
-        h = tiles.load(p_hidden, image * state + o_hidden[None], mask)
+        da = tiles.load(p_da, o_grad + o_channel[None], m_x)
+        m_h = (image < batch) & m_hidden[None]
+        h = tiles.load(p_hidden, image * state + o_hidden[None], m_h)
         h = gelu(h)
         p_dh = p_grads + 2 * channels
-        dh = tiles.load(p_dh, o_grad + o_hidden[None], mask)
+        dh = tiles.load(p_dh, o_grad + o_hidden[None], m_h)
         sum_weight1 = tl.dot(
             tl.trans(dh), m, acc=sum_weight1, input_precision=PRECISION
         )

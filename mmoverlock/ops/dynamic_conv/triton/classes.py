@@ -111,12 +111,12 @@ def class_positions(
 
 
 @triton.jit
-def _load(p, offset, m_c, MASKED: tl.constexpr):
+def _load(p_x, o_x, m_c, MASKED: tl.constexpr):
     """Load channels, which are fewer than those of a block if MASKED."""
     if MASKED:
-        return tl.load(p + offset, mask=m_c, other=0.0)
+        return tl.load(p_x + o_x, mask=m_c, other=0.0)
     else:
-        return tl.load(p + offset)
+        return tl.load(p_x + o_x)
 
 
 @triton.jit

@@ -418,6 +418,7 @@ def _sum_table(
     HALF: tl.constexpr,
     FORMS: tl.constexpr,
 ):
+    """Gradient of a row of a table of biases, of the parts of positions."""
     K: tl.constexpr = FORMS[HALF][2]
     group = pid // (2 * K - 1)
     row = pid % (2 * K - 1)

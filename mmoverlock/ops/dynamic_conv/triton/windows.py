@@ -93,6 +93,7 @@ def _first_viewer(pixel, K: tl.constexpr):
 
 @triton.jit
 def _last_viewer(pixel, length, K: tl.constexpr):
+    """Last position whose window has the pixel."""
     return tl.where(pixel >= length - K, length - 1, pixel + K // 2)
 
 
