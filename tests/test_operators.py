@@ -37,6 +37,7 @@ responses = pytest.importorskip('mmoverlock.ops.grn.triton')
 convolutions = pytest.importorskip('mmoverlock.ops.conv3x3.triton')
 norms = pytest.importorskip('mmoverlock.ops.layernorm.triton')
 pointwise = pytest.importorskip('mmoverlock.ops.pointwise.triton')
+networks = pytest.importorskip('mmoverlock.ops.ffn.triton')
 
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 TOLERANCES = {SINGLE: 1e-6, HALF: 1e-3, BRAIN: 1e-2}
@@ -622,7 +623,7 @@ def test_hidden_map_of_feed_forward(monkeypatch):
     """Wide maps have one; with it, gradients are the same to the bit."""
     results = []
     for most in (4, 3):
-        monkeypatch.setattr('mmoverlock.ops.ffn.triton.MAX_REPEATED', most)
+        monkeypatch.setitem(networks.KNOBS, 'repeated', most)
         torch.manual_seed(0)
         operands = draw_operands(feed_forward, (1, 4, 3, 2), torch.bfloat16)
         out = feed_forward(**operands)
@@ -646,7 +647,7 @@ def test_scales_of_feed_forward(monkeypatch, poison):
     """A launch makes them of many parts, programs of the product of few."""
     results = []
     for most in (2, 3):
-        monkeypatch.setattr('mmoverlock.ops.ffn.triton.MAX_PARTS', most)
+        monkeypatch.setitem(networks.KNOBS, 'parts', most)
         operands = draw_operands(feed_forward, (2, 22, 2, 40))  # 3 parts
         out = feed_forward(**operands)
         kept = out.grad_fn.saved_tensors[3:5]
@@ -663,7 +664,7 @@ def test_gradients_of_scales_of_feed_forward(monkeypatch, poison):
     launch = mock.Mock(wraps=responses.scale_grads)
     monkeypatch.setattr(responses, 'scale_grads', launch)
     for most, launches in ((2, 0), (1, 1)):
-        monkeypatch.setattr('mmoverlock.ops.ffn.triton.MAX_PARTS', most)
+        monkeypatch.setitem(networks.KNOBS, 'parts', most)
         operands = draw_operands(feed_forward, (2, 50, 2, 40), HALF)
         assert_right(feed_forward, operands)
         assert launch.call_count == launches

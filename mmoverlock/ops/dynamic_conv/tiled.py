@@ -25,8 +25,8 @@ from ..common import custom_op
 from ..environment import apply, hides_sizes, is_compiling
 from .reference import bias_starts, window_starts
 
-# Copying an element of a region costs 1, an element of a dense matrix 1 in the
-# product, and so much more if kernels have to be laid out in it.
+# Cost of laying out an element of kernels in a dense matrix. Copying one of a
+# region costs 1, and so does one of the matrix in the product.
 LAYOUT = 0.5
 CHANNELS = 16  # of a group of values, in most of the networks
 # Elements of the dense matrices that exist at a time, unless those of a
@@ -174,14 +174,14 @@ def _make_plan(
 
 @lru_cache(maxsize=64)  # of up to 7 MB at 50 x 84
 def _cached_plan(*args) -> _Plan:
-    # A plan is kept, and autograd cannot save inference tensors.
+    # Autograd cannot save inference tensors of a plan that is kept.
     with torch.inference_mode(False):
         return _make_plan(*args)
 
 
 @torch.compiler.assume_constant_result
 def _plan(*args) -> _Plan:
-    # Nor tensors of a trace.
+    # Tensors of a trace cannot be kept.
     if is_compiling() or torch.jit.is_tracing():
         return _make_plan(*args)
     return _cached_plan(*args)

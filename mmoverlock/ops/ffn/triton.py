@@ -35,14 +35,18 @@ from ..pointwise import product_weight_grad, round_parameters, rows, to_map
 from ..pointwise.triton import WeightGrad, product, weight_grads
 from ..residual import triton as scaled_residual
 
-# Channels of x, at most, where h is made again: the product is one of bytes.
-MAX_REPEATED = 160
-# Parts of sums, at most, that every program that needs them reads. Of squares,
-# the product: 16 bytes a channel beside 256 or 384 of the map and the weight.
-# In classification there are 1 or 2, in detection 15 to 60. Of gradients, the
-# convolution: 12 to 24 bytes a channel of an image beside 290 to 1180 of maps.
-# There is 1 at 7 x 7, 4 are at 14 x 14.
-MAX_PARTS = 4
+KNOBS = dict(
+    # Channels of x, at most, where h is made again: that product is bound by
+    # memory.
+    repeated=160,
+    # Partial sums, at most, that every program reads, in place of a launch
+    # that adds them. The product reads those of squares: 16 bytes a channel,
+    # beside 256 or 384 of the map and the weight; there are 1 or 2 in
+    # classification, 15 to 60 in detection. The convolution reads those of
+    # gradients: 12 to 24 bytes a channel of an image, beside 290 to 1180 of
+    # maps; there are 1 at 7 x 7, 4 at 14 x 14.
+    parts=4,
+)
 
 
 @custom_op('mmoverlock::feed_forward')
@@ -77,7 +81,7 @@ def feed_forward(
     )
     batch, parts, channels = squares.shape
     response = None
-    if parts > MAX_PARTS:
+    if parts > KNOBS['parts']:
         norm, scale = response_norm.scales(squares, gamma)
     else:
         norm, scale = response_norm.empty_norms(squares, channels)
@@ -94,7 +98,7 @@ def feed_forward(
         offset=offset,
         response=response,
     )
-    if x.shape[1] <= MAX_REPEATED:
+    if x.shape[1] <= KNOBS['repeated']:
         h = x.new_empty(0)
     if x.dtype == weight1.dtype:
         rounded = [x.new_empty(0) for _ in rounded]
@@ -127,7 +131,7 @@ def _empty_outputs(
         for weight in (weight1, weight2, bias1)
     )
     out, h, y = (t.permute(0, 3, 1, 2) for t in (out, h, y))
-    if x.shape[1] <= MAX_REPEATED:
+    if x.shape[1] <= KNOBS['repeated']:
         h = x.new_empty(0)
     return out, h, y, norm, scale, *rounded
 
@@ -208,7 +212,7 @@ def _feed_forward_backward(
     parts, _ = sums
     coef, response = None, (*sums, gamma, norm)
     # In single precision, the convolution has no registers for these.
-    if parts.shape[1] > MAX_PARTS or x.element_size() > 2:
+    if parts.shape[1] > KNOBS['parts'] or x.element_size() > 2:
         coef, parts = response_norm.scale_grads(parts, gamma, norm)
         response = None
     parts = parts.view(-1, 2, norm.shape[2])
