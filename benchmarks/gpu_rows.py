@@ -473,13 +473,13 @@ def _errors(actual, expected):
     ]
 
 
-def contmix_operands(shape, dtype, device, channels=16):
+def contmix_operands(shape, dtype, device):
     """Operands as under autocast, where maps are in another dtype."""
     batch, height, width, groups, size = shape
-    total = groups * channels
+    total = groups * 16  # channels of the query
     taps = 25 + size**2
     operands = [
-        draw((batch, total, height, width), device, dtype) * channels**-0.5,
+        draw((batch, total, height, width), device, dtype) / 4,
         draw((batch, total, 7, 7), device, dtype),
         draw((batch, 2 * total, height, width), device, dtype),
         0.1 * torch.randn(taps, 49, device=device),

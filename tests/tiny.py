@@ -161,11 +161,12 @@ def run_tool(name, *argv, status=0, curves=False):
     return output.getvalue()
 
 
-def _shrink(task, name):
-    """The config of a name, of a tiny model and small images."""
+def _shrink(task):
+    """The config of a task, of a tiny model and small images."""
+    name, changes = CONFIGS[task]
     cfg = Config.fromfile(ROOT / 'configs' / name)
     cfg.model.backbone.update(arch=ARCH, init_cfg=None)
-    cfg.merge_from_dict(CONFIGS[task][1])
+    cfg.merge_from_dict(changes)
     return cfg
 
 
@@ -181,7 +182,7 @@ def write_model(task, folder, settings=None):
 
     The task is 'det', 'seg' or 'cls'; the settings are by dotted keys.
     """
-    cfg = _shrink(task, CONFIGS[task][0])
+    cfg = _shrink(task)
     config = _write(cfg, folder, task, settings or {})
     checkpoint = folder / f'{task}.pth'
     save_model(cfg, checkpoint)
@@ -257,14 +258,14 @@ def classifier(folder, **settings):
     return _write(Config(config | settings), folder, 'classifier', {})
 
 
-def _drawn(task, layout, folder, config, images, resize):
+def _drawn(task, layout, folder, images, resize):
     """The config of a tiny model that evaluates on some drawn images.
 
     The step of the training's pipeline that resizes has that index.
     """
     root = folder / layout
     run_tool('make_sample_data', layout, root, '--images=4', '--size=96')
-    cfg = _shrink(task, config)
+    cfg = _shrink(task)
     cfg.default_hooks.logger.interval = 1
     pipeline = cfg.test_dataloader.dataset.pipeline
     cfg.train_dataloader.dataset.pipeline[resize].scale = pipeline[1].scale
@@ -277,13 +278,13 @@ def _drawn(task, layout, folder, config, images, resize):
     return cfg
 
 
-def detector(folder, config=CONFIGS['det'][0], **options):
+def detector(folder, **options):
     """Write the config of a tiny Mask R-CNN, and draw data in COCO's layout.
 
-    It is made of a config of configs/, and options by dotted keys. As in the
-    two below, the data are in a folder of the layout's name beside it.
+    Options are by dotted keys. As in the two below, the data are in a folder
+    of the layout's name beside it.
     """
-    cfg = _drawn('det', 'coco', folder, config, 2, 2)
+    cfg = _drawn('det', 'coco', folder, 2, 2)
     ann_file = folder / 'coco' / 'annotations' / 'instances_val2017.json'
     for split in ('val', 'test'):
         cfg[f'{split}_evaluator'].ann_file = str(ann_file)
@@ -293,7 +294,7 @@ def detector(folder, config=CONFIGS['det'][0], **options):
 
 def segmentor(folder, **options):
     """Write the config of a tiny UperNet, with data in ADE20K's layout."""
-    cfg = _drawn('seg', 'ade20k', folder, CONFIGS['seg'][0], 3, 2)
+    cfg = _drawn('seg', 'ade20k', folder, 3, 2)
     cfg.model.data_preprocessor.size = (64, 64)
     cfg.train_dataloader.dataset.pipeline[3].crop_size = (64, 64)
     cfg.train_cfg.update(max_iters=2, val_interval=2)
@@ -303,7 +304,7 @@ def segmentor(folder, **options):
 
 def imagenet(folder, **options):
     """Write the config of a classifier, with data in ImageNet's layout."""
-    cfg = _drawn('cls', 'imagenet', folder, CONFIGS['cls'][0], 3, 1)
+    cfg = _drawn('cls', 'imagenet', folder, 3, 1)
     cfg.train_dataloader.batch_size = 4
     cfg.train_cfg.max_epochs = 1
     return _write(cfg, folder, 'imagenet', options)
