@@ -1,4 +1,4 @@
-"""What a step's kernels take if issuing instructions is all that bounds them.
+"""The time of a step's kernels if issuing instructions is all that bounds it.
 
 Depthwise convolutions and ContMix are compiled for a GPU that is not there
 (H100), and the instructions of their machine code are counted, those in loops
@@ -105,7 +105,7 @@ def loops_of(sass: str) -> Loop:
 
 
 def _print(tool: str, option: str, cubin: bytes) -> str:
-    """What a tool that Triton brings along prints of machine code."""
+    """The text that a tool of Triton's prints of machine code."""
     import triton
 
     tools = Path(triton.__file__).parent / 'backends/nvidia/bin'
@@ -138,7 +138,7 @@ def _banded(a):
     return [(cdiv(columns + size // 2 * 2, 16), loops)]
 
 
-def _weight_grads(grid, a):
+def _tap_grads(grid, a):
     """The same of a gradient of weights: over rows of a map, and columns.
 
     Programs of other kernels than a loop's own run it never.
@@ -187,8 +187,8 @@ def _trips(name, grid, a):
         tiles = a['items'] / grid[0]
         branches = a['BRANCHES'][a['FIRST'] :]
         return [(tiles, [(size, [])]) for size, *_ in branches]
-    if name == '_weight_grads_kernel':
-        return _weight_grads(grid, a)
+    if name == '_tap_grads_kernel':
+        return _tap_grads(grid, a)
     raise KeyError(name)
 
 

@@ -29,9 +29,7 @@ branches_module = pytest.importorskip(
 )
 batch_norm = pytest.importorskip('mmoverlock.ops.batch_norm.triton')
 conv2d = pytest.importorskip('mmoverlock.ops.depthwise.triton.conv2d')
-weight_grads = pytest.importorskip(
-    'mmoverlock.ops.depthwise.triton.weight_grads'
-)
+tap_grads = pytest.importorskip('mmoverlock.ops.depthwise.triton.tap_grads')
 
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 TOLERANCES = {HALF: 4e-4, BRAIN: 8e-3}  # the interpreter cuts bf16 off
@@ -196,7 +194,7 @@ def test_weight_gradients(case, poison):
     """Sums in single precision of products that are exact."""
     shape, dtype, branches, taps = prepare(*case)
     x, grads = maps(1 + len(branches), shape, dtype).tensor_split([1])
-    parts = weight_grads.weight_grads(x[0], grads, branches, with_sum=True)
+    parts = tap_grads.tap_grads(x[0], grads, branches, with_sum=True)
     assert parts.dtype == torch.float32
     taps = taps.double().requires_grad_()
     expected = sum(
@@ -216,7 +214,7 @@ def test_inner_products(case, poison):
     shape, dtype, branches, taps = prepare(*case)
     x, grad = maps(2, shape, dtype)
     size = max((k - 1) * d + 1 for k, d, _ in branches)
-    parts = weight_grads.inner_products(x, grad, taps, branches, size)
+    parts = tap_grads.inner_products(x, grad, taps, branches, size)
     outputs = [convolve(x, taps, branch) for branch in branches]
     expected = [
         (out * grad.double()).sum((0, 2, 3))
@@ -234,8 +232,8 @@ def test_weight_gradient_in_parts(monkeypatch, shape, dtype):
     x, grad = (draw(*shape, dtype=dtype) for _ in range(2))
     parts = []
     for programs in (2048, 2048, 1):
-        monkeypatch.setitem(weight_grads.KNOBS, 'programs', programs)
-        run = weight_grads.weight_grads
+        monkeypatch.setitem(tap_grads.KNOBS, 'programs', programs)
+        run = tap_grads.tap_grads
         parts.append(run(x, grad[None], ((3, 1, 0),)))
     assert torch.equal(*parts[:2])
     assert len(parts[0]) > len(parts[2])

@@ -1,5 +1,6 @@
 """The wheel, what importing it costs, and its configs and tools by name."""
 
+import ast
 import functools
 import os
 import re
@@ -235,3 +236,26 @@ def test_base(base, tmp_path, monkeypatch):
     assert expected.model.backbone.arch == 'xt'
     expected.model.backbone.arch = 't'
     assert Config.fromfile(path).to_dict() == expected.to_dict()
+
+
+def test_docstrings_and_annotations():
+    """All but kernels are annotated; docstrings begin with their subject."""
+    for path in (ROOT / 'mmoverlock').rglob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+                continue
+            where = f'{path}:{node.lineno}'
+            assert not (ast.get_docstring(node) or '').startswith('What'), (
+                where
+            )
+            decorators = map(ast.unparse, node.decorator_list)
+            if isinstance(node, ast.ClassDef) or 'jit' in ' '.join(decorators):
+                continue
+            args = (
+                *node.args.posonlyargs,
+                *node.args.args,
+                *node.args.kwonlyargs,
+            )
+            bare = {arg.arg for arg in args if not arg.annotation}
+            assert bare <= {'self', 'cls'}, where
+            assert node.returns or node.name == '__init__', where

@@ -51,7 +51,7 @@ def depthwise_conv2d(
         y = _convolve(x, weight, bias, dilation)
         return x + y if residual else y
     if residual:
-        if x.device.type != 'cpu' or _autocast_dtype():
+        if x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'):
             return x + depthwise_conv2d(
                 x, weight, bias, dilation, backend='reference'
             )
@@ -136,19 +136,10 @@ def sum_by_kernels(*operands) -> Tensor:
 
 def _autocast(*tensors) -> Sequence[Tensor | None]:
     """Cast as autocast does before an operator of PyTorch, on a CPU."""
-    dtype = _autocast_dtype()
-    if not dtype:
+    if not torch.is_autocast_enabled('cpu'):
         return tensors
+    dtype = torch.get_autocast_dtype('cpu')
     return [None if t is None else t.to(dtype) for t in tensors]
-
-
-def _autocast_dtype() -> torch.dtype | bool:
-    """The dtype that autocast casts to on a CPU, if it is on."""
-    if hasattr(torch, 'get_autocast_dtype'):
-        on, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
-        return on('cpu') and dtype('cpu')
-    # Before torch 2.4
-    return torch.is_autocast_cpu_enabled() and torch.get_autocast_cpu_dtype()
 
 
 def _identity(weight: Tensor) -> Tensor:

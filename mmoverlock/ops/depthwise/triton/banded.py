@@ -24,6 +24,8 @@ precision. There are no atomic operations. An infinite value makes NaN of what
 its window is multiplied with by zero, beyond the reach of the kernel.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,7 +35,7 @@ from ...batch_norm.triton import store_statistics
 from ...common import cdiv
 from ...launching import jit
 from .common import INTERPRETED, SIZES
-from .weight_grads import num_splits
+from .tap_grads import num_splits
 
 WINDOW = tl.constexpr(16)  # columns, and tiles of a product
 SIZE = 13  # of the smallest kernel, without dilation
@@ -203,7 +205,7 @@ def _row(p_row, row, height, m_x):
 
 
 @constexpr_function
-def _share(size, most):
+def _share(size: int, most: int) -> int:
     """Rows of a kernel at a time, nearly as many each time."""
     times = -(-size // most)
     return -(-size // times)
@@ -378,7 +380,13 @@ def takes(x: Tensor, branch: tuple[int, int, int]) -> bool:
     return x.element_size() == 2 and dilation == 1 and size >= SIZE
 
 
-def _launch(kernel, x, *args, splits=None, **constants):
+def _launch(
+    kernel: Any,
+    x: Tensor,
+    *args: Any,
+    splits: int | None = None,
+    **constants: Any,
+) -> None:
     """Launch a kernel on all tiles of maps (B, C, H, W) in channels_last.
 
     Args:
@@ -412,7 +420,7 @@ def _launch(kernel, x, *args, splits=None, **constants):
     )
 
 
-def _block(channels):
+def _block(channels: int) -> int:
     """Channels of a program."""
     sizes = KNOBS['CHANNELS']
     return next((n for n in sizes if channels % n == 0), sizes[-1])

@@ -66,7 +66,7 @@ from .common import (
     zeros,
 )
 from .conv2d import convolve_maps
-from .weight_grads import inner_products, num_splits, weight_grads
+from .tap_grads import inner_products, num_splits, tap_grads
 
 KNOBS = dict(
     statistics=396,  # programs of kernels that end in sums, at most
@@ -539,7 +539,14 @@ class Measured(NamedTuple):
     bias: Tensor
 
 
-def _pack(dtype, weights, batches, dilations, sources=(), copies=()):
+def _pack(
+    dtype: torch.dtype,
+    weights: Sequence[Tensor],
+    batches: Sequence[Tensor],
+    dilations: Sequence[int],
+    sources: Sequence[Tensor] = (),
+    copies: Sequence[Tensor] = (),
+) -> Tensor:
     """Taps (all taps, C) in a dtype; sources are copied, batches counted."""
     plan = _plan(tuple(w.shape[-1] for w in weights), tuple(dilations))
     channels = len(weights[0])
@@ -568,7 +575,7 @@ def pack(
     others: Sequence[Tensor] = (),
     stacked: Sequence[Tensor] = (),
 ) -> tuple[Tensor, list[Tensor]]:
-    """What a step's kernels read of parameters, in one launch.
+    """Bring parameters into the form that kernels read, in one launch.
 
     Batches of the branches' norms are counted.
 
@@ -604,15 +611,15 @@ def pack(
 
 
 def _measure(
-    x,
-    weights,
-    scales,
-    shifts,
-    dilations,
-    eps,
-    running,
-    group=None,
-    taps=None,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    dilations: Sequence[int],
+    eps: Sequence[float],
+    running: _Running,
+    group: Any = None,
+    taps: Tensor | None = None,
 ) -> Measured:
     """Measure and merge the branches, and move what batch norms keep."""
     if taps is None:
@@ -647,7 +654,9 @@ def _measure(
     return Measured(statistics, taps, first, kernel, bias)
 
 
-def _statistics(x, taps, first, branches):
+def _statistics(
+    x: Tensor, taps: Tensor, first: Tensor, branches: tuple
+) -> Tensor:
     """Parts of the statistics; writes the output of the first branch.
 
     Returns:
@@ -676,7 +685,7 @@ def _statistics(x, taps, first, branches):
     return parts
 
 
-def _forward(x, measured):
+def _forward(x: Tensor, measured: Measured) -> Tensor:
     """The sum, of the merged kernel."""
     size = isqrt(len(measured.kernel))
     return convolve_maps(
@@ -685,18 +694,18 @@ def _forward(x, measured):
 
 
 def _backward(
-    grad,
-    x,
-    first,
-    taps,
-    statistics,
-    weights,
-    scales,
-    dilations,
-    eps,
-    group=None,
-    other=None,
-):
+    grad: Tensor,
+    x: Tensor,
+    first: Tensor,
+    taps: Tensor,
+    statistics: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    dilations: Sequence[int],
+    eps: Sequence[float],
+    group: Any = None,
+    other: Tensor | None = None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Gradients of x, of scales and shifts (2, branches, C), and of weights.
 
     Another gradient of x is added to that, if there is one. Those of scales
@@ -750,7 +759,7 @@ def _backward(
             **layout.constants,
         )
     grad_x = convolve_maps(grad_ys, taps, branches, flip=True, other=other)
-    parts = weight_grads(x, grad_ys, branches)
+    parts = tap_grads(x, grad_ys, branches)
     grads = [torch.empty_like(weight) for weight in weights]
     add((parts, *grads))
     return grad_x, norm_grads, grads
@@ -823,7 +832,14 @@ def _measure_branches(
 
 
 @_measure_branches.register_fake
-def _(x, weights, scales, shifts, dilations, *args):
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    dilations: Sequence[int],
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     plan = _plan(tuple(w.shape[-1] for w in weights), tuple(dilations))
     channels = x.shape[1]
     return (
@@ -853,7 +869,7 @@ def _sum_of_branches(
 
 
 @_sum_of_branches.register_fake
-def _(x, *args):
+def _(x: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -895,7 +911,7 @@ def _(
     ]
 
 
-def _setup(ctx, inputs, output):
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, weights, scales, _, ctx.dilations, ctx.eps, *measured, _, _ = inputs
     ctx.count = len(weights)
     ctx.set_materialize_grads(False)
@@ -911,7 +927,7 @@ def _saved(ctx: Any, grad: Tensor) -> tuple:
     return *operands, *parameters, ctx.dilations, ctx.eps
 
 
-def _differentiate(ctx, grad):
+def _differentiate(ctx: Any, grad: Tensor | None) -> tuple:
     if grad is None:
         return (None,) * 11
     grad_x, norm_grads, *grads = _sum_of_branches_grads(*_saved(ctx, grad))
@@ -927,7 +943,13 @@ class _SynchronizedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, dilations, eps, group, measured, *parameters
+        ctx: Any,
+        x: Tensor,
+        dilations: Sequence[int],
+        eps: Sequence[float],
+        group: Any,
+        measured: Measured,
+        *parameters: Tensor,
     ) -> Tensor:
         n = len(dilations)
         parameters = [parameters[i * n : (i + 1) * n] for i in range(3)]
@@ -939,13 +961,20 @@ class _SynchronizedSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, norm_grads, grads = _backward(*_saved(ctx, grad), ctx.group)
         return grad_x, *(None,) * 4, *grads, *norm_grads.flatten(0, 1)
 
 
 @torch.compiler.disable  # an exchange in the middle of a graph breaks it
-def _synchronized_sum(x, norms, dilations, eps, running, group):
+def _synchronized_sum(
+    x: Tensor,
+    norms: list[list[Tensor]],
+    dilations: Sequence[int],
+    eps: Sequence[float],
+    running: _Running,
+    group: Any,
+) -> Tensor:
     with torch.no_grad():
         measured = _measure(x, *norms, dilations, eps, running, group)
     parameters = sum(norms, [])

@@ -24,7 +24,7 @@ from .common import (
     tile_of,
     zeros,
 )
-from .weight_grads import weight_grads
+from .tap_grads import tap_grads
 
 
 @jit(do_not_specialize=SIZES)
@@ -161,7 +161,9 @@ def _conv2d(
     return convolve_maps(x[None], *_taps(weight, dilation, x.dtype), bias)
 
 
-def _taps(weight, dilation, dtype):
+def _taps(
+    weight: Tensor, dilation: int, dtype: torch.dtype
+) -> tuple[Tensor, tuple]:
     """Taps (k^2, C), which may be how they are stored, and their branch."""
     taps = weight.flatten(1).mT.to(dtype).contiguous()
     return taps, ((weight.shape[-1], dilation, 0),)
@@ -186,7 +188,7 @@ def _conv2d_grads(
         branches = ((weight.shape[-1], dilation, 0),)
         grad_weight = torch.empty_like(weight)
         grad_bias = weight.new_empty(len(weight))
-        parts = weight_grads(x, grad[None], branches, with_sum=True)
+        parts = tap_grads(x, grad[None], branches, with_sum=True)
         add((parts, grad_weight, grad_bias))
     return grad_x, grad_weight, grad_bias
 

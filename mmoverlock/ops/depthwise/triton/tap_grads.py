@@ -52,7 +52,7 @@ CANDIDATES = dict(  # for benchmarks/gpu_tune.py
 
 
 @jit(do_not_specialize=SIZES)
-def _weight_grads_kernel(
+def _tap_grads_kernel(
     p_x,
     p_grads,
     p_taps,
@@ -365,7 +365,7 @@ def _forms(sizes: tuple[int, ...]) -> tuple[tuple, int]:
     return tuple(forms), programs
 
 
-def weight_grads(
+def tap_grads(
     x: Tensor, grads: Tensor, branches: tuple, with_sum: bool = False
 ) -> Tensor:
     """Parts of the gradients of the taps of all branches.
@@ -400,7 +400,14 @@ def inner_products(
     return _launch(x, grad[None], ((size, 1, 0),), True, taps, branches)
 
 
-def _launch(x, grads, branches, with_sum, taps=None, inner=()):
+def _launch(
+    x: Tensor,
+    grads: Tensor,
+    branches: tuple,
+    with_sum: bool,
+    taps: Tensor | None = None,
+    inner: tuple = (),
+) -> Tensor:
     batch, channels, height, width = x.shape
     forms, programs = _forms(tuple(size for size, *_ in branches))
     programs += with_sum
@@ -421,7 +428,7 @@ def _launch(x, grads, branches, with_sum, taps=None, inner=()):
     )
     shares = programs if inner else 1
     parts = x.new_empty(splits * shares, sums, channels, dtype=torch.float32)
-    _weight_grads_kernel[programs, blocks, splits](
+    _tap_grads_kernel[programs, blocks, splits](
         x,
         grads,
         taps,
