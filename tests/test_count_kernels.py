@@ -65,6 +65,26 @@ for dtype, module in (torch.float32, common), (torch.bfloat16, banded):
 
 
 @pytest.mark.slow
+def test_gradients_of_taps(compiled):
+    """Of what is issued, most are the multiply-adds of the definition."""
+    (((frame, branches), _),) = compiled("""
+kernels.FAMILIES = 'depthwise.triton.tap_grads.',
+with torch.device('meta'):
+    conv = DilatedReparamConv(64, 17, dict(type='BN'), False, 'triton')
+    x = torch.empty(128, 64, 56, 56).requires_grad_()
+tell(compile_step(conv, x))
+""")
+    taps = 17**2, 17**2 + 5**2 + 7**2 + 9**2 + 3 * 3**2
+    for row, number, most in zip(
+        (frame, branches), taps, (1.3, 1.5), strict=True
+    ):
+        _, launches, warps, spills, issued = row
+        lanes = 32 * warps * sum(issued.values())
+        assert launches == 1 and spills == 0
+        assert lanes <= most * number * 128 * 64 * 56**2
+
+
+@pytest.mark.slow
 def test_contmix(compiled):
     """Of 16 positions, in all images that a program goes through."""
     (((large, small), _),) = compiled("""
