@@ -166,8 +166,7 @@ def _rows(
     rows = tl.maximum(rows, 0)
     items = images * rows * D
     acc = zeros(R * K, lanes)
-    step_n = tl.num_programs(2) * N
-    for start in tl.range(split * N, items, step_n):
+    for start in tl.range(split * N, items, tl.num_programs(2) * N):
         item = start + tl.arange(0, N)[:, None]
         col = item % D
         row = top + item // D % rows
@@ -188,7 +187,8 @@ def _rows(
                     p_rows[r], k, width - col, m_row, channels, D, WIDTH
                 )
                 window = window + (b_x,)
-        if WIDTH:
+        # One pass, where the width is known
+        for x in tl.range(0, WIDTH if WIDTH else width, STEPS * D):
             acc, window = _along(
                 acc,
                 window,
@@ -197,7 +197,7 @@ def _rows(
                 m_grad,
                 m_rows,
                 width - col,
-                0,
+                x,
                 channels,
                 K,
                 D,
@@ -205,24 +205,6 @@ def _rows(
                 STEPS,
                 WIDTH,
             )
-        else:
-            for x in tl.range(0, width, STEPS * D):
-                acc, window = _along(
-                    acc,
-                    window,
-                    p_grad + o_first,
-                    p_rows,
-                    m_grad,
-                    m_rows,
-                    width - col,
-                    x,
-                    channels,
-                    K,
-                    D,
-                    R,
-                    STEPS,
-                    WIDTH,
-                )
     sums = ()
     for i in tl.static_range(R * K):
         sums = sums + (tl.sum(acc[i], 0)[None],)
