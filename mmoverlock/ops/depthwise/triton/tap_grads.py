@@ -212,13 +212,16 @@ def _rows(
         for b in tl.static_range(len(INNER)):
             product = tl.zeros_like(sums[0])
             for i in tl.static_range(R * K):
-                r = first + i // K
                 tap, met = tap_at(
-                    r, i % K, INNER[b][0], INNER[b][1], INNER[b][2], K
+                    first + i // K,
+                    i % K,
+                    INNER[b][0],
+                    INNER[b][1],
+                    INNER[b][2],
+                    K,
                 )
                 p_tap = p_taps + tap * channels + channel
-                m_tap = m_channel & met & (r < K)
-                b_tap = tl.load(p_tap, mask=m_tap, other=0)
+                b_tap = tl.load(p_tap, mask=m_channel & met, other=0)
                 product += b_tap.to(tl.float32) * sums[i]
             tl.store(p_part + b * channels, product, mask=m_channel)
         p_total = p_part + len(INNER) * channels
