@@ -439,11 +439,12 @@ def explain_failures(cfg: Config, options: dict) -> Iterator[None]:
                 raise UserError(f'--cfg-options {key}: {error}') from error
         raise
     except ValueError as error:
-        if 'parameter group' in str(error):  # PyTorch's words
+        frames = [f for f, _ in traceback.walk_tb(error.__traceback__)]
+        place = frames[-1].f_globals.get('__name__'), frames[-1].f_code.co_name
+        if place == ('torch.optim.optimizer', 'load_state_dict'):
             raise UserError(OTHER_OPTIMIZER) from error
         built = OverLoCK.__init__.__code__
-        frames = traceback.walk_tb(error.__traceback__)
-        if all(frame.f_code is not built for frame, _ in frames):
+        if all(frame.f_code is not built for frame in frames):
             raise
         raise UserError(f'the OverLoCK of the config: {error}') from error
     except URLError as error:
