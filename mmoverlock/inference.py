@@ -264,7 +264,7 @@ def left_out(
     Arguments are those of :func:`mmoverlock.data.files.find`.
     """
     known = *Image.registered_extensions(), '.dng', '.heic', '.heif'
-    files = find(folder, {*known}.difference(endings), apart)
+    files = find(folder, tuple({*known}.difference(endings)), apart)
     counts = Counter(file.suffix.lower() for file in files)
     if not counts:
         return None

@@ -340,11 +340,13 @@ def test_suffixes(tmp_path, names, maps, expected, masks):
 
 def test_folders(tmp_path):
     """Links do not lead back, and images that are left out are counted."""
-    for name in 'a/1.PNG', 'a/2.gif', 'b/3.gif', 'b/4.HEIC', 'b/5.txt':
+    for name in 'a/1.PNG', 'a/2.gif', 'b/3.gif', 'b/4.HEIC', 'b/5.json':
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / 'a' / 'loop').symlink_to(tmp_path)
     (tmp_path / 'c').symlink_to('a')  # one that validates on its training set
+    (tmp_path / 'b' / '6.bin').touch()  # which ends in a letter of .json
+    assert tool.find_images(tmp_path, '.json') == [tmp_path / 'b' / '5.json']
     found = tool.find_images(tmp_path)
     assert found == [tmp_path / name / '1.PNG' for name in ('a', 'c')]
     (tmp_path / 'c').unlink()

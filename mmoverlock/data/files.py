@@ -57,7 +57,7 @@ class DataError(ValueError):
 
 
 def find(
-    folder: Path, endings: Sequence[str], apart: Iterable[Path] = ()
+    folder: Path, endings: str | tuple[str, ...], apart: Iterable[Path] = ()
 ) -> list[Path]:
     """Find the files of some endings in a folder and in those below it.
 
@@ -65,10 +65,11 @@ def find(
 
     Args:
         folder (Path): Where to start.
-        endings (Sequence[str]): In lower case; those of files may be in upper.
+        endings (str | tuple[str, ...]): In lower case; those of files may be
+            in upper.
         apart (Iterable[Path]): Folders that are left out below it.
     """
-    found, endings = [], tuple(endings)
+    found = []
     above = {str(folder): {os.path.realpath(p) for p in (folder, *apart)}}
     for root, below, names in os.walk(folder, followlinks=True):
         known = above.pop(root)
