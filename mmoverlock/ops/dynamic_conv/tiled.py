@@ -283,11 +283,9 @@ class _Tiles:
         if self.plan.taps is not None:
             taps = self.plan.taps
             taps = taps.expand(*dense.shape[:-1], taps.shape[-1])
-            taken = _bits(dense).gather(-1, taps)
+            taken, dtype = _bits(dense).gather(-1, taps), dense.dtype
             # A view in another dtype, or in its own, has no gradient.
-            if taken.dtype != dense.dtype:
-                taken = taken.view(dense.dtype)
-            dense = taken
+            dense = taken if taken.dtype == dtype else taken.view(dtype)
         return dense.flatten(2, 3)
 
     def regions(self, value: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from triton import constexpr_function
 from ...batch_norm.triton import store_statistics
 from ...common import cdiv
 from ...launching import jit
-from .common import INTERPRETED, SIZES
+from .common import INTERPRETED, SIZES, zeros
 from .tap_grads import num_splits
 
 WINDOW = tl.constexpr(16)  # columns, and tiles of a product
@@ -98,15 +98,6 @@ def _own_channels(block, CHANNELS: tl.constexpr, PAIR: tl.constexpr):
 
 
 @triton.jit
-def _matrices(LENGTH: tl.constexpr, CHANNELS: tl.constexpr):
-    """Zeros, a tuple of matrices (C, 16, 16)."""
-    rows = ()
-    for _ in tl.static_range(LENGTH):
-        rows = rows + (tl.zeros((CHANNELS, WINDOW, WINDOW), tl.float32),)
-    return rows
-
-
-@triton.jit
 def _dot(a, b, acc):
     if INTERPRETED:  # which computes nonsense from products of bf16
         a = a.to(tl.float32)
@@ -152,7 +143,7 @@ def _convolve(
         ROWS: Rows of the kernel at a time, at most.
     """
     row, col, o_row, m_tile, columns = place
-    acc = _matrices(T, CHANNELS)
+    acc = zeros(T, (CHANNELS, WINDOW, WINDOW))
     REACH: tl.constexpr = K // 2
     LAST: tl.constexpr = K * K - 1 if FLIP else 0
     SIGN: tl.constexpr = -1 if FLIP else 1

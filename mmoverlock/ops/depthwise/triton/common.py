@@ -90,8 +90,8 @@ def zeros(LENGTH: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def load_rows(p_row, o_x, row, step, height, m_x, T: tl.constexpr):
-    """Rows of a tile as a tuple, zero outside of the map.
+def load_row(p_row, o_x, row, t, step, height, m_x):
+    """A row (X, C) of a tile, t rows below the first; zero outside of the map.
 
     Args:
         p_row: Pointer () to where the first row, ``row``, begins.
@@ -99,15 +99,6 @@ def load_rows(p_row, o_x, row, step, height, m_x, T: tl.constexpr):
         step: From row to row.
         m_x: (X, C), of o_x.
     """
-    rows = ()
-    for t in tl.static_range(T):
-        rows = rows + (load_row(p_row, o_x, row, t, step, height, m_x),)
-    return rows
-
-
-@triton.jit
-def load_row(p_row, o_x, row, t, step, height, m_x):
-    """The row that is t rows below the first one; see :func:`load_rows`."""
     m_x = m_x & (row + t >= 0) & (row + t < height)
     # The pointer is one for all threads, which does not take their time.
     return widen(tl.load(p_row + t * step + o_x, mask=m_x, other=0))

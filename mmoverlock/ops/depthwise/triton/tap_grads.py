@@ -334,18 +334,22 @@ def _total(
 
 
 @lru_cache
-def _forms(sizes: tuple[int, ...]) -> tuple[tuple, int]:
-    """How kernels of some sizes are shared among programs.
+def _forms(branches: tuple, width: int) -> tuple[tuple, int]:
+    """Share kernels among programs.
+
+    Args:
+        branches (tuple): Size, dilation and first tap of each.
+        width (int): Of the map, or 0 if it may be any.
 
     Returns:
         tuple: For each its first program, the rows of a program and the steps
         of a loop; and the number of all programs.
     """
     forms, programs = [], 0
-    for size in sizes:
+    for size, dilation, _ in branches:
         rows = cdiv(size, cdiv(size, max(1, KNOBS['TAPS'] // size)))
         steps = [n for n in KNOBS['STEPS'] if n >= size] or [size]
-        forms.append((programs, rows, steps[0]))
+        forms.append((programs, rows, cdiv(width, dilation) or steps[0]))
         programs += cdiv(size, rows)
     return tuple(forms), programs
 
@@ -394,18 +398,11 @@ def _launch(
     inner: tuple = (),
 ) -> Tensor:
     batch, channels, height, width = x.shape
-    forms, programs = _forms(tuple(size for size, *_ in branches))
+    known = width if width <= KNOBS['NARROW'] else 0
+    forms, programs = _forms(branches, known)
     programs += with_sum
     sums = len(inner) or sum(size**2 for size, *_ in branches)
     sums += with_sum
-    known = width if width <= KNOBS['NARROW'] else 0
-    if known:
-        forms = tuple(
-            (first, rows, cdiv(width, dilation))
-            for (first, rows, _), (_, dilation, _) in zip(
-                forms, branches, strict=True
-            )
-        )
     block, blocks = channel_block(channels)
     lanes = KNOBS['BYTES'] // x.element_size() // block
     splits = num_splits(
