@@ -425,8 +425,7 @@ def explain_failures(cfg: Config, options: dict) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if frame.f_globals.get('__name__', '').startswith('torch.optim.'):
+        if _origin(error)[0].startswith('torch.optim.'):
             raise UserError(OTHER_OPTIMIZER) from error
         unknown = re.search(r'[\w.]+ is not in the .* registry', str(error))
         if not unknown:
@@ -439,12 +438,11 @@ def explain_failures(cfg: Config, options: dict) -> Iterator[None]:
                 raise UserError(f'--cfg-options {key}: {error}') from error
         raise
     except ValueError as error:
-        frames = [f for f, _ in traceback.walk_tb(error.__traceback__)]
-        place = frames[-1].f_globals.get('__name__'), frames[-1].f_code.co_name
-        if place == ('torch.optim.optimizer', 'load_state_dict'):
+        if _origin(error) == ('torch.optim.optimizer', 'load_state_dict'):
             raise UserError(OTHER_OPTIMIZER) from error
         built = OverLoCK.__init__.__code__
-        if all(frame.f_code is not built for frame in frames):
+        frames = traceback.walk_tb(error.__traceback__)
+        if all(frame.f_code is not built for frame, _ in frames):
             raise
         raise UserError(f'the OverLoCK of the config: {error}') from error
     except URLError as error:
@@ -457,6 +455,12 @@ def explain_failures(cfg: Config, options: dict) -> Iterator[None]:
         raise UserError(
             f'cannot download a checkpoint ({error.reason}){"".join(hints)}'
         ) from error
+
+
+def _origin(error: Exception) -> tuple[str, str]:
+    """The module and the function that raised an error."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get('__name__', ''), frame.f_code.co_name
 
 
 def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:

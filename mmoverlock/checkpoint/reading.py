@@ -241,7 +241,7 @@ def _weights_in(value: Any) -> dict | None:
     def count(state: dict) -> int:
         return sum(isinstance(item, Tensor) for item in state.values())
 
-    found = max(value, *inner, key=count) if inner else value
+    found = max([value, *inner], key=count)
     return found if count(found) else None
 
 
