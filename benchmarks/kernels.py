@@ -56,19 +56,33 @@ class Loop:
         """Instructions by name, of one pass.
 
         Args:
-            trips (list): For each inner loop how often it runs, and the same
-                of the loops in it.
+            trips (list): For each inner loop how often it runs, the same of
+                the loops in it and, optionally, whether the compiler may have
+                unrolled it. Defaults to False.
 
         Raises:
             ValueError: If there are other loops.
         """
-        if len(trips) != len(self.inner):
+        matched = _match(self.inner, trips)
+        if matched is None:
             raise ValueError(f'{len(self.inner)} loops, trips are {trips}')
         total = Counter(self.own)
-        for loop, (times, inner) in zip(self.inner, trips, strict=True):
+        for loop, (times, inner) in zip(self.inner, matched, strict=True):
             for name, number in loop.run(inner).items():
                 total[name] += times * number
         return total
+
+
+def _match(loops, trips):
+    """The trips of some loops, without those of unrolled ones, or None."""
+    if not trips:
+        return None if loops else []
+    (times, inner, *optional), *others = trips
+    if loops and _match(loops[0].inner, inner) is not None:
+        rest = _match(loops[1:], others)
+        if rest is not None:
+            return [(times, inner), *rest]
+    return _match(loops, others) if optional == [True] else None
 
 
 def loops_of(sass: str) -> Loop:
@@ -163,6 +177,31 @@ def _tap_grads(grid, a):
     return loops
 
 
+def _pieces(grid, a):
+    """The same over tiles and items, which programs take turns for."""
+    height, width = a['height'], a['width']
+    loops = []
+    for b in a['LARGE']:
+        size = a['BRANCHES'][b][0]
+        tiles = cdiv(height, a['T']) * cdiv(width, a['COLUMNS'])
+        loops.append((tiles * a['images'] / grid[0], [(size, [])]))
+    for size, lanes, rows, first, times in a['FORMS']:
+        dilations = [d for d, *_ in a['MEMBERS'][first : first + times]]
+        items = [cdiv(cdiv(height, d), rows) * d for d in dilations]
+        phases = sum(n * d for n, d in zip(items, dilations, strict=True))
+        steps = sum(
+            n * d * cdiv(width, d)
+            for n, d in zip(items, dilations, strict=True)
+        )
+        count = sum(items) * a['images'] / lanes / grid[0] / times
+        inner = [(steps / phases, []), (size // 2, [], True)]
+        if dilations != [1]:
+            inner = [(phases / sum(items), inner)]
+        inner = [(size, [], True), (count, inner)]
+        loops += inner if times == 1 else [(times, inner)]
+    return loops
+
+
 def _trips(name, grid, a):
     """How often the loops of a kernel run, see :meth:`Loop.run`.
 
@@ -182,11 +221,11 @@ def _trips(name, grid, a):
     if name == '_conv2d_kernel':  # over columns
         return [(size, []) for size, *_ in a['BRANCHES']]
     if name == '_branch_grads_kernel':
-        return [(size, []) for size, *_ in a['BRANCHES'][1:]]
+        positions = a['images'] * a['height'] * a['width']
+        copied = positions / a['COLUMNS'] / a['COPIED'] / grid[0]
+        return [(copied, []), *_pieces(grid, a)]
     if name == '_statistics_kernel':
-        tiles = a['items'] / grid[0]
-        branches = a['BRANCHES'][a['FIRST'] :]
-        return [(tiles, [(size, [])]) for size, *_ in branches]
+        return _pieces(grid, a)
     if name == '_tap_grads_kernel':
         return _tap_grads(grid, a)
     raise KeyError(name)

@@ -65,23 +65,30 @@ for dtype, module in (torch.float32, common), (torch.bfloat16, banded):
 
 
 @pytest.mark.slow
-def test_gradients_of_taps(compiled):
-    """Of what is issued, most are the multiply-adds of the definition."""
-    (((frame, branches), _),) = compiled("""
-kernels.FAMILIES = 'depthwise.triton.tap_grads.',
+def test_multiply_adds(compiled):
+    """Of what is issued, most are those of the definition."""
+    ((rows, _),) = compiled("""
+kernels.FAMILIES = tuple(
+    f'depthwise.triton.{name}' for name in (
+        'statistics.', 'tap_grads.', 'branch_grads.'))
 with torch.device('meta'):
     conv = DilatedReparamConv(64, 17, dict(type='BN'), False, 'triton')
     x = torch.empty(128, 64, 56, 56).requires_grad_()
 tell(compile_step(conv, x))
 """)
-    taps = 17**2, 17**2 + 5**2 + 7**2 + 9**2 + 3 * 3**2
-    for row, number, most in zip(
-        (frame, branches), taps, (1.3, 1.5), strict=True
-    ):
-        _, launches, warps, spills, issued = row
+    small = 5**2 + 7**2 + 9**2 + 3 * 3**2
+    bounds = [
+        ('statistics._statistics', small, 1.6),
+        ('tap_grads._tap_grads', 17**2, 1.3),
+        ('branch_grads._branch_grads', small, 1.9),
+        ('tap_grads._tap_grads', 17**2 + small, 1.5),
+    ]
+    for row, (what, taps, most) in zip(rows, bounds, strict=True):
+        name, launches, warps, spills, issued = row
+        assert name == f'depthwise.triton.{what}_kernel'
         lanes = 32 * warps * sum(issued.values())
         assert launches == 1 and spills == 0
-        assert lanes <= most * number * 128 * 64 * 56**2
+        assert lanes <= most * taps * 128 * 64 * 56**2
 
 
 @pytest.mark.slow

@@ -24,11 +24,9 @@ from mmoverlock.ops import Branch, depthwise_conv2d, sum_of_branches
 banded = pytest.importorskip(
     'mmoverlock.ops.depthwise.triton.banded', exc_type=ImportError
 )
-branches_module = pytest.importorskip(
-    'mmoverlock.ops.depthwise.triton.branches'
-)
 batch_norm = pytest.importorskip('mmoverlock.ops.batch_norm.triton')
 conv2d = pytest.importorskip('mmoverlock.ops.depthwise.triton.conv2d')
+statistics = pytest.importorskip('mmoverlock.ops.depthwise.triton.statistics')
 tap_grads = pytest.importorskip('mmoverlock.ops.depthwise.triton.tap_grads')
 
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
@@ -43,12 +41,12 @@ CASES = [
     MANY,
     ((1, 2, 11, 16), [(5, 1)], BRAIN),
     # Windows move: 1, 2 and 3 of them.
-    ((1, 2, 4, 17), [(3, 1), (9, 1)], HALF),
+    ((1, 2, 6, 17), [(3, 1), (9, 1)], HALF),
     ((1, 16, 9, 33), [(17, 1), (5, 1), (3, 7)], BRAIN),
     ((1, 2, 3, 37), [(19, 1), (3, 1), (9, 2)], BRAIN),
     # Programs of 32 channels
     ((1, 64, 5, 6), [(13, 1), (3, 2)], BRAIN),
-    ((1, 2, 4, 5), [(3, 2)], BRAIN),  # which bands cannot do
+    ((1, 2, 4, 5), [(3, 2), (3, 1)], BRAIN),  # which bands cannot do
 ]
 # With the size of the smallest kernel that is convolved by banded matrices:
 # all of them, and none.
@@ -83,19 +81,21 @@ def test_options():
 
 
 @pytest.mark.parametrize(
-    'shape, dtype, tolerance',
+    'sizes, shape, dtype, tolerance',
     [
-        ((1, 33, 6, 5), SINGLE, 1e-5),  # blocks of channels, one of 1
-        ((2, 64, 8, 9), BRAIN, 2e-2),  # tiles of 1 row, of 1 column
+        (FIVE, (1, 33, 6, 5), SINGLE, 1e-5),  # blocks of channels, one of 1
+        (FIVE, (2, 64, 8, 9), BRAIN, 2e-2),  # tiles of 1 row, of 1 column
+        # Large kernels behind a small one
+        ([(3, 1), (11, 1), (13, 1), (3, 2)], (1, 2, 6, 5), SINGLE, 1e-5),
     ],
 )
-def test_sum_of_branches(shape, dtype, tolerance, poison):
+def test_sum_of_branches(sizes, shape, dtype, tolerance, poison):
     """Value, gradients and statistics, and the numbers of batches."""
     torch.manual_seed(0)
     # Means that are large beside the deviations.
     x = (draw(*shape) + 2).to(dtype).requires_grad_()
     grad = draw(*shape, dtype=dtype)
-    branches = draw_branches(FIVE, shape[1], SINGLE, DEVICE)
+    branches = draw_branches(sizes, shape[1], SINGLE, DEVICE)
     others = [
         Branch(*map(exact, b[:3]), *(s.double() for s in b[3:5]), *b[5:])
         for b in branches
@@ -167,14 +167,14 @@ def test_sum_of_convolutions(case, size, monkeypatch, poison):
 def test_statistics(case, size, programs, monkeypatch, poison):
     """Of all branches, with means that are large beside the deviations."""
     monkeypatch.setattr(banded, 'SIZE', size)
-    monkeypatch.setitem(branches_module.KNOBS, 'statistics', programs)
+    monkeypatch.setitem(statistics.KNOBS, 'programs', programs)
     # Parts without those of the first branch
     few = -(-programs // 264)
     monkeypatch.setitem(banded.KNOBS, 'statistics', few)
     shape, dtype, branches, taps = prepare(*case)
     x, first = maps(2, shape, dtype)
     x += 2
-    parts = branches_module._statistics(x, taps, first, branches)
+    parts = statistics.measure(x, taps, first, branches)
     ys = [convolve(x, taps, branch) for branch in branches]
     assert relative_error(first, ys[0]) < TOLERANCES[dtype]
     rows = x.new_empty(parts.shape[1:], dtype=torch.float64)
@@ -187,6 +187,20 @@ def test_statistics(case, size, programs, monkeypatch, poison):
         scale = average.abs() + variance.sqrt() + 1e-3
         assert ((mean - average).abs() < 1e-5 * scale).all()
         assert ((squares / count - variance).abs() < 1e-5 * scale**2).all()
+
+
+def test_statistics_of_large_means():
+    """A variance is right that is a millionth of the square of its mean."""
+    shape, dtype, branches, taps = prepare((2, 2, 9, 7), [(1, 1)], SINGLE)
+    x = 1000 + maps(1, shape, dtype)[0]
+    parts = statistics.measure(x, taps, torch.empty_like(x), branches)
+    rows = x.new_empty(parts.shape[1:], dtype=torch.float64)
+    batch_norm.combine_parts(parts, rows)
+    count, _, squares = rows
+    expected = (x.double() * taps[0][:, None, None]).var(
+        (0, 2, 3), correction=0
+    )
+    assert relative_error(squares / count, expected) < 1e-5
 
 
 @pytest.mark.parametrize('case', CASES)

@@ -3,9 +3,8 @@
 ``out = sum over b of norm_b(conv_b(x))``. With y = conv_b(x), mean m,
 reciprocal standard deviation r, scale s:
 
-- statistics: one launch, in which every program makes the y of its tiles in
-  registers, branch after branch, and only counts them (a large kernel of
-  16-bit maps has a launch of its own, see banded.py);
+- statistics: one launch, which only counts what branches make, see
+  statistics.py (a large kernel of 16-bit maps has a launch of its own);
 - value: one convolution, the kernels ``s r w`` added in the frame of the
   largest one, with the bias ``sum of shift - s r m``;
 - backward: with g the gradient of out, the gradient of y is
@@ -27,9 +26,10 @@ and sum(g) and sum(g z) once, before p, q and o: a launch more each way.
 
 What is kept for the backward pass is x and the output of the first branch,
 whose kernel is the largest. There are four launches forward and six backward,
-one more each way in 16 bits; batches are counted and running statistics moved
-by the way. Sums are made of partial sums in a fixed order, those for norms in
-double precision in the end, so results are deterministic.
+and for a large kernel one more, forward and, in 16 bits, backward; batches are
+counted and running statistics moved by the way. Sums are made of partial sums
+in a fixed order, those for norms in double precision in the end, so results
+are deterministic.
 """
 
 from collections.abc import Sequence
@@ -53,28 +53,14 @@ from ...common import (
 )
 from ...launching import jit
 from ...partial_sums import add
-from . import banded
-from .common import (
-    SIZES,
-    autocast,
-    channels_of,
-    convolve,
-    layout_of,
-    tap_at,
-    tile_of,
-    widen,
-    zeros,
-)
+from .branch_grads import branch_grads
+from .common import SIZES, autocast, tap_at
 from .conv2d import convolve_maps
-from .tap_grads import inner_products, num_splits, tap_grads
+from .statistics import measure
+from .tap_grads import inner_products, tap_grads
 
-KNOBS = dict(
-    statistics=396,  # programs of kernels that end in sums, at most
-    copied=2048,  # values that a program rounds
-)
-CANDIDATES = dict(  # for benchmarks/gpu_tune.py
-    statistics=(264, 396, 528), copied=(1024, 2048, 4096)
-)
+KNOBS = dict(copied=2048)  # values that a program rounds
+CANDIDATES = dict(copied=(1024, 2048, 4096))  # for benchmarks/gpu_tune.py
 BLOCK = tl.constexpr(32)  # channels of kernels that finish sums
 FEW = tl.constexpr(8)  # the same where every row of a kernel finishes them
 
@@ -131,96 +117,6 @@ def _pack_kernel(
             b_value = b_value.to(p_copies[i].dtype.element_ty)
             tl.store(p_copies[i] + o_value, b_value, mask=m_value)
         block -= blocks
-
-
-@jit(do_not_specialize=SIZES)
-def _statistics_kernel(
-    p_x,
-    p_taps,
-    p_y,
-    p_parts,
-    channels: tl.constexpr,
-    height,
-    width,
-    items,
-    splits,
-    BRANCHES: tl.constexpr,
-    FIRST: tl.constexpr,
-    T: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    """Number of values, mean and sum of squared deviations from it.
-
-    Of every channel of every branch from FIRST on; x (B, H, W, C), taps (all
-    taps, C), y (B, H, W, C), the output of branch 0, parts (splits, branches *
-    3, C); grid (parts, blocks of channels). Every lane sums differences from
-    the first value that it saw. If FIRST is 1, ``splits`` parts already have
-    the statistics of branch 0.
-    """
-    split = tl.program_id(0)
-    channel, m_channel = channels_of(tl.program_id(1), channels, CHANNELS)
-    lanes: tl.constexpr = (COLUMNS, CHANNELS)
-    o_part = tl.cast(split, tl.int64) * len(BRANCHES) * 3 * channels
-    p_part = p_parts + o_part + channel
-    if FIRST:
-        if split >= splits:
-            none = tl.zeros((1, CHANNELS), tl.float32)
-            store_statistics(p_part, 0.0, none, none, channels, m_channel)
-        p_part += 3 * channels
-    # One branch after the other, so that only one has its sums in registers,
-    # and, with nothing hoisted, its offsets.
-    for b in tl.static_range(FIRST, len(BRANCHES)):
-        count = tl.zeros((COLUMNS, 1), tl.float32)
-        first = tl.zeros(lanes, tl.float32)
-        total = tl.zeros(lanes, tl.float32)
-        squares = tl.zeros(lanes, tl.float32)
-        for item in tl.range(
-            split, items, tl.num_programs(0), disable_licm=True
-        ):
-            row, col, o_row = tile_of(
-                item, height, width, channels, T, COLUMNS
-            )
-            acc = convolve(
-                zeros(T, lanes),
-                p_x + o_row,
-                p_taps + BRANCHES[b][2] * channels,
-                height,
-                width,
-                channel,
-                m_channel,
-                row,
-                col,
-                channels,
-                BRANCHES[b][0],
-                BRANCHES[b][1],
-                False,
-                T,
-            )
-            first = tl.where(count == 0, acc[0], first)
-            values = tl.where(col < width, tl.minimum(height - row, T), 0)
-            count += values.to(tl.float32)
-            o_tile = o_row + col * channels + channel
-            for t in tl.static_range(T):
-                ok = (col < width) & (row + t < height)
-                difference = tl.where(ok, acc[t] - first, 0.0)
-                total += difference
-                squares += difference * difference
-                if b == 0:
-                    tl.store(
-                        p_y + o_tile + t * width * channels,
-                        acc[t].to(p_y.dtype.element_ty),
-                        mask=m_channel & ok,
-                    )
-        share = total / tl.maximum(count, 1.0)
-        squares -= total * share
-        number = tl.sum(count, 0)[None]
-        mean = tl.sum(count * (first + share), 0)[None]
-        mean /= tl.maximum(number, 1.0)
-        deviation = first + share - mean
-        squares = tl.sum(squares + count * deviation * deviation, 0)[None]
-        store_statistics(p_part, number, mean, squares, channels, m_channel)
-        p_part += 3 * channels
 
 
 @triton.jit
@@ -437,71 +333,6 @@ def _factors_kernel(
             )
 
 
-@jit(do_not_specialize=SIZES)
-def _branch_grads_kernel(
-    p_x,
-    p_y,
-    p_grad,
-    p_taps,
-    p_factors,
-    p_out,
-    channels: tl.constexpr,
-    height,
-    width,
-    images,
-    BRANCHES: tl.constexpr,
-    T: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    """``p g - q y - o`` for every branch.
-
-    x, y (of the first branch) and grad (B, H, W, C), taps (all taps, C),
-    factors (3, branches, C), out (branches, B, H, W, C); grid (tiles, blocks
-    of channels).
-    """
-    row, col, o_row = tile_of(
-        tl.program_id(0), height, width, channels, T, COLUMNS
-    )
-    channel, m_channel = channels_of(tl.program_id(1), channels, CHANNELS)
-    m_col = m_channel & (col < width)
-    o_tile = o_row + col * channels + channel
-    for b in tl.static_range(len(BRANCHES)):
-        acc = zeros(T, (COLUMNS, CHANNELS))
-        if b > 0:
-            acc = convolve(
-                acc,
-                p_x + o_row,
-                p_taps + BRANCHES[b][2] * channels,
-                height,
-                width,
-                channel,
-                m_channel,
-                row,
-                col,
-                channels,
-                BRANCHES[b][0],
-                BRANCHES[b][1],
-                False,
-                T,
-            )
-        p_factor = p_factors + b * channels + channel
-        factor_step = len(BRANCHES) * channels
-        p = tl.load(p_factor, mask=m_channel, other=0)
-        q = tl.load(p_factor + factor_step, mask=m_channel, other=0)
-        o = tl.load(p_factor + 2 * factor_step, mask=m_channel, other=0)
-        for t in tl.static_range(T):
-            m_row = m_col & (row + t < height)
-            o_out = o_tile + t * width * channels
-            b_grad = widen(tl.load(p_grad + o_out, mask=m_row, other=0))
-            b_y = acc[t]
-            if b == 0:
-                b_y = widen(tl.load(p_y + o_out, mask=m_row, other=0))
-            b_out = (p * b_grad - q * b_y - o).to(p_out.dtype.element_ty)
-            tl.store(p_out + o_out, b_out, mask=m_row)
-        p_out += tl.cast(images, tl.int64) * height * width * channels
-
-
 class _Plan:
     """Facts of branches that kernels are compiled for."""
 
@@ -630,7 +461,7 @@ def _measure(
     statistics = x.new_empty(n, 3, channels, dtype=torch.float64)
     kernel = x.new_empty(plan.size**2, channels)
     bias = x.new_empty(channels, dtype=torch.float32)
-    parts = _statistics(x, taps, first, plan.branches)
+    parts = measure(x, taps, first, plan.branches)
     if group is not None:
         (parts,) = gather([parts], group)
     _merge_kernel[cdiv(channels, FEW.value), plan.size](
@@ -652,37 +483,6 @@ def _measure(
         maxnreg=168,
     )
     return Measured(statistics, taps, first, kernel, bias)
-
-
-def _statistics(
-    x: Tensor, taps: Tensor, first: Tensor, branches: tuple
-) -> Tensor:
-    """Parts of the statistics; writes the output of the first branch.
-
-    Returns:
-        Tensor: (parts, branches * 3, C), float32.
-    """
-    is_banded = x.numel() > 0 and banded.takes(x, branches[0])
-    layout = layout_of(x.shape)
-    splits = num_splits(layout.tiles, layout.blocks, KNOBS['statistics'])
-    shape = splits, 3 * len(branches), x.shape[1]
-    parts = x.new_empty(shape, dtype=torch.float32)
-    if is_banded:
-        size, *_ = branches[0]
-        splits = banded.statistics(x, taps[: size**2], first, parts, size)
-    _statistics_kernel[len(parts), layout.blocks](
-        x,
-        taps,
-        first,
-        parts,
-        *x.shape[1:],
-        layout.tiles,
-        splits,
-        BRANCHES=branches,
-        FIRST=int(is_banded),
-        **layout.constants,
-    )
-    return parts
 
 
 def _forward(x: Tensor, measured: Measured) -> Tensor:
@@ -748,16 +548,7 @@ def _backward(
     # (branches, B, C, H, W), maps in channels_last
     grad_ys = x.new_empty(n, len(x), *x.shape[2:], channels)
     grad_ys = grad_ys.permute(0, 1, 4, 2, 3)
-    operands = x, first, grad, taps, factors, grad_ys
-    if x.numel():
-        layout = layout_of(x.shape)
-        _branch_grads_kernel[layout.tiles, layout.blocks](
-            *operands,
-            *x.shape[1:],
-            len(x),
-            BRANCHES=branches,
-            **layout.constants,
-        )
+    branch_grads(x, first, grad, taps, factors, grad_ys, branches)
     grad_x = convolve_maps(grad_ys, taps, branches, flip=True, other=other)
     parts = tap_grads(x, grad_ys, branches)
     grads = [torch.empty_like(weight) for weight in weights]
