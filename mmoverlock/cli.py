@@ -425,12 +425,13 @@ def explain_failures(cfg: Config, options: dict) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        if _origin(error)[0].startswith('torch.optim.'):
+        module, _ = _origin(error)
+        if module.startswith('torch.optim.'):
             raise UserError(OTHER_OPTIMIZER) from error
-        unknown = re.search(r'[\w.]+ is not in the .* registry', str(error))
-        if not unknown:
+        if module != 'mmengine.registry.build_functions':
             raise
-        raise UserError(f'the config: {unknown[0]}') from error
+        fault, *_ = str(error.args[0]).split('. ')
+        raise UserError(f'the config: {fault}') from error
     except TypeError as error:
         match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         for key in options:
