@@ -729,10 +729,10 @@ def test_shares_of_gradients_of_weights():
         splits = pointwise._splits(items, blocks)
         assert all(1 <= s <= n for s, n in zip(splits, items, strict=True))
         programs = sum(map(mul, splits, blocks))
-        assert programs <= max(pointwise.PROGRAMS, sum(blocks))
+        assert programs <= max(pointwise.KNOBS['programs'], sum(blocks))
         longest = max(-(-n // s) for s, n in zip(splits, items, strict=True))
         work = sum(map(mul, items, blocks))
-        assert longest <= 1.4 * max(1, work / pointwise.PROGRAMS)
+        assert longest <= 1.4 * max(1, work / pointwise.KNOBS['programs'])
 
 
 def test_rounding():

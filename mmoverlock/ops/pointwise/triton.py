@@ -30,10 +30,12 @@ KNOBS = dict(
     weight_grad=dict(
         pixels=64, outputs=128, inputs=64, num_warps=4, num_stages=3
     ),
+    programs=264,  # of gradients of weights, where there is enough to do
 )
-# In place of these for fp32: what has registers and 99 KB of shared memory
+# In place of these, since others do not fit: for fp32 the registers and 99 KB
+# of shared memory; with GELU of x, 16 bytes are spilled on 8.0
 WIDE = dict(outputs=64, inputs=32, num_stages=2)
-ACTIVE = dict(inputs=32)  # with GELU of x: with 64, 16 bytes spilled on 8.0
+ACTIVE = dict(inputs=32)
 CANDIDATES = {  # for benchmarks/gpu_tune.py
     f'{kernel}.{name}': values
     for kernel in ('product', 'weight_grad')
@@ -44,8 +46,7 @@ CANDIDATES = {  # for benchmarks/gpu_tune.py
         num_warps=(4, 8),
         num_stages=(2, 3, 4),
     ).items()
-}
-PROGRAMS = 264  # of gradients of weights, where there is enough to do
+} | dict(programs=(132, 264, 528))
 SIZES = ('pixels', 'count')
 INTERPRET = triton.knobs.runtime.interpret
 PRECISION = tl.constexpr('tf32x3')  # of products of fp32
@@ -565,9 +566,10 @@ def _splits(items: list[int], blocks: list[int]) -> list[int]:
         items (list[int]): Tiles of pixels of each.
         blocks (list[int]): Programs of a part of each.
     """
-    length = cdiv(sum(map(mul, items, blocks)), PROGRAMS)  # of a program
+    programs = KNOBS['programs']
+    length = cdiv(sum(map(mul, items, blocks)), programs)  # of a program
     while True:
         splits = [cdiv(n, length) for n in items]
-        if sum(map(mul, splits, blocks)) <= max(PROGRAMS, sum(blocks)):
+        if sum(map(mul, splits, blocks)) <= max(programs, sum(blocks)):
             return splits
         length += cdiv(length, 16)
