@@ -64,7 +64,7 @@ def plan_of(branches: tuple, channels: int, skip: int = 0) -> Plan:
     for size, some in sizes.items():
         form = min(k for k in KNOBS['FORMS'] if k >= size)
         per_thread, rows = KNOBS['FORMS'][form]
-        lanes = 32 * common.KNOBS['warps'] * per_thread // block
+        lanes = max(1, 32 * common.KNOBS['warps'] * per_thread // block)
         forms.append((size, lanes, rows, len(members), len(some)))
         members += some
     return Plan(tuple(forms), tuple(members), tuple(large))
