@@ -139,20 +139,31 @@ def _of_items(
     """Number, mean and squared deviations (1, C) of a small kernel's values.
 
     Every lane sums differences from a value near to those that it sees: what
-    a map would give that is the same everywhere. Branch 0 is written to y.
+    it would see, in the middle of its first item, if the map were the same
+    everywhere. Branch 0 is written to y.
     """
+    HALF: tl.constexpr = K // 2
     height = shape[1]
     width = shape[2]
     taps = load_taps(p_taps, own, channels, K, N)
-    tap = taps[0]
-    for i in tl.static_range(1, K * K):
-        tap += taps[i]
-    count = tl.zeros(tap.shape, tl.float32)
-    total = tl.zeros(tap.shape, tl.float32)
-    squares = tl.zeros(tap.shape, tl.float32)
     first = turn(dealt) * N
-    items = place(first, own, shape, dilation, channels, T, N)
-    near = widen(tl.load(p_x + items[2], mask=items[1], other=0)) * tap
+    row, m_item, o_row = place(first, own, shape, dilation, channels, T, N)
+    down = T // 2 * dilation
+    down = tl.where(row + down < height, down, 0)
+    col = width // dilation // 2 * dilation
+    near = tl.zeros(taps[0].shape, tl.float32)
+    for r in tl.static_range(K):
+        part = tl.zeros_like(near)
+        for s in tl.static_range(K):
+            x = col + (s - HALF) * dilation
+            part += tl.where((x >= 0) & (x < width), taps[r * K + s], 0.0)
+        y = row + down + (r - HALF) * dilation
+        near += tl.where((y >= 0) & (y < height), part, 0.0)
+    o_near = o_row + (down * width + col) * channels
+    near *= widen(tl.load(p_x + o_near, mask=m_item, other=0))
+    count = tl.zeros(near.shape, tl.float32)
+    total = tl.zeros(near.shape, tl.float32)
+    squares = tl.zeros(near.shape, tl.float32)
     for start in tl.range(
         first,
         count_items(shape, dilation, T),
