@@ -60,31 +60,60 @@ def test_safetensors(tmp_path):
     torch.testing.assert_close(found, state, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('names', ['model', 'state_dict'])
-def test_averaged_weights(path, names):
-    """Of what DeiT and timm write, they are taken, as timm does."""
+@pytest.mark.parametrize(
+    ('names', 'average'),
+    [
+        ('model', 'model_ema'),  # of DeiT
+        ('state_dict', 'state_dict_ema'),  # of timm
+        ('model', 'ema'),
+        ('model', 'ema_model'),
+        ('params', 'params_ema'),
+        ('model', 'ema_state_dict'),  # not of mmengine
+        ('state_dict', 'ema_state_dict'),
+    ],
+)
+def test_averaged_weights(path, names, average, capsys):
+    """They are taken, as timm does, and that is said."""
     trained, averaged = ({'weight': torch.full((1,), i)} for i in (1.0, 2.0))
-    average = f'{names}_ema'
     contents = reread(path, {names: trained, average: averaged, 'epoch': 3})
     assert contents['state_dict'] == averaged and contents['epoch'] == 3
-    # Others have them beside their settings.
-    inner = dict(decay=torch.ones(()), module=dict(averaged, bias=ONE))
+    # Others have them beside their settings, or in a wrapper.
+    wrapped = {'module.weight': averaged['weight'], 'bias': ONE}
+    inner = dict(decay=torch.ones(()), module=wrapped)
     contents = reread(path, {names: trained, average: inner})
-    assert contents['state_dict'] == inner['module']
-    for none in ({}, {'decay': 0.9, 'module': {}}, None):
-        contents = reread(path, {names: trained, average: none})
+    assert contents['state_dict'] == averaged | dict(bias=ONE)
+    assert capsys.readouterr().out.count(f', {average} is taken') == 2
+
+
+@pytest.mark.parametrize('average', ['model_ema', 'ema'])
+def test_no_averaged_weights(path, average, capsys):
+    """None at all, or none that have names of the model's: that is said."""
+    trained, lines = {'weight': ONE}, []
+    for other in (
+        {},
+        {'decay': 0.9, 'module': {}},
+        None,
+        {'decay': ONE},
+        {'shadow_params': [ONE]},
+    ):
+        contents = reread(path, {'model': trained, average: other})
         assert contents['state_dict'] == trained
+        lines.append(capsys.readouterr().out.count(f'{average} is left out'))
+    assert lines == [0, 0, 0, 1, 1]
 
 
 def test_wrapped_models(path):
     """Of names, what compiled and parallel models add to them is left out."""
     for name in 'module._orig_mod.a.b', '_orig_mod.module.a._orig_mod.b':
         assert [*reread(path, {name: ONE})['state_dict']] == ['a.b']
+    with pytest.raises(CheckpointError, match='has a.b twice'):
+        reread(path, {'a.b': ONE, 'module.a.b': ONE})
 
 
 def test_trained_weights_of_a_hook(path, capsys):
     """mmengine saves averaged ones in their place, and it is said so."""
-    reread(path, {'state_dict': {'a': ONE}, 'ema_state_dict': {'a': ONE}})
+    saved = {'state_dict': {'a': ONE}, 'ema_state_dict': {'a': ONE * 2}}
+    assert reread(path, saved | {'meta': {}})['state_dict'] == {'a': ONE}
     assert 'weights of state_dict are averaged' in capsys.readouterr().out
 
 

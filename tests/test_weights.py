@@ -150,8 +150,8 @@ def test_archs_are_told_from_each_other():
         assert arch_of(add_prefixes(state), OverLoCK.arch_zoo) == name
 
 
-def test_prefix(save):
-    """Of two backbones in a file, the one that init_cfg names."""
+def test_prefix(save, messages):
+    """Of two backbones in a file, the one that init_cfg names; it is said."""
     first, second = tiny(1).state_dict(), tiny(2).state_dict()
     teacher = {f'teacher.net.{name}': value for name, value in second.items()}
     path = save(add_prefixes(first) | teacher)
@@ -160,6 +160,11 @@ def test_prefix(save):
         model = tiny(init_cfg=init_cfg)
         model.init_weights()
         assert_loaded(model, second)
+        [(level, said), _] = messages
+        assert level == WARNING and said.endswith(
+            ' teacher.net.* is taken, and backbone.* left out'
+        )
+        messages.clear()
     with pytest.raises(CheckpointError, match=r'left out: backbone\.'):
         load_pretrained(model, path, 'nowhere')
 

@@ -53,7 +53,7 @@ def convert(state, backbone_only):
     released = weights.is_release(state)
     if backbone_only:
         if not released:
-            return weights.take(state, 'backbone.'), True
+            return weights.take_backbone(state), True
         names = [k for k in state if not k.startswith(weights.HEADS)]
         return {name: state[name] for name in names}, True
     if released:

@@ -7,6 +7,7 @@ allowed here, and nothing of it can call or import.
 """
 
 import os
+import re
 import sys
 import zipfile
 from argparse import Namespace
@@ -24,9 +25,9 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-# Where timm and DeiT keep averaged weights, beside those that are trained;
-# timm loads these of such a file.
-AVERAGED = ('model_ema', 'state_dict_ema')
+# Where timm, DeiT and others keep averaged weights, beside those that are
+# trained; timm loads these of such a file.
+AVERAGED = re.compile('(.+_)?ema(_.+)?')
 
 
 class CheckpointError(ValueError):
@@ -42,8 +43,8 @@ def read(source: str) -> dict:
 
     Returns:
         dict: The weights by name under the key ``'state_dict'``, and what
-        else the file has beside them. Of files of timm, these are the averaged
-        weights, if there are any.
+        else the file has beside them. If there are averaged weights, as in
+        files of timm, they are these.
 
     Raises:
         CheckpointError: If the file is missing, damaged or no checkpoint, if
@@ -194,15 +195,7 @@ def _read_zip(path: str) -> dict:
 def _normalize(checkpoint: dict) -> dict:
     """Bring what a file holds into mmengine's form, and check the weights."""
     checkpoint = dict(checkpoint)
-    for key in AVERAGED:
-        averaged = _weights_in(checkpoint.get(key))
-        if averaged:
-            print_log(f'of the checkpoint, {key} is taken', 'current')
-            checkpoint['state_dict'] = averaged
-            del checkpoint[key]
-    if 'ema_state_dict' in checkpoint:  # of EMAHook, which swaps them
-        text = 'in the checkpoint, the weights of state_dict are averaged ones'
-        print_log(text, 'current')
+    _take_averaged(checkpoint)
     if 'model' in checkpoint:
         checkpoint.setdefault('state_dict', checkpoint.pop('model'))
     if 'state_dict' not in checkpoint:
@@ -212,12 +205,13 @@ def _normalize(checkpoint: dict) -> dict:
         meta = {k: v for k, v in checkpoint['meta'].items() if k != 'config'}
         checkpoint['meta'] = meta
     state = checkpoint['state_dict']
-    weights = OrderedDict(
-        # Of models in DistributedDataParallel, torch.compile or both
-        (name.replace('_orig_mod.', '').removeprefix('module.'), value)
-        for name, value in state.items()
-        if isinstance(value, Tensor)
-    )
+    weights = OrderedDict()
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            name = _plain_name(name)
+            if name in weights:
+                raise CheckpointError(f'has {name} twice, of two models')
+            weights[name] = value
     if not weights:
         keys = ', '.join([*state][:5]) or 'nothing'
         raise CheckpointError(f'has no weights, but {keys}')
@@ -232,17 +226,51 @@ def _normalize(checkpoint: dict) -> dict:
     return checkpoint
 
 
-def _weights_in(value: Any) -> dict | None:
+def _plain_name(name: str) -> str:
+    """Without what DistributedDataParallel and torch.compile put before it."""
+    return name.replace('_orig_mod.', '').removeprefix('module.')
+
+
+def _take_averaged(checkpoint: dict) -> None:
+    """Put averaged weights in place of trained ones, and say what is taken."""
+    found = [key for key in checkpoint if AVERAGED.fullmatch(str(key))]
+    hook = 'ema_state_dict'  # of EMAHook, which swaps them
+    if hook in found and {'meta', 'state_dict'} <= checkpoint.keys():
+        text = 'in the checkpoint, the weights of state_dict are averaged ones'
+        print_log(text, 'current')
+        found.remove(hook)
+    trained = checkpoint.get('state_dict', checkpoint.get('model'))
+    names = {*map(_plain_name, _weights_in(trained))}
+    for key in found:
+        averaged = _weights_in(checkpoint[key])
+        own = {*map(_plain_name, averaged)}
+        if averaged and (names & own or not names):
+            print_log(f'of the checkpoint, {key} is taken', 'current')
+            checkpoint['state_dict'] = averaged
+            del checkpoint[key]
+            names = {None}  # of which no other has any
+        elif averaged or _lists_weights(checkpoint[key]):
+            print_log(f'of the checkpoint, {key} is left out', 'current')
+
+
+def _weights_in(value: Any) -> dict:
     """The weights that a value holds, itself or beside what counts them."""
     if not isinstance(value, dict):
-        return None
+        return {}
     inner = [item for item in value.values() if isinstance(item, dict)]
 
     def count(state: dict) -> int:
         return sum(isinstance(item, Tensor) for item in state.values())
 
     found = max([value, *inner], key=count)
-    return found if count(found) else None
+    return found if count(found) else {}
+
+
+def _lists_weights(value: Any) -> bool:
+    """Whether there are weights without names, which nothing can load."""
+    lists = value.values() if isinstance(value, dict) else [value]
+    items = (item for part in lists if isinstance(part, list) for item in part)
+    return any(isinstance(item, Tensor) for item in items)
 
 
 # --------------------------------------------- what checkpoints may ask for

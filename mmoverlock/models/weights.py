@@ -58,6 +58,20 @@ def take(state: State, prefix: str) -> State:
     )
 
 
+def take_backbone(state: State, prefix: str = 'backbone.') -> State:
+    """The weights of a backbone, without its prefix; says if others are left.
+
+    Trainings with a teacher or averaged weights may keep several.
+    """
+    stems = [name for name in state if name.endswith(STEM)]
+    others = [name for name in stems if not name.startswith(prefix)]
+    if len(others) < len(stems) and others:
+        rest = ', '.join(f'{name.removesuffix(STEM)}*' for name in others)
+        text = f'of several backbones, {prefix}* is taken, and {rest} left out'
+        print_log(text, 'current', logging.WARNING)
+    return take(state, prefix)
+
+
 def arch_of(state: State, zoo: dict) -> str | None:
     """The arch that names and shapes tell.
 
@@ -272,7 +286,7 @@ def load_pretrained(
     state = read(checkpoint)['state_dict']
     if prefix or not is_release(state):
         prefix = (prefix or 'backbone').removesuffix('.') + '.'
-        state = take(state, prefix) or state
+        state = take_backbone(state, prefix) or state
     stem = {STEM} & state.keys()
     optional = *OUTPUT_LAYERS, *stem, *backbone.optional_weights
     fitting = fit(state, backbone, checkpoint, optional)
