@@ -14,7 +14,13 @@ from mmengine.runner import Runner
 from PIL import Image
 
 from mmoverlock.data import DataError, checked
-from mmoverlock.data.checks import CHECKS, annotation_files, some_samples
+from mmoverlock.data.checks import (
+    CHECKS,
+    annotation_files,
+    sample_faults,
+    some_samples,
+    unseen_classes,
+)
 from mmoverlock.data.files import check_image, raise_first
 from mmoverlock.data.runner import make_split
 
@@ -289,6 +295,10 @@ def test_faulty_loader(tmp_path):
 
 
 SMALL = 'annotations with a box of less than a pixel'
+NO_POLYGON = (
+    'annotations without a polygon of three whole points or more, where masks '
+    'are learned'
+)
 OUTSIDE = 'annotations with a box outside the image'
 LEFT_OUT = [
     (dict(bbox=[1, 1, 0.5, 20]), SMALL),
@@ -300,7 +310,20 @@ LEFT_OUT = [
     (dict(area=0), 'annotations of area 0'),
     (dict(category_id=3), 'annotations of category 3, which is no class'),
     (dict(image_id=9), 'annotations of images that are not listed'),
-    (dict(segmentation=[[1, 2, 3, 4]]), f'{NO_MASK}, where masks are learned'),
+    (dict(segmentation=[[1, 2, 3, 4]]), NO_POLYGON),
+    (dict(segmentation=[[1, 2, 21, 2, 21, 32, 1]]), NO_POLYGON),
+]
+RUNS = dict(size=[40, 48], counts=[50, 9, 40 * 48 - 59])  # of column 1
+MISPLACED = [
+    (dict(bbox=[5, 30, 9, 11.5], segmentation=...), 'boxes that reach'),
+    (dict(bbox=[30, 5, 19.5, 9], segmentation=...), 'boxes that reach'),
+    (dict(bbox=[-5, 1, 20, 32]), 'boxes that reach beyond their image'),
+    (dict(bbox=[5, 30, 20, 10.5], segmentation=...), None),
+    (dict(bbox=[25, 2, 20, 30]), 'masks that are not in their boxes'),
+    (dict(bbox=[1, 2, 20, 14]), 'masks that are not in their boxes'),
+    (dict(bbox=[1, 2, 20, 17]), None),
+    (dict(segmentation=RUNS), None),
+    (dict(segmentation=RUNS, bbox=[3, 2, 20, 30]), 'masks that are not in'),
 ]
 
 
@@ -311,13 +334,14 @@ def told(findings):
 def test_left_out(tmp_path):
     """All that mmdet leaves out is told, and all else is there."""
     dataset = write_dataset(tmp_path, 'det')
-    kept = annotation(9, bbox=[-5, 30, 20, 99])
+    kept = annotation(9, bbox=[-5, 1, 20, 99])
     asked = annotation(10, ignore=1, area=0)
     more = [
         annotation(i, **changes) for i, (changes, _) in enumerate(LEFT_OUT, 11)
     ]
     sound = images()
-    narrow, empty = sound[0] | dict(id=3, width=31), sound[0] | dict(id=4)
+    narrow = sound[0] | dict(id=3, width=31, file_name='3.jpg')
+    empty = sound[0] | dict(id=4, file_name='4.jpg')
     contents = coco(kept, asked, *more, annotation(99, 3))
     put(tmp_path / FILE, contents | dict(images=[*sound, narrow, empty]))
     assert [len(sample.gt_instances) for sample in load(dataset)] == [2, 1, 1]
@@ -325,12 +349,82 @@ def test_left_out(tmp_path):
         (f'has {what}', f'annotation {i}', False)
         for i, (_, what) in enumerate(LEFT_OUT, 11)
     ]
+    beyond = 'has boxes that reach beyond their image', 'annotation 9', False
+    expected.insert(0, beyond)
     _, tested = build(dataset | dict(test_mode=True))
     assert told(annotation_files(tested)) == expected
     few = 'has images of less than 32 pixels', 'image 3', False
     none = 'has images without annotations', 'image 4', False
     _, learned = build(dataset)
     assert told(annotation_files(learned)) == [*expected, few, none]
+
+
+def found_in(folder, contents, **changes):
+    """What is told of a file of annotations."""
+    dataset = write_dataset(folder, 'det') | changes
+    put(folder / FILE, contents)
+    _, split = build(dataset)
+    return told(annotation_files(split))
+
+
+@pytest.mark.parametrize(('changes', 'what'), MISPLACED)
+def test_misplaced(tmp_path, changes, what):
+    """Boxes in images, and masks in boxes: mmdet looks at neither."""
+    found = found_in(tmp_path, coco(annotation(9, **changes)))
+    assert len(found) == bool(what)
+    for text, entry, fault in found:
+        assert text.startswith(f'has {what}') and entry == 'annotation 9'
+        assert fault == ('masks' in what)
+
+
+def test_masks_of_runs(tmp_path):
+    """mmdet leaves them out where it wants polygons, but in crowds anyway."""
+    marks = (
+        annotation(8, segmentation=RUNS),
+        annotation(9, segmentation=RUNS, iscrowd=1),
+    )
+    assert not found_in(tmp_path, coco(*marks))
+    steps = [READ, BOXES | dict(poly2mask=False)]
+    what = 'has annotations with a mask that is no polygon'
+    found = found_in(tmp_path, coco(*marks), pipeline=steps)
+    assert found == [(what, 'annotation 8', False)]
+
+
+def test_file_of_several_images(tmp_path):
+    """Objects of one are background in the other, unless they are the same."""
+    more = dict(images()[0], id=3)
+    listed = dict(images=[*images(), more])
+    assert not found_in(tmp_path, coco(annotation(9, 3), **listed))
+    marks = annotation(8, 3), annotation(9, 3, category_id=2)
+    what = 'lists a file as several images, with other objects each'
+    found = found_in(tmp_path, coco(*marks, **listed))
+    assert found == [(what, 'images 0 and 3, 0.jpg', True)]
+
+
+@pytest.mark.parametrize('kind', SCOPES)
+def test_class_without_samples(tmp_path, kind):
+    """It is told, also where a class has no more than crowds."""
+    dataset = write_dataset(tmp_path, kind)
+    names = [f'class {i}' for i in range(3)]
+    seen = set()
+    if kind == 'cls':
+        put(tmp_path / LIST, b'0.jpg 0\n1.jpg 2\n2.jpg 2\n')
+    elif kind == 'seg':  # of 0 to 2, less 1
+        names.append('class 3')
+        dataset |= dict(type='BaseSegDataset', reduce_zero_label=True)
+        for i in range(3):
+            put(tmp_path / f'labels/{i}.png', labels([4, 0, 3][i]))
+    else:
+        marks = annotation(8, category_id=2, iscrowd=1), annotation(9, 0)
+        marks[1]['category_id'] = 3
+        put(tmp_path / FILE, coco(*marks, names=names))
+    dataset['metainfo'] = dict(classes=names)
+    _, split = build(dataset)
+    [built] = split.datasets.values()
+    for i in range(len(built)):
+        assert not sample_faults(built, i, seen)
+    what = 'has nothing of a class, but maybe crowds'
+    assert told(unseen_classes(split, seen)) == [(what, "'class 1'", False)]
 
 
 @pytest.mark.parametrize(
@@ -398,6 +492,7 @@ def test_check_data(tmp_path):
         f'  {train}  annotation 100000004\n  and 2 more\n',
         f'FAULT, 2 x is not in the format of COCO\n  {train}  ValueError: [1',
         f'  {train}  ValueError: a mask of [5, 5] pixels, not ',
+        'x has nothing of a class, but maybe crowds: nothing is learned of it',
         'FAULT, 1 x has several images with one id: ',
         f'FAULT, 1 x is cut off: a JPEG without its end\n  {damaged}\n',
         'FAULT, 1 x has an annotation with the id 0: ',

@@ -20,7 +20,12 @@ from rich.progress import track
 
 from mmoverlock import cli
 from mmoverlock.data import DataError, check_data, checked
-from mmoverlock.data.checks import CHECKS, annotation_files, sample_faults
+from mmoverlock.data.checks import (
+    CHECKS,
+    annotation_files,
+    sample_faults,
+    unseen_classes,
+)
 from mmoverlock.data.runner import make_split
 from mmoverlock.inference import build_model, dataset_of
 
@@ -61,10 +66,13 @@ def build_split(cfg, name, model):
     return make_split(cfg, name, loader.dataset, evaluator, model)
 
 
-def load_all(key, dataset):
-    """Load all samples of a dataset; yield what is wrong with them."""
+def load_all(key, dataset, seen):
+    """Load all samples of a dataset; yield what is wrong with them.
+
+    The set `seen` gets the labels that they have.
+    """
     with ThreadPool(os.cpu_count()) as pool:
-        load, count = partial(sample_faults, dataset), len(dataset)
+        load, count = partial(sample_faults, dataset, seen=seen), len(dataset)
         faults = pool.imap(load, range(count), chunksize=8)
         for found in track(faults, key, count, console=Console(stderr=True)):
             yield from found
@@ -79,11 +87,14 @@ def find(cfg, name, model, same):
         return
     for check in CHECKS if same else (*CHECKS, annotation_files):
         yield from check(split)
+    seen = set()
     for key, dataset in split.datasets.items():
         classes = getattr(dataset, 'metainfo', {}).get('classes') or ()
         print(f'{key}: {len(dataset)} samples, {len(classes)} classes')
         if not same and hasattr(dataset, 'pipeline'):
-            yield from load_all(key, dataset)
+            yield from load_all(key, dataset, seen)
+    if name == 'train':
+        yield from unseen_classes(split, seen)
 
 
 def main(argv=None):

@@ -241,6 +241,9 @@ def _unscorable(annotation: dict, masks: bool) -> Iterator[tuple[str, str]]:
 NO_MASK = 'annotations without a mask, or polygons of one or two points'
 
 
+NO_POLYGON = 'annotations without a polygon of three whole points or more'
+
+
 def _is_mask(mask: list | dict | None) -> bool:
     """Whether pycocotools reads a segmentation as a mask."""
     # By the length of the first polygon it tells polygons from boxes.
@@ -286,15 +289,50 @@ def some_samples(split: Split) -> Iterator[Finding]:
                 yield from sample_faults(dataset, i)
 
 
-def sample_faults(dataset: BaseDataset, i: int) -> list[Finding]:
-    """The fault of a sample, if it has one."""
+def sample_faults(
+    dataset: BaseDataset, i: int, seen: set | None = None
+) -> list[Finding]:
+    """The fault of a sample, if it has one.
+
+    Args:
+        dataset (BaseDataset): With a `CheckedPipeline`.
+        i (int): The index of the sample.
+        seen (set, optional): Gets the labels of which something is learned.
+    """
     try:
-        dataset.pipeline.load(dataset.get_data_info(i))
+        sample = dataset.pipeline.load(dataset.get_data_info(i))
+        if seen is not None and sample is not None:
+            seen.update(_labels(sample))
     except DataError as error:
         return [error.finding]
     except Exception:  # it may need steps that are not run
         return []
     return []
+
+
+def _labels(sample: dict) -> list[int]:
+    ignored = np.asarray(sample.get('gt_ignore_flags', ()), bool)
+    boxes = np.asarray(sample.get('gt_bboxes_labels', ()))[~ignored]
+    others = [sample.get(key, ()) for key in ('gt_label', 'gt_seg_map')]
+    return [i for found in (boxes, *others) for i in np.unique(found).tolist()]
+
+
+def unseen_classes(split: Split, seen: set) -> Iterator[Finding]:
+    """Classes that no sample of a training has."""
+    classes = {
+        label: (key, name)
+        for key, dataset in split.datasets.items()
+        for label, name in enumerate(_classes(dataset) or ())
+    }
+    for label, (key, name) in classes.items() if seen else ():
+        if label not in seen:
+            yield Finding(
+                key,
+                'has nothing of a class, but maybe crowds',
+                repr(name),
+                'nothing is learned of it',
+                fault=False,
+            )
 
 
 # -------------------------------------------------------- whole files
@@ -308,6 +346,10 @@ def annotation_files(split: Split) -> Iterator[Finding]:
                 dataset.ann_file,
                 dataset.cat_ids,
                 {} if dataset.test_mode else dataset.filter_cfg,
+                any(
+                    getattr(step, 'poly2mask', True) is False
+                    for step in dataset.pipeline.transforms
+                ),
             )
 
 
@@ -315,6 +357,7 @@ def annotation_file(
     path: str,
     category_ids: list[int] | None = None,
     filter_cfg: dict | None = None,
+    polygons: bool = False,
 ) -> Iterator[Finding]:
     """Faults of a file in COCO's format, and what mmdet leaves out.
 
@@ -323,6 +366,8 @@ def annotation_file(
         category_ids (list[int], optional): Those of the dataset's classes.
             Defaults to None: all.
         filter_cfg (dict, optional): Of the dataset, in training.
+        polygons (bool): Whether other masks are left out, as where
+            LoadAnnotations has ``poly2mask=False``. Defaults to False.
 
     Raises:
         DataError: If the file cannot be read.
@@ -338,13 +383,18 @@ def annotation_file(
         yield from _repeated(path, 'image', contents['images'])
         if not images:
             yield Finding(path, 'has no images')
-        annotated = set()
+        annotated, boxes = set(), {i: [] for i in images}
         for annotation in annotations:
             try:
                 entry = f'annotation {annotation["id"]!r}'
-                what = _why_left_out(annotation, images, known)
+                what = _why_left_out(annotation, images, known, polygons)
                 if annotation['category_id'] in known:
                     annotated.add(annotation['image_id'])
+                if not what:
+                    boxes.get(annotation['image_id'], []).append(
+                        [annotation['category_id'], *annotation['bbox']]
+                    )
+                    yield from _misplaced(path, annotation, images, entry)
             except BROKEN as error:
                 # Without the mask, which may be long
                 where = shorten(f'{dict(annotation, segmentation=...)}', 200)
@@ -353,6 +403,7 @@ def annotation_file(
             if what:
                 yield _left_out(path, what, entry)
         yield from _repeated(path, 'annotation', annotations)
+        yield from _repeated_files(path, images, boxes)
         least = filter_cfg.get('min_size', 0)
         for i, image in images.items():
             what = None
@@ -390,8 +441,72 @@ def _repeated(path: str, kind: str, entries: list[dict]) -> Iterator[Finding]:
             )
 
 
+def _repeated_files(
+    path: str, images: dict[int, dict], boxes: dict[int, list]
+) -> Iterator[Finding]:
+    """Images that are listed several times, with other objects each."""
+    first = {}
+    for i, image in images.items():
+        other = first.setdefault(image['file_name'], i)
+        if sorted(boxes[other]) != sorted(boxes[i]):
+            yield Finding(
+                path,
+                'lists a file as several images, with other objects each',
+                f'images {other!r} and {i!r}, {image["file_name"]}',
+                'objects of one are background in the other',
+            )
+
+
+def _misplaced(
+    path: str, annotation: dict, images: dict[int, dict], entry: str
+) -> Iterator[Finding]:
+    """Boxes that reach out of their images, and masks out of their boxes."""
+    image = images.get(annotation['image_id'])
+    if image is None or annotation.get('ignore'):
+        return
+    x, y, width, height = annotation['bbox']
+    right, bottom = x + width, y + height
+    beyond = max(right - image['width'], bottom - image['height'], -x, -y)
+    if beyond > 1:  # of a rounded one
+        yield Finding(
+            path,
+            'has boxes that reach beyond their image',
+            entry,
+            'they are cut at its edge in training, and not in an evaluation; '
+            'boxes are [x, y, width, height]',
+            fault=False,
+        )
+    mask = annotation.get('segmentation')
+    if _is_mask(mask):
+        left, top, width, height = _bounds(mask)
+        inside = max(min(right, left + width) - max(x, left), 0)
+        inside *= max(min(bottom, top + height) - max(y, top), 0)
+        if 2 * inside < width * height:
+            yield Finding(
+                path,
+                'has masks that are not in their boxes',
+                entry,
+                'of a mask, what is in the box is learned',
+            )
+
+
+def _bounds(mask: list | dict) -> list[float]:
+    """The box around a mask: left, top, width and height."""
+    if isinstance(mask, list):
+        xs, ys = ([v for part in mask for v in part[k::2]] for k in (0, 1))
+        return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+    from pycocotools import mask as coco_masks
+
+    if isinstance(mask['counts'], list):
+        mask = coco_masks.frPyObjects(mask, *mask['size'])
+    return coco_masks.toBbox(mask).tolist()
+
+
 def _why_left_out(
-    annotation: dict, images: dict[int, dict], known: set[int]
+    annotation: dict,
+    images: dict[int, dict],
+    known: set[int],
+    polygons: bool,
 ) -> str | None:
     """The annotations that mmdet leaves out as it does this one, if it does.
 
@@ -421,8 +536,12 @@ def _why_left_out(
         min(y + height, image['height']) <= max(y, 0)
     ):
         return 'annotations with a box outside the image'
-    if mask and not _is_mask(mask):
-        return f'{NO_MASK}, where masks are learned'
+    if mask and not annotation.get('iscrowd'):
+        if isinstance(mask, dict):
+            if polygons:
+                return 'annotations with a mask that is no polygon'
+        elif not any(len(p) >= 6 and len(p) % 2 == 0 for p in mask):
+            return f'{NO_POLYGON}, where masks are learned'
     return None
 
 
