@@ -24,6 +24,7 @@ from mmengine.visualization import Visualizer
 from PIL import Image
 from torch import Tensor, nn
 
+from .checkpoint import dataset_meta as checkpoint_meta
 from .checkpoint import read
 from .data import unwrap
 from .data.files import find
@@ -152,12 +153,7 @@ def init_model(
         contents = read(checkpoint)
         fitting = fit(contents['state_dict'], model, checkpoint, ())
         model.load_state_dict(fitting, strict=False)
-        meta = contents.get('meta') or {}
-        # Before mmengine, the classes were beside other metadata.
-        meta = meta.get('dataset_meta') or {
-            key: meta[key] for key in ('CLASSES', 'PALETTE') if key in meta
-        }
-        meta = {key.lower(): value for key, value in meta.items()}
+        meta = checkpoint_meta(contents)
     if not meta.get('classes'):
         meta = dataset_meta(cfg) | meta
     model.dataset_meta = meta

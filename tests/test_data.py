@@ -7,11 +7,13 @@ from io import BytesIO
 import numpy as np
 import pytest
 import tiny
+import torch
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
+from torch import nn
 
 from mmoverlock.data import DataError, checked
 from mmoverlock.data.checks import (
@@ -19,6 +21,7 @@ from mmoverlock.data.checks import (
     annotation_files,
     sample_faults,
     some_samples,
+    trained_classes,
     unseen_classes,
 )
 from mmoverlock.data.files import check_image, raise_first
@@ -399,6 +402,47 @@ def test_file_of_several_images(tmp_path):
     what = 'lists a file as several images, with other objects each'
     found = found_in(tmp_path, coco(*marks, **listed))
     assert found == [(what, 'images 0 and 3, 0.jpg', True)]
+
+
+def test_order_of_folders(tmp_path):
+    """They make the labels, whatever the classes; names may differ."""
+    dataset = write_dataset(tmp_path, 'cls')
+    for name in 'cat', 'dog':
+        put(tmp_path / 'folders' / name / '0.jpg', JPEG)
+    dataset |= dict(data_prefix='folders', ann_file='')
+    for names in ['cat', 'dog'], ['Katze', 'Hund'], ['cat', 'puppy']:
+        load(dataset | dict(metainfo=dict(classes=names)))
+    words = "order than the classes .'dog' is label 0, and 1 there"
+    names = dict(metainfo=dict(classes=['dog', 'cat']))
+    assert re.search(words, error_of(dataset | names))
+
+
+def test_order_of_trained_classes(tmp_path):
+    """Of a training's validation; names may be others."""
+    _, split = build(write_dataset(tmp_path, 'cls'))
+    for trained, found in ((), 0), ('ab', 0), ('xy', 0), ('bc', 1), ('ba', 1):
+        split.trained = trained
+        assert len([*trained_classes(split)]) == found
+    split.model = nn.ModuleDict(dict(language_model=nn.Identity()))
+    assert not [*trained_classes(split)]
+
+
+def test_order_in_tools(tmp_path):
+    """Of training, checks and, of what a checkpoint was trained on, tests."""
+    config, path = tiny.classifier(tmp_path), tmp_path / 'model.pth'
+    tiny.save_model(Config.fromfile(config), path)
+    contents = torch.load(path)
+    contents['meta'] = dict(dataset_meta=dict(classes=('b', 'a')))
+    torch.save(contents, path)
+    words = 'has its classes in another order than the training'
+    argv = config, '--work-dir', tmp_path
+    output = tiny.run_tool('test', config, path, *argv[1:], status=2)
+    assert f'test_dataloader.dataset {words}' in output.splitlines()[-1]
+    (tmp_path / 'data/val/a').rename(tmp_path / 'data/val/c')
+    output = tiny.run_tool('train', *argv, status=2)
+    assert f'val_dataloader.dataset {words}' in output.splitlines()[-1]
+    output = tiny.run_tool('check_data', config, status=1)
+    assert f' x {words}: predictions are scored as others\n' in output
 
 
 @pytest.mark.parametrize('kind', SCOPES)

@@ -23,6 +23,7 @@ from mmoverlock.data import DataError, check_data, checked
 from mmoverlock.data.checks import (
     CHECKS,
     annotation_files,
+    classes_of,
     sample_faults,
     unseen_classes,
 )
@@ -52,7 +53,7 @@ def report(findings):
     return sum(len(found) for (fault, *_), found in kinds.items() if fault)
 
 
-def build_split(cfg, name, model):
+def build_split(cfg, name, model, trained):
     """Build the datasets and the evaluator of train, val or test."""
     check_data(cfg, name)
     evaluator = cfg.get(f'{name}_evaluator')
@@ -63,7 +64,7 @@ def build_split(cfg, name, model):
             cfg[f'{name}_dataloader'], seed=0
         )
         evaluator = evaluator and EVALUATOR.build(evaluator)
-    return make_split(cfg, name, loader.dataset, evaluator, model)
+    return make_split(cfg, name, loader.dataset, evaluator, model, trained)
 
 
 def load_all(key, dataset, seen):
@@ -78,10 +79,13 @@ def load_all(key, dataset, seen):
             yield from found
 
 
-def find(cfg, name, model, same):
-    """Yield all findings of a split; those of the same files only once."""
+def find(cfg, name, model, same, trained):
+    """Yield all findings of a split; those of the same files only once.
+
+    The list `trained` gets the classes of train, which is the first split.
+    """
     try:
-        split = build_split(cfg, name, model)
+        split = build_split(cfg, name, model, trained)
     except DataError as error:
         yield error.finding
         return
@@ -94,6 +98,7 @@ def find(cfg, name, model, same):
         if not same and hasattr(dataset, 'pipeline'):
             yield from load_all(key, dataset, seen)
     if name == 'train':
+        trained += classes_of(split)
         yield from unseen_classes(split, seen)
 
 
@@ -107,13 +112,14 @@ def main(argv=None):
         cli.add_config_arguments(parser)
         args = parser.parse_args(argv)
         cfg = cli.load_config(args)
-        findings, done = [], []
+        findings, done, trained = [], [], []
         with cli.explain_failures(cfg, args.cfg_options):
             model = build_model(cfg)
             for name in ('train', 'val', 'test'):
                 dataset = dataset_of(cfg, name)
                 if dataset:
-                    findings += find(cfg, name, model, dataset in done)
+                    same = dataset in done
+                    findings += find(cfg, name, model, same, trained)
                     done.append(dataset)
         faults = report(findings)
         if faults:

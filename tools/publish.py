@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from mmoverlock import cli
-from mmoverlock.checkpoint import SafeBackend, read
+from mmoverlock.checkpoint import SafeBackend, dataset_meta, read
 
 
 def build_parser():
@@ -36,7 +36,7 @@ def publish(source, out):
     checkpoint = read(source)
     # A copy, since a part of a tensor is saved with the whole of it.
     weights = {k: v.clone() for k, v in checkpoint['state_dict'].items()}
-    meta = checkpoint.get('meta', {}).get('dataset_meta') or {}
+    meta = dataset_meta(checkpoint)
     known = {key: meta[key] for key in ('classes', 'palette') if key in meta}
     about = json.loads(json.dumps(known, default=lambda array: array.tolist()))
     file = io.BytesIO()

@@ -66,6 +66,16 @@ def read(source: str) -> dict:
         ) from error
 
 
+def dataset_meta(checkpoint: dict) -> dict:
+    """The classes that a checkpoint was trained on, and other metadata."""
+    meta = checkpoint.get('meta') or {}
+    # Before mmengine, the classes were beside other metadata.
+    meta = meta.get('dataset_meta') or {
+        key: meta[key] for key in ('CLASSES', 'PALETTE') if key in meta
+    }
+    return {key.lower(): value for key, value in meta.items()}
+
+
 def load_safely() -> None:
     """Have mmengine load all checkpoints of this process with :func:`read`.
 

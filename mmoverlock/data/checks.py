@@ -37,11 +37,14 @@ class Split:
         metrics (list[tuple]): A name, the metric, and the datasets that it
             scores.
         model (nn.Module, optional): The model.
+        trained (Sequence[str]): The classes that the model was trained on, as
+            far as is known.
     """
 
     datasets: dict[str, Dataset]
     metrics: list[tuple] = field(default_factory=list)
     model: nn.Module | None = None
+    trained: Sequence[str] = ()
 
 
 def is_coco(dataset: Dataset) -> bool:
@@ -122,16 +125,73 @@ def repeated_names(
             )
 
 
+def classes_of(split: Split) -> Sequence[str]:
+    """The classes of the first dataset that has any."""
+    return next(filter(None, map(_classes, split.datasets.values())), ())
+
+
 def _classes(dataset: Dataset) -> Sequence[str] | None:
     return getattr(dataset, 'metainfo', {}).get('classes')
 
 
+def folder_names(split: Split) -> Iterator[Finding]:
+    """Classes in another order than folders of their names.
+
+    mmpretrain makes labels of the folders, in the order of the alphabet.
+    """
+    for key, dataset in split.datasets.items():
+        folders = getattr(dataset, 'folder_to_idx', None) or {}
+        yield from _moved(
+            Finding(
+                key,
+                'has its folders in another order than the classes',
+                effect='labels get the names of others',
+            ),
+            _classes(dataset),
+            [*folders],
+        )
+
+
+def trained_classes(split: Split) -> Iterator[Finding]:
+    """Classes in another order than the model was trained on."""
+    if _reads_names(split.model):
+        return
+    for key, dataset in split.datasets.items():
+        yield from _moved(
+            Finding(
+                key,
+                'has its classes in another order than the training',
+                effect='predictions are scored as others',
+            ),
+            _classes(dataset),
+            split.trained,
+        )
+
+
+def _moved(
+    finding: Finding, classes: Sequence[str] | None, others: Sequence[str]
+) -> Iterator[Finding]:
+    """The first class that is another one of the others; names may differ."""
+    labels = {name: label for label, name in enumerate(others)}
+    for label, name in enumerate(classes or ()):
+        if labels.get(name, label) != label:
+            entry = f'{name!r} is label {label}, and {labels[name]} there'
+            yield finding._replace(entry=entry)
+            return
+
+
+def _reads_names(model: nn.Module | None) -> bool:
+    """Whether a model reads the names of classes, and takes any."""
+    texts = 'language_model', 'text_encoder'
+    modules = model.named_modules() if model else ()
+    return any(name.endswith(texts) for name, _ in modules)
+
+
 def head_classes(split: Split) -> Iterator[Finding]:
     """Heads for more or fewer classes than a dataset has."""
+    if _reads_names(split.model):
+        return
     modules = dict(split.model.named_modules()) if split.model else {}
-    texts = 'language_model', 'text_encoder'
-    if any(name.endswith(texts) for name in modules):
-        return  # it reads names of classes, and takes any
     for key, dataset in split.datasets.items():
         count = len(_classes(dataset) or ())
         if not count:
@@ -547,6 +607,8 @@ def _why_left_out(
 
 CHECKS = (
     class_names,
+    folder_names,
+    trained_classes,
     head_classes,
     evaluated_images,
     evaluated_annotations,

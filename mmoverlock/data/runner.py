@@ -2,7 +2,7 @@
 
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,13 +14,16 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from ..checkpoint import dataset_meta
 from .checks import (
     CHECKS,
     Split,
     annotation_file,
     category_names,
+    classes_of,
     is_coco,
     some_samples,
+    trained_classes,
 )
 from .config import evaluators, unwrap
 from .files import CheckedPipeline, DataError, raise_first, read_json
@@ -32,8 +35,9 @@ def make_split(
     dataset: Dataset,
     evaluator: Evaluator | None,
     model: nn.Module | None,
+    trained: Sequence[str] = (),
 ) -> Split:
-    """Collect the datasets, metrics and model of train, val or test."""
+    """Collect what a `Split` of train, val or test has."""
     datasets = dict(unwrap(dataset, f'{name}_dataloader.dataset'))
     metrics = []
     built = evaluator.metrics if evaluator else []
@@ -44,7 +48,7 @@ def make_split(
             scored = scored[len(metrics) : len(metrics) + 1]
         file = f'{key}.ann_file {config.get("ann_file")}'
         metrics.append((file, metric, scored))
-    return Split(datasets, metrics, model)
+    return Split(datasets, metrics, model, trained)
 
 
 class CheckData(Hook):
@@ -52,6 +56,7 @@ class CheckData(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Raise `DataError` at the first fault of what is built."""
+        trained = ()
         for name in ('train', 'val', 'test'):
             loop = getattr(runner, f'_{name}_loop')
             if isinstance(loop, BaseLoop):
@@ -61,9 +66,22 @@ class CheckData(Hook):
                     loop.dataloader.dataset,
                     getattr(loop, 'evaluator', None),
                     runner.model,
+                    trained,
                 )
                 for check in (*CHECKS, some_samples):
                     raise_first(check(split))
+                trained = trained or classes_of(split)
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Raise `DataError` if a test has moved the classes of a training."""
+        loop = runner._test_loop
+        if isinstance(loop, BaseLoop):
+            datasets = dict(
+                unwrap(loop.dataloader.dataset, 'test_dataloader.dataset')
+            )
+            classes = dataset_meta(checkpoint).get('classes') or ()
+            split = Split(datasets, model=runner.model, trained=classes)
+            raise_first(trained_classes(split))
 
 
 def checked(runner_type: type) -> type:
