@@ -4,6 +4,7 @@ import json
 import re
 from io import BytesIO
 
+import cv2
 import numpy as np
 import pytest
 import tiny
@@ -92,8 +93,16 @@ def put(path, content):
 
 JPEG, PNG = drawing(), drawing(kind='PNG')
 INSIDE = drawing(exif=b'Exif\0\0' + JPEG)  # with a thumbnail
-TURN = Image.Exif()
-TURN[0x0112] = 6  # by a quarter
+
+
+def turn(orientation):
+    """EXIF data."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+TURN = turn(6)  # by a quarter
 IMAGE, MAP = 'images/0.jpg', 'labels/0.png'
 LIST, FILE, SCORED = 'list.txt', 'file.json', 'scored.json'
 SCOPES = dict(cls='mmpretrain', seg='mmseg', det='mmdet')
@@ -402,6 +411,60 @@ def test_file_of_several_images(tmp_path):
     what = 'lists a file as several images, with other objects each'
     found = found_in(tmp_path, coco(*marks, **listed))
     assert found == [(what, 'images 0 and 3, 0.jpg', True)]
+
+
+def encoded(ending, kind, channels=1):
+    pixels = np.full((40, 48, channels), 99, kind)
+    return cv2.imencode(ending, pixels)[1].tobytes()
+
+
+EXIF, BITS = 'is turned by its EXIF orient', 'has 16 bits a channel'
+
+
+@pytest.mark.parametrize(
+    ('kind', 'image', 'what'),
+    [
+        ('det', drawing(exif=turn(3)), EXIF),
+        ('seg', drawing(exif=turn(2)), EXIF),
+        ('cls', drawing(exif=turn(3)), None),
+        ('det', drawing(exif=turn(1)), None),
+        ('det', drawing((40, 48), exif=turn(6)), None),  # to 48 x 40
+        ('cls', encoded('.png', 'u2'), BITS),
+        ('cls', encoded('.png', 'u2', 3), BITS),
+        ('cls', encoded('.tif', 'u2', 3), BITS),
+        ('cls', encoded('.png', 'u1', 3), None),
+    ],
+)
+def test_read_otherwise(tmp_path, kind, image, what):
+    """It is told, but not where nothing has to be in its place."""
+    dataset = write_dataset(tmp_path, kind)
+    put(tmp_path / IMAGE, image)
+    _, split = build(dataset)
+    found = [*some_samples(split)]
+    assert len(found) == bool(what)
+    for finding in found:
+        assert finding.what.startswith(what) and not finding.fault
+
+
+def test_read_as_it_is(tmp_path):
+    dataset = write_dataset(tmp_path, 'cls')
+    put(tmp_path / IMAGE, encoded('.png', 'u2', 3))
+    steps = [READ | dict(color_type='unchanged'), dict(type='PackInputs')]
+    _, split = build(dataset | dict(pipeline=steps))
+    assert not [*some_samples(split)]
+
+
+@pytest.mark.parametrize('orientation', [1, 6])
+def test_square_image(tmp_path, orientation):
+    """Its size does not tell that it is turned."""
+    dataset = write_dataset(tmp_path, 'det')
+    put(tmp_path / IMAGE, drawing((48, 48), exif=turn(orientation)))
+    listed = images()
+    listed[0]['height'] = 48
+    put(tmp_path / FILE, coco(images=listed))
+    _, split = build(dataset)
+    found = [finding.entry for finding in some_samples(split)]
+    assert found == ['orientation 6'] * (orientation == 6)
 
 
 def test_order_of_folders(tmp_path):

@@ -17,6 +17,7 @@ from textwrap import shorten
 
 import numpy as np
 from mmengine.dataset import BaseDataset
+from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -361,13 +362,41 @@ def sample_faults(
     """
     try:
         sample = dataset.pipeline.load(dataset.get_data_info(i))
-        if seen is not None and sample is not None:
+        if sample is None:
+            return []
+        if seen is not None:
             seen.update(_labels(sample))
+        return [*_read_otherwise(sample)]
     except DataError as error:
         return [error.finding]
     except Exception:  # it may need steps that are not run
         return []
-    return []
+
+
+def _read_otherwise(sample: dict) -> Iterator[Finding]:
+    """What reading makes of an image that its file does not show."""
+    pixels, path = sample['img'], sample['img_path']
+    with Image.open(path) as image:
+        stored = str(image.tile)  # as in 'RGB;16B'; what is next may load it
+        turned = image.getexif().get(0x0112, 1)
+    if ';16' in stored and pixels.dtype == np.uint8:
+        yield Finding(
+            path,
+            'has 16 bits a channel',
+            effect="8 are read, unless color_type is 'unchanged'",
+            fault=False,
+        )
+    # Other turns show in the size, for which there is an error.
+    same = turned in (2, 3, 4) or pixels.shape[0] == pixels.shape[1]
+    if turned > 1 and same and {'gt_bboxes', 'gt_seg_map'} & sample.keys():
+        yield Finding(
+            path,
+            'is turned by its EXIF orientation',
+            f'orientation {turned}',
+            'boxes and label maps have to be of what is turned, but with '
+            "color_type='unchanged', which reads it as it is",
+            fault=False,
+        )
 
 
 def _labels(sample: dict) -> list[int]:
