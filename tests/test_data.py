@@ -484,7 +484,12 @@ def test_order_of_trained_classes(tmp_path):
     """Of a training's validation; names may be others."""
     _, split = build(write_dataset(tmp_path, 'cls'))
     for trained, found in ((), 0), ('ab', 0), ('xy', 0), ('bc', 1), ('ba', 1):
-        split.trained = trained
+        split.trained = [trained]
+        assert len([*trained_classes(split)]) == found
+    [dataset] = split.datasets.values()
+    dataset.folder_to_idx = dict(x=0, y=1)
+    for folders, found in ('xy', 0), ('zx', 1):
+        split.trained = 'ab', folders
         assert len([*trained_classes(split)]) == found
     split.model = nn.ModuleDict(dict(language_model=nn.Identity()))
     assert not [*trained_classes(split)]

@@ -23,7 +23,7 @@ from mmoverlock.data import DataError, check_data, checked
 from mmoverlock.data.checks import (
     CHECKS,
     annotation_files,
-    classes_of,
+    names_of,
     sample_faults,
     unseen_classes,
 )
@@ -82,7 +82,7 @@ def load_all(key, dataset, seen):
 def find(cfg, name, model, same, trained):
     """Yield all findings of a split; those of the same files only once.
 
-    The list `trained` gets the classes of train, which is the first split.
+    The list `trained` gets the names of train, which is the first split.
     """
     try:
         split = build_split(cfg, name, model, trained)
@@ -98,7 +98,7 @@ def find(cfg, name, model, same, trained):
         if not same and hasattr(dataset, 'pipeline'):
             yield from load_all(key, dataset, seen)
     if name == 'train':
-        trained += classes_of(split)
+        trained += names_of(next(iter(split.datasets.values())))
         yield from unseen_classes(split, seen)
 
 

@@ -38,14 +38,14 @@ class Split:
         metrics (list[tuple]): A name, the metric, and the datasets that it
             scores.
         model (nn.Module, optional): The model.
-        trained (Sequence[str]): The classes that the model was trained on, as
-            far as is known.
+        trained (Sequence): The names that the model was trained on, as far
+            as is known: see :func:`names_of`.
     """
 
     datasets: dict[str, Dataset]
     metrics: list[tuple] = field(default_factory=list)
     model: nn.Module | None = None
-    trained: Sequence[str] = ()
+    trained: Sequence[Sequence[str]] = ()
 
 
 def is_coco(dataset: Dataset) -> bool:
@@ -126,9 +126,10 @@ def repeated_names(
             )
 
 
-def classes_of(split: Split) -> Sequence[str]:
-    """The classes of the first dataset that has any."""
-    return next(filter(None, map(_classes, split.datasets.values())), ())
+def names_of(dataset: Dataset) -> tuple[Sequence[str], Sequence[str]]:
+    """The classes and the folders that labels are numbers of, if any."""
+    folders = getattr(dataset, 'folder_to_idx', None) or {}
+    return _classes(dataset) or (), [*folders]
 
 
 def _classes(dataset: Dataset) -> Sequence[str] | None:
@@ -141,40 +142,39 @@ def folder_names(split: Split) -> Iterator[Finding]:
     mmpretrain makes labels of the folders, in the order of the alphabet.
     """
     for key, dataset in split.datasets.items():
-        folders = getattr(dataset, 'folder_to_idx', None) or {}
+        classes, folders = names_of(dataset)
         yield from _moved(
             Finding(
                 key,
                 'has its folders in another order than the classes',
                 effect='labels get the names of others',
             ),
-            _classes(dataset),
-            [*folders],
+            classes,
+            folders,
         )
 
 
 def trained_classes(split: Split) -> Iterator[Finding]:
-    """Classes in another order than the model was trained on."""
+    """Classes, or folders of them, in another order than in training."""
     if _reads_names(split.model):
         return
     for key, dataset in split.datasets.items():
-        yield from _moved(
-            Finding(
-                key,
-                'has its classes in another order than the training',
-                effect='predictions are scored as others',
-            ),
-            _classes(dataset),
-            split.trained,
+        finding = Finding(
+            key,
+            'has its classes in another order than the training',
+            effect='predictions are scored as others',
         )
+        # Of a checkpoint, only classes are known.
+        for names in zip(names_of(dataset), split.trained, strict=False):
+            yield from _moved(finding, *names)
 
 
 def _moved(
-    finding: Finding, classes: Sequence[str] | None, others: Sequence[str]
+    finding: Finding, classes: Sequence[str], others: Sequence[str]
 ) -> Iterator[Finding]:
     """The first class that is another one of the others; names may differ."""
     labels = {name: label for label, name in enumerate(others)}
-    for label, name in enumerate(classes or ()):
+    for label, name in enumerate(classes):
         if labels.get(name, label) != label:
             entry = f'{name!r} is label {label}, and {labels[name]} there'
             yield finding._replace(entry=entry)

@@ -20,8 +20,8 @@ from .checks import (
     Split,
     annotation_file,
     category_names,
-    classes_of,
     is_coco,
+    names_of,
     some_samples,
     trained_classes,
 )
@@ -35,7 +35,7 @@ def make_split(
     dataset: Dataset,
     evaluator: Evaluator | None,
     model: nn.Module | None,
-    trained: Sequence[str] = (),
+    trained: Sequence[Sequence[str]] = (),
 ) -> Split:
     """Collect what a `Split` of train, val or test has."""
     datasets = dict(unwrap(dataset, f'{name}_dataloader.dataset'))
@@ -70,7 +70,9 @@ class CheckData(Hook):
                 )
                 for check in (*CHECKS, some_samples):
                     raise_first(check(split))
-                trained = trained or classes_of(split)
+                trained = trained or names_of(
+                    next(iter(split.datasets.values()))
+                )
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Raise `DataError` if a test has moved the classes of a training."""
@@ -80,7 +82,7 @@ class CheckData(Hook):
                 unwrap(loop.dataloader.dataset, 'test_dataloader.dataset')
             )
             classes = dataset_meta(checkpoint).get('classes') or ()
-            split = Split(datasets, model=runner.model, trained=classes)
+            split = Split(datasets, model=runner.model, trained=[classes])
             raise_first(trained_classes(split))
 
 
