@@ -132,6 +132,8 @@ def test_publish(run, tmp_path):
 
     about = {'classes': ('a', 'b'), 'other': 1}
     content = publish(large[:1], {'cfg': 'a', 'dataset_meta': about})
+    mmcv = {key.upper(): value for key, value in about.items()}
+    assert publish(large[:1], mmcv) == content
     assert len(content) < 4000
     meta = {'cfg': 'b', 'dataset_meta': {'classes': ['a', 'b']}}
     assert publish(large[:1].clone(), meta) == content

@@ -167,6 +167,7 @@ def test_prefix(save, messages):
         messages.clear()
     with pytest.raises(CheckpointError, match=r'left out: backbone\.'):
         load_pretrained(model, path, 'nowhere')
+    assert not messages
 
 
 def test_other_init_cfgs(save):

@@ -22,8 +22,8 @@ class Finding(NamedTuple):
         what (str): What it is or has, equal for all findings of a kind.
         entry (str): Which of its entries, and the values.
         effect (str): What it does to a training.
-        fault (bool): Whether it breaks or misleads a training. What is not,
-            OpenMMLab leaves out in silence.
+        fault (bool): Whether it breaks or misleads a training. Else it is
+            left out or changed in silence, or nothing is there to learn.
     """
 
     file: str
