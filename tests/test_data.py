@@ -19,6 +19,7 @@ from torch import nn
 from mmoverlock.data import DataError, checked
 from mmoverlock.data.checks import (
     CHECKS,
+    annotation_file,
     annotation_files,
     sample_faults,
     some_samples,
@@ -411,6 +412,11 @@ def test_file_of_several_images(tmp_path):
     what = 'lists a file as several images, with other objects each'
     found = found_in(tmp_path, coco(*marks, **listed))
     assert found == [(what, 'images 0 and 3, 0.jpg', True)]
+    unnamed = [
+        {k: v for k, v in i.items() if k != 'file_name'} for i in images()
+    ]
+    put(tmp_path / FILE, coco(annotation(9, 2), images=unnamed))
+    assert not [*annotation_file(tmp_path / FILE)]  # as in LVIS
 
 
 def encoded(ending, kind, channels=1):

@@ -536,12 +536,13 @@ def _repeated_files(
     """Images that are listed several times, with other objects each."""
     first = {}
     for i, image in images.items():
-        other = first.setdefault(image['file_name'], i)
+        name = image.get('file_name', i)  # LVIS has addresses in their place
+        other = first.setdefault(name, i)
         if sorted(boxes[other]) != sorted(boxes[i]):
             yield Finding(
                 path,
                 'lists a file as several images, with other objects each',
-                f'images {other!r} and {i!r}, {image["file_name"]}',
+                f'images {other!r} and {i!r}, {name}',
                 'objects of one are background in the other',
             )
 
