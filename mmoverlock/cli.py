@@ -129,6 +129,8 @@ def user_errors(tool: str) -> Iterator[None]:
         unwritable = number in NO_ROOM + DENIED + NO_FOLDER
         if not unwritable and not isinstance(error, known):
             raise
+        if number in NO_FOLDER:
+            error = f'there is a file where a folder is needed: {error}'
         print(f'{tool}: {error}', file=sys.stderr)
         sys.exit(2)
 
@@ -226,6 +228,8 @@ def load_config(args: Namespace) -> Config:
     package, _, name = args.config.partition('::')
     try:
         path = Path(config(name) if package == 'mmoverlock' else args.config)
+        if path.is_dir():
+            raise UserError(f'config {path} is a folder')
         cfg = Config.fromfile(path)
     except OSError as error:  # or of its _base_
         raise UserError(f'config {args.config}: {error}') from error
@@ -291,8 +295,16 @@ def merge_options(cfg: Config, options: dict) -> None:
                 )
         path, *parts = key.split('.')
         if path not in TOP_LEVEL_KEYS:
+            deeper = {
+                leaf
+                for top in sorted(TOP_LEVEL_KEYS & cfg.keys())
+                for leaf, _ in _leaves(cfg[top], top)
+                if leaf.endswith(f'.{key}')
+            }
             problem = f'there is no {path}'
-            problem += _did_you_mean(path, TOP_LEVEL_KEYS)
+            problem += _did_you_mean(key, deeper, 0) or _did_you_mean(
+                path, TOP_LEVEL_KEYS
+            )
             if path in cfg:
                 problem = (
                     f'{path} is a variable of the config file, which is used '
@@ -325,15 +337,17 @@ def merge_options(cfg: Config, options: dict) -> None:
         raise UserError(f'--cfg-options: {error}') from error
 
 
-def _did_you_mean(word: str, words: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, words, cutoff=0.5)
+def _did_you_mean(word: str, words: Iterable[str], cutoff: float = 0.5) -> str:
+    near = difflib.get_close_matches(word, words, cutoff=cutoff)
     return f'; did you mean {" or ".join(near)}?' if near else ''
 
 
 def check_file(path: str, what: str) -> None:
     """Raise `UserError` if a file, not a URL, does not exist."""
-    if '://' not in path and not os.path.isfile(os.path.expanduser(path)):
-        raise UserError(f'{what} {path} does not exist')
+    local = os.path.expanduser(path)
+    if '://' not in path and not os.path.isfile(local):
+        problem = 'is a folder' if os.path.isdir(local) else 'does not exist'
+        raise UserError(f'{what} {path} {problem}')
 
 
 def start_checkpoints(cfg: Config) -> dict[str, str]:

@@ -20,6 +20,7 @@ CLS, MASK_RCNN, UPERNET = (
 # Configs of one dataset: what it is for, and its settings.
 SMALL = {
     'own': ('train', dict(type='Own')),
+    'mine': ('train', dict(type='Coco', metainfo=dict(classes=['a']))),
     'cifar': ('test', dict(type='CIFAR10')),
 }
 
@@ -54,6 +55,7 @@ TEST = 'test FILES/detector.py FILES/empty.pth'
 BACKBONE = 'model.backbone'
 INIT = f'{BACKBONE}.init_cfg'
 DATASET = 'train_dataloader.dataset'
+MINE = f'train FILES/mine.py --cfg-options {DATASET}'
 URL = 'http://127.0.0.1:9/overlock.pth'  # nothing listens there
 PREDICT = 'predict FILES/cls.py FILES/cls.pth x'
 KERNELS = 'visualize kernels FILES/cls.py FILES/cls.pth FILES/pictures/a.png'
@@ -70,9 +72,11 @@ MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
         # Files
         ('train no.py', 'config no.py: ... No such file'),
         (f'train {tiny.ROOT}/LICENSE', 'LICENSE: Only py/yml'),
+        ('train FILES', 'is a folder'),
         ('train FILES/baseless.py', 'nowhere.py'),
         ('summarize FILES/coco', 'there are no scalars.json in'),
         (f'test {MASK_RCNN} no.pth', 'checkpoint no.pth does not exist'),
+        ('predict FILES/cls.py FILES x', 'is a folder'),
         ('predict FILES/cls.py no.pth x', 'checkpoint no.pth does not exist'),
         ('predict FILES/cls.py FILES/seg.pth x', 'does not fit the model'),
         (f'{STOCK} --resume no.pth', 'load_from: checkpoint no.pth does not'),
@@ -88,6 +92,8 @@ MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
         (f'train {UPERNET}', 'ade20k data/ade/ADEChallengeData2016'),
         (f'train {CLS}', 'data/imagenet/train does not exist'),
         ('train FILES/own.py', 'data/ does not exist ... Put the Own there'),
+        ('train FILES/mine.py', 'Change the config, ... run in, or draw'),
+        (f'{MINE}.data_root=FILES {DATASET}.ann_file=a', 'Put the Coco there'),
         (f'{TRAIN} {DATASET}.ann_file=no.json', 'FILES/coco/no.json does not'),
         (f'{TRAIN} val_evaluator.ann_file=no.json', 'file no.json does not'),
         ('test FILES/own.py FILES/empty.pth', 'own.py has no test set'),
@@ -95,6 +101,7 @@ MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
         (f'{OPTION} foo', "KEY=VALUE, not 'foo'"),
         (f'{OPTION} a=[1,(2]', 'brackets'),
         (f'{OPTION} modle.type=A', 'there is no modle; did you mean model'),
+        (f'{OPTION} max_epochs=1', 'did you mean train_cfg.max_epochs?'),
         (f'{OPTION} model.bakbone.arch=t', 'model; did you mean backbone?'),
         (f'{OPTION} model.bakbone.arch._delete_=True', 'no bakbone in model'),
         (f'{OPTION} {BACKBONE}.arch.depths=1', 'You may set `_delete_=True`'),
@@ -104,7 +111,10 @@ MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
         (f'{OPTION} {BACKBONE}.arch=s {BACKBONE}.arch.depths=1', 'set one of'),
         (f'{OPTION} train_cfg.max_epochs=1O', "is a number, not '1O'"),
         (f'{STOCK} --launcher pytorch', 'that torchrun starts'),
-        ('train FILES/detector.py --work-dir FILES/cls.py', 'File exists: '),
+        (
+            'train FILES/detector.py --work-dir FILES/cls.py',
+            'folder is needed',
+        ),
         (f'{OPTION} data_root=x', 'data_root is a variable of the config'),
         (f'{TRAIN} model.type=A', 'the config: A is not in the mmdet::model'),
         (f'{FLOPS} --cfg-options model.type=A', 'A is not in the mmpretrain'),

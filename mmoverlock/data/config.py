@@ -111,10 +111,18 @@ def _paths(dataset: ConfigDict) -> list[str]:
 def _help(dataset: ConfigDict) -> str:
     kind = name_of(dataset['type'])
     root = (dataset.get('data_root') or 'its data_root').rstrip('/')
+    own = (dataset.get('metainfo') or {}).get('classes')
+    change = (
+        'change the config, whose paths start in the folder that the tool is '
+        'run in'
+    )
     for name, (source, layout) in SOURCES.items():
-        if name in kind:
+        if name in kind and not (own and os.path.exists(root)):
+            get = (
+                change.capitalize() if own else f'Unpack {source} into {root}'
+            )
             return (
-                f'Unpack {source} into {root}, or draw sample data: '
+                f'{get}, or draw sample data: '
                 f'python tools/make_sample_data.py {layout} {root}'
             )
-    return f'Put the {kind} there or change the config.'
+    return f'Put the {kind} there or {change}'
