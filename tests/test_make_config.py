@@ -289,6 +289,7 @@ CLASS = 'train/n11939491'
         ('masks', MIX, 'masks/train has images of train and label maps'),
         ('folders', f'truncate -s 9 {CLASS}/*', f'{CLASS}/.*JPEG is damaged'),
         ('folders', f'rm {CLASS}/*', 'n11939491: 0 images'),
+        ('folders', 'rm -r train/*', 'train has .* has no folders'),
         ('folders', f'rm -r {CLASS}', 'val has other classes .*: n11939491'),
     ],
 )
@@ -300,6 +301,12 @@ def test_faults(copied, kind, damage, words):
     output = tiny.run_tool('make_config', kind, data, status=2)
     last = output.splitlines()[-1]
     assert re.search(words, last) and str(data) in last
+
+
+def test_folder_of_a_split(copied):
+    data = copied('folders') / 'train'
+    output = tiny.run_tool('make_config', 'folders', data, status=2)
+    assert output.endswith(f'take the folder above {data}\n')
 
 
 def test_test_without_truth(copied, tmp_path):

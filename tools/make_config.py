@@ -129,9 +129,13 @@ def sort_by_split(args, paths, what, most=1):
         if chosen:
             found[split] = chosen
         elif split != 'test':
+            if split_of(Path(args.data.name)):
+                remedy = f'take the folder above {args.data}'
+            else:
+                remedy = f'name it after --{split}, or make one of a part'
             raise cli.UserError(
-                f'no {what} in {args.data} has {split} in its path; name it '
-                f'after --{split}, or set some aside for it'
+                f'no {what} in {args.data} is of {split} by its path from '
+                f'there on; {remedy}'
             )
     return found
 
@@ -370,10 +374,11 @@ def read_folders(args):
         if split == 'train':
             classes = found
         if len(found) < 2 or not all(found.values()):
+            counts = (f'{k}: {len(v)} images' for k, v in found.items())
             raise DataError(
                 f'{folder} has to hold a folder of images for each of two '
                 'classes or more, and has '
-                + ', '.join(f'{k}: {len(v)} images' for k, v in found.items())
+                + (', '.join(counts) or 'no folders')
             )
         if [*found] != [*classes]:
             odd = found.keys() ^ classes.keys()
