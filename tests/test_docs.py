@@ -73,6 +73,13 @@ def test_links(page):
         assert (page.parent / name).exists() or (ROOT / name).exists(), name
 
 
+def test_contents(page):
+    """A page that lists its headings lists all of the second level."""
+    text = FENCED.sub('', read(page))
+    listed = re.findall(r'^- \[(.*)\]\(#', text, re.M)
+    assert listed in ([], re.findall(r'^## (.*)', text, re.M))
+
+
 def test_commands(page):
     """Options are those of the tools, targets those of the Makefile."""
     makefile = read(ROOT / 'Makefile')
