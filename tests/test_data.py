@@ -3,6 +3,7 @@
 import json
 import re
 from io import BytesIO
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -21,6 +22,7 @@ from mmoverlock.data.checks import (
     CHECKS,
     annotation_file,
     annotation_files,
+    head_classes,
     sample_faults,
     some_samples,
     trained_classes,
@@ -637,3 +639,16 @@ def test_training_does_not_start(tmp_path):
         last = output.splitlines()[-1]
         assert last.startswith('train.py: ') and words in last
         assert 'Epoch(train)' not in output and 'Traceback' not in output
+
+
+def test_head_of_a_segmentor():
+    """It is named before the segmentor, which repeats its number."""
+    model = torch.nn.Module()
+    model.decode_head = torch.nn.Module()
+    model.num_classes = model.decode_head.num_classes = 2
+    metainfo = dict(classes=('a', 'b', 'c'))
+    datasets = dict(train=SimpleNamespace(metainfo=metainfo))
+    split = SimpleNamespace(model=model, datasets=datasets)
+    found = [finding.entry for finding in head_classes(split)]
+    names = 'decode_head', 'model'
+    assert found == [f'3, and {name}.num_classes is 2' for name in names]

@@ -193,6 +193,8 @@ def head_classes(split: Split) -> Iterator[Finding]:
     if _reads_names(split.model):
         return
     modules = dict(split.model.named_modules()) if split.model else {}
+    if modules:
+        modules['model'] = modules.pop('')  # last: it repeats its head's
     for key, dataset in split.datasets.items():
         count = len(_classes(dataset) or ())
         if not count:
