@@ -455,10 +455,9 @@ def explain_failures(cfg: Config, options: dict) -> Iterator[None]:
     except ValueError as error:
         if _origin(error) == ('torch.optim.optimizer', 'load_state_dict'):
             raise UserError(OTHER_OPTIMIZER) from error
-        together = re.match('(.*) should be either all None', str(error))
-        if together:
-            said = f'the config: {together[1]} are None together or not at all'
-            raise UserError(said) from error
+        if _origin(error) == ('mmengine.runner.runner', '__init__'):
+            fault, *_ = str(error).split(', but got ')  # what may be long
+            raise UserError(f'the config: {fault}') from error
         built = OverLoCK.__init__.__code__
         frames = traceback.walk_tb(error.__traceback__)
         if all(frame.f_code is not built for frame, _ in frames):

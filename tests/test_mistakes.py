@@ -115,7 +115,10 @@ MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
             'train FILES/detector.py --work-dir FILES/cls.py',
             'folder is needed',
         ),
-        (f'{TRAIN} val_dataloader=None', 'val_evaluator are None together'),
+        (
+            f'{TRAIN} val_dataloader=None',
+            'val_evaluator should be either all None',
+        ),
         (f'{OPTION} data_root=x', 'data_root is a variable of the config'),
         (f'{TRAIN} model.type=A', 'the config: A is not in the mmdet::model'),
         (f'{FLOPS} --cfg-options model.type=A', 'A is not in the mmpretrain'),
