@@ -41,7 +41,7 @@ def test_released_mask_rcnn(tmp_path):
     meta = {
         'mmcv_version': '1.7.2',
         'config': 'raise SystemExit(7)',
-        'CLASSES': ('airplane', 'ball'),
+        'CLASSES': ('person', 'bicycle'),
         'PALETTE': np.zeros((2, 3), np.uint8),
         'hook_msgs': {'best_score': np.float64(0.48)},
     }

@@ -376,7 +376,7 @@ def sample_faults(
 
 
 def _read_otherwise(sample: dict) -> Iterator[Finding]:
-    """What reading makes of an image that its file does not show."""
+    """Notes on an image that is read otherwise than its file shows it."""
     pixels, path = sample['img'], sample['img_path']
     with Image.open(path) as image:
         stored = str(image.tile)  # as in 'RGB;16B'; what is next may load it
