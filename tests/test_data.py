@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 from PIL import Image
 from torch import nn
 
-from mmoverlock.data import DataError, checked
+from mmoverlock.data import DataError, check_data, checked
 from mmoverlock.data.checks import (
     CHECKS,
     annotation_file,
@@ -403,6 +403,25 @@ def test_masks_of_runs(tmp_path):
     what = 'has annotations with a mask that is no polygon'
     found = found_in(tmp_path, coco(*marks), pipeline=steps)
     assert found == [(what, 'annotation 8', False)]
+
+
+@pytest.mark.parametrize('key', ['metainfo', 'dataset'])
+def test_classes_of_letters(tmp_path, key):
+    """A text is a file of names, or the parentheses of a tuple of one."""
+    dataset = dict(type='A', data_root=str(tmp_path))
+    for classes, is_right in (
+        (('ant',), True),
+        (str(__file__), True),
+        ('ant', False),
+    ):
+        names = dict(classes=classes)
+        own = names if key == 'dataset' else dict(metainfo=names)
+        cfg = Config(dict(train_dataloader=dict(dataset=dataset | own)))
+        if is_right:
+            check_data(cfg, 'train')
+            continue
+        with pytest.raises(DataError, match=r"a tuple of one is \('ant',\)"):
+            check_data(cfg, 'train')
 
 
 def test_file_of_several_images(tmp_path):

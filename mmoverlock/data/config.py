@@ -33,7 +33,8 @@ def check_data(cfg: Config, *splits: str) -> None:
     Splits are any of ``'train'``, ``'val'`` and ``'test'``.
 
     Raises:
-        DataError: If a file or folder is missing, with how to get it.
+        DataError: If a file or folder is missing, with how to get it, or
+            classes are a text, whose letters would be taken for names.
     """
     for split in splits:
         loader = cfg.get(f'{split}_dataloader') or {}
@@ -44,6 +45,13 @@ def check_data(cfg: Config, *splits: str) -> None:
                     raise DataError(
                         f'data missing: {path} does not exist ({key}). '
                         + _help(dataset)
+                    )
+            metainfo = dataset.get('metainfo') or {}
+            for classes in (metainfo.get('classes'), dataset.get('classes')):
+                if isinstance(classes, str) and not os.path.isfile(classes):
+                    raise DataError(
+                        f'{key}: the classes {classes!r} are no file of names,'
+                        f' and no list; a tuple of one is ({classes!r},)'
                     )
         for key, evaluator in evaluators(cfg, split):
             path = evaluator.get('ann_file') or ''
