@@ -364,8 +364,6 @@ def sample_faults(
     """
     try:
         sample = dataset.pipeline.load(dataset.get_data_info(i))
-        if sample is None:
-            return []
         if seen is not None:
             seen.update(_labels(sample))
         return [*_read_otherwise(sample)]
