@@ -298,13 +298,10 @@ def _unscorable(annotation: dict, masks: bool) -> Iterator[tuple[str, str]]:
             "the evaluation ends with KeyError: 'iscrowd'",
         )
     if masks and not _is_mask(annotation.get('segmentation')):
-        yield f'has {NO_MASK}', 'the evaluation of masks ends in an error'
-
-
-NO_MASK = 'annotations without a mask, or polygons of one or two points'
-
-
-NO_POLYGON = 'annotations without a polygon of three whole points or more'
+        yield (
+            'has annotations without a mask, or polygons of one or two points',
+            'the evaluation of masks ends in an error',
+        )
 
 
 def _is_mask(mask: list | dict | None) -> bool:
@@ -360,12 +357,14 @@ def sample_faults(
     Args:
         dataset (BaseDataset): With a `CheckedPipeline`.
         i (int): The index of the sample.
-        seen (set, optional): Gets the labels of which something is learned.
+        seen (set, optional): Gets the labels of which something is learned;
+            with it, there are notes too. Defaults to None.
     """
     try:
         sample = dataset.pipeline.load(dataset.get_data_info(i))
-        if seen is not None:
-            seen.update(_labels(sample))
+        if seen is None:
+            return []
+        seen.update(_labels(sample))
         return [*_read_otherwise(sample)]
     except DataError as error:
         return [error.finding]
@@ -631,7 +630,10 @@ def _why_left_out(
             if polygons:
                 return 'annotations with a mask that is no polygon'
         elif not any(len(p) >= 6 and len(p) % 2 == 0 for p in mask):
-            return f'{NO_POLYGON}, where masks are learned'
+            return (
+                'annotations without a polygon of three whole points or more, '
+                'where masks are learned'
+            )
     return None
 
 
