@@ -93,7 +93,7 @@ def find(cfg, name, model, same, trained):
         yield from check(split)
     seen = set()
     for key, dataset in split.datasets.items():
-        classes = getattr(dataset, 'metainfo', {}).get('classes') or ()
+        classes, _ = names_of(dataset)
         print(f'{key}: {len(dataset)} samples, {len(classes)} classes')
         if not same and hasattr(dataset, 'pipeline'):
             yield from load_all(key, dataset, seen)

@@ -78,11 +78,15 @@ class CheckData(Hook):
         """Raise `DataError` if a test has moved the classes of a training."""
         loop = runner._test_loop
         if isinstance(loop, BaseLoop):
-            datasets = dict(
-                unwrap(loop.dataloader.dataset, 'test_dataloader.dataset')
-            )
             classes = dataset_meta(checkpoint).get('classes') or ()
-            split = Split(datasets, model=runner.model, trained=[classes])
+            split = make_split(
+                runner.cfg,
+                'test',
+                loop.dataloader.dataset,
+                None,
+                runner.model,
+                [classes],
+            )
             raise_first(trained_classes(split))
 
 
