@@ -161,6 +161,7 @@ def test_sum_of_convolutions(case, size, monkeypatch, poison):
     [
         *((*form, 528) for form in FORMS),
         (MANY, 1, 1),
+        (((17, 2, 5, 3), [(5, 1)], BRAIN), 1, 528),  # no others
         (((2, 2, 7, 9), *MANY[1:]), 99, 1),
     ],
 )

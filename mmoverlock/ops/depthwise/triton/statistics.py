@@ -303,6 +303,8 @@ def measure(x: Tensor, taps: Tensor, first: Tensor, branches: tuple) -> Tensor:
     if is_banded:
         size, *_ = branches[0]
         splits = banded.statistics(x, taps[: size**2], first, parts, size)
+        if len(branches) == 1:
+            return parts[:splits]
     plan = plan_of(branches, x.shape[1], int(is_banded))
     # Apart: with both, the compiler spills registers.
     for some in (plan._replace(FORMS=()), plan._replace(LARGE=())):
@@ -314,7 +316,7 @@ def measure(x: Tensor, taps: Tensor, first: Tensor, branches: tuple) -> Tensor:
                 parts,
                 *x.shape[1:],
                 len(x),
-                splits if is_banded else len(parts),
+                splits,
                 BRANCHES=branches,
                 **some._asdict(),
                 **layout.constants,
