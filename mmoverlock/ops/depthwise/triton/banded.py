@@ -38,6 +38,7 @@ from .common import INTERPRETED, SIZES, zeros
 from .tap_grads import num_splits
 
 WINDOW = tl.constexpr(16)  # columns, and tiles of a product
+BEYOND = tl.constexpr(1 << 30)  # a row
 SIZE = 13  # of the smallest kernel, without dilation
 # Rows of a tile, and of a kernel at a time. CHANNELS of a program are the
 # first that divide those of the map, or the last; a warp takes PAIR of them
@@ -63,9 +64,9 @@ def _place(chunk, images, height, width, across, T: tl.constexpr):
     """The tiles of a chunk.
 
     Returns:
-        Of every tile (16, ), row and column of its first value, the offset of
-        that row in values of a channel, and whether it exists; and how many
-        columns it has.
+        Of every tile (16, ), row and column of its first value, and the
+        offset of that row in values of a channel; and how many columns it
+        has. Tiles that do not exist are beyond the last row of any map.
     """
     columns = tl.cdiv(width, across)
     down = tl.cdiv(height, T)
@@ -74,7 +75,8 @@ def _place(chunk, images, height, width, across, T: tl.constexpr):
     row = item // across % down * T
     image = (item // across // down).to(tl.int64)
     o_row = (image * height + row) * width
-    return row, col, o_row, item < images * down * across, columns
+    row = tl.where(item < images * down * across, row, BEYOND)
+    return row, col, o_row, columns
 
 
 @triton.jit
@@ -142,7 +144,7 @@ def _convolve(
         NARROW: Whether a window holds all columns of the map.
         ROWS: Rows of the kernel at a time, at most.
     """
-    row, col, o_row, m_tile, columns = place
+    row, col, o_row, columns = place
     acc = zeros(T, (CHANNELS, WINDOW, WINDOW))
     REACH: tl.constexpr = K // 2
     LAST: tl.constexpr = K * K - 1 if FLIP else 0
@@ -161,7 +163,7 @@ def _convolve(
         m_tap = ((s >= 0) & (s < K))[:, :, None] & m_channel
         o_tap = (LAST + SIGN * s)[:, :, None] * channels + channel
         col_x = (col + start)[:, None] + n[None]  # (tiles, x')
-        m_x = m_tile[:, None] & (col_x >= 0) & (col_x < width)
+        m_x = (col_x >= 0) & (col_x < width)
         m_x = m_x[:, :, None] & m_channel
         p_col = p_x + (o_row[:, None] + col_x)[:, :, None] * channels + channel
         for r_0 in tl.range(0, K, R, num_stages=1):
@@ -269,10 +271,10 @@ def _banded_conv2d_kernel(
 @triton.jit
 def _values(place, channel, channels, width):
     """Offsets (tiles, columns, C) of the first row, and which there are."""
-    _, col, o_row, m_tile, columns = place
+    _, col, o_row, columns = place
     n = tl.arange(0, WINDOW)[None]
     at = col[:, None] + n
-    m_value = m_tile[:, None] & (n < columns) & (at < width)
+    m_value = (n < columns) & (at < width)
     o_value = (o_row[:, None] + at)[:, :, None] * channels + channel
     return o_value, m_value[:, :, None] & (channel < channels)
 
@@ -331,9 +333,8 @@ def _banded_statistics_kernel(
             CHANNELS,
             PAIR,
         )
-        row, col, _, m_tile, columns = place
-        m_col = m_tile[:, None] & (n < columns)
-        m_col = m_col & (col[:, None] + n < width)
+        row, col, _, columns = place
+        m_col = (n < columns) & (col[:, None] + n < width)
         number = 0.0
         total = tl.zeros((CHANNELS, WINDOW, WINDOW), tl.float32)
         for t in tl.static_range(T):

@@ -90,21 +90,6 @@ def zeros(LENGTH: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def load_row(p_row, o_x, row, t, step, height, m_x):
-    """A row (X, C) of a tile, t rows below the first; zero outside of the map.
-
-    Args:
-        p_row: Pointer () to where the first row, ``row``, begins.
-        o_x: (X, C), of the values in a row.
-        step: From row to row.
-        m_x: (X, C), of o_x.
-    """
-    m_x = m_x & (row + t >= 0) & (row + t < height)
-    # The pointer is one for all threads, which does not take their time.
-    return widen(tl.load(p_row + t * step + o_x, mask=m_x, other=0))
-
-
-@triton.jit
 def convolve(
     acc,
     p_row,
@@ -141,19 +126,23 @@ def convolve(
         o_x = x * channels + channel
         m_x = m_channel & (x >= 0) & (x < width)
         p_tap = p_taps + (LAST + SIGN * s) * channels + channel
+        # One for all threads, moved from row to row, which takes no registers
+        p_next = p_row - REACH * step
         taps = ()
-        for r in tl.static_range(K):
-            b_tap = tl.load(
-                p_tap + SIGN * r * K * channels, mask=m_channel, other=0
-            )
-            taps = taps + (widen(b_tap),)
         for i in tl.static_range(T + (K - 1) * D):
+            if i % D == 0 and i // D < K:
+                b_tap = tl.load(p_tap, mask=m_channel, other=0)
+                taps = taps + (widen(b_tap),)
+                p_tap += SIGN * K * channels
             if is_read(i, K, D, T):
-                b_x = load_row(p_row, o_x, row, i - REACH, step, height, m_x)
+                y = row + i - REACH
+                m_row = m_x & (y >= 0) & (y < height)
+                b_x = widen(tl.load(p_next + o_x, mask=m_row, other=0))
                 for t in tl.static_range(T):
                     if meets(i - t, K, D):
                         part = tl.fma(b_x, taps[(i - t) // D], acc[t])
                         acc = acc[:t] + (part,) + acc[t + 1 :]
+            p_next += step
     return acc
 
 
