@@ -1,6 +1,5 @@
 """tools/make_config.py: configs that it writes train, test and predict."""
 
-import importlib
 import json
 import re
 import shlex
@@ -136,7 +135,9 @@ def test_page(tmp_path, monkeypatch):
             *_, metric, levels = KINDS[kind]
             repaint(Path(data), levels)
             if kind == 'masks':
-                Path(data, 'classes.txt').write_text('\n'.join(NAMES))
+                # Blank lines, as at the end, are no classes.
+                text = '\n'.join([*NAMES, ' ', ''])
+                Path(data, 'classes.txt').write_text(text, 'utf-8-sig')
             cfg = write(config, *argv)
             assert_loads(cfg, levels)
             lengths[kind] = cfg.train_cfg.get('max_epochs')
@@ -163,50 +164,38 @@ def test_page(tmp_path, monkeypatch):
 
 
 def test_boxes_of_one_class(copied, tmp_path, monkeypatch):
-    """A tuple of one, as many outputs, and no masks; lines are not long."""
-    data = copied('coco')
-    for path in data.glob('annotations/*.json'):
-        contents = json.loads(path.read_text())
-        contents['categories'] = [dict(id=1, name='shape')]
-        for annotation in contents['annotations']:
-            annotation.update(category_id=1, segmentation=[])
-        path.write_text(json.dumps(contents))
-    # As yapf writes it, which is left out elsewhere.
-    monkeypatch.setattr(yapf_api, 'FormatCode', None)
-    importlib.reload(yapf_api)
-    config = tmp_path / 'coco.py'
-    cfg = write(config, 'coco', data)
-    for line in config.read_text().splitlines():
-        assert len(line) < 80 or line.startswith(('data_root', 'load_from'))
-    assert cfg.metainfo.classes == ('shape',)
-    assert cfg.model.type == 'FasterRCNN'
-    assert 'in_channels' not in cfg.model.backbone
-    monkeypatch.undo()
-    make_tiny(config, 'coco')
-    output = tiny.run_tool('train', config, '--work-dir', tmp_path)
-    assert 'bbox_mAP' in output and 'segm' not in output
+    """A tuple of one, as many outputs, and no masks; lines are not long.
 
-
-def test_names_with_folders(copied, tmp_path):
-    """Images in folders of the folder of a split, as files name them.
-
-    Annotations are behind a link.
+    Images are in folders of the folder of a split, as files name them, and
+    annotations behind a link.
     """
     data = copied('coco')
     (data / 'annotations').rename(tmp_path / 'linked')
     (data / 'annotations').symlink_to(tmp_path / 'linked')
     for split in 'train2017', 'val2017':
-        images = [*(data / split).iterdir()]
-        (data / split / 'a').mkdir()
-        for path in images:
-            path.rename(data / split / 'a' / path.name)
+        (data / split).rename(data / 'a')
+        (data / split).mkdir()
+        (data / 'a').rename(data / split / 'a')
         path = data / f'annotations/instances_{split}.json'
         contents = json.loads(path.read_text())
+        contents['categories'] = [dict(id=1, name='shape')]
+        for annotation in contents['annotations']:
+            annotation.update(category_id=1, segmentation=[])
         for image in contents['images']:
             image['file_name'] = f'a/{image["file_name"]}'
         path.write_text(json.dumps(contents))
-    cfg = write(tmp_path / 'coco.py', 'coco', data)
+    config = tmp_path / 'coco.py'
+    with monkeypatch.context() as patch:
+        patch.setattr(yapf_api, 'FormatCode', tiny.FORMAT_CODE)
+        cfg = write(config, 'coco', data)
+    for line in config.read_text().splitlines():
+        assert len(line) < 80 or line.startswith(('data_root', 'load_from'))
     assert cfg.train_dataloader.dataset.data_prefix.img == 'train2017'
+    assert cfg.metainfo.classes == ('shape',)
+    assert 'in_channels' not in cfg.model.backbone
+    make_tiny(config, 'coco')
+    output = tiny.run_tool('train', config, '--work-dir', tmp_path)
+    assert 'bbox_mAP' in output and 'segm' not in output
 
 
 def test_classes_of_a_cascade(drawn, tmp_path):
@@ -216,51 +205,36 @@ def test_classes_of_a_cascade(drawn, tmp_path):
     assert heads.mask_head.num_classes == 5
 
 
-def number(labels, names=(), ignored=0, zero=False):
-    pixels = np.zeros(256, int)
-    pixels[labels] = 7
-    pixels[255] = ignored
-    args = Namespace(data='maps', zero_is_unlabeled=zero)
-    names, zero = tool.number_classes(pixels, [*names], args)
-    return ' '.join(names), zero
-
-
-THREE = 'class 0 class 1 class 2'
-FROM_1 = 'class 1 class 2 class 3'  # as they are in the maps
+FROM_0 = ['class 0', 'class 1', 'class 2']
+FROM_1 = ['class 1', 'class 2', 'class 3']  # as they are in the maps
 
 
 @pytest.mark.parametrize(
-    ('given', 'expected'),
+    ('labels', 'names', 'zero', 'expected'),
     [
-        (dict(labels=[0, 1, 2], ignored=5), (THREE, False)),
-        (dict(labels=[0, 2]), (THREE, False)),
-        (dict(labels=[1, 2, 3]), (FROM_1, True)),  # nothing is 0
-        (dict(labels=[0, 1, 2, 3], zero=True), (FROM_1, True)),
+        ([0, 2, 255], '', False, (FROM_0, False)),
+        ([1, 2, 3], '', False, (FROM_1, True)),  # nothing is 0
+        ([0, 1, 2, 3], '', True, (FROM_1, True)),
         # A name less than numbers, as in ADE20K
-        (dict(labels=[0, 1, 2], names='ab'), ('a b', True)),
-        (dict(labels=[0, 1], names='abc'), ('a b c', False)),
-        (dict(labels=[0, 1], names='a'), ('background a', False)),
-        (dict(labels=[0], ignored=5), 'one class, and 255 is none'),
-        (dict(labels=[0, 1], zero=True), 'that is one class'),
-        (dict(labels=[0, 1, 4, 9], names='abc'), 'there are 3 classes'),
-        (dict(labels=[0, 85, 170]), 'look like gray levels'),
+        ([0, 1, 2], 'ab', False, (['a', 'b'], True)),
+        ([0, 1], 'abc', False, (['a', 'b', 'c'], False)),
+        ([0, 1], 'a', False, (['background', 'a'], False)),
+        ([0, 255], '', False, 'one class, and 255 is none'),
+        ([0, 1], '', True, 'that is one class'),
+        ([0, 1, 4, 9], 'abc', False, 'there are 3 classes'),
+        ([0, 85, 170], '', False, 'look like gray levels'),
     ],
 )
-def test_labels(given, expected):
+def test_labels(labels, names, zero, expected):
     """The classes, and whether 0 is none."""
+    pixels = np.zeros(256, int)
+    pixels[labels] = 7
+    args = [*names], Namespace(data='maps', zero_is_unlabeled=zero)
     if isinstance(expected, tuple):
-        assert number(**given) == expected
+        assert tool.number_classes(pixels, *args) == expected
         return
     with pytest.raises(DataError, match=expected):
-        number(**given)
-
-
-def test_names(tmp_path):
-    """Blank lines, as at the end, are no classes."""
-    path = tmp_path / 'classes.txt'
-    path.write_text('wall\nbig tree \n\n', 'utf-8-sig')
-    args = Namespace(data=tmp_path, classes=None)
-    assert tool.read_names(args) == ['wall', 'big tree']
+        tool.number_classes(pixels, *args)
 
 
 LISTED = 'annotations/instances_train2017.json'
@@ -330,10 +304,9 @@ def test_test_without_truth(copied, tmp_path):
         ('img_1.jpg', 'mask_1.png', 'img_1.jpg and .*mask_1.png: the n'),
     ],
 )
-@pytest.mark.parametrize('masks', ['masks', 'images/masks'])
-def test_suffixes(tmp_path, names, maps, expected, masks):
-    """Suffixes of images and label maps that belong together are found."""
-    folders = tmp_path / 'images', tmp_path / masks
+def test_suffixes(tmp_path, names, maps, expected):
+    """They are found where label maps are in the folder of images."""
+    folders = tmp_path, tmp_path / 'masks'
     for folder, files in zip(folders, (names, maps), strict=True):
         for name in files.split():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -346,14 +319,13 @@ def test_suffixes(tmp_path, names, maps, expected, masks):
 
 
 def test_folders(tmp_path):
-    """Links do not lead back, and images that are left out are counted."""
+    """Images that are left out are counted."""
     for name in 'a/1.PNG', 'a/2.gif', 'b/3.gif', 'b/4.HEIC', 'b/5.json':
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / 'a' / 'loop').symlink_to(tmp_path)
-    (tmp_path / 'c').symlink_to('a')  # one that validates on its training set
     (tmp_path / 'b' / '6.bin').touch()  # which ends in a letter of .json
     assert tool.find_images(tmp_path, '.json') == [tmp_path / 'b' / '5.json']
+    (tmp_path / 'c').symlink_to('a')  # one that validates on its training set
     found = tool.find_images(tmp_path)
     assert found == [tmp_path / name / '1.PNG' for name in ('a', 'c')]
     (tmp_path / 'c').unlink()
@@ -361,50 +333,50 @@ def test_folders(tmp_path):
     assert f'{tmp_path}: left out are 2 .gif, 1 .heic; read are ' in output
 
 
-def test_splits():
-    for path, split in {
-        'annotations_trainval2017/instances_val2017.json': 'val',
-        'train/_annotations.coco.json': 'train',
-        'images/validation': 'val',
-        'leftImg8bit/train/aachen': 'train',
-        'constrained/x': None,
-    }.items():
-        assert tool.split_of(Path(path)) == split
+@pytest.mark.parametrize(
+    ('path', 'split'),
+    [
+        ('annotations_trainval2017/instances_val2017.json', 'val'),
+        ('leftImg8bit/train/aachen', 'train'),
+        ('constrained/x', None),
+    ],
+)
+def test_splits(path, split):
+    assert tool.split_of(Path(path)) == split
 
 
 def test_other_images(tmp_path):
     """Gray ones among colored ones are colored; four channels are not."""
-    color, plain = tmp_path / 'a.png', tmp_path / 'b.png'
+    color, other = tmp_path / 'a.png', tmp_path / 'b.png'
     Image.new('RGB', (4, 4), (9, 5, 1)).save(color)
-    Image.new('L', (4, 4), 5).save(plain)
-    assert tool.read_pixels([plain, color]) is None
-    Image.new('RGBA', (4, 4), (9, 5, 1, 255)).save(plain)
-    assert tool.read_pixels([color, plain]) is None  # it is opaque
-    Image.new('RGBA', (4, 4), (9, 5, 1, 40)).save(plain)
-    with pytest.raises(DataError, match=f'{color} has 3 .* {plain} 4 '):
-        tool.read_pixels([color, plain])
+    # The second is opaque.
+    for mode, pixel in ('L', 5), ('RGBA', (9, 5, 1, 255)):
+        Image.new(mode, (4, 4), pixel).save(other)
+        assert tool.read_pixels([other, color]) is None
+    Image.new('RGBA', (4, 4), (9, 5, 1, 40)).save(other)
+    with pytest.raises(DataError, match=f'{color} has 3 .* {other} 4 '):
+        tool.read_pixels([color, other])
 
 
 def test_deep_images(tmp_path):
-    """Of 16 bits, and with more bands than OpenCV reads."""
+    """Of 16 bits, of which three are loaded as BGR, and a fourth is kept."""
     path = tmp_path / 'a.png'
-    Image.fromarray(np.full((4, 4), 3000, np.uint16)).save(path)
-    found = tool.read_pixels([path])
-    assert found.load == {'color_type': 'unchanged', 'to_float32': True}
-    assert (found.channels, found.mean) == (1, [3000.0])
-    # Three are loaded as BGR, and a fourth of one value is not dropped.
-    levels = np.random.default_rng(0).integers(100, 900, 4, np.uint16)
-    pixels = np.full((4, 4, 4), levels) + np.eye(4, dtype=np.uint16)[..., None]
-    for channels in 3, 4:
-        pixels[..., 3] = 65535
+    for channels in 1, 3, 4:
+        pixels = np.full((4, 4, 4), [100, 300, 500, 65535], np.uint16)
+        pixels[0, :, :3] += 80
         cv2.imwrite(str(path), pixels[..., :channels])
         found = tool.read_pixels([path])
+        assert found.load == {'color_type': 'unchanged', 'to_float32': True}
+        assert found.mean == [120.0, 320.0, 520.0, 65540.0][:channels]
         _, preprocessor = tool.normalize(found, 'bgr_to_rgb')
         assert preprocessor['bgr_to_rgb'] == (channels == 3)
         if channels == 3:
-            expected = pixels[..., 2::-1].mean((0, 1))
-            np.testing.assert_allclose(preprocessor['mean'], expected, 1e-3)
-    assert (found.mean[3], found.std[3]) == (65540, 1)
+            assert preprocessor['mean'] == found.mean[::-1]
+    assert found.std[3] == 1  # of a band of one value
+
+
+def test_bands(tmp_path):
+    """More than OpenCV reads."""
     tifffile = pytest.importorskip('tifffile')
     path = tmp_path / 'a.tif'
     bands = np.full((8, 8, 7), range(7), np.float32)

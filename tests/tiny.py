@@ -19,6 +19,7 @@ from yapf.yapflib import yapf_api
 
 # MMEngine formats the configs that it writes, which takes longer than a tiny
 # training.
+FORMAT_CODE = yapf_api.FormatCode
 yapf_api.FormatCode = lambda text, **options: (text, False)
 # Seconds that a loader waits for its workers when the garbage collector finds
 # it: after its queues, so that the workers do not know.
