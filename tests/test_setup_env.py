@@ -11,16 +11,11 @@ import pytest
 from tiny import ROOT, load_tool
 
 
-def load():
-    return load_tool.__wrapped__('setup_env', 'dev')
-
-
 @pytest.fixture
 def setup_env(tmp_path, monkeypatch):
     """The script as a module whose .venv is an empty folder."""
-    monkeypatch.delenv('STACK', raising=False)
     monkeypatch.delenv('PYTHON', raising=False)
-    module = load()
+    module = load_tool('setup_env', 'dev')
     monkeypatch.setattr(module, 'VENV', tmp_path)
     monkeypatch.setattr(module, 'PY', Path(sys.executable))
     return module
@@ -49,7 +44,7 @@ def test_unfit_host(setup_env, tmp_path, monkeypatch, stack, version, words):
 )
 def test_stacks_have_environments_of_their_own(monkeypatch, stack, folder):
     monkeypatch.setenv('STACK', stack)
-    assert load().VENV == ROOT / folder
+    assert load_tool.__wrapped__('setup_env', 'dev').VENV == ROOT / folder
     command = ['make', '-n', 'test', 'clean', f'STACK={stack}']
     output = subprocess.check_output(command, cwd=ROOT, text=True)
     assert {*re.findall(r'\.venv[\w-]*', output)} == {folder}
@@ -70,22 +65,17 @@ def test_finished_environment_is_recognized(setup_env, tmp_path, monkeypatch):
     assert not setup_env.is_current(stamp, 'pins')
 
 
-def test_gpu_without_nvcc_is_hidden(setup_env, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize('fits', [True, False])
+def test_gpu_without_nvcc_is_hidden(setup_env, tmp_path, monkeypatch, fits):
     """It has to be of the CUDA release of torch."""
     nvcc = tmp_path / 'bin' / 'nvcc'
     nvcc.parent.mkdir()
     nvcc.write_text('#!/bin/sh\necho "tools, release 13.1, V13.1.80"\n')
     nvcc.chmod(0o755)
-    for cuda, home, fits in (
-        ('13.0', str(tmp_path), True),
-        ('12.8', str(tmp_path), False),
-        ('13.0', str(nvcc), False),
-        ('13.0', None, False),
-    ):
-        build = ['cpython-312', '2.13.0', cuda, home, [9, 0]]
-        answer = json.dumps([build, []]), ''
-        monkeypatch.setattr(setup_env, 'python', {setup_env.PROBE: answer}.get)
-        assert setup_env.inspect_torch() == (build, [], not fits)
-        hidden = (tmp_path / 'cpu-only').exists()
-        warned = f'no nvcc of CUDA {cuda}' in capsys.readouterr().out
-        assert hidden == warned == (not fits)
+    cuda = '13.0' if fits else '12.8'
+    build = ['cpython-312', '2.13.0', cuda, str(tmp_path), [9, 0]]
+    answer = json.dumps([build, []]), ''
+    monkeypatch.setattr(setup_env, 'python', {setup_env.PROBE: answer}.get)
+    assert setup_env.inspect_torch() == (build, [], not fits)
+    assert (tmp_path / 'cpu-only').exists() == (not fits)
+    assert not setup_env.has_nvcc('13.0', None)
