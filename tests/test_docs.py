@@ -7,7 +7,7 @@ from pydoc import locate
 
 import pytest
 import yaml
-from tiny import ROOT
+from tiny import ROOT, code_of
 
 from mmoverlock.models import OverLoCK
 
@@ -17,7 +17,7 @@ PAGES = [
     for pattern in ('*.md', 'docs/*.md', 'configs/*/README.md')
     for path in sorted(ROOT.glob(pattern))
 ]
-FENCED = re.compile(r'^```(\w*)\n(.*?)^```', re.DOTALL | re.MULTILINE)
+FENCED = re.compile(r'^```.*?^```', re.DOTALL | re.MULTILINE)
 LINK = re.compile(r'\[([^\]]*)\]\(([^)\s]+)\)')
 
 
@@ -26,40 +26,29 @@ def page(request):
     return ROOT / request.param
 
 
-def read(path):
-    """The text of a page, or of a file of code."""
-    return path.read_text(encoding='utf-8')
-
-
-def blocks(page, language):
-    """The code of a language."""
-    found = FENCED.findall(read(page))
-    return ''.join(code for name, code in found if name == language)
-
-
 def anchors(page):
     """The ends of links to the headings of a page, as GitHub makes them."""
-    headings = re.findall(r'^#+ (.*)', FENCED.sub('', read(page)), re.M)
+    headings = re.findall(r'^#+ (.*)', FENCED.sub('', page.read_text()), re.M)
     kept = (re.sub(r'[^\w\- ]', '', text.lower()) for text in headings)
     return {text.replace(' ', '-') for text in kept}
 
 
 def commands(page):
     """Lines of shell blocks and of inline code, continuations joined."""
-    text = FENCED.sub('', read(page))
+    text = FENCED.sub('', page.read_text())
     lines = re.findall(r'`([^`\n]+)`', text)
-    return lines + blocks(page, 'shell').replace('\\\n', ' ').splitlines()
+    return lines + code_of(page, 'shell').replace('\\\n', ' ').splitlines()
 
 
 def test_pages():
-    links = LINK.findall(read(ROOT / 'docs/README.md'))
+    links = LINK.findall((ROOT / 'docs/README.md').read_text())
     files = {path.name for path in (ROOT / 'docs').glob('*.md')}
     assert files - {'README.md'} <= {target for _, target in links}
 
 
 def test_links(page):
     """And the files that are named without one."""
-    text = read(page)
+    text = page.read_text()
     for _, link in LINK.findall(FENCED.sub('', text)):
         if '://' in link:
             continue
@@ -75,15 +64,15 @@ def test_links(page):
 
 def test_contents(page):
     """A page that lists its headings lists all of the second level."""
-    text = FENCED.sub('', read(page))
+    text = FENCED.sub('', page.read_text())
     listed = re.findall(r'^- \[(.*)\]\(#', text, re.M)
     assert listed in ([], re.findall(r'^## (.*)', text, re.M))
 
 
 def test_commands(page):
     """Options are those of the tools, targets those of the Makefile."""
-    makefile = read(ROOT / 'Makefile')
-    shared = read(ROOT / 'mmoverlock/cli.py')
+    makefile = (ROOT / 'Makefile').read_text()
+    shared = (ROOT / 'mmoverlock/cli.py').read_text()
     for line in commands(page):
         for targets in re.findall(r'(?:^| )make ([a-z ]+)', line):
             for target in targets.split():
@@ -91,7 +80,7 @@ def test_commands(page):
         tool = re.search(r'tools/\w+\.py', line)
         if not tool:
             continue
-        code = read(ROOT / tool[0])
+        code = (ROOT / tool[0]).read_text()
         if 'cli.add_arguments' in code:
             code += shared
         if 'cli.add_config_arguments' in code:
@@ -102,8 +91,8 @@ def test_commands(page):
 
 def test_code(page):
     """Names are there; OverLoCK takes the arguments of calls and configs."""
-    names = re.findall(r'\bmmoverlock(?:\.(?!_)\w+)+', read(page))
-    for node in ast.walk(ast.parse(blocks(page, 'python'))):
+    names = re.findall(r'\bmmoverlock(?:\.(?!_)\w+)+', page.read_text())
+    for node in ast.walk(ast.parse(code_of(page, 'python'))):
         if isinstance(node, ast.ImportFrom):
             names += [f'{node.module}.{item.name}' for item in node.names]
         elif isinstance(node, ast.Call):
@@ -118,7 +107,7 @@ def test_code(page):
 
 def test_pins():
     """Versions are those that are pinned."""
-    page = read(ROOT / 'docs/installation.md')
+    page = (ROOT / 'docs/installation.md').read_text()
     files = (ROOT / 'requirements').glob('*.txt')
     pins = {line.split()[0] for path in files for line in open(path)}
     found = re.findall(r'[\w-]+(?:==|<)[\d.]*\d', page)
@@ -131,10 +120,10 @@ def test_pins():
 def test_model_zoo():
     """Every config of the paper, and what its metafile says of it."""
     page = ROOT / 'docs/model_zoo.md'
-    shown = {link: text for text, link in LINK.findall(read(page))}
+    shown = {link: text for text, link in LINK.findall(page.read_text())}
     for folder in 'imagenet', 'mask_rcnn', 'cascade_mask_rcnn', 'upernet':
         path = ROOT / 'configs' / folder / 'metafile.yml'
-        for model in yaml.safe_load(read(path))['Models']:
+        for model in yaml.safe_load(path.read_text())['Models']:
             results = model.get('Results', [])
             metrics = [v for r in results for v in r['Metrics'].values()]
             text = ' / '.join(map(str, metrics)) or '-'

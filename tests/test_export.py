@@ -1,6 +1,5 @@
 """tools/export.py: files that agree with the models, of standard operators."""
 
-import re
 from unittest import mock
 
 import pytest
@@ -69,10 +68,8 @@ def test_backbone_onnx(export, tmp_path, monkeypatch):
     image = torch.randn(1, 3, 96, 128)
     compare(run(image), model.backbone(image))
     monkeypatch.chdir(path.parent)
-    text = (tiny.ROOT / 'docs' / 'mmdeploy.md').read_text()
-    [code] = re.findall('^```python\n(.*?)^```', text, re.DOTALL | re.M)
     names = {}
-    exec(code, names)
+    exec(tiny.code_of('docs/mmdeploy.md', 'python'), names)
     [maps] = names['outputs']
     assert maps.shape == (1, 32, 6, 8) and maps.std() > 0
 
@@ -138,22 +135,17 @@ def test_classifier_torchscript(export, tmp_path):
         ('mmpretrain.ClsDataPreprocessor', 'to_rgb'),
     ],
 )
-def test_order_of_channels(kind, key):
-    model = nn.Module()
+def test_normalization(kind, key):
+    """By the preprocessor; or by the pipeline, as that of other channels."""
+    model, cfg = nn.Module(), Config(dict(default_scope='mmdet'))
     model.backbone = nn.Conv2d(3, 1, 1)
     colors = dict(type=kind, mean=[0.0] * 3, std=[1.0] * 3)
-    cfg = Config(dict(default_scope=kind.partition('.')[0]))
     for turn, channels in ((True, 'RGB'), (False, 'BGR')):
         model.data_preprocessor = MODELS.build(colors | {key: turn})
         assert tool.normalization(model, cfg)['channels'] == channels
-
-
-def test_normalized_by_the_pipeline():
-    """As images of four channels are in the configs of make_config.py."""
-    model = nn.Module()
     model.backbone, model.data_preprocessor = nn.Conv2d(4, 1, 1), nn.Module()
     step = dict(type='Normalize', mean=[1.5] * 4, std=[2.0] * 4, to_rgb=False)
-    cfg = Config(dict(default_scope='mmdet', test_pipeline=[step]))
+    cfg.test_pipeline = [step]
     found = dict(channels='4', mean='1.5, 1.5, 1.5, 1.5', std='2, 2, 2, 2')
     assert tool.normalization(model, cfg) == found
 

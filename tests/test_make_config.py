@@ -117,13 +117,12 @@ def assert_loads(cfg, levels):
 
 def test_page(tmp_path, monkeypatch):
     """The commands of docs/own_data.md, with configs that are made tiny."""
-    text = (tiny.ROOT / 'docs' / 'own_data.md').read_text()
-    blocks = re.findall('^```shell\n(.*?)^```', text, re.DOTALL | re.M)
+    code = tiny.code_of('docs/own_data.md', 'shell')
     monkeypatch.chdir(tmp_path)
     predict = tiny.load_tool('predict')
     monkeypatch.setattr(predict, 'draw', lambda *args: None)
     lengths = {}
-    for line in ''.join(blocks).replace('\\\n', ' ').splitlines():
+    for line in code.replace('\\\n', ' ').splitlines():
         python, m, package, name, *argv = shlex.split(line)
         assert (python, m, package) == ('python', '-m', 'mmoverlock')
         if name == 'check_data':

@@ -20,8 +20,6 @@ def tutorial(tmp_path_factory):
     is the project's, but that few objects are found and drawn, in one image.
     """
     folder = tmp_path_factory.mktemp('tutorial')
-    text = (ROOT / 'docs' / 'tutorial.md').read_text()
-    blocks = re.findall(r'^```shell\n(.*?)^```', text, re.DOTALL | re.M)
     config = folder / 'configs' / 'mask_rcnn' / 'overlock_mini_shapes.py'
     config.parent.mkdir(parents=True)
     config.write_text(
@@ -30,7 +28,7 @@ def tutorial(tmp_path_factory):
         'val_dataloader = dict(dataset=dict(indices=1))\n'
     )
     show = 'python() { printf "%s\\0" "$@"; echo; }\n'  # its words
-    script = show + ''.join(blocks)
+    script = show + tiny.code_of('docs/tutorial.md', 'shell')
     words = subprocess.check_output(['bash', '-e', '-c', script], text=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import io
 import os
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -316,3 +317,11 @@ def photo(path, size, seed=0):
     random = np.random.default_rng(seed)
     patches = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
     Image.fromarray(patches).resize(size).save(path)
+
+
+def code_of(page, language):
+    """The code of a language on a page of the documentation."""
+    text = (ROOT / page).read_text()
+    return ''.join(
+        re.findall(rf'^```{language}\n(.*?)^```', text, re.M | re.S)
+    )
