@@ -1,17 +1,16 @@
 """tools/summarize.py and the curves at the end of a training."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
-import torch
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from PIL import Image
 
-from mmoverlock import inference
 from mmoverlock.curves import read_scalars
 from mmoverlock.engine import CurvesHook
 
@@ -87,50 +86,47 @@ def test_curves(tmp_path, figures):
         assert (len(trained), len(evaluated)) == (left, left // 3)
 
 
-def write_work_dir(cfg, folder):
-    """A work dir as the training of a config would leave it."""
-    write_run(folder, '1', training(1), training(2), dict(score=5.0, step=2))
-    state = inference.build_model(cfg).state_dict()
-    torch.save({'state_dict': state}, folder / 'epoch_1.pth')
-    cfg.dump(folder / '1' / 'vis_data' / 'config.py')
-    (folder / 'config.py').write_text('model = {}')  # a test's
-    return folder
-
-
-def test_classifier(tmp_path, figures, monkeypatch):
+def test_classifier(trained, tmp_path, figures, monkeypatch):
     """A picture of some images of the validation set, if there is one."""
-    cfg = Config.fromfile(tiny.classifier(tmp_path))
+    folder = shutil.copytree(trained('classifier')[1], tmp_path / 'work')
+    (folder / 'classifier.py').write_text('model = {}')  # a test's
+    [config] = folder.glob('*/vis_data/config.py')
+    cfg = Config.fromfile(config)
     datasets = [cfg.val_dataloader.dataset]
     cfg.val_dataloader.dataset = dict(type='ConcatDataset', datasets=datasets)
-    folder = write_work_dir(cfg, tmp_path / 'work')
+    cfg.dump(config)
     out = tiny.run_tool('summarize', folder, '--images', 2)
-    assert 'score: 5' in out and str(folder / 'epoch_1.pth') in out
-    titles = [axes.get_title() for axes in figures[1].axes]
+    assert 'accuracy/top1: ' in out and str(folder / 'epoch_2.pth') in out
+    titles = [axes.get_title() for axes in figures[-1].axes]
     assert titles == ['0.png', '0.png']  # of either class
     for name in ('curves.png', 'predictions.png'):
         assert np.asarray(Image.open(folder / name)).std() > 10
     (folder / 'predictions.png').unlink()
     monkeypatch.setattr(tool, 'draw_curves', lambda *args: {'a': 1})
     cfg.val_dataloader = cfg.test_dataloader = None
-    cfg.dump(folder / '1' / 'vis_data' / 'config.py')
+    cfg.dump(config)
     out = tiny.run_tool('summarize', folder)
     assert 'neither a validation nor a test' in out
     assert not (folder / 'predictions.png').exists()
-    (folder / 'epoch_1.pth').unlink()
+    for path in *folder.glob('*.pth'), folder / 'last_checkpoint':
+        path.unlink()
     out = tiny.run_tool('summarize', folder, status=2)
     assert 'a checkpoint or losses' in out
 
 
-def test_segmentor(tmp_path, figures):
+def test_segmentor(trained, tmp_path, figures):
     """Of a test set only: predictions beside the truth."""
-    cfg = Config.fromfile(tiny.segmentor(tmp_path))
+    file, work_dir, _ = trained('segmentor')
+    folder = shutil.copytree(work_dir, tmp_path / 'work')
+    [config] = folder.glob('*/vis_data/config.py')
+    cfg = Config.fromfile(config)
     cfg.pop('val_dataloader')
-    folder = write_work_dir(cfg, tmp_path / 'work')
+    cfg.dump(config)
     tiny.run_tool('summarize', folder, '--images', 1)
-    axes = figures[1].axes[0]
+    axes = figures[-1].axes[0]
     truth, predicted = np.split(axes.images[0].get_array(), 2, axis=1)
-    [file] = tmp_path.rglob(axes.get_title())
-    assert truth.shape[:2] == Image.open(file).size[::-1]
+    [image] = file.parent.rglob(axes.get_title())
+    assert truth.shape[:2] == Image.open(image).size[::-1]
     assert (truth != predicted).any()
 
 
