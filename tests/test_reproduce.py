@@ -84,30 +84,31 @@ FIGURES = {
 }
 
 
-@pytest.fixture
-def logging():
-    """Stands for a test: it logs figures, and notes what it tests."""
+def test_figures(reproduce, released, tmp_path):
+    """Every metric, with the sign, unit and tolerance.
 
-    def run(command):
+    More than is allowed ends with status 1, and says which it is. After a
+    test that fails it goes on, and anew where anything is another.
+    """
+    tested, failing = [], ['seg']
+
+    def test(command):
         name = command[2].stem
-        if name == run.failing:
+        if name in failing:
             return 3
-        run.tested.append(name)
+        tested.append(name)
         folder = command[command.index('--work-dir') + 1] / '20260101'
         folder.mkdir(parents=True, exist_ok=True)
         (folder / '20260101.json').write_text(json.dumps(FIGURES[name]))
         return 0
 
-    run.tested, run.failing = [], None
-    return run
-
-
-def test_figures(reproduce, logging, released, tmp_path):
-    """Every metric, with the sign, unit and tolerance.
-
-    More than is allowed ends with status 1, and says which it is.
-    """
-    results, output = reproduce(logging, status=1)
+    _, output = reproduce(test, status=2)
+    assert f'the test of {UPERNET} ended' in output
+    assert tested == ['det']
+    failing.clear()
+    for _ in range(2):
+        results, output = reproduce(test, status=1)
+        assert tested == ['det', 'seg', 'cls', 'seg']
     text = (tmp_path / 'results.md').read_text()
     assert text in output
     for line in (
@@ -126,22 +127,10 @@ def test_figures(reproduce, logging, released, tmp_path):
     weights = (released / 'weights/seg_s.pth').read_bytes()
     assert result['sha256'] == hashlib.sha256(weights).hexdigest()
     assert result['environment']['torch']
-
-
-def test_resume(reproduce, logging, released, tmp_path):
-    """It goes on after the last test, and anew where anything is another."""
-    logging.failing = 'seg'
-    _, output = reproduce(logging, status=2)
-    assert f'the test of {UPERNET} ended' in output
-    assert logging.tested == ['det']
-    logging.failing = None
-    for _ in range(2):
-        reproduce(logging, status=1)
-        assert logging.tested == ['det', 'seg', 'cls', 'seg']
     # Other data, in a folder of another name.
     (tmp_path / 'imagenet').symlink_to(released / 'imagenet')
-    reproduce(logging, '--imagenet', tmp_path / 'imagenet', data=[])
-    assert logging.tested == ['det', 'seg', 'cls', 'seg', 'cls']
+    reproduce(test, '--imagenet', tmp_path / 'imagenet', data=[])
+    assert tested == ['det', 'seg', 'cls', 'seg', 'cls']
 
 
 def test_drawn(reproduce, monkeypatch):
