@@ -17,7 +17,6 @@ tiny.need_openmmlab()
 tool = tiny.load_tool('get_flops')
 CONFIGS = tiny.ROOT / 'configs'
 NAME = 'imagenet/overlock_xt_300e.py'
-CLASSIFIER = CONFIGS / NAME
 
 
 def read(path):
@@ -41,9 +40,8 @@ def test_options():
     """The form and the backend do not matter; each channel costs as much."""
 
     def total(**options):
-        cfg = read(CLASSIFIER)
-        cfg.model.backbone.update(arch=tiny.ARCH, **options)
-        cfg.model.head.in_channels = [32, 40]
+        cfg = tiny.shrink('cls')
+        cfg.model.backbone.update(options)
         _, flops, channels = tool.count(cfg, (64, 96))
         assert channels == options.get('in_channels', 3)
         return flops
@@ -64,10 +62,7 @@ def test_options():
 )
 def test_parts(task, names):
     """Only auxiliary heads cost nothing."""
-    name, options = tiny.CONFIGS[task]
-    cfg = read(name)
-    cfg.model.backbone.arch = tiny.ARCH
-    cfg.merge_from_dict(options)
+    cfg = tiny.shrink(task)
     parts, total, _ = tool.count(cfg, (64, 96))
     assert list(parts) == names
     for name, (parameters, flops) in parts.items():
@@ -91,17 +86,18 @@ def test_output(monkeypatch):
     }
     counted = parts, 42 * 10**8, 5
     monkeypatch.setattr(tool, 'count', lambda cfg, shape: counted)
-    out = tiny.run_tool('get_flops', CLASSIFIER, '--shape', 64, 96)
+    out = tiny.run_tool('get_flops', CONFIGS / NAME, '--shape', 64, 96)
     title, *rows = out.splitlines()
     assert title.endswith(f'{NAME}, 5 x 64 x 96')
     assert rows[3].split() == 'head.aux_head 0.50 M 0.00 G'.split()
     assert rows[4].split() == 'total 24.50 M 4.20 G'.split()
     assert rows[5].split() == 'without auxiliary head 24.00 M 4.20 G'.split()
-    other = CONFIGS / 'upernet/overlock_xt_160k.py'
-    argv = os.path.relpath(other), CLASSIFIER, '--table'
-    assert tiny.run_tool('get_flops', *argv).splitlines()[2:] == [
-        f'| [{other.name}](../upernet/{other.name}) | 24.00 | 4.20 |',
-        f'| [{CLASSIFIER.name}]({CLASSIFIER.name}) | 24.00 | 4.20 |',
+    other = os.path.relpath(CONFIGS / 'upernet/overlock_xt_160k.py')
+    out = tiny.run_tool('get_flops', other, CONFIGS / NAME, '--table')
+    assert out.splitlines()[2:] == [
+        '| [overlock_xt_160k.py](../upernet/overlock_xt_160k.py) '
+        '| 24.00 | 4.20 |',
+        '| [overlock_xt_300e.py](overlock_xt_300e.py) | 24.00 | 4.20 |',
     ]
 
 

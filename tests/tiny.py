@@ -163,7 +163,7 @@ def run_tool(name, *argv, status=0, curves=False):
     return output.getvalue()
 
 
-def _shrink(task):
+def shrink(task):
     """The config of a task, of a tiny model and small images."""
     name, changes = CONFIGS[task]
     cfg = Config.fromfile(ROOT / 'configs' / name)
@@ -184,7 +184,7 @@ def write_model(task, folder, settings=None):
 
     The task is 'det', 'seg' or 'cls'; the settings are by dotted keys.
     """
-    cfg = _shrink(task)
+    cfg = shrink(task)
     config = _write(cfg, folder, task, settings or {})
     checkpoint = folder / f'{task}.pth'
     save_model(cfg, checkpoint)
@@ -267,7 +267,7 @@ def _drawn(task, layout, folder, images, resize):
     """
     root = folder / layout
     run_tool('make_sample_data', layout, root, '--images=4', '--size=96')
-    cfg = _shrink(task)
+    cfg = shrink(task)
     cfg.default_hooks.logger.interval = 1
     pipeline = cfg.test_dataloader.dataset.pipeline
     cfg.train_dataloader.dataset.pipeline[resize].scale = pipeline[1].scale
