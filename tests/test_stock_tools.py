@@ -1,7 +1,5 @@
 """The tools of MMDetection, MMSegmentation and MMPretrain on our configs."""
 
-import contextlib
-import io
 import json
 import os
 import runpy
@@ -29,14 +27,14 @@ def run(package, name, *arguments):
     """Run a package's tool."""
     tools = Path(find_spec(package).origin).parent / '.mim' / 'tools'
     argv = [str(word) for word in (tools / f'{name}.py', *arguments)]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(sys, 'argv', argv))
-        stack.enter_context(mock.patch.dict(os.environ, LOCAL_RANK='0'))
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        stack.enter_context(pyplot.rc_context())
-        stack.callback(pyplot.close, 'all')
-        stack.callback(tiny.forget_instances)
+    with (
+        mock.patch.object(sys, 'argv', argv),
+        mock.patch.dict(os.environ, LOCAL_RANK='0'),
+        pyplot.rc_context(),
+    ):
         runpy.run_path(argv[0], run_name='__main__')
+    pyplot.close('all')
+    tiny.forget_instances()
 
 
 @pytest.mark.parametrize('task', TASKS)
