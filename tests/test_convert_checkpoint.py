@@ -26,24 +26,15 @@ def classifier():
 
 
 @pytest.fixture
-def run(tmp_path):
-    """Save a checkpoint and run a tool on it; what is said."""
+def convert(tmp_path):
+    """Save a checkpoint and convert it; the result, and what is said."""
 
-    def run(tool, contents, *options, status=0):
-        torch.save(contents, tmp_path / 'src.pth')
-        argv = tmp_path / 'src.pth', tmp_path / 'out' / 'dst.pth', *options
-        return tiny.run_tool(tool, *argv, status=status)
-
-    return run
-
-
-@pytest.fixture
-def convert(run, tmp_path):
-    """Convert weights; the result, and what is said."""
-
-    def convert(contents, *options):
-        said = run('convert_checkpoint', contents, *options, '--overwrite')
-        file = tmp_path / 'out' / 'dst.pth'
+    def convert(contents, *options, status=0):
+        src, dst = tmp_path / 'src.pth', tmp_path / 'out' / 'dst.pth'
+        torch.save(contents, src)
+        argv = 'convert_checkpoint', src, dst, '--overwrite', *options
+        said = tiny.run_tool(*argv, status=status)
+        [file] = dst.parent.iterdir()
         return torch.load(file, weights_only=True), said
 
     return convert
@@ -93,19 +84,17 @@ def test_reparam(classifier, convert):
     assert_same({name: back[name] for name in merged}, merged)
 
 
-def test_disk_is_full(classifier, convert, run, tmp_path, monkeypatch):
+def test_disk_is_full(classifier, convert, monkeypatch):
     """The file that was there before stays."""
     before, _ = convert(classifier)
     full = OSError(28, 'No space left on device')
     monkeypatch.setattr(os, 'fsync', mock.Mock(side_effect=full))
-    argv = {'a': torch.ones(1), **classifier}, '--overwrite'
-    said = run('convert_checkpoint', *argv, status=2)
+    after, said = convert({'a': torch.ones(1), **classifier}, status=2)
     assert 'No space left on device' in said
-    [file] = (tmp_path / 'out').iterdir()
-    assert_same(torch.load(file)['state_dict'], before['state_dict'])
+    assert_same(after['state_dict'], before['state_dict'])
 
 
-def test_publish(run, tmp_path):
+def test_publish(tmp_path):
     """All weights, classes and colors, and nothing else of a training.
 
     Parts of tensors are saved as if they were whole.
@@ -114,7 +103,9 @@ def test_publish(run, tmp_path):
 
     def publish(weight, meta):
         state = {'state_dict': {'w': weight}, 'optimizer': {}, 'meta': meta}
-        said = run('publish', state)
+        torch.save(state, tmp_path / 'src.pth')
+        argv = tmp_path / 'src.pth', tmp_path / 'out' / 'dst.pth'
+        said = tiny.run_tool('publish', *argv)
         [path] = (tmp_path / 'out').iterdir()
         assert said.startswith(f'{path}, ')
         content = path.read_bytes()
