@@ -11,14 +11,7 @@ from mmengine.registry import TRANSFORMS
 from mmengine.runner import Runner
 
 from mmoverlock import inference
-from mmoverlock.inference import (
-    build_pipeline,
-    build_visualizer,
-    dataset_meta,
-    find_files,
-    load,
-    to_picture,
-)
+from mmoverlock.inference import find_files, to_picture
 from mmoverlock.models import OverLoCK
 
 tiny.need_openmmlab()
@@ -47,7 +40,7 @@ def test_tools_see_what_tests_see(tmp_path):
     cfg.work_dir = str(tmp_path / 'work')
     config, checkpoint = tmp_path / 'config.py', tmp_path / 'a.pth'
     cfg.dump(config)
-    _, picture = load(build_pipeline(cfg), str(file))
+    _, picture = inference.load(inference.build_pipeline(cfg), str(file))
     assert (picture == PIXELS).all()
     forward = OverLoCK.forward
     with mock.patch.object(OverLoCK, 'forward', autospec=True) as spy:
@@ -136,7 +129,7 @@ def test_left_out(tmp_path):
     file.touch()
     pipeline = mock.Mock(transforms=[lambda data: None])
     with pytest.raises(inference.UnreadableImage, match='leaves it out'):
-        load(pipeline, str(file))
+        inference.load(pipeline, str(file))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +144,7 @@ def test_left_out(tmp_path):
 )
 def test_classes(splits, classes):
     """Those to test, to validate, to train; no set is skipped."""
-    assert dataset_meta(config(**splits)).get('classes') == classes
+    assert inference.dataset_meta(config(**splits)).get('classes') == classes
 
 
 @pytest.mark.parametrize('splits', [dict(test=DEEP), dict(val=MIX), {}])
@@ -160,9 +153,9 @@ def test_pipeline(splits):
     cfg = config(train=LEAF, **splits)
     if not splits:
         with pytest.raises(inference.ConfigError, match='test_pipeline = '):
-            build_pipeline(cfg)
+            inference.build_pipeline(cfg)
         cfg.test_pipeline = LEAF['pipeline']
-    load, pack = build_pipeline(cfg).transforms
+    load, pack = inference.build_pipeline(cfg).transforms
     assert type(load).__name__ == 'LoadImageFromFile'
     assert type(pack).__name__ == 'PackDetInputs'
     assert load.backend_args is load.file_client_args is None
@@ -173,33 +166,32 @@ def test_classes_in_a_file(tmp_path):
     file = tmp_path / 'classes.txt'
     cfg = config(test=UNNAMED | dict(classes=str(file)))
     with pytest.raises(inference.ConfigError, match='txt.*not exist'):
-        dataset_meta(cfg)
+        inference.dataset_meta(cfg)
     file.write_text('some dog\ncat\n')
-    assert dataset_meta(cfg)['classes'] == ['some dog', 'cat']
+    assert inference.dataset_meta(cfg)['classes'] == ['some dog', 'cat']
 
 
 def test_classes_of_a_checkpoint(tmp_path):
-    """They go before those of the config, in the form before mmengine too."""
+    """They go before those of the config."""
     cfg = Config.fromfile(tiny.classifier(tmp_path))
     cfg.test_dataloader.dataset = named('x', 'y')
     weights = inference.build_model(cfg).state_dict()
     checkpoint = str(tmp_path / 'a.pth')
-    classes = ['some dog', 'cat']
-    for meta, expected in (
-        ({}, ['x', 'y']),
-        (dict(dataset_meta=dict(classes=classes)), classes),
-        (dict(CLASSES=classes, PALETTE=None, epoch=3), classes),
+    for classes, meta in (
+        (['x', 'y'], {}),
+        (['some dog', 'cat'], dict(classes=['some dog', 'cat'])),
     ):
+        meta = dict(dataset_meta=meta)
         torch.save(dict(state_dict=weights, meta=meta), checkpoint)
-        found = inference.init_model(cfg, checkpoint).dataset_meta
-        assert found['classes'] == expected and 'epoch' not in found
+        model = inference.init_model(cfg, checkpoint)
+        assert model.dataset_meta['classes'] == classes
 
 
 def test_palettes():
     """The dataset's, or a color for every one of other classes."""
-    meta = dataset_meta(config(test=LEAF))
-    palette = build_visualizer('mmdet', meta).dataset_meta['palette']
+    meta = inference.dataset_meta(config(test=LEAF))
+    palette = inference.build_visualizer('mmdet', meta).dataset_meta['palette']
     assert len(palette) == 80 and tuple(palette[0]) == (220, 20, 60)
     meta |= dict(classes=[*map(str, range(150))])
-    palette = build_visualizer('mmdet', meta).dataset_meta['palette']
+    palette = inference.build_visualizer('mmdet', meta).dataset_meta['palette']
     assert len({*map(tuple, palette)}) == 150

@@ -11,12 +11,7 @@ from mmengine.config import Config
 from networks import make_block
 from PIL import Image
 
-from mmoverlock.inference import (
-    build_pipeline,
-    init_model,
-    load,
-    network_input,
-)
+from mmoverlock import inference
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.blocks import FocusBlock
 
@@ -59,9 +54,9 @@ def draw(files, tmp_path, monkeypatch):
 def load_files(files):
     """The backbone of the files, and the input and picture of the image."""
     cfg = Config.fromfile(files[0])
-    model = init_model(cfg, files[1])
-    data, _ = load(build_pipeline(cfg), files[2])
-    return model.backbone, *network_input(model, data)
+    model = inference.init_model(cfg, files[1])
+    data, _ = inference.load(inference.build_pipeline(cfg), files[2])
+    return model.backbone, *inference.network_input(model, data)
 
 
 @torch.no_grad()
