@@ -33,13 +33,6 @@ def anchors(page):
     return {text.replace(' ', '-') for text in kept}
 
 
-def commands(page):
-    """Lines of shell blocks and of inline code, continuations joined."""
-    text = FENCED.sub('', page.read_text())
-    lines = re.findall(r'`([^`\n]+)`', text)
-    return lines + code_of(page, 'shell').replace('\\\n', ' ').splitlines()
-
-
 def test_pages():
     links = LINK.findall((ROOT / 'docs/README.md').read_text())
     files = {path.name for path in (ROOT / 'docs').glob('*.md')}
@@ -73,7 +66,9 @@ def test_commands(page):
     """Options are those of the tools, targets those of the Makefile."""
     makefile = (ROOT / 'Makefile').read_text()
     shared = (ROOT / 'mmoverlock/cli.py').read_text()
-    for line in commands(page):
+    lines = re.findall(r'`([^`\n]+)`', FENCED.sub('', page.read_text()))
+    lines += code_of(page, 'shell').replace('\\\n', ' ').splitlines()
+    for line in lines:
         for targets in re.findall(r'(?:^| )make ([a-z ]+)', line):
             for target in targets.split():
                 assert f'\n{target}:' in makefile, line
