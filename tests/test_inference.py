@@ -172,19 +172,20 @@ def test_classes_in_a_file(tmp_path):
 
 
 def test_classes_of_a_checkpoint(tmp_path):
-    """They go before those of the config."""
+    """They go before those of the config, in the form before mmengine too."""
     cfg = Config.fromfile(tiny.classifier(tmp_path))
     cfg.test_dataloader.dataset = named('x', 'y')
     weights = inference.build_model(cfg).state_dict()
     checkpoint = str(tmp_path / 'a.pth')
-    for classes, meta in (
-        (['x', 'y'], {}),
-        (['some dog', 'cat'], dict(classes=['some dog', 'cat'])),
+    classes = ['some dog', 'cat']
+    for meta, expected in (
+        ({}, ['x', 'y']),
+        (dict(dataset_meta=dict(classes=classes)), classes),
+        (dict(CLASSES=classes, PALETTE=None, epoch=3), classes),
     ):
-        meta = dict(dataset_meta=meta)
         torch.save(dict(state_dict=weights, meta=meta), checkpoint)
-        model = inference.init_model(cfg, checkpoint)
-        assert model.dataset_meta['classes'] == classes
+        found = inference.init_model(cfg, checkpoint).dataset_meta
+        assert found['classes'] == expected and 'epoch' not in found
 
 
 def test_palettes():

@@ -201,8 +201,10 @@ def test_mim(run):
     name = 'mmoverlock::imagenet/overlock_xt_300e.py'
     out = mim('run', 'mmoverlock', 'get_flops', name)
     assert 'without auxiliary head     16.97 M' in out
-    out = mim('train', 'mmoverlock', 'overlock_xt_160k.py', '--gpus', '0')
-    assert '\ntrain.py: ' in out
+    config = 'overlock_xt_160k.py'
+    for tool, *more in ('train',), ('test', '--checkpoint', 'no.pth'):
+        out = mim(tool, 'mmoverlock', config, *more, '--gpus', '0')
+        assert f'\n{tool}.py: ' in out
 
 
 # ----------------------------------------------------------------- by name

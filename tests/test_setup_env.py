@@ -78,4 +78,5 @@ def test_gpu_without_nvcc_is_hidden(setup_env, tmp_path, monkeypatch, fits):
     monkeypatch.setattr(setup_env, 'python', {setup_env.PROBE: answer}.get)
     assert setup_env.inspect_torch() == (build, [], not fits)
     assert (tmp_path / 'cpu-only').exists() == (not fits)
-    assert not setup_env.has_nvcc('13.0', None)
+    for home in None, str(nvcc):
+        assert not setup_env.has_nvcc('13.0', home)

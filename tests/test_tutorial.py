@@ -18,9 +18,9 @@ tiny.need_openmmlab()
 def test_tutorial(tmp_path, monkeypatch, export):
     """The commands, as they stand, in this process.
 
-    Options alone are read of those to look inside and, quickly, to export.
-    The config is the project's, but that few objects are found and drawn, in
-    one image.
+    Options alone are read of those to look inside and, in the quick case, to
+    export. The config is the project's, but that few objects are found and
+    drawn, in one image.
     """
     for package in ('onnxruntime', 'onnxscript') if export else ():
         pytest.importorskip(package)
@@ -44,8 +44,14 @@ def test_tutorial(tmp_path, monkeypatch, export):
         else:
             output = tiny.run_tool(name, *argv, curves=name == 'train')
     assert script == 'tools/export.py'
-    if export:
-        assert re.search('160 x 160: differs by .*e-0[5-9] at most', output)
     predicted = 'predicted/predictions.json', 'predicted/pictures'
     for name in 'curves.png', 'predictions.png', *predicted:
         assert Path('work_dirs', 'tutorial', name).exists()
+    if not export:
+        return
+    assert re.search('160 x 160: differs by .*e-0[5-9] at most', output)
+    monkeypatch.chdir(tmp_path / 'work_dirs' / 'tutorial')
+    names = {}  # of another page, on the ONNX file
+    exec(tiny.code_of('docs/mmdeploy.md', 'python'), names)
+    sizes = [output.shape[2] for output in names['outputs']]
+    assert sizes == [40, 20, 10, 5, 3]
