@@ -175,6 +175,7 @@ def test_classes_of_a_checkpoint(tmp_path):
     """They go before those of the config, in the form before mmengine too."""
     cfg = Config.fromfile(tiny.classifier(tmp_path))
     cfg.test_dataloader.dataset = named('x', 'y')
+    cfg.test_dataloader.dataset.metainfo.palette = [(1, 2, 3)] * 2
     weights = inference.build_model(cfg).state_dict()
     checkpoint = str(tmp_path / 'a.pth')
     classes = ['some dog', 'cat']
@@ -186,6 +187,7 @@ def test_classes_of_a_checkpoint(tmp_path):
         torch.save(dict(state_dict=weights, meta=meta), checkpoint)
         found = inference.init_model(cfg, checkpoint).dataset_meta
         assert found['classes'] == expected and 'epoch' not in found
+        assert bool(found.get('palette')) == (expected != classes)
 
 
 def test_palettes():

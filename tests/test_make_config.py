@@ -156,6 +156,28 @@ def test_page(tmp_path, monkeypatch):
     assert lengths.keys() == KINDS.keys()
 
 
+def test_code_of_the_page(tmp_path, monkeypatch):
+    """Masks of any suffix become labels; images fall to one of two sides."""
+    masks = tmp_path / 'data/masks/train'
+    masks.mkdir(parents=True)
+    for name in 'a.JPG', 'b.png':
+        Image.fromarray(np.uint8([[0, 255]]).repeat(2, 0)).save(masks / name)
+    file = tmp_path / 'data/shapes/annotations/all.json'
+    file.parent.mkdir(parents=True)
+    numbered = [dict(id=i, image_id=i) for i in range(20)]
+    file.write_text(json.dumps(dict(images=numbered, annotations=numbered)))
+    monkeypatch.chdir(tmp_path)
+    exec(tiny.code_of('docs/own_data.md', 'python'), {})
+    labels = sorted(tmp_path.glob('data/scenes/annotations/train/*.png'))
+    assert [cv2.imread(str(path), -1).max() for path in labels] == [1, 1]
+    parts = [
+        json.loads(file.with_name(f'{name}.json').read_text())
+        for name in ('val', 'train')
+    ]
+    assert [len(part['images']) for part in parts] == [2, 18]
+    assert all(part['annotations'] == part['images'] for part in parts)
+
+
 def test_boxes_of_one_class(copied, tmp_path, monkeypatch):
     """A tuple of one, as many outputs, and no masks; lines are not long.
 
@@ -362,6 +384,10 @@ def test_deep_images(tmp_path):
         if channels == 3:
             assert preprocessor['mean'] == found.mean[::-1]
     assert found.std[3] == 1  # of a band of one value
+    cv2.imwrite(str(path), pixels[..., :3])
+    shallow = tmp_path / 'b.png'
+    cv2.imwrite(str(shallow), np.uint8(pixels[..., :3] // 3))
+    assert tool.read_pixels([path, shallow]) is None  # all are read as RGB
 
 
 def test_bands(tmp_path):
