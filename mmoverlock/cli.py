@@ -6,7 +6,6 @@ import errno
 import importlib.util
 import inspect
 import os
-import re
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
@@ -447,9 +446,8 @@ def explain_failures(cfg: Config, options: dict) -> Iterator[None]:
         fault, *_ = str(error.args[0]).split('. ')
         raise UserError(f'the config: {fault}') from error
     except TypeError as error:
-        match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         for key in options:
-            if match and key.split('.')[-1] == match[1]:
+            if f"'{key.split('.')[-1]}'" in str(error):
                 raise UserError(f'--cfg-options {key}: {error}') from error
         raise
     except ValueError as error:
