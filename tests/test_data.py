@@ -11,37 +11,41 @@ import pytest
 import tiny
 import torch
 from mmengine.config import Config
-from mmengine.evaluator import Evaluator
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
 from torch import nn
 
-from mmoverlock.data import DataError, check_data, checked
+from mmoverlock.data import DataError, checked
 from mmoverlock.data.checks import (
-    CHECKS,
+    Split,
     annotation_file,
-    annotation_files,
     head_classes,
-    sample_faults,
     some_samples,
     trained_classes,
-    unseen_classes,
 )
-from mmoverlock.data.files import check_image, raise_first
-from mmoverlock.data.runner import make_split
+from mmoverlock.data.files import check_image
 
 tiny.need_openmmlab()
 
 from mmdet.datasets import CocoDataset  # noqa: E402
 
 
-def drawing(size=(48, 40), kind='JPEG', **options):
-    """The bytes of an image."""
+def drawing(size=(48, 40), kind='JPEG', turn=0, **options):
+    """The bytes of an image; EXIF data may turn it."""
+    exif = Image.Exif()
+    if turn:
+        exif[0x0112] = turn
     shape, file = (*size[::-1], 3), BytesIO()
     pixels = np.random.default_rng(0).integers(0, 100, shape, np.uint8)
+    options = dict(exif=exif) | options
     Image.fromarray(pixels).save(file, kind, **options)
     return file.getvalue()
+
+
+def encoded(ending, kind, channels=1):
+    pixels = np.full((40, 48, channels), 99, kind)
+    return cv2.imencode(ending, pixels)[1].tobytes()
 
 
 def labels(value, shape=(40, 48), dtype=np.uint8):
@@ -49,6 +53,17 @@ def labels(value, shape=(40, 48), dtype=np.uint8):
     pixels = np.ones(shape, dtype)
     pixels[3, 4] = value
     return Image.fromarray(pixels)
+
+
+def maps(*values):
+    """Three label maps, of the last value; the second has all."""
+    pixels = [
+        np.resize(v, (40, 48)) for v in (values[-1:], values, values[-1:])
+    ]
+    return {
+        f'labels/{i}.png': Image.fromarray(p.astype(np.uint8))
+        for i, p in enumerate(pixels)
+    }
 
 
 def annotation(i, image=0, **changes):
@@ -96,18 +111,9 @@ def put(path, content):
 
 JPEG, PNG = drawing(), drawing(kind='PNG')
 INSIDE = drawing(exif=b'Exif\0\0' + JPEG)  # with a thumbnail
-
-
-def turn(orientation):
-    """EXIF data."""
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif
-
-
-TURN = turn(6)  # by a quarter
 IMAGE, MAP = 'images/0.jpg', 'labels/0.png'
 LIST, FILE, SCORED = 'list.txt', 'file.json', 'scored.json'
+BOTH = f'{FILE} {SCORED}'
 SCOPES = dict(cls='mmpretrain', seg='mmseg', det='mmdet')
 READ, MAPS = dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')
 BOXES = MAPS | dict(with_bbox=True, with_mask=True)
@@ -135,8 +141,8 @@ DATASETS = {
 }
 
 
-def write_dataset(folder, kind):
-    """Write three samples; return the config of their dataset."""
+def write_dataset(folder, kind, contents):
+    """Write three samples, of other contents; return the dataset's config."""
     init_default_scope(SCOPES[kind])
     for i in range(3):
         put(folder / f'images/{i}.jpg', JPEG)
@@ -144,62 +150,65 @@ def write_dataset(folder, kind):
     put(folder / LIST, b'0.jpg 0\n1.jpg 1\n2.jpg 1\n')
     for name in FILE, SCORED:
         put(folder / name, coco())
+    for names, content in contents.items():
+        for name in names.split():
+            put(folder / name, content)
     return DATASETS[kind] | dict(data_root=str(folder))
 
 
-def scorer(folder, kind='segm', **options):
-    """The config of what scores a detector by SCORED."""
-    file = str(folder / SCORED)
-    return dict(type='CocoMetric', ann_file=file, metric=kind, **options)
+def loader(dataset, workers=0):
+    sampler = dict(type='DefaultSampler', shuffle=False)
+    options = dict(batch_size=2, sampler=sampler, num_workers=workers)
+    return Config(dict(dataset=dataset, **options))
 
 
-def build(dataset, metric=None, workers=0):
-    """Build a data loader as a runner does, and what is checked of it."""
-    loader = dict(
-        batch_size=2,
-        dataset=dataset,
-        sampler=dict(type='DefaultSampler', shuffle=False),
-        num_workers=workers,
-    )
-    loader = checked(Runner).build_dataloader(Config(loader), seed=0)
-    cfg = Config(dict(val_evaluator=metric))
-    evaluator = metric and Evaluator(metric)
-    return loader, make_split(cfg, 'val', loader.dataset, evaluator, None)
+def build(dataset, workers=0):
+    """Build a data loader as a runner does."""
+    return checked(Runner).build_dataloader(loader(dataset, workers), seed=0)
 
 
-def load(dataset, metric=None, workers=0):
-    """Check a dataset, and load all of its samples."""
-    loader, split = build(dataset, metric, workers)
-    raise_first([found for check in CHECKS for found in check(split)])
-    return [sample for batch in loader for sample in batch['data_samples']]
+def found(folder, kind, contents, split='val', metric='segm', **changes):
+    """What check_data tells of a dataset, in a line each.
 
-
-def error_of(*args, **options):
-    """The message that loading ends with."""
-    with pytest.raises(DataError) as error:
-        load(*args, **options)
-    message = str(error.value)
-    assert '\n' not in message and len(message) < 500
-    return message
+    A detector's is scored by SCORED.
+    """
+    dataset = write_dataset(folder, kind, contents) | changes
+    cfg = Config({f'{split}_dataloader': loader(dataset)})
+    if kind == 'det' and split == 'val':
+        metric = metric if isinstance(metric, dict) else dict(metric=metric)
+        file = str(folder / SCORED)
+        cfg.val_evaluator = dict(type='CocoMetric', ann_file=file, **metric)
+    findings = tiny.load_tool('check_data').find(cfg, split, None, False, [])
+    return [f'{"" if f.fault else "note: "}{f}' for f in findings]
 
 
 EMPTY = '/file.json: there are no images, or none has annotations of the cl'
 ORDER = 'has its categories in another order than the classes .label'
 NO_MASK = 'annotations without a mask, or polygons of one or two points'
-MOVED = coco(images=images(id=10), annotations=[annotation(1, 10)])
+FEWER = coco(images=images()[1:], annotations=[annotation(2, 1)])
+OTHER = images(file_name='b/1.jpg')[:1] + images()[1:]
+AGAIN = dict(images=[*images(), images()[0] | dict(id=3)])
+TWICE = 'lists a file as several images, .* .images 0 and 3, 0.jpg'
+TURNED, BITS = 'note: .* is turned by its EXIF orient', 'note: .* has 16 bits'
 # By task: a file, what is in it, and what is said, if anything is wrong.
 FAULTS = {
     'cls': [
         (IMAGE, JPEG[:500], '/images/0.jpg is cut off'),
         (IMAGE, INSIDE[:-2], '/images/0.jpg is cut off'),
         (IMAGE, INSIDE + bytes(100), None),
+        (IMAGE, drawing(turn=3), None),  # nothing has to be in its place
+        (IMAGE, encoded('.png', 'u2'), BITS),
+        (IMAGE, encoded('.png', 'u2', 3), BITS),
+        (IMAGE, encoded('.tif', 'u2', 3), BITS),
+        (IMAGE, encoded('.png', 'u1', 3), None),
         (LIST, b'0.jpg 2', '/0.jpg .* no class .2; .* to 1.$'),
         (LIST, b'0.jpg', '/list.txt cannot be loaded: not'),
         (LIST, b'', 'nothing to load in .*/images and .*/list.txt'),
     ],
     'seg': [
-        (IMAGE, drawing(exif=TURN), '0.png .* size .* .48 x 40 .*40 x 48'),
-        (IMAGE, drawing((40, 48), exif=TURN), None),
+        (IMAGE, drawing(turn=6), '0.png .* size .* .48 x 40 .*40 x 48'),
+        (IMAGE, drawing((40, 48), turn=6), None),
+        (IMAGE, drawing(turn=2), TURNED),
         (MAP, PNG[:500], '/labels/0.png is damaged or no image'),
         (MAP, None, '/labels/0.png does not exist'),
         (MAP, labels(150).convert('P'), None),
@@ -211,80 +220,178 @@ FAULTS = {
     ],
     'det': [
         (IMAGE, b'', '/images/0.jpg is damaged'),
-        (IMAGE, drawing((24, 20), exif=TURN), '20 x 24 .* as 48 x 40'),
-        (IMAGE, drawing((40, 48), exif=TURN), None),
+        (IMAGE, drawing((24, 20), turn=6), '20 x 24 .* as 48 x 40'),
+        (IMAGE, drawing((40, 48), turn=6), None),
+        (IMAGE, drawing(turn=3), TURNED),
         (FILE, b'', '/file.json is empty'),
         (FILE, b'[' * 100_000, '/file.json is cut off or no JSON'),
         (FILE, {}, "/file.json is not in .* of COCO .*KeyError: 'images'"),
         (FILE, coco(images=[]), '/file.json has no images'),
         (FILE, coco(annotation(77, bbox='wide')), "TypeError.*'id': 77"),
+        (FILE, coco(annotation(9, bbox=[1, np.nan, 2, 3])), 'ValueError: .1'),
+        (FILE, coco(annotation(9, segmentation=dict(size=[5, 5]))), 'of .5, '),
         (FILE, coco(annotation(1, id=...)), "KeyError: 'id' in "),
         (FILE, coco(annotation(2)), r'several .* with one id \(annotation 2'),
         (FILE, coco(names=['dog']), f'nothing to .*{EMPTY}'),
         (FILE, coco(names=['CAT']), "'cat'; is it 'CAT' there"),
         (FILE, coco(names=['fox', 'cat']), f"{ORDER} 0 is 'fo"),
         (FILE, coco(names=['cat', 'FOX']), "'fox'; is it 'FOX"),
-        (FILE, coco(names=['cat', 'zebra']), None),
+        (FILE, coco(names=['cat', 'zebra']), "note: .*'fox'.: nothing"),
         (FILE, coco(names=['cat', 'fox', 'cat']), "one name .'cat': 1, 3.: "),
         (FILE, coco(names=['cat', 'fox', 'a', 'a']), None),
+        (BOTH, coco(annotation(9, 3), **AGAIN), None),
+        (BOTH, coco(annotation(9, 3, category_id=2), **AGAIN), TWICE),
         (SCORED, coco(names=['fox', 'cat']), f'ann_file .*{ORDER}'),
-        (SCORED, coco(annotations=...), None),  # as of COCO's test-dev
+        # As of COCO's test-dev
+        (SCORED, coco(annotations=...), 'note: .* has no annotations'),
         (SCORED, coco(annotations=[]), '/scored.json has no annotations'),
-        (SCORED, MOVED, 'does not list .* .image 0, .*/images/0.jpg'),
-        (SCORED, coco(images=images(file_name='b/1.jpg')), '0: b/1.jpg, and '),
+        (SCORED, FEWER, 'does not list .* .image 0, .*/images/0.jpg'),
+        (SCORED, coco(images=OTHER), 'image 0: b/1.jpg, and '),
         (SCORED, coco(annotation(0)), 'has an annotation with the id 0'),
         (SCORED, coco(annotation('a')), "no numbers .annotation 'a'"),
         (SCORED, coco(annotation(9, iscrowd=...)), 'without iscrowd .*n 9'),
-        (SCORED, coco(annotation(9, segmentation=...)), NO_MASK),
         (SCORED, coco(annotation(9, segmentation=[])), NO_MASK),
         (SCORED, coco(annotation(9, segmentation=[[1, 2, 3, 4]])), NO_MASK),
         (SCORED, coco(annotation(9, category_id=3, iscrowd=...)), None),
     ],
 }
+SQUARE = {MAP: labels(1, (48, 48))}
+NAMES = [f'class {i}' for i in range(4)]
+UNSEEN = r"^note: .* nothing of a class, .*\('class 1'\)"
+TRAIN = dict(split='train')
+LESS = dict(type='BaseSegDataset', reduce_zero_label=True)
+CROWDS = [
+    annotation(8, category_id=2, iscrowd=1),
+    annotation(9, category_id=3),
+]
+WRITTEN = dict(format_only=True, outfile_prefix='results')
+UNSCORED = coco(annotation(9, segmentation=...))
+
+
+def named(count):
+    return dict(metainfo=dict(classes=NAMES[:count]))
+
+
+CRACKS = dict(
+    type='BaseSegDataset', metainfo=dict(classes=['background', 'crack'])
+)
+MASKS = '/labels has label maps without class 1'
+RUNS = dict(size=[40, 48], counts=[50, 9, 40 * 48 - 59])  # of column 1
+CROWD = annotation(9, segmentation=RUNS, iscrowd=1)
+NO_RUNS = dict(pipeline=[READ, BOXES | dict(poly2mask=False)])
+ANIMALS = {f'folders/{name}/0.jpg': JPEG for name in ('cat', 'dog')}
+# The same of several files, with other settings of the dataset.
+SETTINGS = [
+    # The size does not tell that it is turned
+    ('seg', SQUARE | {IMAGE: drawing((48, 48), turn=6)}, {}, TURNED),
+    ('seg', SQUARE | {IMAGE: drawing((48, 48), turn=1)}, {}, None),
+    (
+        *('cls', {IMAGE: encoded('.png', 'u2', 3)}),
+        dict(pipeline=[READ | dict(color_type='unchanged')]),
+        None,
+    ),
+    # MMSegmentation ignores 255
+    ('seg', maps(0, 255), CRACKS, MASKS),
+    ('seg', maps(0), CRACKS, None),
+    ('seg', maps(0, 1, 255), CRACKS, None),
+    ('seg', maps(0, 1, 255), CRACKS | dict(reduce_zero_label=True), MASKS),
+    # MMDetection leaves them out where it wants polygons, but for crowds
+    ('det', {BOTH: coco(CROWD, annotation(8, segmentation=RUNS))}, {}, None),
+    (
+        *('det', {BOTH: coco(CROWD, annotation(8, segmentation=RUNS))}),
+        *(NO_RUNS, r'note: .* mask that is no polygon \(annotation 8\)'),
+    ),
+    # A text is a file of names, or the parentheses of a tuple of one
+    ('cls', {}, dict(metainfo=dict(classes=__file__)), None),
+    ('cls', {}, dict(metainfo=dict(classes='ant')), r"one is \('ant',\)"),
+    ('cls', {}, dict(classes='ant'), r"one is \('ant',\)"),
+    # Labels are numbers of folders, whatever the names of classes
+    *(
+        (
+            *('cls', ANIMALS),
+            dict(
+                data_prefix='folders',
+                ann_file='',
+                metainfo=dict(classes=names),
+            ),
+            words,
+        )
+        for names, words in (
+            (['cat', 'dog'], None),
+            (['Katze', 'Hund'], None),
+            (['cat', 'puppy'], None),
+            (['dog', 'cat'], "r than the classes .'dog' is label 0, and 1 th"),
+        )
+    ),
+    ('det', {SCORED: UNSCORED}, dict(metric='bbox'), None),
+    ('det', {SCORED: UNSCORED}, dict(metric=WRITTEN), None),
+    # A class without samples, or with no more than crowds
+    ('cls', {LIST: b'0.jpg 0\n1.jpg 2\n2.jpg 2'}, TRAIN | named(3), UNSEEN),
+    ('seg', maps(1, 4, 0, 3), TRAIN | named(4) | LESS, UNSEEN),
+    ('det', {FILE: coco(*CROWDS, names=NAMES[:3])}, TRAIN | named(3), UNSEEN),
+    (
+        'cls',
+        {},
+        dict(ann_file='', metainfo={}),
+        '/images cannot .*: Found 0 f',
+    ),
+]
+
+
+def check(folder, words, *args, **options):
+    """One finding, whose line has the words; none if there are no words."""
+    lines = found(folder, *args, **options)
+    if words is None:
+        assert not lines
+        return
+    [line] = lines
+    assert re.search(words, line) and len(line) < 500 and '\n' not in line
+    assert line.startswith('note') == ('note' in words)
 
 
 @pytest.mark.parametrize(
-    ('kind', 'file', 'content', 'problem'),
+    ('kind', 'file', 'content', 'words'),
     [(kind, *fault) for kind, faults in FAULTS.items() for fault in faults],
 )
-def test_fault(tmp_path, kind, file, content, problem):
-    """Images are turned; labels are their numbers less one, 255 ignored."""
-    dataset = write_dataset(tmp_path, kind)
-    put(tmp_path / file, content)
-    args = dataset, scorer(tmp_path) if kind == 'det' else None
-    if problem is None:
-        assert len(load(*args)) == 3
-        return
-    message = error_of(*args)
-    assert re.search(problem, message) and str(tmp_path) in message
+def test_fault(tmp_path, kind, file, content, words):
+    """Labels are their numbers less one, 255 ignored."""
+    check(tmp_path, words, kind, {file: content})
 
 
-def test_what_is_not_scored(tmp_path):
-    """Masks where boxes are, or anything where results are written only."""
-    dataset = write_dataset(tmp_path, 'det')
-    put(tmp_path / SCORED, coco(annotation(9, segmentation=...)))
-    load(dataset, scorer(tmp_path, 'bbox'))
-    written = dict(format_only=True, outfile_prefix='results')
-    load(dataset, scorer(tmp_path, **written))
+@pytest.mark.parametrize(('kind', 'contents', 'changes', 'words'), SETTINGS)
+def test_settings(tmp_path, kind, contents, changes, words):
+    check(tmp_path, words, kind, contents, **changes)
+
+
+def test_no_fault_of_data(tmp_path):
+    """A step that is not known, and files that LVIS does not name."""
+    with pytest.raises(KeyError, match='Nothing'):
+        found(tmp_path, 'cls', {}, pipeline=[dict(type='Nothing')])
+    listed = [dict(id=i, width=48, height=40) for i in range(3)]
+    put(tmp_path / FILE, coco(annotation(9, 2), images=listed))
+    assert not [*annotation_file(tmp_path / FILE)]
 
 
 def test_worker(tmp_path):
     """Of a wrapped dataset, too."""
-    inner = write_dataset(tmp_path, 'cls')
+    inner = write_dataset(tmp_path, 'cls', {IMAGE: JPEG[:500]})
     dataset = dict(type='RepeatDataset', times=2, dataset=inner)
-    path = put(tmp_path / IMAGE, JPEG[:500])
-    assert error_of(dataset, workers=1).startswith(f'{path} is cut off')
+    with pytest.raises(DataError) as error:
+        list(build(dataset, workers=1))
+    words = f'{tmp_path}/{IMAGE} is cut off: a JPEG without its end'
+    assert str(error.value) == words
 
 
 def test_fault_of_a_pipeline(tmp_path):
     """Its error has the file, which is sound, and the step."""
-    dataset = write_dataset(tmp_path, 'det')
-    put(tmp_path / FILE, coco(annotation(9, segmentation=...)))
-    _, split = build(dataset)
-    assert not [*some_samples(split)]
+    contents = coco(annotation(9, segmentation=...))
+    files = {FILE: contents, IMAGE: drawing(turn=3)}
+    data = build(write_dataset(tmp_path, 'det', files))
+    # Nor are there notes before a training starts
+    assert not [*some_samples(Split(dict(a=data.dataset)))]
     where = f'the pipeline fails for {tmp_path}/{IMAGE}, in LoadAnnotations'
     with pytest.raises(RuntimeError, match=where) as error:
-        load(dataset)
+        list(data)
     assert not isinstance(error.value, DataError)
 
 
@@ -298,24 +405,15 @@ def test_sound_images(tmp_path, monkeypatch):
     check_image(str(tmp_path / 'a.tif'))
 
 
-def test_faulty_loader(tmp_path):
-    """Not the fault of data, but of the config; or a folder that is empty."""
-    dataset = write_dataset(tmp_path, 'cls')
-    with pytest.raises(KeyError, match='Nothing'):
-        load(dataset | dict(pipeline=[dict(type='Nothing')]))
-    del dataset['ann_file'], dataset['metainfo']
-    (tmp_path / 'empty').mkdir()
-    where = f'{tmp_path}/empty cannot be loaded: Found 0 files'
-    assert where in error_of(dataset | dict(data_prefix='empty'))
-
-
 SMALL = 'annotations with a box of less than a pixel'
 NO_POLYGON = (
     'annotations without a polygon of three whole points or more, where masks '
     'are learned'
 )
 OUTSIDE = 'annotations with a box outside the image'
-LEFT_OUT = [
+BEYOND = 'boxes that reach beyond their image'
+BESIDE = 'masks that are not in their boxes'
+MARKS = [
     (dict(bbox=[1, 1, 0.5, 20]), SMALL),
     (dict(bbox=[1, 1, 20, 0.5]), SMALL),
     (dict(bbox=[48, 0, 9, 9]), OUTSIDE),
@@ -327,205 +425,74 @@ LEFT_OUT = [
     (dict(image_id=9), 'annotations of images that are not listed'),
     (dict(segmentation=[[1, 2, 3, 4]]), NO_POLYGON),
     (dict(segmentation=[[1, 2, 21, 2, 21, 32, 1]]), NO_POLYGON),
-]
-RUNS = dict(size=[40, 48], counts=[50, 9, 40 * 48 - 59])  # of column 1
-MISPLACED = [
-    (dict(bbox=[5, 30, 9, 11.5], segmentation=...), 'boxes that reach'),
-    (dict(bbox=[30, 5, 19.5, 9], segmentation=...), 'boxes that reach'),
-    (dict(bbox=[-5, 1, 20, 32]), 'boxes that reach beyond their image'),
-    (dict(bbox=[5, 30, 20, 10.5], segmentation=...), None),
-    (dict(bbox=[25, 2, 20, 30]), 'masks that are not in their boxes'),
-    (dict(bbox=[1, 2, 20, 14]), 'masks that are not in their boxes'),
+    (dict(bbox=[1, 2, 20, 39.5]), BEYOND),
+    (dict(bbox=[1, 2, 48.5, 30]), BEYOND),
+    (dict(bbox=[-5, 1, 20, 32]), BEYOND),
+    (dict(bbox=[1, -5, 20, 40]), BEYOND),
+    (dict(bbox=[1, 2, 48, 39]), None),
+    (dict(bbox=[25, 2, 20, 30]), BESIDE),
+    (dict(bbox=[1, 2, 20, 14]), BESIDE),
     (dict(bbox=[1, 2, 20, 17]), None),
     (dict(segmentation=RUNS), None),
-    (dict(segmentation=RUNS, bbox=[3, 2, 20, 30]), 'masks that are not in'),
+    (dict(segmentation=RUNS, bbox=[3, 2, 20, 30]), BESIDE),
 ]
-
-
-def told(findings):
-    return [(found.what, found.entry, found.fault) for found in findings]
 
 
 def test_left_out(tmp_path):
-    """All that mmdet leaves out is told, and all else is there."""
-    dataset = write_dataset(tmp_path, 'det')
-    kept = annotation(9, bbox=[-5, 1, 20, 99])
-    asked = annotation(10, ignore=1, area=0)
-    more = [
-        annotation(i, **changes) for i, (changes, _) in enumerate(LEFT_OUT, 11)
+    """All that mmdet leaves out is told, and all else is there.
+
+    It looks neither at boxes beyond images nor at masks beside boxes.
+    """
+    asked = annotation(9, ignore=1, area=0)
+    marks = [
+        annotation(i, **changes) for i, (changes, _) in enumerate(MARKS, 10)
     ]
     sound = images()
     narrow = sound[0] | dict(id=3, width=31, file_name='3.jpg')
     empty = sound[0] | dict(id=4, file_name='4.jpg')
-    contents = coco(kept, asked, *more, annotation(99, 3))
-    put(tmp_path / FILE, contents | dict(images=[*sound, narrow, empty]))
-    assert [len(sample.gt_instances) for sample in load(dataset)] == [2, 1, 1]
+    contents = coco(asked, *marks, annotation(99, 3))
+    contents['images'] = [*sound, narrow, empty]
+    files = {FILE: contents, 'images/4.jpg': JPEG}
+    files['images/3.jpg'] = drawing((31, 40))
     expected = [
-        (f'has {what}', f'annotation {i}', False)
-        for i, (_, what) in enumerate(LEFT_OUT, 11)
+        f'has {what} (annotation {i})'
+        for i, (_, what) in enumerate(MARKS, 10)
+        if what
     ]
-    beyond = 'has boxes that reach beyond their image', 'annotation 9', False
-    expected.insert(0, beyond)
-    _, tested = build(dataset | dict(test_mode=True))
-    assert told(annotation_files(tested)) == expected
-    few = 'has images of less than 32 pixels', 'image 3', False
-    none = 'has images without annotations', 'image 4', False
-    _, learned = build(dataset)
-    assert told(annotation_files(learned)) == [*expected, few, none]
-
-
-def found_in(folder, contents, **changes):
-    """What is told of a file of annotations."""
-    dataset = write_dataset(folder, 'det') | changes
-    put(folder / FILE, contents)
-    _, split = build(dataset)
-    return told(annotation_files(split))
-
-
-@pytest.mark.parametrize(('changes', 'what'), MISPLACED)
-def test_misplaced(tmp_path, changes, what):
-    """Boxes in images, and masks in boxes: mmdet looks at neither."""
-    found = found_in(tmp_path, coco(annotation(9, **changes)))
-    assert len(found) == bool(what)
-    for text, entry, fault in found:
-        assert text.startswith(f'has {what}') and entry == 'annotation 9'
-        assert fault == ('masks' in what)
-
-
-def test_masks_of_runs(tmp_path):
-    """mmdet leaves them out where it wants polygons, but in crowds anyway."""
-    marks = (
-        annotation(8, segmentation=RUNS),
-        annotation(9, segmentation=RUNS, iscrowd=1),
-    )
-    assert not found_in(tmp_path, coco(*marks))
-    steps = [READ, BOXES | dict(poly2mask=False)]
-    what = 'has annotations with a mask that is no polygon'
-    found = found_in(tmp_path, coco(*marks), pipeline=steps)
-    assert found == [(what, 'annotation 8', False)]
-
-
-@pytest.mark.parametrize('key', ['metainfo', 'dataset'])
-def test_classes_of_letters(tmp_path, key):
-    """A text is a file of names, or the parentheses of a tuple of one."""
-    dataset = dict(type='A', data_root=str(tmp_path))
-    for classes, is_right in (
-        (('ant',), True),
-        (str(__file__), True),
-        ('ant', False),
-    ):
-        names = dict(classes=classes)
-        own = names if key == 'dataset' else dict(metainfo=names)
-        cfg = Config(dict(train_dataloader=dict(dataset=dataset | own)))
-        if is_right:
-            check_data(cfg, 'train')
-            continue
-        with pytest.raises(DataError, match=r"a tuple of one is \('ant',\)"):
-            check_data(cfg, 'train')
-
-
-def test_file_of_several_images(tmp_path):
-    """Objects of one are background in the other, unless they are the same."""
-    more = dict(images()[0], id=3)
-    listed = dict(images=[*images(), more])
-    assert not found_in(tmp_path, coco(annotation(9, 3), **listed))
-    marks = annotation(8, 3), annotation(9, 3, category_id=2)
-    what = 'lists a file as several images, with other objects each'
-    found = found_in(tmp_path, coco(*marks, **listed))
-    assert found == [(what, 'images 0 and 3, 0.jpg', True)]
-    unnamed = [
-        {k: v for k, v in i.items() if k != 'file_name'} for i in images()
-    ]
-    put(tmp_path / FILE, coco(annotation(9, 2), images=unnamed))
-    assert not [*annotation_file(tmp_path / FILE)]  # as in LVIS
-
-
-def encoded(ending, kind, channels=1):
-    pixels = np.full((40, 48, channels), 99, kind)
-    return cv2.imencode(ending, pixels)[1].tobytes()
-
-
-def notes_on_samples(split):
-    """What check_data tells of samples; a training starts without these."""
-    assert not [*some_samples(split)]
-    [dataset] = split.datasets.values()
-    found = (sample_faults(dataset, i, set()) for i in range(len(dataset)))
-    return sum(found, [])
-
-
-EXIF, BITS = 'is turned by its EXIF orient', 'has 16 bits a channel'
+    few = 'has images of less than 32 pixels (image 3)'
+    none = 'has images without annotations (image 4)'
+    for test, more in (True, []), (False, [few, none]):
+        lines = found(tmp_path, 'det', files, metric=WRITTEN, test_mode=test)
+        told = [re.search(r'has .*?\)', line)[0] for line in lines]
+        assert told == [*expected, *more]
+        for line in lines:
+            assert line.startswith('note') == (BESIDE not in line)
+    dataset = write_dataset(tmp_path, 'det', files)
+    samples = [s for batch in build(dataset) for s in batch['data_samples']]
+    left = sum((what or '').startswith('annotations') for _, what in MARKS)
+    kept = [1 + len(MARKS) - left, 1, 1]
+    assert [len(sample.gt_instances) for sample in samples] == kept
 
 
 @pytest.mark.parametrize(
-    ('kind', 'image', 'what'),
+    ('trained', 'folders', 'is_moved'),
     [
-        ('det', drawing(exif=turn(3)), EXIF),
-        ('seg', drawing(exif=turn(2)), EXIF),
-        ('cls', drawing(exif=turn(3)), None),
-        ('det', drawing(exif=turn(1)), None),
-        ('det', drawing((40, 48), exif=turn(6)), None),  # to 48 x 40
-        ('cls', encoded('.png', 'u2'), BITS),
-        ('cls', encoded('.png', 'u2', 3), BITS),
-        ('cls', encoded('.tif', 'u2', 3), BITS),
-        ('cls', encoded('.png', 'u1', 3), None),
+        ([], '', False),
+        (['ab'], '', False),
+        (['xy'], '', False),  # names may be others
+        (['bc'], '', True),
+        (['ba'], '', True),
+        (['ab', 'xy'], 'xy', False),
+        (['ab', 'zx'], 'xy', True),
     ],
 )
-def test_read_otherwise(tmp_path, kind, image, what):
-    """It is told, but not where nothing has to be in its place."""
-    dataset = write_dataset(tmp_path, kind)
-    put(tmp_path / IMAGE, image)
-    _, split = build(dataset)
-    found = notes_on_samples(split)
-    assert len(found) == bool(what)
-    for finding in found:
-        assert finding.what.startswith(what) and not finding.fault
-
-
-def test_read_as_it_is(tmp_path):
-    dataset = write_dataset(tmp_path, 'cls')
-    put(tmp_path / IMAGE, encoded('.png', 'u2', 3))
-    steps = [READ | dict(color_type='unchanged'), dict(type='PackInputs')]
-    _, split = build(dataset | dict(pipeline=steps))
-    assert not notes_on_samples(split)
-
-
-@pytest.mark.parametrize('orientation', [1, 6])
-def test_square_image(tmp_path, orientation):
-    """Its size does not tell that it is turned."""
-    dataset = write_dataset(tmp_path, 'det')
-    put(tmp_path / IMAGE, drawing((48, 48), exif=turn(orientation)))
-    listed = images()
-    listed[0]['height'] = 48
-    put(tmp_path / FILE, coco(images=listed))
-    _, split = build(dataset)
-    found = [finding.entry for finding in notes_on_samples(split)]
-    assert found == ['orientation 6'] * (orientation == 6)
-
-
-def test_order_of_folders(tmp_path):
-    """They make the labels, whatever the classes; names may differ."""
-    dataset = write_dataset(tmp_path, 'cls')
-    for name in 'cat', 'dog':
-        put(tmp_path / 'folders' / name / '0.jpg', JPEG)
-    dataset |= dict(data_prefix='folders', ann_file='')
-    for names in ['cat', 'dog'], ['Katze', 'Hund'], ['cat', 'puppy']:
-        load(dataset | dict(metainfo=dict(classes=names)))
-    words = "order than the classes .'dog' is label 0, and 1 there"
-    names = dict(metainfo=dict(classes=['dog', 'cat']))
-    assert re.search(words, error_of(dataset | names))
-
-
-def test_order_of_trained_classes(tmp_path):
-    """Of a training's validation; names may be others."""
-    _, split = build(write_dataset(tmp_path, 'cls'))
-    for trained, found in ((), 0), ('ab', 0), ('xy', 0), ('bc', 1), ('ba', 1):
-        split.trained = [trained]
-        assert len([*trained_classes(split)]) == found
-    [dataset] = split.datasets.values()
-    dataset.folder_to_idx = dict(x=0, y=1)
-    for folders, found in ('xy', 0), ('zx', 1):
-        split.trained = 'ab', folders
-        assert len([*trained_classes(split)]) == found
+def test_order_of_trained_classes(trained, folders, is_moved):
+    """Of a training's validation; a model that reads names may have any."""
+    numbers = {name: label for label, name in enumerate(folders)}
+    metainfo = dict(classes=['a', 'b'])
+    dataset = SimpleNamespace(metainfo=metainfo, folder_to_idx=numbers)
+    split = Split(dict(val=dataset), trained=trained)
+    assert len([*trained_classes(split)]) == is_moved
     split.model = nn.ModuleDict(dict(language_model=nn.Identity()))
     assert not [*trained_classes(split)]
 
@@ -548,76 +515,18 @@ def test_order_in_tools(tmp_path):
     assert f' x {words}: predictions are scored as others\n' in output
 
 
-@pytest.mark.parametrize('kind', SCOPES)
-def test_class_without_samples(tmp_path, kind):
-    """It is told, also where a class has no more than crowds."""
-    dataset = write_dataset(tmp_path, kind)
-    names = [f'class {i}' for i in range(3)]
-    seen = set()
-    if kind == 'cls':
-        put(tmp_path / LIST, b'0.jpg 0\n1.jpg 2\n2.jpg 2\n')
-    elif kind == 'seg':  # of 0 to 2, less 1
-        names.append('class 3')
-        dataset |= dict(type='BaseSegDataset', reduce_zero_label=True)
-        for i in range(3):
-            put(tmp_path / f'labels/{i}.png', labels([4, 0, 3][i]))
-    else:
-        marks = annotation(8, category_id=2, iscrowd=1), annotation(9, 0)
-        marks[1]['category_id'] = 3
-        put(tmp_path / FILE, coco(*marks, names=names))
-    dataset['metainfo'] = dict(classes=names)
-    _, split = build(dataset)
-    [built] = split.datasets.values()
-    for i in range(len(built)):
-        assert not sample_faults(built, i, seen)
-    what = 'has nothing of a class, but maybe crowds'
-    assert told(unseen_classes(split, seen)) == [(what, "'class 1'", False)]
-
-
-@pytest.mark.parametrize(
-    ('values', 'zero', 'sound'),
-    [
-        ([0, 255], False, False),
-        ([0], False, True),  # nothing is lost
-        ([0, 1, 255], False, True),
-        ([0, 1, 255], True, False),  # 0 is ignored, and 1 is class 0
-    ],
-)
-def test_masks_of_two_classes(tmp_path, values, zero, sound):
-    """mmseg ignores 255; that is told only if no map has class 1."""
-    dataset = write_dataset(tmp_path, 'seg')
-    dataset |= dict(type='BaseSegDataset', reduce_zero_label=zero)
-    dataset['metainfo'] = dict(classes=['background', 'crack'])
-    for i in range(3):
-        pixels = np.resize(values if i == 1 else values[-1:], (40, 48))
-        image = Image.fromarray(pixels.astype(np.uint8))
-        put(tmp_path / f'labels/{i}.png', image)
-    if sound:
-        load(dataset)
-    else:
-        where = f'{tmp_path}/labels has label maps without class 1'
-        assert error_of(dataset).startswith(where)
-
-
 def test_check_data(tmp_path):
     """Every dataset, inside wrappers too, every kind, the first of each."""
     cfg = Config.fromfile(tiny.detector(tmp_path))
     data = tmp_path / 'coco'
-    train, val = sorted(data.glob('annotations/*.json'))
+    train = data / 'annotations/instances_train2017.json'
     contents = json.loads(train.read_text())
     image, mark = contents['images'][0], contents['annotations'][0]
     contents['annotations'] += [
-        *[mark | dict(id=i, area=0) for i in range(10**8, 10**8 + 7)],
-        # mmdet loads these without an error.
-        mark | dict(id=79, bbox=[1, float('nan'), 2, 3]),
-        mark | dict(id=80, segmentation=dict(size=[5, 5])),
+        mark | dict(id=i, area=0) for i in range(10**8, 10**8 + 7)
     ]
-    contents['images'].append(image)
     put(train, contents)
     damaged = put(data / 'train2017' / image['file_name'], JPEG[:500])
-    contents = json.loads(val.read_text())
-    contents['annotations'][0]['id'] = 0
-    put(val, contents)
     inner = cfg.train_dataloader.dataset
     repeated = dict(type='RepeatDataset', times=2, dataset=inner)
     concatenated = dict(type='ConcatDataset', datasets=[repeated, inner])
@@ -637,12 +546,7 @@ def test_check_data(tmp_path):
         'note, 7 x has annotations of area 0: MMDetection leaves them out\n'
         f'  {train}  annotation 100000000\n',
         f'  {train}  annotation 100000004\n  and 2 more\n',
-        f'FAULT, 2 x is not in the format of COCO\n  {train}  ValueError: [1',
-        f'  {train}  ValueError: a mask of [5, 5] pixels, not ',
-        'x has nothing of a class, but maybe crowds: nothing is learned of it',
-        'FAULT, 1 x has several images with one id: ',
         f'FAULT, 1 x is cut off: a JPEG without its end\n  {damaged}\n',
-        'FAULT, 1 x has an annotation with the id 0: ',
         'FAULT, 3 x has more classes than a head: ',
         '  val_dataloader.dataset  80, and roi_head.bbox_head.num_classes ',
         'FAULT, 3 x has fewer classes than a head: ',
@@ -650,7 +554,7 @@ def test_check_data(tmp_path):
         'loader.dataset.datasets.0)',
     ):
         assert text in out
-    assert out.endswith('\n12 faults would break or mislead a training.\n')
+    assert out.endswith('\n8 faults would break or mislead a training.\n')
 
 
 def test_training_does_not_start(tmp_path):
@@ -670,12 +574,10 @@ def test_training_does_not_start(tmp_path):
 
 def test_head_of_a_segmentor():
     """It is named before the segmentor, which repeats its number."""
-    model = torch.nn.Module()
-    model.decode_head = torch.nn.Module()
+    model, model.decode_head = nn.Module(), nn.Module()
     model.num_classes = model.decode_head.num_classes = 2
-    metainfo = dict(classes=('a', 'b', 'c'))
-    datasets = dict(train=SimpleNamespace(metainfo=metainfo))
-    split = SimpleNamespace(model=model, datasets=datasets)
-    found = [finding.entry for finding in head_classes(split)]
+    dataset = SimpleNamespace(metainfo=dict(classes=('a', 'b', 'c')))
+    split = Split(dict(train=dataset), model=model)
+    entries = [finding.entry for finding in head_classes(split)]
     names = 'decode_head', 'model'
-    assert found == [f'3, and {name}.num_classes is 2' for name in names]
+    assert entries == [f'3, and {name}.num_classes is 2' for name in names]
