@@ -1,6 +1,12 @@
-"""Mistakes of users: one line says it, and nothing is written."""
+"""Mistakes of users: one line says it, and nothing is written.
+
+Nor does a file that a tool is given run code; configs and options are code.
+"""
 
 import importlib.util
+import os
+import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -25,14 +31,24 @@ SMALL = {
 }
 
 
+class Attack:
+    """Pickled, a call that makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
     """A folder of configs and checkpoints, and an image among results.
 
-    Only detector.py has all its data.
+    Only detector.py, and what is made of it, has all its data.
     """
     folder = tmp_path_factory.mktemp('files')
-    tiny.detector(folder)
+    cfg = Config.fromfile(tiny.detector(folder))
     for task in ('cls', 'seg'):
         tiny.write_model(task, folder)
     (folder / 'empty.pth').touch()
@@ -45,12 +61,31 @@ def files(tmp_path_factory):
     (folder / 'pictures').mkdir()
     pixels = np.zeros((90, 120, 3), np.uint8)
     Image.fromarray(pixels).save(folder / 'pictures' / 'a.png')
+
+    attack = Attack(folder / 'attacked')
+    contents = {'state_dict': {'a': torch.ones(1)}, 'b': attack}
+    hostile, other = folder / 'hostile.pth', folder / 'hostile.np'
+    torch.save(contents, hostile)
+    other.write_bytes(pickle.dumps(attack))
+    cfg.model.neck.init_cfg = dict(type='Pretrained', checkpoint=str(hostile))
+    cfg.dump(folder / 'start.py')
+    dataset = dict(cfg.val_dataloader.dataset, ann_file=str(other))
+    cfg.val_dataloader.dataset = dict(type='ConcatDataset', datasets=[dataset])
+    cfg.test_evaluator.out_file_path = 'results.pkl'  # which is written
+    cfg.dump(folder / 'data.py')
+    for name, config in ('trained', 'cls.py'), ('data', 'data.py'):
+        run = folder / name / 'run' / 'vis_data'
+        run.mkdir(parents=True)
+        (run / 'scalars.json').touch()
+        shutil.copy(folder / config, run / 'config.py')
+    shutil.copy(hostile, folder / 'trained' / 'epoch_1.pth')
     return folder
 
 
 STOCK = f'train {MASK_RCNN}'
 OPTION = f'{STOCK} --cfg-options'
 TRAIN = 'train FILES/detector.py --work-dir WORK --cfg-options'
+RESUME = 'train FILES/detector.py --work-dir WORK --resume'
 TEST = 'test FILES/detector.py FILES/empty.pth'
 BACKBONE = 'model.backbone'
 INIT = f'{BACKBONE}.init_cfg'
@@ -63,6 +98,11 @@ PRIOR = 'visualize prior FILES/seg.py FILES/seg.pth'
 FLOPS = f'get_flops {CLS}'
 EXPORT = f'export {CLS} --out m.onnx'
 SCRIPT = f'export {CLS} --out m.pt --format torchscript'
+REFUSED = 'FILES/hostile.pth is refused: it asks for posix.mk'
+UNREAD = (
+    'val_dataloader.dataset.datasets.0.ann_file=FILES/hostile.np is not read, '
+    'because it could run code ... save what it holds as .json'
+)
 MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
 
 
@@ -160,6 +200,15 @@ MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
         (f'{EXPORT} --cfg-options default_scope=mmpose', 'mmdet, mmseg, mm'),
         (f'{SCRIPT} --dynamic', 'TorchScript files have a fixed size'),
         (f'export {MASKS} --out m.onnx', '--backbone-only works with it'),
+        # Hostile files
+        (f'{RESUME} FILES/hostile.pth', REFUSED),
+        ('train FILES/start.py --work-dir WORK', REFUSED),
+        ('test FILES/detector.py FILES/hostile.pth --work-dir WORK', REFUSED),
+        ('predict FILES/cls.py FILES/hostile.pth FILES/pictures', REFUSED),
+        ('convert_checkpoint FILES/hostile.pth out.pth', REFUSED),
+        ('summarize FILES/trained', 'epoch_1.pth is refused: it asks'),
+        ('train FILES/data.py --work-dir WORK', UNREAD),
+        ('summarize FILES/data', UNREAD),
     ],
 )
 def test_mistake(files, tmp_path, monkeypatch, command, words):
