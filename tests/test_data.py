@@ -385,7 +385,7 @@ def test_worker(tmp_path):
 def test_fault_of_a_pipeline(tmp_path):
     """Its error has the file, which is sound, and the step."""
     contents = coco(annotation(9, segmentation=...))
-    files = {FILE: contents, IMAGE: drawing(turn=3)}
+    files = {FILE: contents, 'images/1.jpg': drawing(turn=3)}
     data = build(write_dataset(tmp_path, 'det', files))
     # Nor are there notes before a training starts
     assert not [*some_samples(Split(dict(a=data.dataset)))]
