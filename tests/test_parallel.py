@@ -152,11 +152,11 @@ class Joined(BaseModel):
 
     def __init__(self):
         super().__init__()
-        self.first = nn.Parameter(torch.ones(2, 4))
-        self.second = nn.Parameter(torch.ones(3, 4))
+        rows = torch.ones(2, 4), torch.ones(3, 4)
+        self.rows = nn.ParameterList(rows)
 
     def forward(self, mode):
-        return dict(loss=torch.cat([self.first, self.second]).square().sum())
+        return dict(loss=torch.cat([*self.rows]).square().sum())
 
 
 def test_gradients_that_share_memory(process_group):
@@ -170,19 +170,15 @@ def test_gradients_that_share_memory(process_group):
 
 
 @pytest.mark.parametrize(
-    'distributed, config, given, expected',
-    [
-        (True, {}, None, dict(type=ForeachDistributedDataParallel)),
-        (True, {}, dict(type='other'), dict(type='other')),
-        (True, dict(find_unused_parameters=True), None, None),
-        (False, {}, None, None),
-    ],
+    'config, given',
+    [({}, dict(type='other')), (dict(find_unused_parameters=True), None)],
 )
-def test_when_runners_take_it(distributed, config, given, expected):
+def test_when_runners_do_not_take_it(config, given):
+    """Else they do: see test_distributed.py."""
+
     class Runner:
+        distributed, cfg = True, config
         wrap_model = mock.Mock()
 
-    runner = exchanging_lists(Runner)()
-    runner.distributed, runner.cfg = distributed, config
-    runner.wrap_model(given, model := nn.Identity())
-    Runner.wrap_model.assert_called_once_with(expected, model)
+    exchanging_lists(Runner)().wrap_model(given, model := nn.Identity())
+    Runner.wrap_model.assert_called_once_with(given, model)
