@@ -89,6 +89,7 @@ RESUME = 'train FILES/detector.py --work-dir WORK --resume'
 TEST = 'test FILES/detector.py FILES/empty.pth'
 BACKBONE = 'model.backbone'
 INIT = f'{BACKBONE}.init_cfg'
+HEAD = 'model.roi_head.bbox_head'
 DATASET = 'train_dataloader.dataset'
 MINE = f'train FILES/mine.py --cfg-options {DATASET}'
 URL = 'http://127.0.0.1:9/overlock.pth'  # nothing listens there
@@ -165,6 +166,7 @@ MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
         (f'{FLOPS} --cfg-options {BACKBONE}.type=A', 'A is not in the mmpre'),
         (f'{FLOPS} --cfg-options {BACKBONE}.dept=1', "argument 'dept'"),
         (f'{TRAIN} {BACKBONE}.drop_path_rate=2', 'OverLoCK of the ... drop_p'),
+        (f'{TRAIN} {HEAD}.num_classes=79', ' has more classes than a head'),
         (f'{STOCK} --seed {2**32}', f'--seed {2**32} is not in [0, 2^32)'),
         (f'{OPTION} auto_scale_lr=None --auto-scale-lr', '.base_batch_size'),
         (f'{TEST} --out out.json', 'out.json does not end in .pkl'),
@@ -224,6 +226,7 @@ def test_mistake(files, tmp_path, monkeypatch, command, words):
     output = tiny.run_tool(name, *argv, status=2)
     *_, last = output.splitlines()
     assert last.startswith(f'{name}.py: ') and 'Traceback' not in output
+    assert 'Epoch(train)' not in output
     for part in words.replace('FILES', str(files)).split(' ... '):
         assert part in last
     assert {*files.rglob('*')} == before and not any(cwd.iterdir())
