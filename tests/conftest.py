@@ -43,23 +43,6 @@ def fresh_instances():
     tiny.forget_instances()
 
 
-@pytest.fixture(scope='session')
-def trained(tmp_path_factory):
-    """Trains a tiny model once; its config, its work dir and the log.
-
-    By 'classifier', 'detector' or 'segmentor'.
-    """
-
-    @functools.cache
-    def train(kind):
-        folder = tmp_path_factory.mktemp(kind)
-        config, work_dir = getattr(tiny, kind)(folder), folder / 'work'
-        argv = 'train', config, '--work-dir', work_dir
-        return config, work_dir, tiny.run_tool(*argv, curves=True)
-
-    return train
-
-
 @pytest.fixture
 def process_group(tmp_path):
     """This process is a group of its own."""

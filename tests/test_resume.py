@@ -121,18 +121,17 @@ def test_resumed_by_iterations(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('kind', 'options'),
+    ('write', 'options'),
     [
-        ('segmentor', 'max_iters=4 model.backbone.frozen_stages=1'),
-        ('classifier', 'max_epochs=3 optim_wrapper.optimizer.type=SGD'),
+        (tiny.segmentor, 'max_iters=4 model.backbone.frozen_stages=1'),
+        (tiny.classifier, 'max_epochs=3 optim_wrapper.optimizer.type=SGD'),
     ],
 )
-def test_other_optimizer(trained, tmp_path, kind, options):
+def test_other_optimizer(tmp_path, write, options):
     """Or other frozen stages: one line has the cause and the remedy."""
-    config, work_dir, _ = trained(kind)
-    argv = 'train', config, '--work-dir', tmp_path, '--resume'
-    argv += latest_checkpoint(work_dir), '--cfg-options'
-    argv += tuple(f'train_cfg.{options}'.split())
+    argv = 'train', write(tmp_path), '--work-dir', tmp_path
+    tiny.run_tool(*argv)
+    argv += '--resume', '--cfg-options', *f'train_cfg.{options}'.split()
     *_, last = tiny.run_tool(*argv, status=2).splitlines()
     assert last.startswith('train.py: not resumed: ')
     assert 'frozen_stages,' in last and 'without --resume' in last
