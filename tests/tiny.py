@@ -207,13 +207,11 @@ def classifier(folder, **settings):
 
     Its training draws random numbers in the data pipeline and the model.
     """
-    random = np.random.default_rng(0)
-    for name in ('train/a', 'train/b', 'val/a', 'val/b'):
+    for seed, name in enumerate(('train/a', 'train/b', 'val/a', 'val/b')):
         images = folder / 'data' / name
         images.mkdir(parents=True, exist_ok=True)
         for i in range(4):
-            pixels = random.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(images / f'{i}.png')
+            photo(images / f'{i}.png', (40, 40), 4 * seed + i)
     flip = dict(type='RandomFlip', prob=0.5, direction='horizontal')
     crop = dict(type='RandomResizedCrop', scale=64)
 
