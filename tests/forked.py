@@ -18,12 +18,8 @@ _context.set_forkserver_preload(
 def run(tool, *argv, folder, processes=1, prepare=None):
     """Run ``tools/TOOL.py ARGV``; return the output of the first process.
 
-    Args:
-        tool (str): Name of the tool.
-        argv: Of the command line.
-        folder (Path): Of the outputs.
-        processes (int): How many there are, as if torchrun had started them.
-        prepare (callable, optional): What each of them does first.
+    There are as many as if torchrun had started them. Each calls `prepare`
+    first, and writes its output into the folder.
     """
     port = free_port()
     logs = [folder / f'log_{rank}' for rank in range(processes)]

@@ -170,15 +170,17 @@ def test_gradients_that_share_memory(process_group):
 
 
 @pytest.mark.parametrize(
-    'config, given',
-    [({}, dict(type='other')), (dict(find_unused_parameters=True), None)],
+    'config, given, expected',
+    [
+        ({}, None, dict(type=ForeachDistributedDataParallel)),
+        ({}, dict(type='other'), dict(type='other')),
+        (dict(find_unused_parameters=True), None, None),
+    ],
 )
-def test_when_runners_do_not_take_it(config, given):
-    """Else they do: see test_distributed.py."""
-
+def test_when_runners_take_it(config, given, expected):
     class Runner:
         distributed, cfg = True, config
         wrap_model = mock.Mock()
 
     exchanging_lists(Runner)().wrap_model(given, model := nn.Identity())
-    Runner.wrap_model.assert_called_once_with(given, model)
+    Runner.wrap_model.assert_called_once_with(expected, model)
