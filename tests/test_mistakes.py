@@ -31,16 +31,6 @@ SMALL = {
 }
 
 
-class Attack:
-    """Pickled, a call that makes a folder."""
-
-    def __init__(self, folder):
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
-
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
     """A folder of configs and checkpoints, and an image among results.
@@ -62,7 +52,7 @@ def files(tmp_path_factory):
     pixels = np.zeros((90, 120, 3), np.uint8)
     Image.fromarray(pixels).save(folder / 'pictures' / 'a.png')
 
-    attack = Attack(folder / 'attacked')
+    attack = tiny.Made(os.mkdir, (str(folder / 'attacked'),))
     contents = {'state_dict': {'a': torch.ones(1)}, 'b': attack}
     hostile, other = folder / 'hostile.pth', folder / 'hostile.np'
     torch.save(contents, hostile)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
+from tiny import Made
 from torch import nn
 
 from mmoverlock.checkpoint import CheckpointError, read, reading
@@ -197,18 +198,6 @@ def test_one_process_of_a_machine_downloads(kept, monkeypatch, rank, is_first):
 
 
 # ----------------------------------------------------------- hostile files
-
-
-class Made:
-    """Pickled, a call and what it makes filled: see ``object.__reduce__``."""
-
-    def __init__(self, *reduced):
-        self.reduced = reduced
-
-    def __reduce__(self):
-        return self.reduced
-
-    __call__ = __reduce__  # pickles want what they call to be callable
 
 
 @pytest.mark.parametrize(

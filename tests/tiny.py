@@ -310,6 +310,18 @@ def imagenet(folder, **options):
     return _write(cfg, folder, 'imagenet', options)
 
 
+class Made:
+    """Pickled, a call and what it makes filled: see ``object.__reduce__``."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+    __call__ = __reduce__  # pickles want what they call to be callable
+
+
 def photo(path, size, seed=0):
     """Write a picture of some large patches, of size (width, height)."""
     random = np.random.default_rng(seed)
