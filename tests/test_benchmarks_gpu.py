@@ -107,12 +107,9 @@ def measured(monkeypatch):
 
 
 def test_rows_fit_their_functions():
-    """Those of networks are compiled first, of every stage."""
-    names = [*gpu_rows.rows(CPU)]
-    network = 't, 128 x 224 x 224, bf16, training'
-    assert names.index('kernels compiled') < names.index(network)
+    """Kernels of all stages are compiled."""
     stages = {name.split(',')[0] for name in gpu_rows.compile_jobs(CPU)}
-    assert stages == {*gpu_rows.STRIDES} == {*gpu_rows.OverLoCK.block_groups}
+    assert stages == {*gpu_rows.OverLoCK.block_groups}
     for run, limit in gpu_rows.rows(CPU).values():
         assert limit > 0
         for function in run.values() if isinstance(run, dict) else [run]:
