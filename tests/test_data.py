@@ -196,16 +196,12 @@ FAULTS = {
         (IMAGE, INSIDE + bytes(100), None),
         (IMAGE, drawing(turn=3), None),  # nothing has to be in its place
         (IMAGE, encoded('.png', 'u2'), BITS),
-        (IMAGE, encoded('.png', 'u2', 3), BITS),
         (IMAGE, encoded('.tif', 'u2', 3), BITS),
-        (IMAGE, encoded('.png', 'u1', 3), None),
         (LIST, b'0.jpg 2', '/0.jpg .* no class .2; .* to 1.$'),
         (LIST, b'0.jpg', '/list.txt cannot be loaded: not'),
         (LIST, b'', 'nothing to load in .*/images and .*/list.txt'),
     ],
     'seg': [
-        (IMAGE, drawing(turn=6), '0.png .* size .* .48 x 40 .*40 x 48'),
-        (IMAGE, drawing((40, 48), turn=6), None),
         (IMAGE, drawing(turn=2), TURNED),
         (MAP, PNG[:500], '/labels/0.png is damaged or no image'),
         (MAP, None, '/labels/0.png does not exist'),
