@@ -151,6 +151,7 @@ def test_operators(measured):
         assert 1e-4 < figures['output'] <= figures['largest'] < 2e-2
     assert measured.copy(CPU, size=2**20)['rate'] > 0
     assert measured.matmul('fp32', CPU, size=64)['rate'] > 0
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_candidates():
