@@ -102,22 +102,24 @@ def test_disk_is_full(tmp_path, monkeypatch):
     reason='this mmengine draws random numbers for the data it skips',
 )
 def test_resumed_by_iterations(tmp_path):
-    """A training whose data have no epochs; its validation draws numbers."""
+    """A training whose data have no epochs, before and after a validation."""
     cfg = Config.fromfile(tiny.classifier(tmp_path))
     cfg.train_dataloader.sampler = dict(type='InfiniteSampler')
     flip = dict(type='RandomFlip', prob=0.5, direction='horizontal')
     cfg.val_dataloader.dataset.pipeline.insert(1, flip)
-    cfg.train_cfg = dict(by_epoch=False, max_iters=2, val_interval=1)
+    cfg.train_cfg = dict(by_epoch=False, max_iters=3, val_interval=2)
     cfg.default_hooks.checkpoint = dict(
         type='CheckpointHook', by_epoch=False, interval=1
     )
     cfg.dump(tmp_path / 'config.py')
-    resume = '--resume', tmp_path / 'a/iter_1.pth'
-    for name, options in ('a', ()), ('b', resume):
-        argv = '--work-dir', tmp_path / name, '--seed', 7, *options
-        output = tiny.run_tool('train', tmp_path / 'config.py', *argv)
-    assert 'resumed epoch: 0, iter: 1' in output
-    assert_equal_states(tmp_path / 'b/iter_2.pth', tmp_path / 'a/iter_2.pth')
+    argv = tmp_path / 'config.py', '--seed', 7, '--work-dir'
+    tiny.run_tool('train', *argv, tmp_path / 'a')
+    for i in 1, 2:
+        resume = '--resume', tmp_path / f'a/iter_{i}.pth'
+        output = tiny.run_tool('train', *argv, tmp_path / f'{i}', *resume)
+        assert f'resumed epoch: 0, iter: {i}' in output
+        ends = (tmp_path / name / 'iter_3.pth' for name in ('a', f'{i}'))
+        assert_equal_states(*ends)
 
 
 @pytest.mark.parametrize(
