@@ -74,7 +74,8 @@ def test_safetensors(tmp_path):
 def test_averaged_weights(path, names, average, capsys):
     """They are taken, as timm does, and that is said."""
     trained, averaged = ({'weight': torch.full((1,), i)} for i in (1.0, 2.0))
-    contents = reread(path, {names: trained, average: averaged, 'epoch': 3})
+    others = {'other_ema': trained, 'epoch': 3}  # the first average is taken
+    contents = reread(path, {names: trained, average: averaged} | others)
     assert contents['state_dict'] == averaged and contents['epoch'] == 3
     # Others have them beside their settings, or in a wrapper.
     wrapped = {'module.weight': averaged['weight'], 'bias': ONE}
