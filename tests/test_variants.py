@@ -8,13 +8,14 @@ import tiny
 import torch
 import torch.nn.functional as F
 from fusion import assert_fuses, far
-from networks import noise
+from networks import loss_of, noise
 from torch import nn
 
 from mmoverlock.checkpoint import CheckpointError
 from mmoverlock.models import OverLoCK, OverLoCKVariant
 from mmoverlock.models.blocks import FocusBlock
 from mmoverlock.models.layers import DropPath
+from mmoverlock.models.reparam import BRANCHES
 from mmoverlock.models.variants import MIXERS, REMOVALS, attend
 from mmoverlock.ops import contmix
 
@@ -32,7 +33,6 @@ VARIANTS = {
     ),
     'one map': dict(remove=['overview'], out_indices=(0,)),
     'two maps': dict(remove=['overview'], out_indices=(1, 2)),
-    'last map': dict(remove=['feature_guidance'], out_indices=(3,)),
 }
 IMAGES = noise(2, 3, 64, 64)
 SILU_IS_1, SIGMOID_IS_1 = 1.2784645427610738, 50
@@ -49,23 +49,20 @@ def build(**kwargs):
     return OverLoCKVariant(ARCH, **kwargs)
 
 
-@pytest.mark.parametrize(
-    'mixer', ['contmix', dict(type='contmix', num_regions=7)]
-)
-def test_nothing_removed(mixer):
-    """It is the full network."""
+def test_nothing_removed():
+    """It is the full network, and runs its kernels."""
+    assert type(build().sub_blocks3[0]) is FocusBlock
     full = OverLoCK(ARCH, drop_path_rate=0.2)
+    mixer = dict(type='contmix', num_regions=7)
     same = build(mixer=mixer, drop_path_rate=0.2)
     same.load_state_dict(full.state_dict())
     results = []
     for model in (same, full):
         torch.manual_seed(2)
         maps = model.train()(IMAGES)
-        sum(x.square().sum() for x in maps).backward()
+        loss_of(maps).backward()
         results.append([*maps, *(p.grad for p in model.parameters())])
     torch.testing.assert_close(*results)
-    if mixer == 'contmix':  # and runs its kernels
-        assert type(same.sub_blocks3[0]) is FocusBlock
 
 
 @pytest.mark.parametrize('name', VARIANTS)
@@ -249,18 +246,6 @@ def test_neighborhood_attention():
     torch.testing.assert_close(tiled, exact)  # of several tiles
 
 
-def static(mixer, x):
-    conv = mixer.lk_origin
-    assert conv.weight.shape[-1] == 9
-    return F.conv2d(x, conv.weight, conv.bias, padding=4, groups=24)
-
-
-def dilated_reparam(mixer, x):
-    weight, bias = mixer.eval().merge()
-    assert mixer.branches and weight.shape[-1] == 7
-    return F.conv2d(x, weight, bias, padding=3, groups=24)
-
-
 def involution(mixer, x):
     """With kernels that are the same everywhere."""
     nn.init.zeros_(mixer.kernel[-1].weight)
@@ -275,24 +260,27 @@ def deformable(mixer, x):
     return mixed + mixer.bias[:, None, None]
 
 
-@pytest.mark.parametrize(
-    'convolve, settings',
-    [
-        (static, dict(kernel_size=9)),
-        (dilated_reparam, {}),
-        (involution, {}),
-        (deformable, {}),
-    ],
-)
-def test_convolutions(convolve, settings):
-    """In all layouts, and as large as the stage's kernels or as given."""
-    model = build(mixer=dict(type=convolve.__name__, **settings))
-    block = model.sub_blocks3[0]
+@pytest.mark.parametrize('convolve', [involution, deformable])
+def test_convolutions(convolve):
+    """In all layouts."""
+    block = build(mixer=convolve.__name__).sub_blocks3[0]
     x = torch.randn(2, 24, 8, 9)
     expected = convolve(block.mixer, x)
     for layout in (torch.contiguous_format, torch.channels_last):
         mixed = block.dynamic_conv(None, x.contiguous(memory_format=layout))
         torch.testing.assert_close(mixed, expected)
+
+
+def test_large_convolutions():
+    """As large as the stage's kernels, or as given."""
+    for mixer, size, branches in (
+        ('static', 7, 0),
+        ('dilated_reparam', 7, len(BRANCHES[7]) + 1),
+        (dict(type='static', kernel_size=9), 9, 0),
+    ):
+        mixer = build(mixer=mixer).sub_blocks3[0].mixer
+        assert mixer.lk_origin.kernel_size == (size, size)
+        assert len(mixer.branches) == branches
 
 
 def test_window_attention():
@@ -315,14 +303,10 @@ def test_window_attention():
         ('gate', 'contmix', 'must be a list'),
         ((), dict(kernel_size=3), 'mixer must be one of'),
         ((), dict(type='static', num_regions=3), 'takes .*kernel_s'),
-        ((), dict(type='contmix', kernel_size=3), 'odd and at least 5'),
-        ((), dict(type='static', kernel_size=4), 'must be odd and'),
+        ((), dict(type='contmix', kernel_size=6), 'odd and at least 5'),
         ((), dict(type='contmix', num_regions=0), 'must be at least 1'),
         (['prior_update', 'overview'], 'contmix', 'no prior'),
         (['auxiliary_loss', 'overview'], 'contmix', 'no such loss'),
-        (['feature_guidance', 'initial_prior'], 'contmix', 'not updated'),
-        (['kernel_guidance', 'feature_guidance'], 'contmix', 'the overview'),
-        (['initial_prior', 'prior_update'], 'contmix', 'the prior is P0'),
         (['auxiliary_loss'], 'contmix', 'is for classifier=True'),
         (['dilated'], 'dilated_reparam', "'static'"),
         (['kernel_guidance'], 'static', 'nothing from the prior'),
