@@ -53,9 +53,7 @@ def readers(model, channels):
 
 def assert_fits(model):
     """Readers of the backbone's maps take their channels."""
-    arch = model.backbone.arch
-    for names, settings in OverLoCK.arch_zoo.items():
-        arch = settings if arch in names else arch
+    arch = OverLoCK._parse_arch(model.backbone.arch)
     shallow = dict(arch, depths=(1, 1, 1, 1), focus_depths=(1, 1))
     with torch.device('meta'):
         backbone = MODELS.build(dict(model.backbone, arch=shallow))
@@ -160,33 +158,16 @@ def test_metafiles():
 
 # --------------------------------------------------------------------- runs
 
-# Smaller heads, and as many queries as 64 px images have positions for.
-CHEAPER = {
-    'DINO': {
-        'num_queries': 20,
-        'dn_cfg.group_cfg.num_dn_queries': 10,
-        'encoder.num_layers': 1,
-        'decoder.num_layers': 1,
-    },
-    'CascadeRCNN': {
-        key: 8
-        for i in range(3)
-        for key in (
-            f'roi_head.bbox_head.{i}.conv_out_channels',
-            f'roi_head.bbox_head.{i}.fc_out_channels',
-            f'train_cfg.rcnn.{i}.sampler.num',
-        )
-    },
+# For images of 64 px, which have positions for so many queries and points.
+SMALLER = {
+    'CascadeRCNN': {f'train_cfg.rcnn.{i}.sampler.num': 8 for i in range(3)},
+    'DINO': {'num_queries': 20, 'dn_cfg.group_cfg.num_dn_queries': 10},
     'Mask2Former': {
         'data_preprocessor.batch_augments': None,
-        'panoptic_head.transformer_decoder.num_layers': 1,
         'train_cfg.num_points': 112,
     },
     'EncoderDecoder': {'data_preprocessor.size': (64, 64)},
-    'Mask2FormerHead': {
-        'decode_head.transformer_decoder.num_layers': 1,
-        'decode_head.train_cfg.num_points': 112,
-    },
+    'Mask2FormerHead': {'decode_head.train_cfg.num_points': 112},
 }
 
 
@@ -225,7 +206,7 @@ def test_run(path):
     for reader, channels in readers(cfg.model, backbone.out_channels):
         reader.in_channels = channels
     for part in cfg.model, cfg.model.get('decode_head', {}):
-        for key, value in CHEAPER.get(part.get('type'), {}).items():
+        for key, value in SMALLER.get(part.get('type'), {}).items():
             cfg.merge_from_dict({f'model.{key}': value})
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
     model.init_weights()
