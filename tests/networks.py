@@ -27,3 +27,16 @@ def noise(*shape, seed=1):  # other numbers than weights have
 def loss_of(maps):
     """A number that every map has a share in, each a different one."""
     return sum(i * x.float().square().mean() for i, x in enumerate(maps, 1))
+
+
+IMAGES = noise(2, 3, 64, 96)
+
+
+def step(model, x):
+    """Maps, gradients and buffers of a step; it drops the same every time."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    maps = model(x)
+    loss_of(maps).backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    return maps, grads, dict(model.named_buffers())
