@@ -1,9 +1,12 @@
-"""The classifiers: parity with the release, and their losses.
+"""The classifiers: parity with the release, their names, and their losses.
 
 A training is in test_stock_tools.py.
 """
 
+from unittest import mock
+
 import golden
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -12,58 +15,61 @@ from tiny import ARCH, ROOT
 from torch.nn.functional import cross_entropy
 
 from mmoverlock.models import OverLoCK
+from mmoverlock.models.plain import RELEASE
+from mmoverlock.models.weights import add_prefixes, remove_prefixes
 
 pytest.importorskip('mmpretrain')
 
 from mmengine.registry import init_default_scope
+from mmpretrain import get_model, inference_model, list_models
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 
+from mmoverlock import hub
 from mmoverlock.models.classification import OverLoCKClsHead
-from mmoverlock.models.weights import remove_prefixes
 
 
-def classifier(arch):
-    """That of a config, in float64, with the weights of the golden figures.
+def test_training():
+    """Both logits, gradients and buffers of a training step of the release.
 
     With its two prefixes, the state dict is exactly the release's.
     """
     init_default_scope('mmpretrain')
-    path = ROOT / f'configs/imagenet/overlock_{arch}_300e.py'
-    cfg = Config.fromfile(path).model
+    cfg = Config.fromfile(ROOT / 'configs/imagenet/overlock_xt_300e.py').model
     cfg.backbone.drop_path_rate = 0.0
     with torch.device('meta'):
         model = MODELS.build(cfg)
-    state = model.state_dict()
-    assert all(name.startswith(('backbone.', 'head.')) for name in state)
-    shapes = {k: [*v.shape] for k, v in remove_prefixes(state).items()}
-    if arch != 'b':
-        assert shapes == golden.load(f'keys_cls_{arch}')
-    drawn = golden.state_dict(shapes).values()
-    model.load_state_dict(dict(zip(state, drawn, strict=True)), assign=True)
-    return model
-
-
-@pytest.mark.parametrize('name', ['cls_t_160', 'cls_b_96'])
-@torch.no_grad()
-def test_inference(name):
-    """That of xt, and of its merged form, is in test_plain.py."""
-    figures = golden.load(name)
-    model = classifier(figures['arch']).eval()
-    logits = model(golden.image(figures['input']))
-    golden.assert_outputs_agree([logits], figures)
-
-
-def test_training():
-    """Both logits, gradients and buffers of a training step."""
+    state = golden.state_dict(golden.load('keys_cls_xt'))
+    model.load_state_dict(add_prefixes(state), assign=True)
     figures = golden.load('cls_xt_train_4x64')
-    model = classifier('xt').train()
     x = golden.image(figures['input']).requires_grad_()
     feats = model.extract_feat(x)
     logits = model.head(feats), model.head.aux_logits(feats)
     named = [*model.named_parameters(), *model.named_buffers()]
     tensors = remove_prefixes(dict(named))
     golden.assert_training_agrees(logits, x, tensors, figures)
+
+
+def test_hub(monkeypatch):
+    """Every weight of the released file arrives, and images are classified."""
+    hub.register()
+    hub.register()  # changes nothing
+    names = [f'overlock_{arch}_300e' for arch in ('b', 's', 't', 'xt')]
+    assert list_models('overlock*') == names
+    state = golden.state_dict(golden.load('keys_cls_xt'))
+    read = mock.Mock(return_value={'state_dict': state})
+    monkeypatch.setattr(hub, 'read', read)
+    model = get_model('overlock_xt_300e', pretrained=True)
+    read.assert_called_once_with(f'{RELEASE}overlock_xt_in1k_224.pth')
+    own = model.state_dict()
+    assert len(own) == len(state)
+    for name, value in add_prefixes(state).items():
+        assert torch.equal(own[name], value.to(own[name])), name
+    image = np.random.default_rng(0).integers(0, 255, (64, 80, 3), np.uint8)
+    result = inference_model(model, image)
+    assert result['pred_scores'].shape == (1000,)
+    classes = model._dataset_meta['classes']
+    assert result['pred_class'] == classes[result['pred_label']]
 
 
 @pytest.fixture
@@ -101,18 +107,15 @@ def test_losses(parts):
 
 
 @torch.no_grad()
-def test_inference_does_without_the_auxiliary_head(parts):
+def test_inference(parts):
+    """It does without the auxiliary head, whose weights are drawn alike."""
     _, head, feats = parts
+    weights = [weight for weight in head.parameters() if weight.ndim > 1]
+    assert len(weights) == 3
+    for weight in weights:
+        assert weight.std().item() == pytest.approx(0.02, rel=0.3)
     del head.eval().aux_head
     first, _ = head.predict(feats)
     hidden = head.pre_logits(feats)[..., None, None]
     logits = head.head[-1](hidden).flatten(1)
     torch.testing.assert_close(first.pred_score, logits[0].softmax(0))
-
-
-def test_initialization(parts):
-    _, head, _ = parts
-    weights = [weight for weight in head.parameters() if weight.ndim > 1]
-    assert len(weights) == 3
-    for weight in weights:
-        assert weight.std().item() == pytest.approx(0.02, rel=0.3)

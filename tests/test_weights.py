@@ -1,7 +1,7 @@
 """Loading weights: what fits, and what is said about it.
 
 That files are read safely is in test_reading.py; released ones are in
-test_hub.py and test_released_models.py.
+test_classification.py and test_released_models.py.
 """
 
 import re
