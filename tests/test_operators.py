@@ -414,7 +414,7 @@ def test_autocast(run):
 
 @pytest.mark.parametrize(
     'run',
-    [  # test_compile_regions.py has these in blocks
+    [  # test_compile.py has these in blocks
         pytest.param(run, marks=pytest.mark.slow)
         if run in (conv_norm, feed_forward, branches)
         else run
