@@ -61,13 +61,10 @@ def assert_loaded(model, state):
     torch.testing.assert_close(dict(own), expected, rtol=0, atol=0)
 
 
-def old(state):
-    """As DataParallel, and a PyTorch that did not count batches, had it."""
-    names = [n for n in state if not n.endswith('num_batches_tracked')]
-    return {f'module.{name}': state[name] for name in names}
-
-
 def of_a_detector(state):
+    """Of a PyTorch that did not count batches."""
+    names = [n for n in state if not n.endswith('num_batches_tracked')]
+    state = {name: state[name] for name in names}
     return {'state_dict': add_prefixes(state), 'meta': {}}
 
 
@@ -92,7 +89,6 @@ STEM = 'patch_embed1.0.weight (4, 3, 3, 3) instead of (4, 5, 3, 3)'
 @pytest.mark.parametrize(
     ('written', 'form', 'built', 'level', 'end'),
     [
-        ({}, old, {}, INFO, 'fit'),
         ({}, of_a_detector, DEPLOY, INFO, 'fit'),
         ({}, of_a_trainer, DEPLOY, INFO, 'fit'),
         (dict(classifier=True), released, FUSE, INFO, NEW),
