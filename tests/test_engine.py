@@ -136,6 +136,7 @@ def test_layer_decay(path):
     ('nets', 'settings', 'words'),
     [
         (['a'], {}, r'\(0, 1\], got None'),
+        (['a'], dict(layer_decay_rate=0), r'\(0, 1\], got 0'),
         (['a'], dict(layer_decay_rate=1.1), r'\(0, 1\], got 1.1'),
         (['a'], dict(layer_decay_rate=RATE, lr=None), 'optimizer.lr'),
         ([], dict(layer_decay_rate=RATE), 'ModuleDict has 0'),
