@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from networks import backbone, loss_of, noise
+from networks import backbone, loss_of, noise, step
 
 repeatable = settings(
     max_examples=8,
@@ -64,20 +64,18 @@ def test_weights_from_outside():
     """As functional_call gives them: outputs, gradients and statistics."""
     model, x = backbone().train(), noise(2, 3, 40, 52)
     state = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    parameters = [name for name, _ in model.named_parameters()]
-    given = [state[name].requires_grad_() for name in parameters]
-    loss = loss_of(model(x))
-    expected = torch.autograd.grad(loss, [*model.parameters()])
-    statistics = dict(model.named_buffers())
     other = backbone().requires_grad_(False).train()
     for weight in (*other.parameters(), *other.buffers()):
         weight.zero_()
-    actual = loss_of(torch.func.functional_call(other, state, (x,)))
-    assert torch.equal(actual, loss)
-    for pair in zip(torch.autograd.grad(actual, given), expected, strict=True):
-        assert torch.equal(*pair)
-    for name, buffer in statistics.items():
-        assert torch.equal(state[name], buffer), name
+    maps, grads, statistics = step(model, x)
+    for name in grads:
+        state[name].requires_grad_()
+    outs = torch.func.functional_call(other, state, (x,))
+    loss_of(outs).backward()
+    own = [state[name] for name in statistics]
+    given = [*outs, *(state[name].grad for name in grads), *own]
+    expected = [*maps, *grads.values(), *statistics.values()]
+    torch.testing.assert_close(given, expected, rtol=0, atol=0)
 
 
 @repeatable
@@ -101,15 +99,29 @@ def test_inference(shape, kwargs, layout):
         torch.testing.assert_close(model(other), expected)
 
 
-@pytest.mark.parametrize('size', [(1, 1), (16, 400)])
-def test_extreme_sizes(size):
-    """And a batch of nothing, as from a filter that leaves nothing."""
+@pytest.mark.parametrize(
+    'shape, dtype',
+    [
+        ((2, 3, 16, 400), torch.float),
+        ((2, 3, 1, 1), torch.half),
+        ((1, 3, 33, 40), torch.bfloat16),
+    ],
+)
+def test_extreme_sizes(shape, dtype, poison):
+    """And a batch of nothing, as from a filter that leaves nothing.
+
+    Gradients are finite, of a scaled loss in mixed precision.
+    """
     model = backbone(fuse_overview=True).train()
-    outputs = model(noise(2, 3, *size))
-    assert_maps(model, outputs, (2, 3, *size))
-    loss_of(outputs).backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-    assert_maps(model, model.eval()(noise(0, 3, *size)), (0, 3, *size))
+    with torch.autocast('cpu', dtype, enabled=dtype != torch.float):
+        outputs = model(noise(*shape))
+        assert_maps(model, outputs, shape)
+        loss = loss_of(outputs)
+    (loss * 2.0**10).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+    empty = 0, *shape[1:]
+    assert_maps(model, model.eval()(noise(*empty)), empty)
 
 
 def test_one_small_image():
