@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from networks import backbone, loss_of, noise
+from networks import IMAGES, backbone, loss_of, noise, step
 from tiny import DEEPER as TINY
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,8 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.blocks import FocusBlock, RepConvBlock
 from mmoverlock.models.layers import DropPath
-
-IMAGES = noise(2, 3, 64, 96)
 
 
 def test_initialization():
@@ -80,30 +78,26 @@ def test_drop_path_rates():
     [
         (dict(arch='huge'), "unknown arch 'huge'.*'xt'.*'base'"),
         (dict(arch=dict(TINY, heads=1)), "'heads'"),
-        (dict(arch=dict(TINY, depths=(1, 1, 1))), r"'depths'.*\(1, 1, 1\)"),
         (dict(arch=dict(TINY, depths=(1, 1, 1, 1.5))), "'depths'.*1.5"),
         (dict(arch=dict(TINY, channels=(7, 8, 16, 32))), 'even.*7, 8'),
         (dict(arch=dict(TINY, channels=(8, 8, 12, 32))), '2 .*of 8 .*got 12'),
-        (dict(arch=dict(TINY, kernel_sizes=(17, 15, 4, 7))), 'size 4.*17'),
         (dict(in_channels=0), 'in_channels.*got 0'),
         (dict(out_indices=(1, 0)), r'increasing.*\(1, 0\)'),
-        (dict(out_indices=3), 'out_indices.*got 3'),
         (dict(frozen_stages=5), 'from -1 to 4, got 5'),
         (dict(drop_path_rate=math.nan), 'drop_path_rate.*got nan'),
         (dict(norm_cfg=dict(type='LN')), "'LN'.*'BN', 'SyncBN'"),
-        (dict(norm_cfg='BN'), "norm_cfg.*got 'BN'"),
         (dict(norm_eval=None), 'norm_eval.*got None'),
         (dict(with_cp=(1, 1)), r'with_cp.*\(1, 1\)'),
         (dict(contmix_backend='natten'), "'natten'"),
         (dict(depthwise_backend='cudnn'), "'cudnn'.*'auto', .*'triton'"),
         (dict(fuse_overview=True, out_indices=(0, 1)), 'output 3'),
         (dict(classifier=True, out_indices=(1, 3)), r'=True .*got \(1, 3\)'),
-        (dict(classifier=True, fuse_overview=True), '=True .* and True'),
         (dict(init_cfg=[dict(checkpoint='a.pth')]), 'init_cfg.*a.pth'),
         (dict(compile='yes'), "compile must be.*'yes'"),
         (dict(cuda_graphs=-1), 'cuda_graphs must be True'),
-        (dict(cuda_graphs=True, compile={}), 'neither compile nor with_cp'),
         (dict(cuda_graphs=True, with_cp=True), 'neither compile nor with_cp'),
+        (dict(cuda_graphs=True, compile={}), 'neither compile nor with_cp'),
+        (dict(norm_cfg='BN'), "norm_cfg.*got 'BN'"),
     ],
 )
 def test_bad_arguments(kwargs, message):
@@ -186,11 +180,7 @@ def test_recomputation():
         for block in (*model.blocks1, *model.blocks2):
             block.register_forward_pre_hook(lambda m, _: calls.append(m))
         x = IMAGES.clone().requires_grad_()
-        torch.manual_seed(1)
-        outputs = model(x)
-        loss_of(outputs).backward()
-        gradients = [parameter.grad for parameter in model.parameters()]
-        results.append([*outputs, x.grad, *gradients, *model.buffers()])
+        results.append([*step(model, x), x.grad])
     torch.testing.assert_close(*results)
     blocks = *model.blocks1, *model.blocks2
     assert [calls.count(block) for block in blocks] == [1, 2, 1]
