@@ -3,12 +3,10 @@
 import re
 from unittest import mock
 
-import numpy as np
 import pytest
 import tiny
 from mmengine.config import Config
 from mmengine.runner import Runner
-from PIL import Image
 from torch import nn
 
 from mmoverlock import cli, data
@@ -27,33 +25,29 @@ from mmoverlock.models import OverLoCK
 train = tiny.load_tool('train')
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    """A detector as ``new.py``, as training dumps it, its weights, an image.
+@pytest.mark.parametrize('name', ['new.py', 'dumped.py'])
+def test_tools(tmp_path, monkeypatch, name):
+    """They build it, and know its packages, datasets and optimizers.
 
-    Of the module that L1Loss is in, there is a function of the same name.
+    As written, and as training dumps it. Of the module that L1Loss is in,
+    there is a function of the same name.
     """
-    folder = tmp_path_factory.mktemp('lazy')
-    cfg = Config.fromfile(tiny.write_model('det', folder)[0])
+    config, checkpoint = tiny.write_model('det', tmp_path)
+    cfg = Config.fromfile(config)
     cfg.default_scope = None
     cfg.pop('custom_imports')
     text = cfg.pretty_text
-    for name in re.findall(r'\b[A-Z]\w+(?=[,\n])', IMPORTS):
-        assert f"type='{name}'" in text, name
-        text = text.replace(f"type='{name}'", f'type={name}')
-    (folder / 'new.py').write_text(IMPORTS + text)
-    Config.fromfile(folder / 'new.py').dump(folder / 'dumped.py')
-    assert 'smooth_l1_loss.L1Loss' in (folder / 'dumped.py').read_text()
-    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
-    Image.fromarray(pixels).save(folder / 'a.png')
-    return folder
-
-
-@pytest.mark.parametrize('name', ['new.py', 'dumped.py'])
-def test_tools(folder, tmp_path, monkeypatch, name):
-    """They build it, and know its packages, datasets and optimizers."""
-    config = folder / name
-    argv = config, folder / 'det.pth', folder / 'a.png', '--out', tmp_path
+    for kind in re.findall(r'\b[A-Z]\w+(?=[,\n])', IMPORTS):
+        assert f"type='{kind}'" in text, kind
+        text = text.replace(f"type='{kind}'", f'type={kind}')
+    config = tmp_path / 'new.py'
+    config.write_text(IMPORTS + text)
+    if name == 'dumped.py':
+        config = tmp_path / name
+        Config.fromfile(tmp_path / 'new.py').dump(config)
+        assert 'smooth_l1_loss.L1Loss' in config.read_text()
+    tiny.photo(tmp_path / 'a.png', (80, 60))
+    argv = config, checkpoint, tmp_path / 'a.png', '--out', tmp_path
     tiny.run_tool('predict', *argv, '--device', 'cpu')
     assert '"name": "person"' in (tmp_path / 'predictions.json').read_text()
     monkeypatch.setattr(train, 'get_device', lambda: 'cpu')
@@ -67,25 +61,20 @@ def test_tools(folder, tmp_path, monkeypatch, name):
         data.check_data(cfg, 'test')
 
 
-def test_runner(monkeypatch):
+def test_launch_without_gpus(monkeypatch):
+    """Batch norms stand for those of any kind that need some."""
     bases, runner = [], mock.Mock(**{'from_cfg.return_value.hooks': []})
     monkeypatch.setattr(
         cli, 'checked', lambda kind: bases.append(kind.__base__) or runner
     )
-    cli.build_runner(Config(dict(launcher='none', runner_type=Runner)), True)
-    assert bases == [Runner]
-
-
-def test_launch_without_gpus(monkeypatch):
-    """Batch norms stand for those of any kind that need some."""
-    monkeypatch.setattr(
-        cli.torch.distributed, 'init_process_group', lambda backend: None
-    )
+    monkeypatch.setattr(cli, 'get_device', lambda: 'cpu')
+    start = 'torch.distributed.init_process_group'
+    monkeypatch.setattr(start, lambda backend: None)
     kinds = 'SyncBN', 'torch.nn.SyncBatchNorm', nn.SyncBatchNorm
     norms = {f'norm{i}': dict(type=kind) for i, kind in enumerate(kinds)}
-    cfg = Config(dict(launcher='pytorch', model=norms))
     wrapper = dict(type='ForeachDistributedDataParallel')  # has no options
-    cfg.model_wrapper_cfg = wrapper
-    cli._prepare_cpu_launch(cfg)
-    assert cfg.model_wrapper_cfg == wrapper
+    settings = dict(runner_type=Runner, model_wrapper_cfg=wrapper)
+    cfg = Config(dict(launcher='pytorch', model=norms, **settings))
+    cli.build_runner(cfg, True)
+    assert bases == [Runner] and cfg.model_wrapper_cfg == wrapper
     assert {norm['type'] for norm in cfg.model.values()} == {'BN'}
