@@ -1,13 +1,11 @@
 """OverLoCK in a program of one's own, without OpenMMLab's packages."""
 
-import os
-import subprocess
-import sys
 from unittest import mock
 
 import golden
 import pytest
 import torch
+from kernels import python
 from networks import IMAGES
 from tiny import ARCH as TINY
 from tiny import randomize
@@ -38,9 +36,9 @@ def file(state, tmp_path):
 
 
 def test_names():
+    assert {*mmoverlock.__all__} <= {*dir(mmoverlock)}
     for name in mmoverlock.__all__:
         assert getattr(mmoverlock, name).__name__ == name
-        assert name in dir(mmoverlock)
     with pytest.raises(AttributeError, match='overlock_l'):
         mmoverlock.overlock_l  # noqa: B018
 
@@ -62,7 +60,7 @@ def test_it_computes_what_the_release_computes(name):
         golden.assert_outputs_agree([fuse(model)(image)], figures)
 
 
-def test_alone(file, tmp_path):
+def test_alone(file):
     """torch and mmengine suffice, and the log has a line on the weights.
 
     Kernels say what they need. Importing the package is lighter still: its
@@ -90,18 +88,11 @@ for name in 'depthwise_backend', 'contmix_backend':
         raise AssertionError(name)
 print(len(maps), *logits.shape)
 """
-    done = subprocess.run(
-        [sys.executable, '-c', code],
-        env={**os.environ, 'COLUMNS': '80'},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    *log, last = done.stdout.splitlines()
+    out = python(code, COLUMNS='80')
+    *log, last = out.splitlines()
     assert last == '4 1 5'
     assert len(log) < 8
-    assert 'head.4.weight (1000, 1024, 1, 1) instead of (5, ' in done.stdout
+    assert 'head.4.weight (1000, 1024, 1, 1) instead of (5, ' in out
 
 
 @pytest.mark.parametrize('change', [dict, add_prefixes, merge])
@@ -144,9 +135,15 @@ def test_load_state_dict_of_features(state):
     assert norm.eq(5).all()
 
 
-def test_other_classes_and_channels(file, state):
-    """Layers that read or make others start anew."""
-    model = overlock_xt(file, num_classes=5, in_channels=4, aux_head=True)
+def test_other_classes_and_channels(monkeypatch, state):
+    """Layers that read or make others start anew; True names the release."""
+    read = mock.Mock(return_value={'state_dict': state})
+    monkeypatch.setattr(plain, 'read', read)
+    model = overlock_xt(True, num_classes=5, in_channels=4, aux_head=True)
+    read.assert_called_once_with(
+        'https://github.com/LMMMEng/OverLoCK/releases/download/v1/'
+        'overlock_xt_in1k_224.pth'
+    )
     own = model.state_dict()
     new = {
         name.rpartition('.')[0]
@@ -155,16 +152,6 @@ def test_other_classes_and_channels(file, state):
     }
     assert new == {'patch_embed1.0', 'head.4', 'aux_head.2'}
     assert 0.015 < model.head[4].weight.std() < 0.025
-
-
-def test_pretrained_true_names_the_release(monkeypatch, state):
-    read = mock.Mock(return_value={'state_dict': state})
-    monkeypatch.setattr(plain, 'read', read)
-    overlock_xt(pretrained=True)
-    read.assert_called_once_with(
-        'https://github.com/LMMMEng/OverLoCK/releases/download/v1/'
-        'overlock_xt_in1k_224.pth'
-    )
 
 
 def test_what_does_not_fit_is_an_error(state, file):
