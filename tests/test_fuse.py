@@ -142,8 +142,6 @@ CONV_MODULES = {  # settings, and how many convolutions are fused
     'activation first': (dict(order=('act', 'conv', 'norm')), 1),
     'norm last': (dict(order=('conv', 'act', 'norm')), 0),
     'group norm': (dict(norm_cfg=dict(type='GN', num_groups=2)), 0),
-    'spectral norm': (dict(with_spectral_norm=True), 0),
-    'standardized': (dict(conv_cfg=dict(type='ConvWS')), 0),
 }
 
 
