@@ -19,7 +19,7 @@ from mmoverlock.models.layers import DWConv
 
 @pytest.mark.parametrize('form', [{}, dict(fuse_overview=True, deploy=True)])
 def test_backbone(form):
-    """The released weights are in test_plain.py."""
+    """The released weights are in test_parity.py."""
     model = far(backbone(**form))
     weights = [*model.parameters()]
     before = [weight.clone() for weight in weights]
