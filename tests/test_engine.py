@@ -68,8 +68,6 @@ def test_scaled_rates(tmp_path):
 
 
 RATE, LR, DECAY = 0.5, 1e-3, 0.05
-GROUPED = 'GroupedOptimWrapperConstructor'
-LAYERWISE = 'LayerDecayOptimWrapperConstructor'
 # Layers from the last: which power of the rate.
 POWERS = {
     **{'patch_embed1': 9, 'blocks1.0': 8},
@@ -80,11 +78,11 @@ POWERS = {
 }
 
 
-def build(model, constructor=LAYERWISE, lr=LR, **paramwise):
+def build(model, lr=LR, **paramwise):
     """An optimizer's wrapper, and its groups by names of parameters."""
     rates = {} if lr is None else dict(lr=lr)
     cfg = dict(
-        constructor=constructor,
+        constructor='LayerDecayOptimWrapperConstructor',
         optimizer=dict(type='AdamW', weight_decay=DECAY, fused=True, **rates),
         paramwise_cfg=paramwise,
     )
@@ -92,20 +90,6 @@ def build(model, constructor=LAYERWISE, lr=LR, **paramwise):
     wrapper = build_optim_wrapper(model, cfg)
     groups = wrapper.optimizer.param_groups
     return wrapper, {names[id(p)]: g for g in groups for p in g['params']}
-
-
-def test_groups():
-    """One for each setting in use; all settings are mmengine's."""
-    model = nn.ModuleDict(dict(backbone=OverLoCK(TINY), head=nn.Linear(1, 1)))
-    keys = dict(norm=dict(decay_mult=0.0), head=dict(lr_mult=10.0))
-    _, groups = build(model, GROUPED, custom_keys=keys)
-    _, expected = build(
-        model, 'DefaultOptimWrapperConstructor', custom_keys=keys
-    )
-    assert len({*map(id, groups.values())}) == 3
-    assert groups.keys() == expected.keys()
-    for name, group in groups.items():
-        assert group == expected[name] | dict(params=group['params']), name
 
 
 @pytest.mark.parametrize('path', ['', 'student.backbone.'])
@@ -153,7 +137,7 @@ def test_mistakes(nets, settings, words):
 def test_gradients_have_the_strides_of_parameters():
     """Fused operators on GPUs take no others, though sides of 1 have any."""
     model = backbone()
-    wrapper, _ = build(model, GROUPED)
+    wrapper, _ = build(model, layer_decay_rate=RATE)
     loss_of(model(IMAGES)).backward()
     grads = [p.grad.clone() for p in model.parameters()]
     conv = model.high_level_proj.weight
