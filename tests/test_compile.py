@@ -47,12 +47,13 @@ def make():
     torch.compiler.reset()
     counters.clear()
 
-    def make(backend='eager', dtype=torch.float64, **options):
+    def make(backend='eager', dtype=torch.float64, training=True, **options):
         counter = CompileCounterWithBackend(backend)
         plain = backbone(ARCH, **options)
         compiled = OverLoCK(ARCH, compile=dict(backend=counter), **options)
         compiled.load_state_dict(plain.state_dict())
-        return plain.to(dtype), compiled.to(dtype), counter
+        models = plain.to(dtype), compiled.to(dtype)
+        return *(model.train(training) for model in models), counter
 
     yield make
     torch.compiler.reset()
@@ -74,8 +75,7 @@ def compare(plain, compiled, shape):
 @pytest.mark.parametrize('training', [False, True])
 def test_whole_network(training, make):
     """It is one graph, and no block is a graph in it."""
-    plain, compiled, counter = make(deploy=not training)
-    plain.train(training), compiled.train(training)
+    plain, compiled, counter = make(training=training, deploy=not training)
     run = torch.compile(compiled, fullgraph=True, backend='eager')
     x = images((2, 3, 64, 64), plain)
     for _ in range(2):  # running statistics, and what is cached
@@ -99,8 +99,7 @@ def test_many_sizes(make):
 @torch.no_grad()
 def test_copies(make):
     """They run graphs that are there, with weights and sizes of their own."""
-    plain, compiled, counter = make(out_indices=(0,))
-    plain.eval(), compiled.eval()
+    plain, compiled, counter = make(out_indices=(0,), training=False)
     x = images((2, 3, 64, 64), plain)
     check(compiled(x), plain(x))
     other = copy.deepcopy(compiled)
@@ -118,8 +117,7 @@ def test_copies(make):
 @torch.no_grad()
 def test_what_changes_a_block(make):
     """Hooks that come late are called, and fused blocks are other blocks."""
-    plain, compiled, counter = make(out_indices=(0,))
-    plain.eval(), compiled.eval()
+    plain, compiled, counter = make(out_indices=(0,), training=False)
     x = images((1, 3, 64, 96), plain)
     seen = []
     check(compiled(x), plain(x))
@@ -135,8 +133,7 @@ def test_what_changes_a_block(make):
 
 
 def test_tracing_and_counting_see_the_blocks(make):
-    plain, compiled, counter = make(out_indices=(0,))
-    plain.eval(), compiled.eval()
+    plain, compiled, counter = make(out_indices=(0,), training=False)
     x = images((1, 3, 64, 64), plain)
     counts = []
     for model in (plain, compiled):
