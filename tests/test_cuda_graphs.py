@@ -122,10 +122,11 @@ def gradients_of(model, *seeds):
     return [p.grad for p in model.parameters()]
 
 
-def assert_same(models, run=train, close=torch.testing.assert_close):
+def assert_same(models, run=train, **limits):
     """A function returns the same of both models, and leaves them the same."""
-    close(*map(run, models))
-    close(*(model.state_dict() for model in models))
+    torch.testing.assert_close(*map(run, models), **limits)
+    states = (model.state_dict() for model in models)
+    torch.testing.assert_close(*states, **limits)
 
 
 @pytest.fixture
@@ -138,14 +139,15 @@ def recorded(replays):
 
 
 @pytest.mark.parametrize(
-    'options, shapes',
+    'options, settings',
     [
-        ({}, (SIZE, OTHER)),
-        (dict(drop_path_rate=0.5), (SIZE,)),
-        (dict(frozen_stages=2, norm_eval=True), (SIZE,)),
+        ({}, dict(shapes=(SIZE, OTHER))),
+        ({}, dict(lr=0.1, half=True)),  # which keeps casts of weights
+        (dict(drop_path_rate=0.5), {}),
+        (dict(frozen_stages=2, norm_eval=True), {}),
     ],
 )
-def test_training(replays, options, shapes):
+def test_training(replays, options, settings):
     models = build(**options), build(False, **options)
 
     def run(model):
@@ -153,15 +155,16 @@ def test_training(replays, options, shapes):
             model.extra_norm['0'].requires_grad_(False)
             model.unused = nn.PReLU().to(DEVICE)
             del model.blocks4[-1]
-        outs = train(model, shapes=shapes)
+        outs = train(model, **settings)
         grads = [p.grad is None for p in model.parameters()]
         return outs, grads, [[x.requires_grad for x in xs] for xs in outs]
 
     if 'drop_path_rate' in options and ON_GPU:
         run(models[0])  # a graph draws other numbers
     else:
-        assert_same(models, run)
-    assert replays == STEP * 3 * len(shapes)
+        limits = dict(rtol=0.02, atol=0.02) if 'half' in settings else {}
+        assert_same(models, run, **limits)
+    assert replays == STEP * (6 if 'shapes' in settings else 3)
 
 
 def test_inference(replays):
@@ -174,16 +177,6 @@ def test_inference(replays):
 
     assert_same(models, run)
     assert replays == ['run'] * 3
-
-
-def test_autocast(replays):
-    """Casts of weights that autocast keeps are not what is replayed."""
-    assert_same(
-        (build(), build(False)),
-        partial(train, lr=0.1, half=True),
-        partial(torch.testing.assert_close, rtol=0.02, atol=0.02),
-    )
-    assert replays == STEP * 3
 
 
 def test_gradients_add_up(recorded, replays):

@@ -49,19 +49,17 @@ class OwnForward(RepConvBlock):
         return super().forward(x)
 
 
-@pytest.mark.parametrize('other', ['identity', 'class', 'hook'])
+@pytest.mark.parametrize('other', ['class', 'hook'])
 def test_block_that_is_something_else(other):
     """It gets its map alone, and the others drop as they do beside it."""
     model, seen = backbone(drop_path_rate=0.9).train(), []
-    if other == 'identity':
-        model.blocks2[0] = nn.Identity()
-    elif other == 'class':
+    if other == 'class':
         model.blocks2[0].__class__ = OwnForward
     else:
         hook = model.blocks2[0].register_forward_pre_hook
         hook(lambda block, args: seen.append(len(args)))
     with torch.no_grad():
-        outs = model(torch.randn(2, 3, 64, 64))
+        outs = model(IMAGES)
     assert all(out.isfinite().all() for out in outs)
     assert seen == [1] * (other == 'hook')
 
