@@ -24,10 +24,6 @@ class Report(Hook):
         print('found:', mode, cudnn, os.environ['CUBLAS_WORKSPACE_CONFIG'])
 
 
-def register():
-    """Importing this module has registered the hook."""
-
-
 @pytest.mark.parametrize(
     'task',
     [
@@ -48,7 +44,7 @@ def test_seeds(task, tmp_path):
             'train_dataloader.persistent_workers=True',
             'train_cfg.val_interval=9',
             folder=tmp_path,
-            prepare=register,
+            prepare=Report,  # which is registered by its import
         )
         path = (tmp_path / name / 'last_checkpoint').read_text()
         states.append(torch.load(path, weights_only=False)['state_dict'])

@@ -26,13 +26,6 @@ def state(monkeypatch):
     return randomize(overlock_xt(aux_head=True)).state_dict()
 
 
-@pytest.fixture
-def file(state, tmp_path):
-    path = tmp_path / 'released.pth'
-    torch.save(state, path)
-    return str(path)
-
-
 def test_names():
     assert {*mmoverlock.__all__} <= {*dir(mmoverlock)}
     for name in mmoverlock.__all__:
@@ -41,12 +34,14 @@ def test_names():
         mmoverlock.overlock_l  # noqa: B018
 
 
-def test_alone(file):
+def test_alone(state, tmp_path):
     """torch and mmengine suffice, and the log has a line on the weights.
 
     Kernels say what they need. Importing the package is lighter still: its
     names are lazy.
     """
+    file = str(tmp_path / 'released.pth')
+    torch.save(state, file)
     code = f"""
 import sys
 for name in 'mmdet', 'mmseg', 'mmpretrain', 'timm', 'torchvision':
@@ -135,7 +130,8 @@ def test_other_classes_and_channels(monkeypatch, state):
     assert 0.015 < model.head[4].weight.std() < 0.025
 
 
-def test_what_does_not_fit_is_an_error(state, file):
+def test_what_does_not_fit_is_an_error(state, tmp_path):
+    file = str(tmp_path / 'file.pth')
     torch.save({k: state[k] for k in state if 'head.0' not in k}, file)
     with pytest.raises(CheckpointError, match='missing: head.0.weight'):
         overlock_xt(file)
