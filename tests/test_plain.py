@@ -132,6 +132,10 @@ def test_other_classes_and_channels(monkeypatch, state):
 
 def test_what_does_not_fit_is_an_error(state, tmp_path):
     file = str(tmp_path / 'file.pth')
+    torch.save(state, file)
+    with torch.device('meta'):
+        with pytest.raises(CheckpointError, match='OverLoCK xt, and the mod'):
+            mmoverlock.overlock_t(file)
     torch.save({k: state[k] for k in state if 'head.0' not in k}, file)
     with pytest.raises(CheckpointError, match='missing: head.0.weight'):
         overlock_xt(file)
