@@ -1,6 +1,7 @@
-"""The classifiers: parity with the release, their names, and their losses.
+"""The classifiers in MMPretrain: their names, and their losses.
 
-A training is in test_stock_tools.py.
+A training is in test_stock_tools.py, parity with the release in
+test_parity.py.
 """
 
 from unittest import mock
@@ -9,49 +10,28 @@ import golden
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
 from networks import noise
-from tiny import ARCH, ROOT
+from tiny import ARCH
 from torch.nn.functional import cross_entropy
 
 from mmoverlock.models import OverLoCK
 from mmoverlock.models.plain import RELEASE
-from mmoverlock.models.weights import add_prefixes, remove_prefixes
+from mmoverlock.models.weights import add_prefixes
 
 pytest.importorskip('mmpretrain')
 
-from mmengine.registry import init_default_scope
 from mmpretrain import get_model, inference_model, list_models
-from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 
 from mmoverlock import hub
 from mmoverlock.models.classification import OverLoCKClsHead
 
 
-def test_training():
-    """Both logits, gradients and buffers of a training step of the release.
+def test_hub(monkeypatch):
+    """Every weight of the released file arrives, and images are classified.
 
     With its two prefixes, the state dict is exactly the release's.
     """
-    init_default_scope('mmpretrain')
-    cfg = Config.fromfile(ROOT / 'configs/imagenet/overlock_xt_300e.py').model
-    cfg.backbone.drop_path_rate = 0.0
-    with torch.device('meta'):
-        model = MODELS.build(cfg)
-    state = golden.state_dict(golden.load('keys_cls_xt'))
-    model.load_state_dict(add_prefixes(state), assign=True)
-    figures = golden.load('cls_xt_train_4x64')
-    x = golden.image(figures['input']).requires_grad_()
-    feats = model.extract_feat(x)
-    logits = model.head(feats), model.head.aux_logits(feats)
-    named = [*model.named_parameters(), *model.named_buffers()]
-    tensors = remove_prefixes(dict(named))
-    golden.assert_training_agrees(logits, x, tensors, figures)
-
-
-def test_hub(monkeypatch):
-    """Every weight of the released file arrives, and images are classified."""
     hub.register()
     hub.register()  # changes nothing
     names = [f'overlock_{arch}_300e' for arch in ('b', 's', 't', 'xt')]
@@ -61,10 +41,10 @@ def test_hub(monkeypatch):
     monkeypatch.setattr(hub, 'read', read)
     model = get_model('overlock_xt_300e', pretrained=True)
     read.assert_called_once_with(f'{RELEASE}overlock_xt_in1k_224.pth')
-    own = model.state_dict()
-    assert len(own) == len(state)
-    for name, value in add_prefixes(state).items():
-        assert torch.equal(own[name], value.to(own[name])), name
+    own, wanted = model.state_dict(), add_prefixes(state)
+    assert own.keys() == wanted.keys()
+    for name, value in own.items():
+        assert torch.equal(value, wanted[name].to(value)), name
     image = np.random.default_rng(0).integers(0, 255, (64, 80, 3), np.uint8)
     result = inference_model(model, image)
     assert result['pred_scores'].shape == (1000,)

@@ -49,9 +49,10 @@ def test_inference(name, backend, fused):
         golden.assert_outputs_agree(outputs, figures)
 
 
-def test_training():
+@pytest.mark.parametrize('name', ['det_t_train_2x96x64', 'cls_xt_train_4x64'])
+def test_training(name):
     """Outputs, gradients and buffers of a training step."""
-    figures, image, model = build('det_t_train_2x96x64')
+    figures, image, model = build(name)
     image.requires_grad_()
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     golden.assert_training_agrees(model(image), image, tensors, figures)

@@ -141,15 +141,6 @@ def test_what_does_not_fit_is_an_error(state, tmp_path):
         overlock_xt(file)
 
 
-def test_training():
-    """Two logits with an auxiliary head; every weight gets a gradient."""
-    model = OverLoCKClassifier(TINY, 7, aux_head=True)
-    outputs = model(IMAGES)
-    assert [x.shape for x in outputs] == [(2, 7), (2, 7)]
-    sum(x.sum() for x in outputs).backward()
-    assert all(weight.grad is not None for weight in model.parameters())
-
-
 @torch.no_grad()
 def test_parts_make_the_whole():
     model = OverLoCKClassifier(TINY, 7, drop_rate=0.5).eval()
