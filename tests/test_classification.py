@@ -15,7 +15,7 @@ from tiny import ARCH
 from torch.nn.functional import cross_entropy
 
 from mmoverlock.models import OverLoCK
-from mmoverlock.models.plain import RELEASE
+from mmoverlock.models.plain import RELEASE, OverLoCKClassifier
 from mmoverlock.models.weights import add_prefixes
 
 pytest.importorskip('mmpretrain')
@@ -45,6 +45,12 @@ def test_hub(monkeypatch):
     assert own.keys() == wanted.keys()
     for name, value in own.items():
         assert torch.equal(value, wanted[name].to(value)), name
+    plain = OverLoCKClassifier('xt', aux_head=True).eval()
+    plain.load_state_dict(state)
+    x = noise(2, 3, 64, 96)
+    with torch.no_grad():
+        logits = model.eval().head(model.extract_feat(x))
+        torch.testing.assert_close(logits, plain(x))
     image = np.random.default_rng(0).integers(0, 255, (64, 80, 3), np.uint8)
     result = inference_model(model, image)
     assert result['pred_scores'].shape == (1000,)
