@@ -1,7 +1,6 @@
 """tools/summarize.py and the curves at the end of a training."""
 
 import json
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -86,9 +85,11 @@ def test_curves(tmp_path, figures):
         assert (len(trained), len(evaluated)) == (left, left // 3)
 
 
-def test_classifier(trained, tmp_path, figures, monkeypatch):
+def test_classifier(tmp_path, figures, monkeypatch):
     """A picture of some images of the validation set, if there is one."""
-    folder = shutil.copytree(trained('classifier')[1], tmp_path / 'work')
+    folder = tmp_path / 'work'
+    argv = 'train', tiny.classifier(tmp_path), '--work-dir', folder
+    tiny.run_tool(*argv, curves=True)
     (folder / 'classifier.py').write_text('model = {}')  # a test's
     [config] = folder.glob('*/vis_data/config.py')
     cfg = Config.fromfile(config)
@@ -114,10 +115,11 @@ def test_classifier(trained, tmp_path, figures, monkeypatch):
     assert 'a checkpoint or losses' in out
 
 
-def test_segmentor(trained, tmp_path, figures):
+def test_segmentor(tmp_path, figures):
     """Of a test set only: predictions beside the truth."""
-    file, work_dir, _ = trained('segmentor')
-    folder = shutil.copytree(work_dir, tmp_path / 'work')
+    folder = tmp_path / 'work'
+    argv = 'train', tiny.segmentor(tmp_path), '--work-dir', folder
+    tiny.run_tool(*argv, curves=True)
     [config] = folder.glob('*/vis_data/config.py')
     cfg = Config.fromfile(config)
     cfg.pop('val_dataloader')
@@ -125,7 +127,7 @@ def test_segmentor(trained, tmp_path, figures):
     tiny.run_tool('summarize', folder, '--images', 1)
     axes = figures[-1].axes[0]
     truth, predicted = np.split(axes.images[0].get_array(), 2, axis=1)
-    [image] = file.parent.rglob(axes.get_title())
+    [image] = tmp_path.rglob(axes.get_title())
     assert truth.shape[:2] == Image.open(image).size[::-1]
     assert (truth != predicted).any()
 
