@@ -27,17 +27,19 @@ from mmoverlock.ops import (
     scaled_residual,
     squeeze_excite,
     sum_of_branches,
+    sync_batch_norm,
     update_prior,
 )
-from mmoverlock.ops.pointwise import round_parameters, rows
+from mmoverlock.ops.common import channels_last
+from mmoverlock.ops.pointwise import rows
 
 triton = pytest.importorskip('triton', '3.6')
 squeeze = pytest.importorskip('mmoverlock.ops.excitation.triton')
 responses = pytest.importorskip('mmoverlock.ops.grn.triton')
 convolutions = pytest.importorskip('mmoverlock.ops.conv3x3.triton')
-norms = pytest.importorskip('mmoverlock.ops.layernorm.triton')
 pointwise = pytest.importorskip('mmoverlock.ops.pointwise.triton')
 networks = pytest.importorskip('mmoverlock.ops.ffn.triton')
+batch_norm = pytest.importorskip('mmoverlock.ops.batch_norm.triton')
 
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 TOLERANCES = {SINGLE: 1e-6, HALF: 1e-3, BRAIN: 1e-2}
@@ -83,6 +85,62 @@ def branches(x, backend='auto', **parameters):
     return sum_of_branches(x, made, backend), *statistics(made)
 
 
+def normalize(x, scales, shifts, backend='auto'):
+    """By a batch norm, and its statistics."""
+    (norm,) = make_norms(scales, shifts)
+    run = plain_norm if backend == 'reference' else sync_batch_norm
+    return run(x, norm), *statistics([norm])
+
+
+def plain_norm(x, norm):
+    *affine, mean, variance, batches, momentum, eps = norm
+    batches += 1
+    return F.batch_norm(x, mean, variance, *affine, True, momentum, eps)
+
+
+def excite(x, y, gate, scales, shifts, backend='auto', **weights):
+    """Squeeze and excitation of a norm, or a gated one of two, as in blocks.
+
+    And statistics of the norms.
+    """
+    maps = [x] if y is None else [x, y, gate]
+    norms = make_norms(scales[: len(maps)], shifts[: len(maps)])
+    if backend == 'reference':
+        x, *others = map(plain_norm, maps, norms)
+        gate = None
+        if others:
+            x, gate = x + others[0], F.silu(others[1])
+        out = squeeze_excite(x, **weights, gate=gate, backend=backend)
+    else:
+        affine = [t for norm in norms for t in norm[:2]]
+        out = Excited.apply(norms, *maps, *affine, *weights.values())
+    return out, *statistics(norms)
+
+
+class Excited(torch.autograd.Function):
+    """Operands are one map or three, scales and shifts, and four weights."""
+
+    @staticmethod
+    def forward(ctx, norms, *operands):
+        maps, weights = operands[: len(norms)], operands[-4:]
+        x, other, gate = [*maps, None, None][:3]
+        measured = batch_norm.measure(maps, norms)
+        out, state = squeeze.forward(x, *weights, gate, True, other, measured)
+        ctx.save_for_backward(*maps, *weights, state, measured[1])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        *maps, w1, b1, w2, b2, state, facts = ctx.saved_tensors
+        x, other, gate = [*maps, None, None][:3]
+        grad_x, *results, norms = squeeze.backward(
+            channels_last(grad),
+            *(x, w1, b1, w2, b2, gate, state, True, other, facts),
+        )
+        weights, others = results[:4], reversed(results[4:])
+        return None, grad_x, *others, *norms, *weights
+
+
 LOOSE = {
     layer_norm: 3,
     residual_conv: 1.2,
@@ -90,6 +148,8 @@ LOOSE = {
     feed_forward: 6,
     depthwise_conv2d: 2,
     branches: 5,
+    normalize: 2,
+    excite: 2,
 }
 CASTS = residual_conv, conv_norm, feed_forward, depthwise_conv2d, branches
 
@@ -113,9 +173,10 @@ SPECS = {
     depthwise_conv2d: 'x BCHW, weight C133, bias C',
     branches: 'x BCHW, weight1 C133, weight2 C133, scales 2C, shifts 2C',
 }
-SPECS = {
-    run: [operand.split() for operand in spec.split(', ')]
-    for run, spec in SPECS.items()
+NORMS = {  # not for what their operands may be, which blocks know
+    normalize: 'x BCHW, scales 1C, shifts 1C',
+    excite: 'x BCHW, y BCHW, gate BCHW, scales 3C, shifts 3C, weight1 DC11, '
+    'bias1 D, weight2 CD11, bias2 C',
 }
 
 
@@ -160,9 +221,10 @@ WITHOUT = {  # which operands an operator gets none of, case by case
     ],
     depthwise_conv2d: ['bias'],
 }
-CASES = [(run, '') for run in SPECS]
-CASES += [(run, without) for run in WITHOUT for without in WITHOUT[run]]
-LAST = dict(CASES).items()
+CASES = [
+    (run, without) for run in SPECS for without in ['', *WITHOUT.get(run, ())]
+]
+NORM_CASES = (normalize, ''), (excite, ''), (excite, 'y gate')
 EVERY_OPERATOR = pytest.mark.parametrize('run', SPECS)
 
 
@@ -187,7 +249,8 @@ def draw_operands(run, shape, dtype=SINGLE, without='', other=None):
         P=(channels + 1) // 2,
     )
     operands = {}
-    for name, *letters in SPECS[run]:
+    for operand in (SPECS | NORMS)[run].split(', '):
+        name, *letters = operand.split()
         if name in without.split():
             operands[name] = None if letters else False
         elif not letters:
@@ -199,7 +262,7 @@ def draw_operands(run, shape, dtype=SINGLE, without='', other=None):
             is_map = letters[0].endswith('HW')
             tensor = draw(*dims, dtype=dtype if is_map else SINGLE)
             if not operands:  # with a mean that is no small one
-                tensor += 3 if run is branches else 1
+                tensor += 3 if run in (branches, *NORMS) else 1
             elif is_map:
                 tensor = tensor.to(other or dtype)
             elif len(dims) == 4:
@@ -237,7 +300,7 @@ def assert_close(actual, expected, tolerance):
         torch.testing.assert_close(a.double(), e, rtol=0, atol=atol)
 
 
-def assert_right(run, operands, call=None, used=(0, 1)):
+def assert_right(run, operands, call=None, used=(0, 1), lay_out=torch.clone):
     """Values and every gradient; their dtypes and layouts."""
     results = outputs((call or kernels_of(run))(**operands))
     others = exact(operands)
@@ -250,7 +313,8 @@ def assert_right(run, operands, call=None, used=(0, 1)):
         assert y.dim() != 4 or y.is_contiguous(memory_format=layout)
     used = [i for i in used if results[i:] and results[i].requires_grad]
     weights = [torch.randn(results[i].shape).to(results[i]) for i in used]
-    grads = torch.autograd.grad(  # which arrive in NCHW
+    weights = [*map(lay_out, weights)]  # by default, they arrive in NCHW
+    grads = torch.autograd.grad(
         [results[i] for i in used],
         leaves(operands),
         weights,
@@ -316,10 +380,19 @@ SHAPES[layer_norm] = [
 ]
 # More images than the gradients of the weights of SE take at a time
 SHAPES[squeeze_excite] = [*SHAPES[squeeze_excite], ((17, 3, 1, 2), SINGLE)]
+NORM_SHAPES = [
+    ((3, 70, 2, 3), SINGLE),  # two blocks of channels
+    ((2, 5, 33, 31), SINGLE),  # images in parts
+    ((17, 3, 1, 2), SINGLE),  # more than are summed at a time
+    ((1, 2, 1, 2), SINGLE),
+    ((5, 3, 1, 2), BRAIN),
+]
 
 
 def shapes_of(run, without):
     """All of an operator, and one or two where it lacks an operand."""
+    if run in NORMS:
+        return NORM_SHAPES
     if not without:
         return SHAPES[run]
     return SHAPES[run][-1:] if run in CASTS else SHAPES[run][1:3]
@@ -327,7 +400,11 @@ def shapes_of(run, without):
 
 @pytest.mark.parametrize(
     'run, without, shape, dtype',
-    [(*case, *form) for case in CASES for form in shapes_of(*case)],
+    [
+        (*case, *form)
+        for case in (*CASES, *NORM_CASES)
+        for form in shapes_of(*case)
+    ],
 )
 def test_values_and_gradients(run, without, shape, dtype, poison):
     assert_right(run, draw_operands(run, shape, dtype, without))
@@ -372,7 +449,7 @@ def test_other_layouts_and_half_weights(run, poison):
     assert_right(run, operands)
 
 
-@EVERY_OPERATOR
+@pytest.mark.parametrize('run', [*SPECS, *NORMS])
 def test_deterministic(monkeypatch, run, poison):
     """Equal bits twice; close ones with other numbers of programs."""
     monkeypatch.setitem(squeeze.KNOBS, 'few', 50)
@@ -438,7 +515,8 @@ def test_compile(run):
 
 
 @pytest.mark.parametrize(
-    'run, without', dict.fromkeys([*((run, '') for run in SPECS), *LAST])
+    'run, without',
+    dict.fromkeys([*((run, '') for run in SPECS), *dict(CASES).items()]),
 )
 def test_registered(never_the_same, run, without):
     operands = draw_operands(run, (1, 2, 2, 3), without=without)
@@ -526,41 +604,19 @@ def test_shapes_that_disagree():
 
 
 @pytest.mark.parametrize('contiguous', [False, True])
-def test_layouts_around_layer_norm(contiguous, poison, monkeypatch):
-    """Gradients in either are read as they are, others are copied."""
+@pytest.mark.parametrize(
+    'lay_out',
+    [
+        channels_last,
+        lambda grad: grad.mT.contiguous().mT,
+        lambda grad: grad[:, :, :1, :1].expand_as(grad),
+    ],
+)
+def test_layouts_of_gradients(contiguous, lay_out, poison):
+    """Those of layer norms, which kernels read in two layouts."""
     operands = draw_operands(layer_norm, (3, 260, 5, 9))
     operands['contiguous'] = contiguous
-    plain = layer_norm(**operands, backend='reference')
-    assert plain.is_contiguous() == contiguous
-    y = layer_norm(**operands, backend='triton')
-    read = []
-
-    def backward(grad, *args):
-        read.append(grad)
-        return norms_backward(grad, *args)
-
-    norms_backward = norms.backward
-    monkeypatch.setattr(norms, 'backward', backward)
-    grad = torch.randn(y.shape, device=DEVICE)
-    last = grad.contiguous(memory_format=NHWC)
-    others = grad.mT.contiguous().mT, grad[:, :, :1, :1].expand(y.shape)
-    for g in (grad, last, *others):
-        pair = [
-            torch.autograd.grad(out, leaves(operands), g, retain_graph=True)
-            for out in (y, plain)
-        ]
-        assert_close(pair[0], [e.double() for e in pair[1]], 3e-6)
-    pointers = [g.data_ptr() for g in read[:2]]
-    assert pointers == [grad.data_ptr(), last.data_ptr()]
-    assert all(g.is_contiguous(memory_format=NHWC) for g in read[1:])
-
-
-def test_squares_are_those_of_the_rounded_map():
-    torch.manual_seed(0)
-    x, weight = draw(2, 3, 6, 5, dtype=torch.bfloat16), draw(3, 1, 3, 3)
-    y, squares = residual_conv(x, weight, squares=True, backend='triton')
-    expected = y.double().square().sum((2, 3))
-    torch.testing.assert_close(squares.double(), expected, rtol=1e-6, atol=0)
+    assert_right(layer_norm, operands, lay_out=lay_out)
 
 
 @pytest.mark.filterwarnings('ignore:overflow')  # of the interpreter
@@ -609,84 +665,37 @@ def test_dead_maps_of_feed_forward():
         grads[0].sum().backward()  # of gradients, there are none
 
 
-def test_fused_form_of_feed_forward():
-    """Without a shift of the norm, as :func:`fuse` leaves it."""
-    operands = draw_operands(feed_forward, (1, 4, 5, 3))
-    operands['beta'] = None
-    with torch.no_grad():
-        out = feed_forward(**operands)
-        operands['beta'] = torch.zeros(1, 12, 1, 1, device=DEVICE)
-        assert torch.equal(out, feed_forward(**operands))
-
-
-def test_hidden_map_of_feed_forward(monkeypatch):
-    """Wide maps have one; with it, gradients are the same to the bit."""
-    results = []
-    for most in (4, 3):
-        monkeypatch.setitem(networks.KNOBS, 'repeated', most)
-        torch.manual_seed(0)
-        operands = draw_operands(feed_forward, (1, 4, 3, 2), torch.bfloat16)
-        out = feed_forward(**operands)
-        kept = [t.shape for t in out.grad_fn.saved_tensors]
-        assert kept.count((1, 12, 3, 2)) == (1 if most == 4 else 2)
-        results.append(torch.autograd.grad(out.sum(), leaves(operands)))
-    assert all(map(torch.equal, *results))
-
-
 @pytest.mark.parametrize('width, parts', [(7, 1), (28, 1), (40, 3), (70, 5)])
 def test_parts_of_squares(width, parts, poison):
-    """One of all strips of an image that a program of 4 has."""
+    """One of all strips that a program of 4 has, of the rounded map."""
     torch.manual_seed(0)
-    x, weight = draw(3, 64, 2, width), draw(64, 1, 3, 3)
+    x, weight = draw(3, 64, 2, width, dtype=BRAIN), draw(64, 1, 3, 3)
     y, sums = convolutions.forward(x, weight, squares=True)
     assert sums.shape == (3, parts, 64)
-    torch.testing.assert_close(sums.sum(1), y.square().sum((2, 3)))
+    torch.testing.assert_close(sums.sum(1), y.float().square().sum((2, 3)))
 
 
-def test_scales_of_feed_forward(monkeypatch, poison):
-    """A launch makes them of many parts, programs of the product of few."""
-    results = []
-    for most in (2, 3):
-        monkeypatch.setitem(networks.KNOBS, 'parts', most)
-        operands = draw_operands(feed_forward, (2, 22, 2, 40))  # 3 parts
-        out = feed_forward(**operands)
-        kept = out.grad_fn.saved_tensors[3:5]
-        grads = torch.autograd.grad(out.sum(), leaves(operands))
-        results.append([out, *kept, *grads])
-        monkeypatch.setattr('mmoverlock.ops.grn.triton.scales', None)
-    assert results[0][2].shape == (2, 66)
-    for pair in zip(*results, strict=True):
-        torch.testing.assert_close(*pair)
+@pytest.mark.parametrize(
+    'run, kernels, settings, shape, dtype',
+    [
+        # A few pixels at a time, or two launches
+        (response_norm, responses, dict(values=128), (2, 20, 6, 5), SINGLE),
+        (response_norm, responses, dict(few=29), (2, 20, 6, 5), SINGLE),
+        # The hidden map is kept; others add up several parts, or launches do
+        (feed_forward, networks, dict(repeated=3), (1, 4, 3, 2), SINGLE),
+        (feed_forward, networks, dict(parts=3), (2, 22, 2, 40), SINGLE),
+        (feed_forward, networks, dict(parts=2), (2, 50, 2, 40), HALF),
+        (feed_forward, networks, dict(parts=1), (2, 50, 2, 40), HALF),
+    ],
+)
+def test_forms(run, kernels, settings, shape, dtype, poison):
+    """Of large maps, and of small ones, whichever their size is here."""
+    assert settings.keys() <= kernels.KNOBS.keys()
+    with mock.patch.dict(kernels.KNOBS, settings):
+        assert_right(run, draw_operands(run, shape, dtype))
 
 
-def test_gradients_of_scales_of_feed_forward(monkeypatch, poison):
-    """A launch makes them of many parts, those of the convolution of few."""
-    launch = mock.Mock(wraps=responses.scale_grads)
-    monkeypatch.setattr(responses, 'scale_grads', launch)
-    for most, launches in ((2, 0), (1, 1)):
-        monkeypatch.setitem(networks.KNOBS, 'parts', most)
-        operands = draw_operands(feed_forward, (2, 50, 2, 40), HALF)
-        assert_right(feed_forward, operands)
-        assert launch.call_count == launches
-
-
-def test_forms_of_response_norm(monkeypatch, poison):
-    """Of few positions, one launch does all, several rows at a time."""
-    monkeypatch.setitem(responses.KNOBS, 'values', 128)
-    results = []
-    for few in (29, 30):
-        monkeypatch.setitem(responses.KNOBS, 'few', few)
-        operands = draw_operands(response_norm, (2, 20, 6, 5))
-        out = kernels_of(response_norm)(**operands)
-        grads = torch.autograd.grad(out.sin().sum(), leaves(operands))
-        results.append([out, *grads])
-        for name in ('_sum_kernel', '_scale_kernel', '_apply_kernel'):
-            monkeypatch.setattr(responses, name, None)
-    for pair in zip(*results, strict=True):
-        torch.testing.assert_close(*pair)
-
-
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('dtype', [SINGLE, BRAIN])
 def test_products_and_gradients_of_weights(dtype, poison):
     """Of GELU, of a part of a map, and what has a scale for each image."""
     torch.manual_seed(0)
@@ -735,9 +744,13 @@ def test_shares_of_gradients_of_weights():
         assert longest <= 1.4 * max(1, work / pointwise.KNOBS['programs'])
 
 
-def test_rounding():
-    """One dtype is left as it is; others are as PyTorch rounds."""
-    x = draw(5)
-    assert round_parameters(x.dtype, x)[0].data_ptr() == x.data_ptr()
-    for rounded in round_parameters(torch.bfloat16, x, x.bfloat16()):
-        assert torch.equal(rounded, x.bfloat16())
+def test_what_batch_norms_do_not_take():
+    x, ones = draw(2, 3, 4, 5), torch.ones(1, 3)
+    for other, message in (
+        (x[:0], r'no empty map, got one of shape \(0, 3, 4, 5\)'),
+        (x.double(), 'takes float32, float16 and bfloat16, got torch.float64'),
+    ):
+        (norm,) = make_norms(ones, ones)
+        with pytest.raises(ValueError, match=message):
+            sync_batch_norm(other, norm)
+        assert norm.batches == 0
