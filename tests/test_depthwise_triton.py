@@ -4,16 +4,17 @@ By single precision and by products of matrices, of all sizes. What other
 operators promise too is in test_operators.py.
 """
 
+from functools import partial
+
 import pytest
 import tiny
 import torch
 from kernels import DEVICE, draw, exact, relative_error
 from test_depthwise import (
     draw_branches,
-    parameters_of,
     plain_conv2d,
     plain_sum_of_branches,
-    statistics_of,
+    step,
 )
 from test_operators import assert_right, draw_operands
 
@@ -56,28 +57,19 @@ FIVE = [(5, 1), *BRANCHES[5]]
 
 
 @pytest.mark.parametrize(
-    'shape, size, dilation',
+    'shape, size, dilation, residual',
     [
-        ((1, 1, 1, 1), 7, 1),  # the map ends within the kernel
-        ((1, 3, 2, 6), 17, 1),
-        ((2, 2, 6, 9), 5, 2),
-        ((1, 3, 9, 16), 3, 4),
+        ((1, 1, 1, 1), 7, 1, False),  # the map ends within the kernel
+        ((1, 3, 2, 6), 17, 1, True),
+        ((2, 2, 6, 9), 5, 2, False),
+        ((1, 3, 9, 16), 3, 4, True),
     ],
 )
-def test_sizes(shape, size, dilation, poison):
+def test_sizes(shape, size, dilation, residual, poison):
     operands = draw_operands(depthwise_conv2d, shape)
     operands['weight'] = draw(shape[1], 1, size, size).requires_grad_()
-    operands['dilation'] = dilation
+    operands |= dict(dilation=dilation, residual=residual)
     assert_right(depthwise_conv2d, operands)
-
-
-def test_options():
-    """No bias, the residual, a map that is a part of another one."""
-    torch.manual_seed(0)
-    x, weight = draw(2, 5, 6, 7)[:, 1:4], draw(3, 1, 5, 5)
-    out = depthwise_conv2d(x, weight, residual=True, backend='triton')
-    expected = plain_conv2d(x.double(), weight.double(), None) + x.double()
-    assert relative_error(out, expected) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -100,16 +92,11 @@ def test_sum_of_branches(sizes, shape, dtype, tolerance, poison):
         Branch(*map(exact, b[:3]), *(s.double() for s in b[3:5]), *b[5:])
         for b in branches
     ]
-    results = []
-    for run, map_, some in (
-        (lambda *args: sum_of_branches(*args, 'triton'), x, branches),
-        (plain_sum_of_branches, exact(x), others),
+    expected = step(plain_sum_of_branches, exact(x), others, grad)
+    run = partial(sum_of_branches, backend='triton')
+    for actual, value in zip(
+        step(run, x, branches, grad), expected, strict=True
     ):
-        out = run(map_, some)
-        operands = [map_, *parameters_of(some)]
-        grads = torch.autograd.grad(out, operands, grad.to(out))
-        results.append([out, *grads, *statistics_of(some)])
-    for actual, value in zip(*results, strict=True):
         assert relative_error(actual, value) < tolerance
     assert [b.batches.item() for b in branches] == [2] * len(branches)
 
@@ -204,56 +191,39 @@ def test_statistics_of_large_means(size):
     assert relative_error(squares / count, expected) < 1e-4
 
 
-@pytest.mark.parametrize('case', CASES)
-def test_weight_gradients(case, poison):
-    """Sums in single precision of products that are exact."""
-    shape, dtype, branches, taps = prepare(*case)
-    x, grads = maps(1 + len(branches), shape, dtype).tensor_split([1])
-    parts = tap_grads.tap_grads(x[0], grads, branches, with_sum=True)
-    assert parts.dtype == torch.float32
-    taps = taps.double().requires_grad_()
-    expected = sum(
-        torch.autograd.grad(convolve(x[0], taps, branch), taps, grad.double())[
-            0
-        ]
-        for grad, branch in zip(grads, branches, strict=True)
-    )
-    total = grads[0].double().sum((0, 2, 3))
-    expected = torch.cat([expected, total[None]])
-    assert relative_error(parts.double().sum(0), expected) < 1e-6
-
-
-@pytest.mark.parametrize('case', CASES[1:4] + CASES[6:9])
-def test_inner_products(case, poison):
-    """Of a gradient and what every branch makes, and its sum."""
-    shape, dtype, branches, taps = prepare(*case)
-    x, grad = maps(2, shape, dtype)
-    size = max((k - 1) * d + 1 for k, d, _ in branches)
-    parts = tap_grads.inner_products(x, grad, taps, branches, size)
-    outputs = [convolve(x, taps, branch) for branch in branches]
-    expected = [
-        (out * grad.double()).sum((0, 2, 3))
-        for out in (*outputs, torch.ones_like(outputs[0]))
-    ]
-    actual = parts.double().sum(0)
-    assert relative_error(actual, torch.stack(expected)) < 1e-6
-
-
 @pytest.mark.parametrize(
-    'shape, dtype', [((2, 2, 9, 7), torch.float32), ((2, 2, 40, 21), BRAIN)]
+    'case, programs',
+    [
+        *((case, 2048) for case in CASES),
+        # Which go through all rows
+        (((2, 2, 9, 7), [(3, 1)], SINGLE), 1),
+        (((2, 2, 40, 21), [(3, 1), (3, 2)], BRAIN), 1),
+    ],
 )
-def test_weight_gradient_in_parts(monkeypatch, shape, dtype):
-    torch.manual_seed(0)
-    x, grad = (draw(*shape, dtype=dtype) for _ in range(2))
-    parts = []
-    for programs in (2048, 2048, 1):
-        monkeypatch.setitem(tap_grads.KNOBS, 'programs', programs)
-        run = tap_grads.tap_grads
-        parts.append(run(x, grad[None], ((3, 1, 0),)))
-    assert torch.equal(*parts[:2])
-    assert len(parts[0]) > len(parts[2])
-    sums = [part.double().sum(0) for part in parts[1:]]
-    torch.testing.assert_close(*sums, rtol=0, atol=1e-4)
+def test_gradients_of_taps(case, programs, monkeypatch, poison):
+    """Sums in single precision of products that are exact.
+
+    And sums of a gradient times what every branch makes.
+    """
+    monkeypatch.setitem(tap_grads.KNOBS, 'programs', programs)
+    shape, dtype, branches, taps = prepare(*case)
+    (x,), grads = maps(1 + len(branches), shape, dtype).tensor_split([1])
+    size = max((k - 1) * d + 1 for k, d, _ in branches)
+    results = (
+        tap_grads.tap_grads(x, grads, branches, with_sum=True),
+        tap_grads.inner_products(x, grads[0], taps, branches, size),
+    )
+    taps = taps.double().requires_grad_()
+    outs = [convolve(x, taps, branch) for branch in branches]
+    (gradient,) = torch.autograd.grad(outs, taps, [*grads.double()])
+    grad = grads[0].double()
+    products = [(out * grad).sum((0, 2, 3)) for out in outs]
+    total = grad.sum((0, 2, 3))
+    expected = [*gradient, total], [*products, total]
+    for parts, sums in zip(results, expected, strict=True):
+        assert parts.dtype == torch.float32
+        error = relative_error(parts.double().sum(0), torch.stack(sums))
+        assert error < 1e-6
 
 
 def test_network():
