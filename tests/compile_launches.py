@@ -18,7 +18,6 @@ from test_operators import (
     SPECS,
     branches,
     draw_operands,
-    is_tensor,
     kernels_of,
     outputs,
 )
@@ -124,7 +123,7 @@ def compile_operators(capability, dtype, channels, operators=tuple(SPECS)):
         for shape in ((2, channels, 8, 9), (2, channels, 17, 16)):
             operands = draw_operands(operator, shape, dtype)
             for name, operand in operands.items():
-                if is_tensor(operand):
+                if torch.is_tensor(operand):
                     operands[name] = _without_data(operand)
             problems.append((operator, operands))
 

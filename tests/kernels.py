@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from mmoverlock.ops.common import Operator
 
@@ -25,8 +26,13 @@ def draw(*shape, dtype=torch.float32):
     return x.contiguous(memory_format=NHWC) if len(shape) == 4 else x
 
 
-def exact(tensor):
-    return tensor.detach().double().clone().requires_grad_()
+def exact(operands):
+    """In double precision, of a tensor or any nest of them and others."""
+    return tree_map_only(
+        torch.Tensor,
+        lambda t: t.detach().double().clone().requires_grad_(t.requires_grad),
+        operands,
+    )
 
 
 def relative_error(actual, expected):

@@ -141,7 +141,7 @@ def test_gradient_of_means(size):
     x, grad, weight = draw(2, 6, *size), draw(2, 6, *size), draw(6)
     pooled = draw(2, 4, 7, 7)
     out, _ = focus.layer_norm.backward(grad, x, weight, 1e-6, pooled=pooled)
-    x, weight = exact(x), weight.double()
+    x, weight = exact(x).requires_grad_(), weight.double()
     y = F.layer_norm(x.movedim(1, 3), (6,), weight, eps=1e-6).movedim(3, 1)
     means = F.adaptive_avg_pool2d(y[:, 2:], 7)
     grads = grad.double(), pooled.double()

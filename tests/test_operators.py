@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import DEVICE, NHWC, draw, opchecked, relative_error
+from kernels import DEVICE, NHWC, draw, exact, opchecked, relative_error
 from torch.fx.experimental import _config as symbols
 
 from mmoverlock.ops import (
@@ -271,21 +271,10 @@ def draw_operands(run, shape, dtype=SINGLE, without='', other=None):
     return operands
 
 
-def is_tensor(operand):
-    return isinstance(operand, torch.Tensor)
-
-
-def exact(operands):
-    return {
-        name: t.detach().double().clone().requires_grad_(t.requires_grad)
-        if is_tensor(t)
-        else t
-        for name, t in operands.items()
-    }
-
-
 def leaves(operands):
-    return [t for t in operands.values() if is_tensor(t) and t.requires_grad]
+    return [
+        t for t in operands.values() if torch.is_tensor(t) and t.requires_grad
+    ]
 
 
 def outputs(result):
@@ -438,7 +427,7 @@ def test_other_layouts_and_half_weights(run, poison):
     """Maps in NCHW, weights in half precision and of other strides."""
     operands = draw_operands(run, (2, 3, 2, 4))
     for name, operand in operands.items():
-        if is_tensor(operand):
+        if torch.is_tensor(operand):
             tensor = operand.detach()
             if tensor.shape[2:] == (2, 4):
                 tensor = tensor.contiguous()
@@ -489,15 +478,8 @@ def test_autocast(run):
         assert torch.equal(actual, value)
 
 
-@pytest.mark.parametrize(
-    'run',
-    [  # test_compile.py has these in blocks
-        pytest.param(run, marks=pytest.mark.slow)
-        if run in (conv_norm, feed_forward, branches)
-        else run
-        for run in SPECS
-    ],
-)
+# test_compile.py has the others, in blocks
+@pytest.mark.parametrize('run', [layer_norm, depthwise_conv2d])
 @symbols.patch(use_duck_shape=False)  # equal sizes need not stay equal
 def test_compile(run):
     """The graph has no breaks, and sizes may change without a new one."""
