@@ -31,7 +31,7 @@ from mmoverlock.ops import (
     update_prior,
 )
 from mmoverlock.ops.common import channels_last
-from mmoverlock.ops.pointwise import rows
+from mmoverlock.ops.pointwise import round_parameters, rows
 
 triton = pytest.importorskip('triton', '3.6')
 squeeze = pytest.importorskip('mmoverlock.ops.excitation.triton')
@@ -736,3 +736,11 @@ def test_what_batch_norms_do_not_take():
         with pytest.raises(ValueError, match=message):
             sync_batch_norm(other, norm)
         assert norm.batches == 0
+
+
+def test_rounding():
+    """One dtype is left as it is; others are as PyTorch rounds."""
+    x = draw(5)
+    assert round_parameters(x.dtype, x)[0].data_ptr() == x.data_ptr()
+    for rounded in round_parameters(BRAIN, x, x.bfloat16()):
+        assert torch.equal(rounded, x.bfloat16())
