@@ -229,23 +229,16 @@ CHANGES = [
     (lambda part: merge(part, watch(part('norm'))), False),
     (lambda part: merge(part, watch(part('dw'))), False),
 ]
+OTHERS = {
+    'rep, scaled': lambda part: setattr(part(''), 'ls', nn.Identity()),
+    'focus, first': lambda part: setattr(part(''), 'contmix_backend', 'tiled'),
+}
 
 
 @pytest.mark.parametrize(
     'name, change, expected',
     [(name, *change) for name in ONE_MAP for change in CHANGES]
-    + [
-        (
-            'rep, scaled',
-            lambda part: setattr(part(''), 'ls', nn.Identity()),
-            False,
-        ),
-        (
-            'focus, first',
-            lambda part: setattr(part(''), 'contmix_backend', 'tiled'),
-            False,
-        ),
-    ],
+    + [(name, change, False) for name, change in OTHERS.items()],
 )
 def test_when_it_is_one_node(name, change, expected, is_one_node):
     block, (z,) = draw_block(name), draw_maps(name)
