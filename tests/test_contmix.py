@@ -41,6 +41,14 @@ def call(operands, backend):
     return contmix(*rest, (small, large), backend=backend, scale=0.5)
 
 
+def test_gradcheck():
+    operands = draw(1, 5, 6, kernel_size=5, groups=1, channels=(1, 1))
+    assert torch.autograd.gradcheck(
+        lambda *args: call(dict(zip(operands, args, strict=True)), 'tiled'),
+        tuple(operands.values()),
+    )
+
+
 def lay_out(maps, layout):
     """A copy of maps with other strides, or the maps."""
     if layout == 'channels_last':

@@ -131,6 +131,12 @@ def test_sum_of_branches(shape):
     )
 
 
+def test_gradcheck():
+    x, weight, bias = draw((1, 2, 6, 7), 5)
+    assert torch.autograd.gradcheck(depthwise_conv2d, (x, weight, bias, 2))
+    assert torch.autograd.gradcheck(depthwise_conv2d, (x, weight))
+
+
 @pytest.mark.parametrize('count', [0, len(SIZES)])
 def test_autocast(count):
     """Gradients have the dtype of what they belong to."""

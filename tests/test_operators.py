@@ -478,8 +478,15 @@ def test_autocast(run):
         assert torch.equal(actual, value)
 
 
-# test_compile.py has the others, in blocks
-@pytest.mark.parametrize('run', [layer_norm, depthwise_conv2d])
+@pytest.mark.parametrize(
+    'run',
+    [  # test_compile.py has these in blocks
+        pytest.param(run, marks=pytest.mark.slow)
+        if run in (conv_norm, feed_forward, branches)
+        else run
+        for run in SPECS
+    ],
+)
 @symbols.patch(use_duck_shape=False)  # equal sizes need not stay equal
 def test_compile(run):
     """The graph has no breaks, and sizes may change without a new one."""
