@@ -733,6 +733,16 @@ def test_shares_of_gradients_of_weights():
         assert longest <= 1.4 * max(1, work / pointwise.KNOBS['programs'])
 
 
+def test_large_mean():
+    """Differences are counted; parts are combined a few at a time."""
+    operands = draw_operands(normalize, (5, 3, 4, 5))
+    operands['x'] = (operands['x'].detach() + 3000).requires_grad_()
+    with mock.patch.dict(batch_norm.KNOBS, PARTS=2):
+        results = normalize(**operands)
+    expected = normalize(**exact(operands), backend='reference')
+    assert_close(results[:1], expected[:1], 1e-3)
+
+
 def test_what_batch_norms_do_not_take():
     x, ones = draw(2, 3, 4, 5), torch.ones(1, 3)
     for other, message in (
