@@ -25,12 +25,16 @@ def far(model):
 
 
 def assert_fuses(model, *inputs, call=None):
-    """The outputs stay; return how many convolutions are fused copies."""
+    """The outputs stay; return how many convolutions are fused copies.
+
+    Their strides do, too: mmcv's RoIAlign takes maps as contiguous.
+    """
     call = call or model
     with torch.no_grad():
         expected = tree_leaves(call(*inputs))
         assert any(map(torch.is_tensor, expected))
         assert fuse(model) is model
         actual = tree_leaves(call(*inputs))
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    close = dict(rtol=1e-9, atol=1e-9, check_stride=True)
+    torch.testing.assert_close(actual, expected, **close)
     return sum(hasattr(module, 'fused') for module in model.modules())

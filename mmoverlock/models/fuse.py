@@ -218,6 +218,10 @@ def _merge(sequence: nn.Sequential) -> None:
             before = before.lk_origin
         if _is_linear(before):
             _fuse_conv_bn(before, module)
+            if before.groups == 1 and before.weight.ndim == 4:
+                # Libraries on CPUs take this layout without a copy.
+                layout = dict(memory_format=torch.channels_last)
+                before.weight.data = before.weight.contiguous(**layout)
         elif type(behind) is PointwiseConv:
             _fuse_bn_conv(module, behind)
         else:
@@ -235,9 +239,6 @@ def _fuse_conv_bn(conv: nn.Module, norm: nn.Module) -> nn.Module:
         norm.weight,
         norm.bias,
     )
-    if conv.groups == 1 and weight.ndim == 4:
-        # Libraries on CPUs take this layout without a copy.
-        weight.data = weight.contiguous(memory_format=torch.channels_last)
     conv.weight, conv.bias = weight, bias
     return conv
 
