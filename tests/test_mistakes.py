@@ -111,6 +111,7 @@ MASKS = CONFIGS / 'drop_in/overlock_t_mask2former_semantic.py'
         ('predict FILES/cls.py no.pth x', 'checkpoint no.pth does not exist'),
         ('predict FILES/cls.py FILES/seg.pth x', 'does not fit the model'),
         (f'{STOCK} --resume no.pth', 'load_from: checkpoint no.pth does not'),
+        (f'{RESUME} FILES/linear.pth', 'it has no optimizer, meta, message'),
         (f'{OPTION} {INIT}.checkpoint=no.pth', 'checkpoint no.pth does not'),
         (
             f'{TRAIN} {INIT}._delete_=1 {INIT}.type=Pretrained '

@@ -95,6 +95,8 @@ def test_disk_is_full(tmp_path, monkeypatch):
     assert [k for k in info if k in best] == ['best_ckpt_a']
     best, last = sorted(path.name for path in work_dir.glob('*.pth*'))
     assert best.startswith('best_') and last == 'epoch_2.pth'
+    log = tiny.run_tool(*argv, '--resume', work_dir / best, status=2)
+    assert 'cannot be resumed from: it has no optimizer, param_sched' in log
 
 
 @pytest.mark.skipif(

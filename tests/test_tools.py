@@ -55,7 +55,8 @@ def test_test(tmp_path, kind, metric):
     with mock.patch.object(test, 'fuse', wraps=test.fuse) as fuse:
         log = tiny.run_tool(*argv, '--out', out, '--show-dir', drawn)
         assert metric in log and not fuse.called
-        assert metric in tiny.run_tool(*argv, '--fuse') and fuse.called
+        argv += '--fuse', '--cfg-options', 'resume=True'  # of the training
+        assert metric in tiny.run_tool(*argv) and fuse.called
     results = pickle.loads(out.read_bytes())
     drawn = sorted(drawn.rglob('*.??g'))
     assert len(drawn) == len({Path(r['img_path']).name for r in results}) > 0

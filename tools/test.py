@@ -117,7 +117,7 @@ def main(argv=None):
         args = build_parser().parse_args(argv)
         cfg = cli.load_config(args)
         cli.check_file(args.checkpoint, 'checkpoint')
-        cfg.load_from = args.checkpoint
+        cfg.load_from, cfg.resume = args.checkpoint, False
         if not cfg.get('test_dataloader'):
             raise cli.UserError(
                 f'{args.config} has no test set: set test_dataloader, '

@@ -15,6 +15,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 
+from ..checkpoint import CheckpointError
 from ..curves import draw_curves
 from ..models.weights import fit
 
@@ -36,6 +37,9 @@ class LoadingCheck(Hook):
         self.complete = complete
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        source = str(runner._load_from or 'the last checkpoint')
+        if runner._resume:
+            _check_state(checkpoint, source, runner.param_schedulers)
         _forget_foreign_files(checkpoint, runner.work_dir)
         if not isinstance(runner, Runner):  # the model may be sharded
             return
@@ -45,8 +49,27 @@ class LoadingCheck(Hook):
         checkpoint['state_dict'] = fit(
             checkpoint['state_dict'],
             model,
-            str(runner._load_from or 'the last checkpoint'),
+            source,
             optional=() if self.complete else ('',),
+        )
+
+
+def _check_state(checkpoint: dict, source: str, schedulers: Any) -> None:
+    """Check that a training can go on from a checkpoint.
+
+    mmengine begins anew with what is missing: with the warm-up, say.
+    """
+    if 'state_dict' not in checkpoint:  # of DeepSpeed, which has more files
+        return
+    wanted = ['optimizer', 'meta', 'message_hub']
+    wanted += ['param_schedulers'] * bool(schedulers)
+    missing = [key for key in wanted if key not in checkpoint]
+    if missing:
+        raise CheckpointError(
+            f'{source} cannot be resumed from: it has no {", ".join(missing)}'
+            '; files named best_ and published ones have none. Take one that '
+            'is named by its epoch or iteration, or start from its weights: '
+            'name it in load_from, without --resume'
         )
 
 
