@@ -190,6 +190,10 @@ def test_merging(kernel_size):
         for out in (conv(x), expected)
     ]
     torch.testing.assert_close(*results)
+    for _ in range(2):  # the second time, gradients are added in place
+        conv(x).sin().sum().backward()
+    for operand, grad in zip(operands, results[1][1:], strict=True):
+        torch.testing.assert_close(operand.grad, 2 * grad)
     for _ in range(2):  # the second time, there is nothing to merge
         conv.switch_to_deploy()
         torch.testing.assert_close(conv(x), expected)

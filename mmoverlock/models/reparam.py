@@ -172,7 +172,8 @@ class DilatedReparamConv(nn.Module):
             eps[0] if same else variances.new_tensor(eps)[:, None]
         )
         scales = scales * variances.rsqrt()
-        bias = torch.addcmul(shifts, means, scales, value=-1).sum(0)
+        # Shifts as they are would get gradients that share their memory
+        bias = (means * scales - shifts).sum(0).neg()
         merged = torch.zeros_like(self.lk_origin.weight)
         center = merged.shape[-1] // 2
         for conv, scale in zip(convs, scales, strict=True):
