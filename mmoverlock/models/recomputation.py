@@ -1,7 +1,7 @@
 """Recomputing blocks in the backward pass, for memory."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -26,28 +26,32 @@ def recompute(block: nn.Module, run: Callable, *args) -> Tensor:
 def _contexts(
     block: nn.Module,
 ) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Contexts of the first and of the repeated forward."""
-    return nullcontext(), _fixed_statistics(block)
+    """Contexts of the first and of every repeated forward."""
+    return nullcontext(), _FixedStatistics(block)
 
 
-@contextmanager
-def _fixed_statistics(block: nn.Module) -> Iterator[None]:
-    """Have batch norms in training mode count a batch where nobody reads.
+class _FixedStatistics:
+    """Has batch norms in training mode count a batch where nobody reads.
 
-    Their settings stay, on which compiled blocks depend.
+    Their settings stay, on which compiled blocks depend. Every backward pass
+    of a graph that is retained enters it anew.
     """
-    norms = [
-        (module._buffers, module._buffers.copy())
-        for module in block.modules()
-        if isinstance(module, _BatchNorm) and module.training
-    ]
-    for buffers, kept in norms:
-        for name, buffer in kept.items():
-            if buffer is not None:
-                # Zeros: one over a number of batches may be taken.
-                buffers[name] = torch.zeros_like(buffer)
-    try:
-        yield
-    finally:
-        for buffers, kept in norms:
+
+    def __init__(self, block: nn.Module):
+        self.block = block
+
+    def __enter__(self) -> None:
+        self.norms = [
+            (module._buffers, module._buffers.copy())
+            for module in self.block.modules()
+            if isinstance(module, _BatchNorm) and module.training
+        ]
+        for buffers, kept in self.norms:
+            for name, buffer in kept.items():
+                if buffer is not None:
+                    # Zeros: one over a number of batches may be taken.
+                    buffers[name] = torch.zeros_like(buffer)
+
+    def __exit__(self, *_) -> None:
+        for buffers, kept in self.norms:
             buffers.update(kept)
