@@ -164,7 +164,7 @@ def test_frozen_stages(frozen_stages):
 
 def test_norm_eval():
     """Statistics stay, weights learn; nothing else is in eval mode."""
-    model = backbone(norm_eval=True).train()
+    model = backbone(norm_eval=True)
     assert all(block.training for block in model.blocks1)
     before = [buffer.clone() for buffer in model.buffers()]
     loss_of(model(IMAGES)).backward()

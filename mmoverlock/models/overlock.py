@@ -658,13 +658,13 @@ class OverLoCK(BaseModule):
         super().train(mode)
         if mode:
             self._freeze()
-            if self.norm_eval:
-                for module in self.modules():
-                    if isinstance(module, _BatchNorm):
-                        module.eval()
         return self
 
     def _freeze(self) -> None:
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
         for step in self.freezing_steps[: self.frozen_stages + 1]:
             for name in step:
                 if hasattr(self, name):
