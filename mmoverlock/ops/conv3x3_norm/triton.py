@@ -248,12 +248,11 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     if grad_y is None and grad_z is None:
         return (None,) * 7
-    x, y, weight, bias, *_ = saved_tensors(ctx)
+    saved = saved_tensors(ctx)
+    _, y, _, bias, *_ = saved
     if grad_z is None:
         grad_z = torch.zeros_like(y)
-    grads = _conv_norm_backward(
-        grad_y, grad_z, *saved_tensors(ctx), ctx.eps, ctx.residual
-    )
+    grads = _conv_norm_backward(grad_y, grad_z, *saved, ctx.eps, ctx.residual)
     if bias is None:
         grads.insert(2, None)
     return *grads, None, None
