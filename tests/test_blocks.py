@@ -117,8 +117,27 @@ def test_layers_that_are_called(name, change, kernels, request, monkeypatch):
                 torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('kernels', [False, True])
+def test_padding(kernels, request):
+    """Around a ring, every place is like another."""
+    if kernels:
+        request.getfixturevalue('auto_is_triton')
+    block, (x,) = draw_block('rep')
+    for layer in block.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.padding_mode = 'circular'
+    torch.testing.assert_close(
+        block(x.roll(2, 3)), block(x).roll(2, 3), rtol=1e-4, atol=1e-4
+    )
+
+
 def test_nothing_takes_the_place_of_a_part():
     block, maps = draw_block('focus')
+    block.weight_proj.padding_mode = 'circular'  # as of all layers
+    block(*maps)
     add_adapter(block.weight_proj, [])
     with pytest.raises(TypeError, match='weight_proj is a part.*Adapter'):
+        block(*maps)
+    block.drop_path = nn.Identity()
+    with pytest.raises(TypeError, match='what drops paths.*Identity'):
         block(*maps)

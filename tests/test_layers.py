@@ -8,6 +8,7 @@ import torch
 from fusion import far
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.parametrizations import weight_norm
 
 from mmoverlock.models import layers as layers_module
 from mmoverlock.models.layers import (
@@ -183,6 +184,7 @@ def sum_of_branches(conv, x):
 def test_merging(kernel_size):
     """One convolution in eval mode, with the gradients of every branch."""
     conv, x = make_conv(kernel_size)
+    weight_norm(conv.lk_origin)
     operands = [x, *conv.parameters()]
     expected = sum_of_branches(conv, x)
     results = [
@@ -201,17 +203,35 @@ def test_merging(kernel_size):
     assert set(deployed.state_dict()) == set(conv.state_dict())
 
 
-@pytest.mark.parametrize('change', ['momentum', 'one in eval mode', 'type'])
-def test_other_batch_norms(change):
-    """Norms that the fast path does not cover are computed plainly."""
+CHANGES = {  # of branches; the first two can be merged nevertheless
+    'one in eval mode': lambda conv: conv.origin_bn.eval(),
+    'average': lambda conv: setattr(conv.origin_bn, 'momentum', None),
+    'type': lambda conv: setattr(conv, 'origin_bn', nn.InstanceNorm2d(3)),
+    'fixed': lambda conv: setattr(conv.origin_bn, 'track_running_stats', 0),
+    'plain': lambda conv: setattr(conv, 'origin_bn', PLAIN_BN),
+    'bias': lambda conv: conv.lk_origin.register_parameter('bias', BIAS),
+    'padding': lambda conv: setattr(conv.lk_origin, 'padding_mode', 'reflect'),
+    'hook': lambda conv: conv.origin_bn.register_forward_hook(double),
+}
+PLAIN_BN, BIAS = nn.BatchNorm2d(3, affine=False), nn.Parameter(torch.ones(3))
+
+
+def double(layer, args, out):
+    return 2 * out
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_other_branches(change):
+    """Those that the fast path does not cover are computed plainly."""
     conv, x = make_conv(5)
-    conv.train()
-    if change == 'momentum':  # an average over all batches
-        conv.origin_bn.momentum = None
-    elif change == 'type':
-        conv.origin_bn = nn.InstanceNorm2d(3, affine=True).double()
-    else:
-        conv.origin_bn.eval()
-    other = copy.deepcopy(conv)
-    torch.testing.assert_close(conv(x), sum_of_branches(other, x))
-    torch.testing.assert_close(conv.state_dict(), other.state_dict())
+    CHANGES[change](conv)
+    conv.double()
+    for training in (True, False):
+        other = copy.deepcopy(conv.train(training))
+        torch.testing.assert_close(conv(x), sum_of_branches(other, x))
+        torch.testing.assert_close(
+            dict(conv.state_dict()), dict(other.state_dict())
+        )
+    if change in [*CHANGES][2:]:
+        with pytest.raises(TypeError, match='replaced cannot be merged'):
+            conv.switch_to_deploy()

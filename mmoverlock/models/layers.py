@@ -256,6 +256,9 @@ class DWConv(nn.Conv2d):
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
+        if not _pads_zeros(self):
+            y = super().forward(x)
+            return x + y if self.residual else y
         return residual_conv(x, self.weight, self.bias, residual=self.residual)
 
 
@@ -316,7 +319,16 @@ def draw_paths(
     Returns:
         list[Sequence[Tensor | None]]: (B, ) for each branch of each block, or
         None where it is 1.
+
+    Raises:
+        TypeError: If a path is something else.
     """
+    for path in paths:
+        if not hasattr(path, 'is_dropping'):
+            raise TypeError(
+                'nothing takes the place of what drops paths, which drops '
+                f'none with drop_prob = 0; got {type(path).__name__}'
+            )
     shares = tuple(
         1 - path.drop_prob
         for path in paths
@@ -537,7 +549,15 @@ def computes_as(layer: nn.Module, kind: type[nn.Module]) -> bool:
         type(layer).forward is kind.forward
         and 'forward' not in layer.__dict__
         and (kind is not nn.GELU or layer.approximate == 'none')
+        and _pads_zeros(layer)
     )
+
+
+def _pads_zeros(layer: nn.Module) -> bool:
+    """Whether nothing but zeros is around the map of a convolution."""
+    own = layer.__dict__  # several times as fast as attributes
+    mode = own.get('padding_mode', 'zeros')
+    return mode == 'zeros' or own['padding'] == (0, 0)
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:

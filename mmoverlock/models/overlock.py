@@ -671,7 +671,11 @@ class OverLoCK(BaseModule):
                     getattr(self, name).eval().requires_grad_(False)
 
     def switch_to_deploy(self) -> 'OverLoCK':
-        """Merge the reparameterized branches in place, for inference."""
+        """Merge the reparameterized branches in place, for inference.
+
+        Raises:
+            TypeError: If a layer of a branch has hooks or has been replaced.
+        """
         for module in self.modules():
             if isinstance(module, DilatedReparamConv):
                 module.switch_to_deploy()

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from ..ops import Branch, depthwise_conv2d, sum_of_branches, takes_triton
 from ..ops.depthwise import sum_by_kernels
@@ -114,7 +115,10 @@ class DilatedReparamConv(nn.Module):
             return is_plain(self.lk_origin, nn.Conv2d)
         return all(
             is_plain(conv, nn.Conv2d)
+            and conv.bias is None
             and any(is_plain(norm, kind) for kind in NORMS)
+            and norm.affine
+            and norm.track_running_stats
             for conv, norm in self._branches()
         )
 
@@ -192,10 +196,21 @@ class DilatedReparamConv(nn.Module):
 
     @torch.no_grad()
     def switch_to_deploy(self) -> None:
-        """Replace the branches by the convolution they add up to."""
+        """Replace the branches by the convolution they add up to.
+
+        Raises:
+            TypeError: If a layer of them has hooks or is of another kind.
+        """
         if not self.branches:
             return
+        if not self.is_as_built():
+            raise TypeError(
+                'branches of which a layer has hooks or has been replaced '
+                'cannot be merged'
+            )
         weight, bias = self.merge()
+        if is_parametrized(self.lk_origin):
+            remove_parametrizations(self.lk_origin, 'weight')
         for conv, bn in self.branches:
             delattr(self, bn)
             if conv != 'lk_origin':
