@@ -86,10 +86,11 @@ def differentiate(operands, backend, layout='contiguous'):
         ((1, 31, 33), 5, 'channels_last'),
         ((0, 9, 9), 7, 'contiguous'),
         ((2, 16, 17), 13, 'as on GPUs'),  # many images and groups at a time
+        ((2, 9, 8), 7, 'one group'),
     ],
 )
 def test_tiled_agrees_with_reference(shape, kernel_size, layout):
-    operands = draw(*shape, kernel_size)
+    operands = draw(*shape, kernel_size, 1 if 'group' in layout else 2)
     expected = differentiate(operands, 'reference', layout)
     with _on_gpu('cpu', []) if 'GPU' in layout else nullcontext():
         actual = differentiate(operands, 'tiled', layout)
