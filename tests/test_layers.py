@@ -180,6 +180,13 @@ def sum_of_branches(conv, x):
     )
 
 
+def test_other_padding_of_a_column():
+    conv, x = StridedConv(2, 3, 3, 2, 1), torch.randn(1, 2, 4, 1)
+    conv.padding_mode = 'replicate'
+    wide = conv(x.expand(-1, -1, -1, 3))
+    torch.testing.assert_close(conv(x), wide[..., :1])
+
+
 @pytest.mark.parametrize('kernel_size', BRANCHES)
 def test_merging(kernel_size):
     """One convolution in eval mode, with the gradients of every branch."""
@@ -196,9 +203,11 @@ def test_merging(kernel_size):
         conv(x).sin().sum().backward()
     for operand, grad in zip(operands, results[1][1:], strict=True):
         torch.testing.assert_close(operand.grad, 2 * grad)
+    other = copy.deepcopy(conv)
     for _ in range(2):  # the second time, there is nothing to merge
         conv.switch_to_deploy()
         torch.testing.assert_close(conv(x), expected)
+    torch.testing.assert_close(other(x), expected)  # no part of it has changed
     deployed = DilatedReparamConv(3, kernel_size, BN, deploy=True)
     assert set(deployed.state_dict()) == set(conv.state_dict())
 

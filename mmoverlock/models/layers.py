@@ -238,7 +238,7 @@ class StridedConv(nn.Conv2d):
     def _conv_forward(
         self, input: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        if input.shape[3] == 1:
+        if input.shape[3] == 1 and self.padding_mode == 'zeros':
             input = F.pad(input, (0, 1))
         return super()._conv_forward(input, weight, bias)
 

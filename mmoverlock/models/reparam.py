@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..ops import Branch, depthwise_conv2d, sum_of_branches, takes_triton
 from ..ops.depthwise import sum_by_kernels
@@ -21,6 +21,25 @@ BRANCHES = {
     7: ((5, 1), (3, 1), (3, 2), (3, 3)),
     5: ((3, 1), (3, 2)),
 }
+
+
+def _depthwise(
+    channels: int,
+    size: int,
+    dilation: int = 1,
+    bias: bool = False,
+    device: str | None = None,
+) -> nn.Conv2d:
+    return nn.Conv2d(
+        channels,
+        channels,
+        size,
+        padding=size // 2 * dilation,
+        dilation=dilation,
+        groups=channels,
+        bias=bias,
+        device=device,
+    )
 
 
 class DilatedReparamConv(nn.Module):
@@ -58,20 +77,7 @@ class DilatedReparamConv(nn.Module):
                 f'expected one of {list(BRANCHES)}'
             )
 
-        def depthwise(
-            size: int, dilation: int = 1, bias: bool = False
-        ) -> nn.Conv2d:
-            return nn.Conv2d(
-                channels,
-                channels,
-                size,
-                padding=size // 2 * dilation,
-                dilation=dilation,
-                groups=channels,
-                bias=bias,
-            )
-
-        self.lk_origin = depthwise(kernel_size, bias=deploy)
+        self.lk_origin = _depthwise(channels, kernel_size, bias=deploy)
         # Names of every branch's convolution and batch norm.
         self.branches = []
         if deploy:
@@ -83,7 +89,7 @@ class DilatedReparamConv(nn.Module):
                 f'dil_conv_k{size}_{dilation}',
                 f'dil_bn_k{size}_{dilation}',
             )
-            self.add_module(names[0], depthwise(size, dilation))
+            self.add_module(names[0], _depthwise(channels, size, dilation))
             self.add_module(names[1], build_bn(channels, **norm_cfg))
             self.branches.append(names)
 
@@ -210,7 +216,8 @@ class DilatedReparamConv(nn.Module):
             )
         weight, bias = self.merge()
         if is_parametrized(self.lk_origin):
-            remove_parametrizations(self.lk_origin, 'weight')
+            # Copies are of the same class, which removing would change
+            self.lk_origin = _depthwise(*weight.shape[::2], device='meta')
         for conv, bn in self.branches:
             delattr(self, bn)
             if conv != 'lk_origin':
