@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from networks import IMAGES, backbone, loss_of, noise, step
+from networks import IMAGES, backbone, loss_of, noise
 from tiny import DEEPER as TINY
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
