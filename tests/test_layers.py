@@ -207,7 +207,10 @@ def test_merging(kernel_size):
     for _ in range(2):  # the second time, there is nothing to merge
         conv.switch_to_deploy()
         torch.testing.assert_close(conv(x), expected)
+        assert all(p.requires_grad for p in conv.parameters())
     torch.testing.assert_close(other(x), expected)  # no part of it has changed
+    other.requires_grad_(False).switch_to_deploy()
+    assert not any(p.requires_grad for p in other.parameters())
     deployed = DilatedReparamConv(3, kernel_size, BN, deploy=True)
     assert set(deployed.state_dict()) == set(conv.state_dict())
 

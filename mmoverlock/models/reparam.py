@@ -215,6 +215,7 @@ class DilatedReparamConv(nn.Module):
                 'cannot be merged'
             )
         weight, bias = self.merge()
+        is_trained = any(p.requires_grad for p in self.parameters())
         if is_parametrized(self.lk_origin):
             # Copies are of the same class, which removing would change
             self.lk_origin = _depthwise(*weight.shape[::2], device='meta')
@@ -223,5 +224,5 @@ class DilatedReparamConv(nn.Module):
             if conv != 'lk_origin':
                 delattr(self, conv)
         self.branches.clear()
-        self.lk_origin.weight = nn.Parameter(weight)
-        self.lk_origin.bias = nn.Parameter(bias)
+        self.lk_origin.weight = nn.Parameter(weight, is_trained)
+        self.lk_origin.bias = nn.Parameter(bias, is_trained)
