@@ -323,16 +323,17 @@ def draw_paths(
     Raises:
         TypeError: If a path is something else.
     """
-    for path in paths:
-        if not hasattr(path, 'is_dropping'):
-            raise TypeError(
-                'nothing takes the place of what drops paths, which drops '
-                f'none with drop_prob = 0; got {type(path).__name__}'
-            )
+    dropping = [getattr(path, 'is_dropping', None) for path in paths]
+    if None in dropping:
+        other = type(paths[dropping.index(None)]).__name__
+        raise TypeError(
+            'nothing takes the place of what drops paths, which drops none '
+            f'with drop_prob = 0; got {other}'
+        )
     shares = tuple(
         1 - path.drop_prob
-        for path in paths
-        if path.is_dropping
+        for path, drops in zip(paths, dropping, strict=True)
+        if drops
         for _ in range(path.branches)
     )
     scales = iter(())
@@ -349,11 +350,8 @@ def draw_paths(
         # Views of a vector, none at its start, are alike to compiled blocks
         scales = iter(drawn[1:, :count].unbind())
     return [
-        tuple(
-            next(scales) if path.is_dropping else None
-            for _ in range(path.branches)
-        )
-        for path in paths
+        tuple(next(scales) if drops else None for _ in range(path.branches))
+        for path, drops in zip(paths, dropping, strict=True)
     ]
 
 
