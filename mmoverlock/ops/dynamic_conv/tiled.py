@@ -248,7 +248,8 @@ def _kernels(
     """Kernels (B, G, T * P, K^2) of queries (B, G, T * P, c)."""
     bias = _take(windows, plan.bias).expand(len(query), -1, -1, -1)
     query, filters = query.flatten(0, 1), filters.flatten(0, 1)
-    # A copy, or of one image all there is; one group is the images' view
+    # To add to in place: what was taken, of one image, or copies, which
+    # flattening does not make where there is one group
     logits = bias.flatten(0, 1).contiguous()
     logits.baddbmm_(query, filters)
     return logits.softmax(-1).view(bias.shape)
