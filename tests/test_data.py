@@ -468,7 +468,7 @@ def test_order_of_trained_classes(trained, folders, is_moved):
     assert not [*trained_classes(split)]
 
 
-def test_tools_do_not_start(tmp_path):
+def test_tools_do_not_start(tmp_path, mistake):
     """Tests neither, where the checkpoint was trained on other classes."""
     config, path = tiny.classifier(tmp_path), tmp_path / 'model.pth'
     tiny.save_model(Config.fromfile(config), path)
@@ -476,19 +476,14 @@ def test_tools_do_not_start(tmp_path):
     contents['meta'] = dict(dataset_meta=dict(classes=('b', 'a')))
     torch.save(contents, path)
     argv = config, '--work-dir', tmp_path
-
-    def last(*argv):
-        output = tiny.run_tool(*argv, status=2)
-        assert 'Epoch(train)' not in output and 'Traceback' not in output
-        return output.splitlines()[-1]
-
     words = 'has its classes in another order than the training'
-    said = last('test', config, path, *argv[1:])
+    said = mistake('test', config, path, *argv[1:])
     assert f'test_dataloader.dataset {words}' in said
     image = put(tmp_path / 'data/val/b/1.png', PNG[:500])
-    assert f'train.py: {image} is damaged or no image' in last('train', *argv)
+    said = mistake('train', *argv)
+    assert f'train.py: {image} is damaged or no image' in said
     (tmp_path / 'data/val/a').rename(tmp_path / 'data/val/c')
-    assert f'val_dataloader.dataset {words}' in last('train', *argv)
+    assert f'val_dataloader.dataset {words}' in mistake('train', *argv)
     output = tiny.run_tool('check_data', config, status=1)
     assert f' x {words}: predictions are scored as others\n' in output
 
